@@ -1,0 +1,589 @@
+"""A safetensors file or folder as a lazy, read-only mapping: no arithmetic, no writing.
+
+Opening reads headers only. Every header is treated as hostile: lengths, offsets, shapes and names
+are checked against the size of the file before they are believed, so a wrong file is an error with
+its name in it, never a crash or a read outside the tensor's bytes.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import threading
+import weakref
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple
+
+import numpy as np
+import xxhash
+
+from suture.errors import CheckpointError, MissingExtraError, Problems, SutureError
+from suture.roles import role_of, tied_to
+from suture.spec import BF16, DTYPES, FLOAT8, TensorSpec, listed, readable
+
+if TYPE_CHECKING:
+    import torch
+
+HEADER_LIMIT = 100_000_000
+"""Bytes of header that the safetensors format allows."""
+JSON_LIMIT = 512_000_000
+"""Bytes of any JSON file beside the weights that will be read (an index of a million tensors fits)."""
+INDEX = "model.safetensors.index.json"
+WEIGHTS = "model.safetensors"
+PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
+
+Array = np.ndarray[Any, Any]
+
+
+class Place(NamedTuple):
+    """Where the bytes of a tensor lie."""
+
+    file: int
+    """Number of the file in ``Checkpoint.files``."""
+    offset: int
+    """Bytes from the start of the file."""
+
+
+class Header(NamedTuple):
+    """What the first bytes of a safetensors file say."""
+
+    specs: dict[str, TensorSpec]
+    offsets: dict[str, int]
+    """Bytes from the start of the file, by tensor."""
+    metadata: dict[str, str]
+    digest: str
+    """xxh3-128 of the header's bytes."""
+
+
+def _no_twice(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    found = dict(pairs)
+    if len(found) != len(pairs):
+        seen: set[str] = set()
+        twice = next(k for k, _ in pairs if k in seen or seen.add(k))  # type: ignore[func-returns-value]
+        raise ValueError(f"the name {twice!r} stands twice")
+    return found
+
+
+def _parse(text: bytes, what: str) -> dict[str, Any]:
+    try:
+        found = json.loads(text, object_pairs_hook=_no_twice)
+    except (ValueError, RecursionError) as error:
+        reason = "nested too deeply" if isinstance(error, RecursionError) else str(error)
+        raise CheckpointError(f"{what} is not valid JSON: {reason}") from None
+    if not isinstance(found, dict):
+        raise CheckpointError(f"{what} is not a JSON object")
+    return found
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """Read a JSON object from a file of bounded size.
+
+    Raises:
+        CheckpointError: the file is missing, too large, or holds no JSON object.
+    """
+    try:
+        size = path.stat().st_size
+        if size > JSON_LIMIT:
+            raise CheckpointError(f"{path}: {readable(size)} is too large for a JSON file")
+        return _parse(path.read_bytes(), str(path))
+    except OSError as error:
+        raise CheckpointError(f"{path}: {error.strerror}") from None
+
+
+def read_header(path: Path) -> Header:
+    """Read and check the header of one safetensors file.
+
+    Raises:
+        CheckpointError: the file cannot be read, is cut short, or its header is not consistent.
+    """
+    try:
+        size = path.stat().st_size
+        with path.open("rb") as file:
+            head = file.read(8)
+            length = int.from_bytes(head, "little")
+            if len(head) < 8:
+                raise CheckpointError(f"{path}: {size} bytes are too few for a safetensors file")
+            if length > HEADER_LIMIT:
+                raise CheckpointError(
+                    f"{path}: its header claims {readable(length)}, more than the format allows; "
+                    "this is not a safetensors file"
+                )
+            if 8 + length > size:
+                raise CheckpointError(
+                    f"{path}: cut short inside its header ({size} bytes of at least {8 + length}); "
+                    "fetch the file again"
+                )
+            text = file.read(length)
+    except OSError as error:
+        raise CheckpointError(f"{path}: {error.strerror}") from None
+    raw = _parse(text, f"{path}: the header")
+    metadata = raw.pop("__metadata__", None)  # some writers put null here
+    metadata = {} if metadata is None else metadata
+    if not isinstance(metadata, dict) or not all(isinstance(v, str) for v in metadata.values()):
+        raise CheckpointError(f"{path}: __metadata__ must map text to text")
+    specs: dict[str, TensorSpec] = {}
+    spans: list[tuple[int, int, str]] = []
+    for name, entry in raw.items():
+        spec, start, end = _entry(path, name, entry)
+        specs[name] = spec
+        spans.append((start, end, name))
+    _check_spans(path, spans, size - 8 - length)
+    offsets = {name: 8 + length + start for start, _, name in spans}
+    return Header(specs, offsets, metadata, xxhash.xxh3_128_hexdigest(text))
+
+
+def _entry(path: Path, name: str, entry: object) -> tuple[TensorSpec, int, int]:
+    if not isinstance(entry, dict) or not entry.keys() >= {"dtype", "shape", "data_offsets"}:
+        raise CheckpointError(f"{path}: {name!r} has no dtype, shape and data_offsets")
+    dtype, shape, span = entry["dtype"], entry["shape"], entry["data_offsets"]
+    if dtype not in DTYPES:
+        raise CheckpointError(f"{path}: {name!r} has the unknown dtype {dtype!r}")
+    if not _counts(shape) or not _counts(span) or len(span) != 2:
+        raise CheckpointError(f"{path}: {name!r} has a shape or offsets that are no whole numbers")
+    spec = TensorSpec(dtype, tuple(shape))
+    if spec.numel >= 1 << 60 or any(size >= 1 << 60 for size in shape):
+        raise CheckpointError(f"{path}: {name!r} has the absurd shape {shape}")
+    start, end = span
+    if end - start != spec.nbytes:
+        raise CheckpointError(
+            f"{path}: {name!r} is {spec} and needs {spec.nbytes} bytes, but its offsets "
+            f"{start} to {end} hold {end - start}"
+        )
+    return spec, start, end
+
+
+def _counts(values: object) -> bool:
+    return isinstance(values, list) and all(type(v) is int and v >= 0 for v in values)
+
+
+def _check_spans(path: Path, spans: list[tuple[int, int, str]], size: int) -> None:
+    reached = 0
+    for start, end, name in sorted(spans):
+        if start < reached:
+            raise CheckpointError(f"{path}: the bytes of {name!r} overlap those of another tensor")
+        if start > reached:
+            raise CheckpointError(
+                f"{path}: {start - reached} bytes before {name!r} belong to nothing"
+            )
+        reached = end
+    if reached > size:
+        raise CheckpointError(
+            f"{path}: cut short, {readable(size)} of {readable(reached)} of tensor data are there; "
+            "fetch the file again"
+        )
+    if reached < size:
+        raise CheckpointError(
+            f"{path}: {size - reached} bytes after the last tensor belong to nothing"
+        )
+
+
+class Checkpoint(Mapping[str, Array]):
+    """Tensors on disk, by name; read when asked for, never changed.
+
+    ``checkpoint[name]`` is a new numpy array: floating tensors as float32 (float64 stays), others
+    as stored. ``tensor(name)`` is the torch tensor in the dtype of the file. Subtracting another
+    checkpoint gives a ``TaskVector``; adding two is an error.
+    """
+
+    def __init__(self, where: Path, label: str, files: list[Path]) -> None:
+        self.path = where
+        """The file or folder."""
+        self.label = label
+        """What the user called it: a path as given, or a hub id."""
+        self.files = files
+        self.folder = where if where.is_dir() else where.parent
+        self.specs: dict[str, TensorSpec] = {}
+        self.places: dict[str, Place] = {}
+        self.aliases: dict[str, str] = {}
+        """Second names of tied tensors, which are not in ``specs``, and what they are tied to."""
+        self._descriptors: dict[int, int] = {}
+        self._lock = threading.Lock()
+        self._close = weakref.finalize(self, _close_all, self._descriptors)
+        headers = self._read_headers()
+        self.config = self._read_config()
+        if _ties(self.config):
+            self.aliases = tied_to(self.specs.keys())
+            self._aliased = {a: (self.specs.pop(a), self.places.pop(a)) for a in self.aliases}
+        self.identity = [
+            [file.name, file.stat().st_size, file.stat().st_mtime_ns, header.digest]
+            for file, header in zip(files, headers, strict=True)
+        ]
+        """What tells cheaply whether the files are still the same: name, size, time, header."""
+
+    def _read_headers(self) -> list[Header]:
+        problems = Problems()
+        headers: list[Header] = []
+        for number, file in enumerate(self.files):
+            with problems.collecting():
+                header = read_header(file)
+                headers.append(header)
+                twice = [name for name in header.specs if name in self.specs]
+                if twice:
+                    raise CheckpointError(f"{file}: {listed(twice)} also stand in another shard")
+                self.specs.update(header.specs)
+                self.places.update({n: Place(number, o) for n, o in header.offsets.items()})
+        problems.raise_if_any()
+        return headers
+
+    def _read_config(self) -> dict[str, Any]:
+        path = self.folder / "config.json"
+        return read_json(_inside(path, self.folder)) if self.path.is_dir() and path.exists() else {}
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.specs)
+
+    def __len__(self) -> int:
+        return len(self.specs)
+
+    def __contains__(self, name: object) -> bool:
+        return name in self.specs
+
+    def __getitem__(self, name: str) -> Array:
+        spec = self.specs[name]
+        dtype = DTYPES[spec.dtype]
+        raw = np.empty(spec.numel, dtype.storage)
+        self.read_into(name, 0, raw.view(np.uint8))
+        if dtype.code == BF16:
+            return (raw.astype(np.uint32) << 16).view(np.float32).reshape(spec.shape)
+        if spec.dtype == "F16":
+            raw = raw.astype(np.float32)
+        return (raw.view(np.bool_) if spec.dtype == "BOOL" else raw).reshape(spec.shape)
+
+    def tensor(self, name: str) -> torch.Tensor:
+        """The tensor as torch holds it, in the dtype of the file."""
+        try:
+            import torch
+        except ImportError:
+            raise MissingExtraError("a torch tensor", "models") from None
+        spec = self.specs[name]
+        raw = np.empty(spec.nbytes, np.uint8)
+        self.read_into(name, 0, raw)
+        return torch.frombuffer(raw, dtype=_torch_dtype(spec.dtype)).reshape(spec.shape) \
+            if raw.size else torch.empty(spec.shape, dtype=_torch_dtype(spec.dtype))  # fmt: skip
+
+    def read_into(self, name: str, start: int, raw: Array) -> None:
+        """Fill the bytes ``raw`` (uint8) from element ``start`` of a tensor. Safe from any thread.
+
+        Raises:
+            CheckpointError: the file became shorter since it was opened, or the disk failed.
+        """
+        place = self.places[name]
+        offset = place.offset + start * DTYPES[self.specs[name].dtype].itemsize
+        self.read_at(place.file, offset, raw)
+
+    def read_at(self, file: int, offset: int, raw: Array) -> None:
+        """Fill the bytes ``raw`` (uint8) from byte ``offset`` of a file."""
+        descriptor = self._descriptors.get(file)
+        if descriptor is None:
+            descriptor = self._open(file)
+        try:
+            got = _pread(descriptor, raw, offset)
+            while got < raw.size:
+                more = _pread(descriptor, raw[got:], offset + got)
+                if more == 0:
+                    raise CheckpointError(f"{self.files[file]}: became shorter while it was read")
+                got += more
+        except OSError as error:
+            raise CheckpointError(f"{self.files[file]}: {error.strerror}") from None
+
+    def _open(self, file: int) -> int:
+        with self._lock:
+            if file not in self._descriptors:
+                try:
+                    self._descriptors[file] = os.open(
+                        self.files[file], os.O_RDONLY | getattr(os, "O_BINARY", 0)
+                    )
+                except OSError as error:
+                    raise CheckpointError(f"{self.files[file]}: {error.strerror}") from None
+            return self._descriptors[file]
+
+    def close(self) -> None:
+        """Close the files; they are opened again when something is read."""
+        with self._lock:
+            _close_all(self._descriptors)
+
+    def untied(self) -> list[str]:
+        """Aliases whose bytes differ from the tensor that ``config.json`` says they are tied to."""
+        different = []
+        for alias, name in self.aliases.items():
+            spec, place = self._aliased[alias]
+            same = spec == self.specs[name]
+            step = 1 << 22
+            for start in range(0, spec.nbytes if same else 0, step):
+                mine = np.empty(min(step, spec.nbytes - start), np.uint8)
+                other = np.empty_like(mine)
+                self.read_at(place.file, place.offset + start, mine)
+                self.read_at(self.places[name].file, self.places[name].offset + start, other)
+                same = same and bool((mine == other).all())
+            if not same:
+                different.append(alias)
+        return different
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of all tensors."""
+        return sum(spec.nbytes for spec in self.specs.values())
+
+    @property
+    def numel(self) -> int:
+        """Elements of all tensors."""
+        return sum(spec.numel for spec in self.specs.values())
+
+    @property
+    def vocabulary(self) -> int | None:
+        """Rows of the token embedding; ``None`` where there is none."""
+        sizes = [s.shape[0] for n, s in self.specs.items()
+                 if role_of(n).kind == "embedding" and len(s.shape) == 2]  # fmt: skip
+        return max(sizes, default=None)
+
+    difference: ClassVar[Callable[[Checkpoint, Checkpoint], Any]]
+    """What subtraction does; set by ``suture.vector``, which stands below this module."""
+
+    def __sub__(self, base: object) -> Any:
+        return self.difference(self, base) if isinstance(base, Checkpoint) else NotImplemented
+
+    def __add__(self, other: object) -> Any:
+        if isinstance(other, Checkpoint):
+            raise SutureError(
+                "two checkpoints cannot be added; add their task vectors: (a - base) + (b - base)"
+            )
+        return NotImplemented
+
+    __radd__ = __add__
+
+    def __repr__(self) -> str:
+        return f"Checkpoint({self.label!r}: {len(self)} tensors, {readable(self.nbytes)})"
+
+    __hash__ = object.__hash__
+
+    def __eq__(self, other: object) -> bool:
+        return self is other
+
+
+def _close_all(descriptors: dict[int, int]) -> None:
+    while descriptors:
+        os.close(descriptors.popitem()[1])
+
+
+if hasattr(os, "preadv"):
+
+    def _pread(descriptor: int, raw: Array, offset: int) -> int:
+        return os.preadv(descriptor, [raw], offset)  # type: ignore[list-item]
+
+else:  # Windows has no positioned reads
+    _seek = threading.Lock()
+
+    def _pread(descriptor: int, raw: Array, offset: int) -> int:
+        with _seek:
+            os.lseek(descriptor, offset, os.SEEK_SET)
+            part = os.read(descriptor, raw.size)
+        raw[: len(part)] = np.frombuffer(part, np.uint8)
+        return len(part)
+
+
+def _torch_dtype(name: str) -> torch.dtype:
+    import torch
+
+    names = {"F64": "float64", "F32": "float32", "F16": "float16", "BF16": "bfloat16",
+             "I64": "int64", "I32": "int32", "I16": "int16", "I8": "int8", "U64": "uint64",
+             "U32": "uint32", "U16": "uint16", "U8": "uint8", "BOOL": "bool", "C64": "complex64",
+             "F8_E4M3": "float8_e4m3fn", "F8_E5M2": "float8_e5m2", "F8_E8M0": "float8_e8m0fnu"}  # fmt: skip
+    found = getattr(torch, names[name])
+    assert isinstance(found, torch.dtype)
+    return found
+
+
+def _ties(config: Mapping[str, Any]) -> bool:
+    inner = config.get("text_config")
+    return config.get("tie_word_embeddings") is True or (
+        isinstance(inner, dict) and inner.get("tie_word_embeddings") is True
+    )
+
+
+_HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*(@[\w./-]+)?")
+
+
+def open_checkpoint(model: str | os.PathLike[str], near: Path | None = None) -> Checkpoint:
+    """Open a safetensors file, a (sharded) folder, or a hub id with optional ``@revision``.
+
+    Relative paths are looked up beside ``near`` (the recipe's folder) when it is given. The hub is
+    asked only for what looks like a hub id and is no path; its cache is used when it is offline.
+
+    Raises:
+        CheckpointError: there is nothing there, or it is not a readable checkpoint.
+    """
+    text = os.fspath(model)
+    path = Path(text).expanduser()
+    if near is not None and not path.is_absolute():
+        path = near / path
+    if path.exists():
+        where = path.resolve()
+    elif _HUB_ID.fullmatch(text):
+        where = _from_hub(text)
+    else:
+        raise CheckpointError(f"{text}: no such file or folder{_nearby(path)}")
+    if where.is_dir():
+        return Checkpoint(where, text, _files_of(where, text))
+    if where.suffix != ".safetensors":
+        raise CheckpointError(f"{text}: {_remedy(where.suffix)}")
+    return Checkpoint(where, text, [where])
+
+
+def _nearby(path: Path) -> str:
+    from difflib import get_close_matches
+
+    parent = path.parent
+    names = [p.name for p in parent.iterdir()] if parent.is_dir() else []
+    near = get_close_matches(path.name, names, n=1)
+    return f"; did you mean {near[0]!r}?" if near else f" (looked for {path})"
+
+
+def _remedy(suffix: str) -> str:
+    if suffix in PICKLES:
+        return (
+            f"a {suffix} file is a pickle, which can run code when it is read, so it is not read. "
+            "Convert it once: load it with transformers where you trust it and call "
+            "save_pretrained(folder), which writes safetensors"
+        )
+    if suffix == ".gguf":
+        return (
+            "GGUF files are not read. Convert it once: AutoModelForCausalLM.from_pretrained(folder, "
+            "gguf_file=name), then save_pretrained(folder)"
+        )
+    return "not a safetensors file or a folder with one"
+
+
+def _inside(path: Path, folder: Path) -> Path:
+    """Resolve ``path``, refusing links that lead out of ``folder`` (or out of a hub cache's blobs)."""
+    target = path.resolve()
+    roots = [folder.resolve()]
+    if folder.parent.name == "snapshots":
+        roots.append((folder.parent.parent / "blobs").resolve())
+    if not any(target.is_relative_to(root) for root in roots):
+        raise CheckpointError(f"{path}: is a link to {target}, outside of the model's folder")
+    return target
+
+
+def _files_of(folder: Path, label: str) -> list[Path]:
+    if (folder / INDEX).exists():
+        return _from_index(folder, label)
+    if (folder / WEIGHTS).exists():
+        return [_inside(folder / WEIGHTS, folder)]
+    found = sorted(p for p in folder.glob("*.safetensors") if p.is_file())
+    if (folder / "adapter_config.json").exists():
+        raise CheckpointError(
+            f"{label}: a LoRA adapter, not a whole model. Merge it into its base first: "
+            "PeftModel.from_pretrained(...).merge_and_unload().save_pretrained(folder)"
+        )
+    if len(found) == 1:
+        return [_inside(found[0], folder)]
+    if found:
+        return _numbered(found, folder, label)
+    others = sorted({p.suffix for p in folder.iterdir() if p.suffix in (*PICKLES, ".gguf")})
+    if others:
+        raise CheckpointError(f"{label}: no .safetensors file in it; {_remedy(others[0])}")
+    raise CheckpointError(f"{label}: a folder without a .safetensors file")
+
+
+def _numbered(found: list[Path], folder: Path, label: str) -> list[Path]:
+    totals = {m[1] for p in found if (m := re.search(r"-of-(\d+)\.safetensors$", p.name))}
+    if len(totals) == 1 and len(found) == int(next(iter(totals))):
+        return [_inside(p, folder) for p in found]
+    raise CheckpointError(
+        f"{label}: {len(found)} .safetensors files and no {INDEX}; "
+        "name one file, or fetch the index and the missing shards"
+    )
+
+
+def _from_index(folder: Path, label: str) -> list[Path]:
+    index = read_json(_inside(folder / INDEX, folder))
+    where = index.get("weight_map")
+    if not isinstance(where, dict) or not all(isinstance(v, str) for v in where.values()):
+        raise CheckpointError(f"{folder / INDEX}: no weight_map of tensor names to file names")
+    if (folder / WEIGHTS).exists() and WEIGHTS not in where.values():
+        raise CheckpointError(
+            f"{label}: holds both {WEIGHTS} and an index of other shards, so it is not clear which "
+            "model it is; remove the one that is out of date"
+        )
+    problems = Problems()
+    files = []
+    for name in sorted(set(where.values())):
+        with problems.collecting():
+            if name != Path(name).name or name in ("", ".", "..") or "\\" in name:
+                raise CheckpointError(f"{folder / INDEX}: {name!r} is not a plain file name")
+            if not (folder / name).exists():
+                count = sum(v == name for v in where.values())
+                raise CheckpointError(
+                    f"{folder / name}: missing shard, {count} tensors of the index are in it; "
+                    "fetch it again"
+                )
+            files.append(_inside(folder / name, folder))
+    problems.raise_if_any()
+    _check_index(where, files, folder)
+    return files
+
+
+def _check_index(where: Mapping[str, str], files: list[Path], folder: Path) -> None:
+    problems = Problems()
+    held: dict[str, set[str]] = {}
+    names = sorted(set(where.values()))
+    for name, file in zip(names, files, strict=True):
+        with problems.collecting():
+            held[name] = set(read_header(file).specs)
+    for name, there in held.items():
+        said = {tensor for tensor, file in where.items() if file == name}
+        if said - there:
+            missing = listed(sorted(said - there))
+            problems.add(
+                CheckpointError, f"{folder / name}: the index promises {missing}, not there"
+            )
+        if there - said:
+            extra = listed(sorted(there - said))
+            problems.add(
+                CheckpointError, f"{folder / name}: holds {extra}, which the index does not list"
+            )
+    problems.raise_if_any()
+
+
+def _from_hub(text: str) -> Path:
+    import huggingface_hub
+    from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
+
+    repo, _, revision = text.partition("@")
+    try:
+        return Path(
+            huggingface_hub.snapshot_download(
+                repo,
+                revision=revision or None,
+                allow_patterns=[
+                    "*.safetensors",
+                    "*.json",
+                    "*.jinja",
+                    "*.model",
+                    "*.txt",
+                    "README.md",
+                ],
+            )
+        )
+    except (HfHubHTTPError, LocalEntryNotFoundError, OSError, ValueError) as error:
+        first = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        raise CheckpointError(
+            f"{text}: no such file or folder here, and the Hugging Face Hub did not give it: {first}"
+        ) from None
+
+
+def refuse_uncomputable(checkpoint: Checkpoint) -> None:
+    """Refuse quantised models, whose numbers are not what their tensors hold.
+
+    Raises:
+        CheckpointError: an 8-bit float tensor, or a quantisation method in ``config.json``.
+    """
+    small = [name for name, spec in checkpoint.specs.items() if spec.dtype in FLOAT8]
+    if small or "quantization_config" in checkpoint.config:
+        what = f"8-bit floats ({listed(small, 2)})" if small else "quantised weights"
+        raise CheckpointError(
+            f"{checkpoint.label}: holds {what}; merge the model it was made from, or dequantise it "
+            "with transformers first and save it again"
+        )

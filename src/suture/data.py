@@ -1,0 +1,242 @@
+"""Rows of text to padded batches: JSONL, CSV and pairs; splits that leak nothing; no model.
+
+Which side of a split a row falls on depends on the seed and on the row's own group, never on the
+other rows or their order: adding data moves nothing from training to test.
+"""
+
+from __future__ import annotations
+
+import csv
+import hashlib
+import json
+import random
+from collections import defaultdict
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, NamedTuple
+
+import torch
+from torch import Tensor
+
+from suture.errors import RecipeError, did_you_mean
+
+if TYPE_CHECKING:
+    from suture.models import Tokenizer
+
+
+@dataclass(frozen=True)
+class Row:
+    """One labelled text."""
+
+    text: str
+    label: str = ""
+    group: str = ""
+    """Rows of one group stay on one side of a split; without a group, equal texts do."""
+
+    @property
+    def key(self) -> str:
+        """What the split looks at."""
+        return self.group or self.text
+
+
+class Split(NamedTuple):
+    """Three lists of rows that share no group."""
+
+    train: list[Row]
+    validation: list[Row]
+    test: list[Row]
+
+
+class Batch(NamedTuple):
+    """Padded rows, ready for a model."""
+
+    input_ids: Tensor
+    """``(batch, length)`` int64, padded on the right."""
+    attention_mask: Tensor
+    """``(batch, length)`` int64: 1 for a token, 0 for padding."""
+    labels: Tensor
+    """``(batch,)`` int64: the position of each label in the list of labels; -1 without one."""
+    rows: tuple[int, ...]
+    """The positions of these rows in the data."""
+
+
+def rows_of(pairs: Iterable[tuple[str, str]]) -> list[Row]:
+    """Rows of ``(text, label)`` pairs."""
+    return [Row(text, label) for text, label in pairs]
+
+
+def read_rows(
+    path: Path, *, text: str = "text", label: str | None = "label", group: str | None = None
+) -> list[Row]:
+    """Read a ``.jsonl`` or ``.csv`` file; the arguments name its columns.
+
+    Labels become text as JSON writes it (``true``, ``3``). Blank lines are skipped.
+
+    Raises:
+        RecipeError: the file is missing, is neither kind, or a row lacks a column.
+    """
+    readers = {".jsonl": _jsonl, ".csv": _csv}
+    if path.suffix not in readers:
+        raise RecipeError(f"{path}: data is read from {' and '.join(readers)} files")
+    rows = []
+    try:
+        for number, record in readers[path.suffix](path):
+            where = f"{path}, line {number}"
+            rows.append(
+                Row(
+                    _cell(record, text, where),
+                    _cell(record, label, where) if label else "",
+                    _cell(record, group, where) if group else "",
+                )
+            )
+    except (OSError, UnicodeDecodeError) as error:
+        raise RecipeError(f"{path}: cannot be read: {error}") from error
+    if not rows:
+        raise RecipeError(f"{path}: holds no rows")
+    return rows
+
+
+def split(rows: Iterable[Row], *, seed: int, validation: float, test: float) -> Split:
+    """Divide rows into training, validation and test by a hash of seed and group.
+
+    The two shares are expectations: groups are never divided, so small sets miss them a little.
+    """
+    if validation < 0 or test < 0 or validation + test >= 1:
+        raise RecipeError(f"validation={validation} and test={test} leave nothing to train on")
+    parts = Split([], [], [])
+    for row in rows:
+        at = draw(seed, row.key)
+        side = 2 if at < test else 1 if at < test + validation else 0
+        parts[side].append(row)
+    return parts
+
+
+def at_most(rows: Sequence[Row], per_label: int, *, seed: int) -> list[Row]:
+    """Keep at most so many rows of each label, chosen by a hash, in their given order."""
+    by_label: dict[str, list[int]] = defaultdict(list)
+    for index, row in enumerate(rows):
+        by_label[row.label].append(index)
+    kept: list[int] = []
+    for indices in by_label.values():
+        kept += sorted(indices, key=lambda i: (draw(seed, rows[i].text), i))[:per_label]
+    return [rows[i] for i in sorted(kept)]
+
+
+def draw(seed: int, key: str) -> float:
+    """A number in [0, 1) that depends on seed and key and nothing else."""
+    digest = hashlib.blake2b(f"{seed}/{key}".encode(), digest_size=8).digest()
+    return (int.from_bytes(digest, "little") >> 11) / 2**53  # 53 bits: exact, and never 1.0
+
+
+def labels_of(rows: Iterable[Row]) -> tuple[str, ...]:
+    """The distinct labels, sorted."""
+    return tuple(sorted({row.label for row in rows}))
+
+
+@dataclass(frozen=True)
+class Dataset:
+    """Tokenised rows."""
+
+    ids: tuple[tuple[int, ...], ...]
+    """Token ids of every row."""
+    labels: tuple[int, ...]
+    """Position of every row's label; -1 without one."""
+    pad: int
+    """The id that fills short rows."""
+
+    def __len__(self) -> int:
+        return len(self.ids)
+
+    def batches(self, size: int, *, seed: int | None = None) -> Iterator[Batch]:
+        """All rows once, in batches of ``size`` rows of similar length; the last may be smaller.
+
+        Without a seed the longest rows come first, so that memory is known after one batch. With
+        a seed the rows are shuffled into buckets of 16 batches, sorted by length inside a bucket,
+        and the batches shuffled: little padding, and a new order for every seed.
+        """
+        for rows in plan([len(row) for row in self.ids], size, seed=seed):
+            yield collate(self, rows)
+
+
+def plan(lengths: Sequence[int], size: int, *, seed: int | None) -> list[list[int]]:
+    """Positions of the rows of every batch; see ``Dataset.batches``."""
+    if size < 1:
+        raise RecipeError(f"a batch holds at least one row; got {size}")
+    if seed is None:
+        order = sorted(range(len(lengths)), key=lambda i: -lengths[i])
+        return [order[at : at + size] for at in range(0, len(order), size)]
+    generator = random.Random(seed)
+    order = list(range(len(lengths)))
+    generator.shuffle(order)
+    bucket = 16 * size
+    batches: list[list[int]] = []
+    for start in range(0, len(order), bucket):
+        part = sorted(order[start : start + bucket], key=lambda i: -lengths[i])
+        batches += [part[at : at + size] for at in range(0, len(part), size)]
+    generator.shuffle(batches)
+    return batches
+
+
+def collate(data: Dataset, rows: Sequence[int]) -> Batch:
+    """The rows at these positions, padded on the right to the longest of them."""
+    longest = max(len(data.ids[i]) for i in rows)
+    ids = torch.full((len(rows), longest), data.pad)
+    mask = torch.zeros((len(rows), longest), dtype=torch.int64)
+    for at, i in enumerate(rows):
+        length = len(data.ids[i])
+        ids[at, :length] = torch.tensor(data.ids[i], dtype=torch.int64)
+        mask[at, :length] = 1
+    return Batch(ids, mask, torch.tensor([data.labels[i] for i in rows]), tuple(rows))
+
+
+def tokenise(
+    rows: Sequence[Row], tokenizer: Tokenizer, *, labels: Sequence[str] = (), max_length: int
+) -> Dataset:
+    """Tokenise rows, cut to ``max_length`` tokens; ``labels`` gives every label its number.
+
+    Raises:
+        RecipeError: a row has a label that is not listed, or no tokens at all.
+    """
+    numbers = {label: i for i, label in enumerate(labels)}
+    for row in rows if labels else ():
+        if row.label not in numbers:
+            hint = did_you_mean(row.label, labels)
+            raise RecipeError(f"label {row.label!r} is not listed; {hint}")
+    if not rows:
+        return Dataset((), (), 0)
+    encoded = tokenizer([row.text for row in rows], truncation=True, max_length=max_length)
+    ids = tuple(tuple(row) for row in encoded["input_ids"])
+    if () in ids:
+        raise RecipeError(f"row {ids.index(())} has no tokens: is its text empty?")
+    pad = tokenizer.pad_token_id or 0  # masked, so any id does
+    return Dataset(ids, tuple(numbers.get(row.label, -1) for row in rows), pad)
+
+
+def _jsonl(path: Path) -> Iterator[tuple[int, Mapping[str, object]]]:
+    with path.open(encoding="utf-8") as lines:
+        for number, line in enumerate(lines, 1):
+            if not line.strip():
+                continue
+            try:
+                record = json.loads(line)
+            except ValueError as error:
+                raise RecipeError(f"{path}, line {number}: not JSON: {error}") from error
+            if not isinstance(record, dict):
+                raise RecipeError(f"{path}, line {number}: a row is an object with named columns")
+            yield number, record
+
+
+def _csv(path: Path) -> Iterator[tuple[int, Mapping[str, object]]]:
+    with path.open(encoding="utf-8-sig", newline="") as lines:
+        reader = csv.DictReader(lines)
+        for record in reader:
+            yield reader.line_num, record
+
+
+def _cell(record: Mapping[str, object], column: str, where: str) -> str:
+    value = record.get(column)
+    if value is None:
+        known = [str(key) for key, given in record.items() if given is not None]
+        raise RecipeError(f"{where}: no column {column!r}; {did_you_mean(column, known)}")
+    return value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)

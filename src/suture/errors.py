@@ -1,0 +1,106 @@
+"""Every error a user can meet; imports nothing of ours.
+
+``SutureError`` is the only class the command line shows without a traceback::
+
+    SutureError
+    ├── RecipeError        a recipe, a parameter or a command that cannot be followed
+    ├── CheckpointError    a file or folder that is not a readable checkpoint
+    ├── MismatchError      checkpoints that should hold the same tensors do not
+    ├── NonFiniteError     NaN or infinity where a number was expected
+    ├── OutputError        the place to write to cannot be written to
+    └── MissingExtraError  an optional dependency is not installed
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from difflib import get_close_matches
+
+
+class SutureError(Exception):
+    """Something is wrong with what the user gave; never a bug of ours."""
+
+
+class RecipeError(SutureError):
+    """A recipe, a parameter or a command that cannot be followed."""
+
+
+class CheckpointError(SutureError):
+    """A file or folder that is not a readable checkpoint."""
+
+
+class MismatchError(SutureError):
+    """Checkpoints that should hold the same tensors do not."""
+
+
+class NonFiniteError(SutureError):
+    """NaN or infinity where a number was expected."""
+
+
+class OutputError(SutureError):
+    """The place to write to cannot be written to."""
+
+
+class MissingExtraError(SutureError):
+    """An optional dependency is not installed."""
+
+    def __init__(self, what: str, extra: str) -> None:
+        super().__init__(f"{what} needs the extra {extra!r}: pip install 'suture[{extra}]'")
+
+
+class Problems:
+    """Collects what is wrong, so that all of it is reported at once and not one fault a run."""
+
+    def __init__(self, limit: int = 20) -> None:
+        self._found: list[tuple[type[SutureError], str]] = []
+        self._limit = limit
+
+    def add(self, kind: type[SutureError], text: str) -> None:
+        """Note one problem; the same one is noted once."""
+        if (kind, text) not in self._found[
+            -50:
+        ]:  # near repeats only: linear work for 100,000 tensors
+            self._found.append((kind, text))
+
+    @contextmanager
+    def collecting(self) -> Iterator[None]:
+        """Note a ``SutureError`` raised inside, instead of letting it through."""
+        try:
+            yield
+        except SutureError as error:
+            for line in getattr(error, "problems", (str(error),)):
+                self.add(type(error), line)
+
+    def __bool__(self) -> bool:
+        return bool(self._found)
+
+    def raise_if_any(self) -> None:
+        """Raise one error that lists every problem; its class is that of the first."""
+        if not self._found:
+            return
+        kind, first = self._found[0]
+        texts = [text for _, text in self._found]
+        if len(texts) == 1:
+            error = kind(first)
+        else:
+            shown = "".join(f"\n  - {_indented(text)}" for text in texts[: self._limit])
+            more = (
+                f"\n  ... and {len(texts) - self._limit} more" if len(texts) > self._limit else ""
+            )
+            error = kind(f"{len(texts)} problems:{shown}{more}")
+        error.problems = tuple(texts)  # type: ignore[attr-defined]
+        raise error
+
+
+def _indented(text: str) -> str:
+    return text.replace("\n", "\n    ")
+
+
+def did_you_mean(word: str, known: Sequence[str]) -> str:
+    """A hint for a misspelt ``word``: the nearest known one, or all there are."""
+    near = get_close_matches(word.lower(), [k.lower() for k in known], n=1)
+    if near:
+        found = next(k for k in known if k.lower() == near[0])
+        return f"did you mean {found!r}?"
+    return f"known: {', '.join(known)}"

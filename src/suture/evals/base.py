@@ -1,0 +1,141 @@
+"""What an evaluation gives back: numbers with their ``n`` and 95 % interval, as JSON in and out."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from typing import Any, Protocol
+
+import numpy as np
+from torch import nn
+
+from suture.data import Batch
+from suture.errors import RecipeError
+
+Z95 = 1.959963984540054
+"""Quantile of the normal distribution that leaves 2.5 % above."""
+
+
+@dataclass(frozen=True)
+class Metric:
+    """One number of an evaluation and what is needed to trust it."""
+
+    name: str
+    value: float
+    n: int
+    """How many rows it was taken over."""
+    low: float
+    """Lower end of the 95 % interval."""
+    high: float
+    """Upper end of the 95 % interval."""
+
+    @classmethod
+    def read(cls, raw: Mapping[str, Any]) -> Metric:
+        """The metric that ``asdict`` wrote.
+
+        Raises:
+            RecipeError: a key is missing, unknown, or not a number.
+        """
+        try:
+            numbers = {key: float(raw[key]) for key in ("value", "low", "high")}
+            return cls(name=str(raw["name"]), n=int(raw["n"]), **numbers)
+        except (KeyError, TypeError, ValueError) as error:
+            raise RecipeError(f"not a metric: {error!r}") from error
+
+
+def share(name: str, hits: int, n: int) -> Metric:
+    """A share of ``n`` with its 95 % Wilson score interval (Wilson, 1927)."""
+    if not 0 <= hits <= n or n == 0:
+        raise RecipeError(f"{name}: {hits} of {n} is not a share")
+    p, zz = hits / n, Z95 * Z95
+    middle = (p + zz / (2 * n)) / (1 + zz / n)
+    half = Z95 / (1 + zz / n) * math.sqrt(p * (1 - p) / n + zz / (4 * n * n))
+    return Metric(name, p, n, max(0.0, min(p, middle - half)), min(1.0, max(p, middle + half)))
+
+
+def mean(name: str, values: Sequence[float], *, seed: int = 0, resamples: int = 2000) -> Metric:
+    """A mean over rows with its 95 % percentile bootstrap interval (Efron, 1979)."""
+    return ratio(name, values, np.ones(len(values)), seed=seed, resamples=resamples)
+
+
+def ratio(
+    name: str,
+    above: Sequence[float],
+    below: Sequence[float] | np.ndarray[Any, Any],
+    *,
+    seed: int = 0,
+    resamples: int = 2000,
+) -> Metric:
+    """``sum(above) / sum(below)`` over rows, its 95 % interval by resampling whole rows.
+
+    With summed losses above and token counts below this is the loss per token, and a document
+    counts as one draw: the tokens of one document are not independent.
+    """
+    top, bottom = np.asarray(above, np.float64), np.asarray(below, np.float64)
+    if not len(top) or len(top) != len(bottom) or bottom.sum() <= 0:
+        raise RecipeError(f"{name}: nothing was measured")
+    generator = np.random.Generator(np.random.Philox(seed))
+    drawn = np.empty(resamples)
+    for at in range(resamples):  # one row of draws at a time: memory stays that of the data
+        chosen = generator.integers(0, len(top), len(top))
+        total = bottom[chosen].sum()
+        drawn[at] = top[chosen].sum() / total if total else math.nan
+    low, high = np.nanpercentile(drawn, [2.5, 97.5])
+    return Metric(name, float(top.sum() / bottom.sum()), len(top), float(low), float(high))
+
+
+class Eval(Protocol):
+    """A loaded model and batches in, metrics out; the first metric is the one to compare by."""
+
+    def __call__(
+        self, model: nn.Module, batches: Iterable[Batch], *, device: str = "cpu"
+    ) -> tuple[Metric, ...]:
+        """Evaluate; the model is left as it was."""
+
+
+@dataclass(frozen=True)
+class EvalResult:
+    """Everything one evaluation of one model on one task has found."""
+
+    model: str
+    """What was evaluated, by name."""
+    task: str
+    """On what."""
+    kind: str
+    """The line of ``EVALS`` that did it."""
+    metrics: tuple[Metric, ...]
+    """What it found; the first is the one to compare by."""
+    seconds: float
+    """Wall time."""
+    inputs: dict[str, str] = field(default_factory=dict)
+    """Fingerprints of model and data."""
+    versions: dict[str, str] = field(default_factory=dict)
+    """Package versions it ran with."""
+
+    def metric(self, name: str) -> Metric:
+        """The metric of this name, or say which there are."""
+        for metric in self.metrics:
+            if metric.name == name:
+                return metric
+        known = ", ".join(metric.name for metric in self.metrics)
+        raise RecipeError(f"{self.task}: no metric {name!r}; there are {known}")
+
+    def to_json(self) -> str:
+        """One JSON object, keys in a fixed order."""
+        return json.dumps(asdict(self), indent=2) + "\n"
+
+    @classmethod
+    def from_json(cls, text: str) -> EvalResult:
+        """The value that ``to_json`` wrote.
+
+        Raises:
+            RecipeError: the text is no such object.
+        """
+        try:
+            raw = json.loads(text)
+            metrics = tuple(Metric.read(metric) for metric in raw.pop("metrics"))
+            return cls(metrics=metrics, **raw)
+        except (ValueError, KeyError, TypeError, AttributeError) as error:
+            raise RecipeError(f"not an evaluation result: {error}") from error

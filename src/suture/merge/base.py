@@ -1,0 +1,281 @@
+"""What a merge method is: ``prepare`` once, ``combine`` block by block, and typed parameters.
+
+A method is a function from its parameters to a ``Merge``, and a line in ``METHODS``. Its signature
+is the list of its parameters: recipes, the command line and the docs read it from there.
+"""
+
+from __future__ import annotations
+
+import inspect
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Annotated, Any, Generic, Literal, TypeVar, get_args, get_origin, get_type_hints
+
+import numpy as np
+
+from suture.errors import Problems, RecipeError, did_you_mean
+from suture.spec import any_match
+from suture.stream import DELTA, Block, Progress, Sources
+
+Array = np.ndarray[Any, Any]
+S = TypeVar("S")
+
+
+@dataclass(frozen=True)
+class Scalar:
+    """A number that may differ from tensor to tensor: the first rule whose pattern fits counts."""
+
+    default: float
+    rules: tuple[tuple[str, float], ...] = ()
+
+    def at(self, name: str) -> float:
+        """The number for one tensor."""
+        return next((v for p, v in self.rules if any_match(name, (p,))), self.default)
+
+    @property
+    def values(self) -> tuple[float, ...]:
+        """Every number it can be."""
+        return (self.default, *(v for _, v in self.rules))
+
+
+@dataclass(frozen=True)
+class PerModel:
+    """One ``Scalar`` a model; a single one stands for every model."""
+
+    scalars: tuple[Scalar, ...]
+
+    def at(self, name: str, models: int) -> tuple[float, ...]:
+        """The numbers for one tensor, in the order of models."""
+        scalars = self.scalars * models if len(self.scalars) == 1 else self.scalars
+        return tuple(s.at(name) for s in scalars)
+
+    def row(self, block: Block) -> Array:
+        """The same as float32[models], for the tensor of a block."""
+        return np.array(self.at(block.name, len(block.rows)), np.float32)
+
+
+def each(value: float) -> PerModel:
+    """The same number for every model and tensor."""
+    return PerModel((Scalar(value),))
+
+
+@dataclass(frozen=True)
+class Number:
+    """What a parameter means and which numbers it may be."""
+
+    doc: str
+    low: float = -math.inf
+    high: float = math.inf
+    positive: bool = False
+    whole: bool = False
+
+    def problem(self, value: object) -> str | None:
+        """What is wrong with ``value``; ``None`` when nothing is."""
+        if (
+            isinstance(value, bool)
+            or not isinstance(value, int | float)
+            or not math.isfinite(value)
+        ):
+            return f"{self.doc}; {value!r} is not a number"
+        if self.whole and value != int(value):
+            return f"{self.doc}; {value!r} is not a whole number"
+        low = value <= 0 if self.positive else value < self.low
+        if low or value > self.high:
+            return f"{self.doc}; got {value!r}"
+        return None
+
+
+@dataclass(frozen=True)
+class Choice:
+    """What a parameter with a few named values means."""
+
+    doc: str
+
+
+Weight = Annotated[PerModel, Number("factor on a model's contribution")]
+Density = Annotated[
+    PerModel, Number("density is the share of entries kept, in (0, 1]", high=1, positive=True)
+]
+Scale = Annotated[Scalar, Number("factor on the merged delta (the papers' lambda)")]
+Seed = Annotated[int, Number("seed of the random masks, 0 to 2**63 - 1", 0, 2**63 - 1, whole=True)]
+Scope = Annotated[
+    Literal["global", "layer", "tensor"],
+    Choice("entries compete over all tensors, a layer, a tensor"),
+]
+
+
+class Parameter:
+    """One parameter of a method, read from its signature."""
+
+    def __init__(self, name: str, annotation: Any, default: Any) -> None:
+        kind, self.meta = get_args(annotation)
+        self.name = name
+        self.per_model = kind is PerModel
+        self.per_tensor = kind in (PerModel, Scalar)
+        self.choices: tuple[str, ...] = get_args(kind) if get_origin(kind) is Literal else ()
+        self.flag = kind is bool
+        self.required = default is inspect.Parameter.empty
+        self.default = _plain(default)
+
+    @property
+    def doc(self) -> str:
+        """What it means, in a sentence."""
+        return str(self.meta.doc)
+
+    def problem(self, value: object) -> str | None:
+        """What is wrong with one plain value; ``None`` when nothing is."""
+        if self.flag:
+            return (
+                None if isinstance(value, bool) else f"{self.doc}; {value!r} is not true or false"
+            )
+        if self.choices:
+            if value in self.choices:
+                return None
+            return f"{value!r} is not one of {', '.join(self.choices)}; " + did_you_mean(
+                str(value), self.choices
+            )
+        assert isinstance(self.meta, Number)
+        return self.meta.problem(value)
+
+
+def _plain(default: Any) -> Any:
+    if isinstance(default, PerModel):
+        return default.scalars[0].default
+    return default.default if isinstance(default, Scalar) else default
+
+
+@dataclass(frozen=True)
+class Context:
+    """What ``prepare`` may read."""
+
+    sources: Sources
+    names: Sequence[str]
+    """The tensors that are merged, sorted."""
+    models: tuple[str, ...]
+    """The names by which the recipe knows the models, in the order of rows."""
+    threads: int | None
+    block: int
+    progress: Progress | None
+
+
+def _nothing(context: Context) -> Any:
+    return None
+
+
+def _no_facts(state: Any) -> dict[str, Any]:
+    return {}
+
+
+@dataclass(frozen=True)
+class Merge(Generic[S]):
+    """How several models become one.
+
+    ``combine(block, state)`` fills ``block.out[:block.count]`` from ``block.rows``: the merged delta
+    where ``how`` is DELTA, the merged weight where it is WEIGHT. It sees any slice of any tensor, in
+    any order and in several threads, and must not keep anything between calls.
+    """
+
+    combine: Callable[[Block, S], None]
+    prepare: Callable[[Context], S] = _nothing
+    how: str = DELTA
+    passes: int = 0
+    """How often ``prepare`` reads the models, for estimates."""
+    facts: Callable[[S], dict[str, Any]] = _no_facts
+    """What the report tells of the state: densities reached, ties, ..."""
+
+
+@dataclass(frozen=True)
+class Method:
+    """A line of the table: the function that makes the merge, and what it asks of a recipe."""
+
+    make: Callable[..., Merge[Any]]
+    title: str
+    paper: str
+    """Where it comes from: authors, year, identifier."""
+    needs_base: bool = True
+    least: int = 1
+    most: int | None = None
+    ordered: bool = False
+    """Whether the order of the models matters; where it does not, they are sorted by name."""
+    random: bool = False
+
+    @property
+    def name(self) -> str:
+        """The name in recipes."""
+        return self.make.__name__
+
+    @property
+    def parameters(self) -> dict[str, Parameter]:
+        """The parameters, by name, in the order of the signature."""
+        hints = get_type_hints(self.make, include_extras=True)
+        return {
+            name: Parameter(name, hints[name], parameter.default)
+            for name, parameter in inspect.signature(self.make).parameters.items()
+        }
+
+    @property
+    def equation(self) -> str:
+        """The body of the docstring: what is computed."""
+        return inspect.cleandoc(self.make.__doc__ or "")
+
+
+def settings(
+    method: Method,
+    given: Mapping[str, Any],
+    per_model: Sequence[tuple[str, Mapping[str, Any]]],
+    problems: Problems,
+) -> dict[str, Any]:
+    """Check the parameters of a recipe and give them the types that the method asks for.
+
+    Args:
+        method: the line of the table.
+        given: parameters for all models; a number may be a mapping from patterns to numbers.
+        per_model: name and own parameters of each model, in the order of rows.
+        problems: takes one note for every fault.
+    """
+    known = method.parameters
+    for key in given:
+        if key not in known:
+            hint = did_you_mean(key, list(known))
+            problems.add(RecipeError, f"parameters: {method.name} has no {key!r}; {hint}")
+    own = [p for p in known.values() if p.per_model]
+    for model, values in per_model:
+        for key in values:
+            if key not in {p.name for p in own}:
+                hint = did_you_mean(key, ["path", *(p.name for p in own)])
+                problems.add(RecipeError, f"models.{model}: unknown key {key!r}; {hint}")
+    found: dict[str, Any] = {}
+    for name, parameter in known.items():
+        if parameter.per_model:
+            values = [(f"models.{m}.{name}", v[name]) if name in v else
+                      (f"parameters.{name}", given.get(name, parameter.default))
+                      for m, v in per_model]  # fmt: skip
+            found[name] = PerModel(tuple(_scalar(parameter, v, w, problems) for w, v in values))
+        else:
+            value = given.get(name, parameter.default)
+            where = f"parameters.{name}"
+            if parameter.per_tensor:
+                found[name] = _scalar(parameter, value, where, problems)
+            else:
+                _check(parameter, value, where, problems)
+                found[name] = value
+    return found
+
+
+def _check(parameter: Parameter, value: object, where: str, problems: Problems) -> bool:
+    problem = parameter.problem(value)
+    if problem is not None:
+        problems.add(RecipeError, f"{where}: {problem}")
+    return problem is None
+
+
+def _scalar(parameter: Parameter, value: object, where: str, problems: Problems) -> Scalar:
+    if not isinstance(value, Mapping):
+        return Scalar(float(value)) if _check(parameter, value, where, problems) else Scalar(1.0)  # type: ignore[arg-type]
+    rules = []
+    for pattern, number in value.items():
+        if _check(parameter, number, f"{where}[{pattern!r}]", problems):
+            rules.append((str(pattern), float(number)))
+    default = next((v for p, v in rules if p == "*"), parameter.default)
+    return Scalar(float(default), tuple(rules))

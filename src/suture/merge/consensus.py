@@ -1,0 +1,39 @@
+"""Keep what several tasks agree is theirs (TALL masks)."""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+from suture import kernels
+from suture.merge.base import Merge, Number, PerModel, Scalar, Scale, Weight, each
+from suture.merge.ties import scaled
+from suture.stream import Block
+
+Bound = Annotated[
+    PerModel, Number("how many times the others' sum an entry must reach (lambda_t)", low=0)
+]
+Tasks = Annotated[int, Number("how many masks must hold an entry for it to be kept", 0, whole=True)]
+
+
+def consensus(
+    *,
+    weight: Weight = each(1.0),
+    tall_threshold: Bound = each(0.4),
+    min_tasks: Tasks = 2,
+    scale: Scale = Scalar(1.0),
+) -> Merge[None]:
+    r"""Add task vectors, but only where at least ``min_tasks`` tasks find their part important.
+
+    With :math:`\tau = \sum_i w_i \tau_i` and masks :math:`m_i = 1[|w_i \tau_i| \ge \lambda_i |\tau -
+    w_i \tau_i|]`: :math:`\theta = \theta_0 + \alpha\, 1[\sum_i m_i \ge k] \odot \tau`. ``min_tasks: 0``
+    is task arithmetic, ``min_tasks: 1`` only drops what no task claims.
+    """
+
+    def combine(block: Block, _: None) -> None:
+        bounds = tall_threshold.row(block)
+        kernels.consensus(
+            block.rows, weight.row(block), bounds, min_tasks, 0, block.count, block.out
+        )
+        scaled(block, scale)
+
+    return Merge(combine)

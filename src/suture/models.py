@@ -1,0 +1,321 @@
+"""A checkpoint folder as a model with its tokenizer, and back; the only importer of transformers.
+
+Nothing here downloads, unpickles or runs code that came with a checkpoint. Models are thin
+``nn.Module``s with one plain ``forward``, so that the rest of the library needs no transformers:
+
+- ``Encoder``: token ids to one vector a text (masked mean of the last layer)
+- ``LanguageModel``: token ids to next-token logits
+- ``Classifier``: an encoder and a linear head; the head is saved beside, never merged
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Generic, NamedTuple, Protocol, TypeVar
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+from suture.errors import CheckpointError, MissingExtraError, OutputError
+
+try:
+    import transformers
+except ImportError as error:
+    raise MissingExtraError("loading a model", "models") from error
+
+
+class Tokenizer(Protocol):
+    """The part of a tokenizer that the library uses."""
+
+    @property
+    def pad_token_id(self) -> int | None:
+        """The id that fills short rows, if there is one."""
+
+    def __call__(self, text: list[str], *, truncation: bool, max_length: int) -> Any:
+        """Token ids of every text, under the key ``input_ids``."""
+
+    def save_pretrained(self, save_directory: str) -> Any:
+        """Write the tokenizer files into a folder."""
+
+
+class Tokens(Protocol):
+    """A padded batch: what a model reads, and which rows of the data it holds."""
+
+    @property
+    def input_ids(self) -> Tensor:
+        """Token ids, ``(batch, length)`` int64."""
+
+    @property
+    def attention_mask(self) -> Tensor:
+        """1 for a token, 0 for padding, ``(batch, length)`` int64."""
+
+    @property
+    def rows(self) -> Sequence[int]:
+        """The positions of these rows in the data."""
+
+
+class Encoder(nn.Module):
+    """A transformer that gives every text one vector: the masked mean of its last layer."""
+
+    def __init__(self, backbone: nn.Module) -> None:
+        super().__init__()
+        self.backbone = backbone
+
+    @property
+    def dim(self) -> int:
+        """Length of a vector."""
+        return int(self.backbone.config.hidden_size)  # type: ignore[union-attr, arg-type]
+
+    def forward(self, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
+        """Vectors ``(batch, dim)`` of token ids ``(batch, length)``; padding has no influence."""
+        hidden = self.backbone(input_ids=input_ids, attention_mask=attention_mask)
+        return masked_mean(hidden.last_hidden_state, attention_mask)
+
+
+class LanguageModel(nn.Module):
+    """A causal language model that gives every position the logits of the next token."""
+
+    def __init__(self, backbone: nn.Module) -> None:
+        super().__init__()
+        self.backbone = backbone
+
+    def forward(self, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
+        """Logits ``(batch, length, vocabulary)`` of token ids ``(batch, length)``."""
+        logits: Tensor = self.backbone(input_ids=input_ids, attention_mask=attention_mask).logits
+        return logits
+
+
+@dataclass(frozen=True, eq=False)
+class Head:
+    """The linear read-out of one task; every task keeps its own, and no merge touches it."""
+
+    labels: tuple[str, ...]
+    """Class names, in the order of the rows of ``weight``."""
+    weight: Tensor
+    """``(classes, dim)`` float32."""
+    bias: Tensor
+    """``(classes,)`` float32."""
+
+
+class Classifier(nn.Module):
+    """An encoder with a linear head on top.
+
+    The head is frozen unless ``train_head`` is set, so that after fine-tuning the whole difference
+    between two classifiers lies in their encoders.
+    """
+
+    def __init__(self, encoder: Encoder, head: Head, *, train_head: bool = False) -> None:
+        super().__init__()
+        classes, dim = head.weight.shape
+        self.labels = head.labels
+        self.encoder = encoder
+        self.linear = nn.Linear(dim, classes, device=head.weight.device)
+        with torch.no_grad():
+            self.linear.weight.copy_(head.weight)
+            self.linear.bias.copy_(head.bias)
+        self.linear.requires_grad_(train_head)
+
+    def forward(self, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
+        """Logits ``(batch, classes)`` of token ids ``(batch, length)``."""
+        logits: Tensor = self.linear(self.encoder(input_ids, attention_mask))
+        return logits
+
+    def head(self) -> Head:
+        """The head as a value of its own, on the CPU."""
+        weight, bias = self.linear.weight.detach().cpu(), self.linear.bias.detach().cpu()
+        return Head(self.labels, weight.clone(), bias.clone())
+
+
+def masked_mean(hidden: Tensor, attention_mask: Tensor) -> Tensor:
+    """Mean over the tokens that are not padding.
+
+    ``hidden`` is ``(batch, length, dim)``, ``attention_mask`` ``(batch, length)``; the result is
+    ``(batch, dim)``. A row without any token gives zeros, not NaN.
+    """
+    mask = attention_mask.unsqueeze(-1).to(hidden.dtype)
+    return (hidden * mask).sum(1) / mask.sum(1).clamp(min=1)
+
+
+@torch.inference_mode()
+def embed(encoder: Encoder, batches: Iterable[Tokens], *, device: str = "cpu") -> Tensor:
+    """Vectors ``(n, dim)`` of all rows on the CPU in float32, in the order of the data.
+
+    The batches may come in any order, but every row once. The model is left in the mode it was in.
+    """
+    with evaluating(encoder):
+        rows: list[int] = []
+        vectors: list[Tensor] = []
+        for batch in batches:
+            out = encoder(batch.input_ids.to(device), batch.attention_mask.to(device))
+            vectors.append(out.float().cpu())
+            rows.extend(batch.rows)
+    if not rows:
+        return torch.zeros(0, encoder.dim)
+    result = torch.cat(vectors)
+    ordered = torch.empty_like(result)
+    ordered[torch.tensor(rows)] = result
+    return ordered
+
+
+@contextmanager
+def evaluating(model: nn.Module) -> Iterator[None]:
+    """Switch dropout and the like off inside, and back to what it was afterwards."""
+    was_training = model.training
+    model.eval()
+    try:
+        yield
+    finally:
+        model.train(was_training)
+
+
+# -- folders ---------------------------------------------------------------------------------------
+
+M = TypeVar("M", bound=nn.Module)
+
+
+class Loaded(NamedTuple, Generic[M]):
+    """A model and the tokenizer that stands in the same folder."""
+
+    model: M
+    tokenizer: Tokenizer
+
+
+def load_encoder(
+    folder: Path, *, device: str = "cpu", dtype: torch.dtype | None = None
+) -> Loaded[Encoder]:
+    """Load an encoder folder; ``dtype`` is that of the files unless given.
+
+    A pooling layer that the files lack is left out, because the masked mean does not use it.
+
+    Raises:
+        CheckpointError: the folder is not a readable safetensors checkpoint, or lacks weights.
+    """
+    backbone = _load(transformers.AutoModel, folder, device=device, dtype=dtype)
+    return Loaded(Encoder(backbone), load_tokenizer(folder))
+
+
+def load_language_model(
+    folder: Path, *, device: str = "cpu", dtype: torch.dtype | None = None
+) -> Loaded[LanguageModel]:
+    """Load a causal language model folder; ``dtype`` is that of the files unless given.
+
+    Raises:
+        CheckpointError: the folder is not a readable safetensors checkpoint, or lacks weights.
+    """
+    backbone = _load(transformers.AutoModelForCausalLM, folder, device=device, dtype=dtype)
+    return Loaded(LanguageModel(backbone), load_tokenizer(folder))
+
+
+def load_tokenizer(folder: Path) -> Tokenizer:
+    """Load the tokenizer of a folder.
+
+    Raises:
+        CheckpointError: there is none, or it cannot be read.
+    """
+    with _explained(folder, "tokenizer"):
+        tokenizer: Tokenizer = transformers.AutoTokenizer.from_pretrained(
+            folder, local_files_only=True, trust_remote_code=False
+        )
+    return tokenizer
+
+
+def save_model(model: Encoder | LanguageModel, tokenizer: Tokenizer, out: Path) -> None:
+    """Write weights (safetensors), configuration and tokenizer as one folder, whole or not at all.
+
+    Buffers that transformers can compute again, such as position numbers, are not written.
+
+    Raises:
+        OutputError: ``out`` exists already, or cannot be written.
+    """
+    if out.exists():
+        raise OutputError(f"{out} exists already; remove it or choose another place")
+    partial = out.with_name(f".{out.name}.partial")
+    shutil.rmtree(partial, ignore_errors=True)
+    try:
+        partial.mkdir(parents=True)
+        with _quiet():
+            model.backbone.save_pretrained(str(partial))  # type: ignore[operator]
+            tokenizer.save_pretrained(str(partial))
+        partial.replace(out)
+    except OSError as error:
+        shutil.rmtree(partial, ignore_errors=True)
+        raise OutputError(f"{out}: cannot be written: {error}") from error
+
+
+def save_head(head: Head, path: Path) -> None:
+    """Write a head as one safetensors file: ``weight``, ``bias``, the labels in its metadata."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial = path.with_name(f".{path.name}.partial")
+    tensors = {"weight": head.weight.contiguous(), "bias": head.bias.contiguous()}
+    save_file(tensors, partial, {"labels": json.dumps(head.labels)})
+    partial.replace(path)
+
+
+def load_head(path: Path, *, device: str = "cpu") -> Head:
+    """Read a head that ``save_head`` wrote.
+
+    Raises:
+        CheckpointError: the file is missing or holds no head.
+    """
+    try:
+        with safe_open(path, "pt", device=device) as file:
+            labels = tuple(json.loads(file.metadata()["labels"]))
+            head = Head(labels, file.get_tensor("weight"), file.get_tensor("bias"))
+    except (OSError, SafetensorError, KeyError, TypeError, ValueError) as error:
+        raise CheckpointError(f"{path}: not a head saved by Suture: {error}") from error
+    if head.weight.ndim != 2 or len(labels) != len(head.weight) or len(labels) != len(head.bias):
+        raise CheckpointError(f"{path}: {len(labels)} labels for weights {head.weight.shape}")
+    return head
+
+
+def _load(kind: Any, folder: Path, *, device: str, dtype: torch.dtype | None) -> nn.Module:
+    if not (folder / "config.json").is_file():
+        raise CheckpointError(f"{folder}: not a model folder: it has no config.json")
+    with _quiet(), _explained(folder, "model"):
+        model, info = kind.from_pretrained(
+            folder,
+            dtype="auto" if dtype is None else dtype,
+            local_files_only=True,
+            use_safetensors=True,
+            trust_remote_code=False,
+            output_loading_info=True,
+        )
+    missing = sorted(info["missing_keys"])
+    if missing and all(name.startswith("pooler.") for name in missing):
+        model.pooler, missing = None, []
+    if missing:
+        shown = ", ".join(missing[:5]) + (f" and {len(missing) - 5} more" if missing[5:] else "")
+        raise CheckpointError(f"{folder}: weights are missing: {shown}")
+    loaded: nn.Module = model.to(device)
+    return loaded.eval()
+
+
+@contextmanager
+def _explained(folder: Path, what: str) -> Iterator[None]:
+    try:
+        yield
+    except (OSError, ValueError, KeyError, RuntimeError, SafetensorError) as error:
+        first = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        raise CheckpointError(f"{folder}: its {what} cannot be loaded: {first}") from error
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """Silence the progress bars and notices of transformers inside."""
+    log: Any = transformers.utils.logging
+    level, bars = log.get_verbosity(), log.is_progress_bar_enabled()
+    log.set_verbosity_error()
+    log.disable_progress_bar()
+    try:
+        yield
+    finally:
+        log.set_verbosity(level)
+        if bars:
+            log.enable_progress_bar()

@@ -1,0 +1,487 @@
+"""Recipes: YAML read once into frozen types, every fault found before anything is opened.
+
+Two languages are read. Suture's own has ``method`` at the top; one with ``merge_method`` is a
+mergekit recipe, which is translated into the other with mergekit's own per-tensor semantics.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from suture.errors import Problems, RecipeError, SutureError, did_you_mean
+from suture.merge import Method, method, settings
+from suture.roles import ParamSpace
+from suture.spec import WORD_OF, bytes_from, dtype_named
+from suture.writer import SHARD_SIZE
+
+RECIPE_LIMIT = 1 << 20
+"""Bytes a recipe may have."""
+
+
+@dataclass(frozen=True)
+class Policy:
+    """What to do where the models do not hold the same tensors."""
+
+    missing: str = "error"
+    """A model lacks a tensor: ``error``, or ``base`` to take it from the base."""
+    extra: str = "error"
+    """A model has one more: ``error``, or ``drop``."""
+    buffers: str = "equal"
+    """Integer and boolean tensors: ``equal`` in all models or an error, or those of the ``base``."""
+
+
+POLICIES = {
+    "missing": ("error", "base"),
+    "extra": ("error", "drop"),
+    "buffers": ("equal", "base"),
+}
+
+
+@dataclass(frozen=True)
+class ModelEntry:
+    """One model of a recipe."""
+
+    path: str
+    parameters: Mapping[str, Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """A merge, as data: what went through ``read_recipe`` has only known keys and checked values."""
+
+    method: Method
+    models: Mapping[str, ModelEntry]
+    base: str | None = None
+    parameters: Mapping[str, Any] = field(default_factory=dict)
+    space: ParamSpace = ParamSpace()
+    policy: Policy = Policy()
+    dtype: str | None = None
+    """The dtype of floating tensors of the output; ``None`` keeps that of the base."""
+    shard_size: int = SHARD_SIZE
+    folder: Path = Path()
+    """Where relative paths start."""
+    notes: tuple[str, ...] = ()
+    """What a reader of the recipe should know: options that were accepted and do nothing, ..."""
+    fingerprints: Mapping[str, str] = field(default_factory=dict)
+    """What the inputs must have, when the recipe is the provenance of an earlier output."""
+
+    @property
+    def settings(self) -> dict[str, Any]:
+        """The parameters in the types that the method asks for."""
+        problems = Problems()
+        found = settings(self.method, self.parameters, self._own, problems)
+        problems.raise_if_any()
+        return found
+
+    @property
+    def _own(self) -> list[tuple[str, Mapping[str, Any]]]:
+        return [(name, entry.parameters) for name, entry in self.models.items()]
+
+    def resolved(self) -> dict[str, Any]:
+        """The recipe with every default written out, as plain data that can be read again."""
+        known = self.method.parameters
+        shared = {n: self.parameters.get(n, p.default) for n, p in known.items()}
+        return {
+            "base": self.base,
+            "models": {n: {"path": e.path, **e.parameters} for n, e in self.models.items()},
+            "method": self.method.name,
+            "parameters": shared,
+            "space": {"include": list(self.space.include), "exclude": list(self.space.exclude)},
+            "policy": {k: getattr(self.policy, k) for k in POLICIES},
+            "output": {
+                "dtype": None if self.dtype is None else WORD_OF[self.dtype],
+                "shard_size": self.shard_size,
+            },
+        }
+
+
+class _Loader(yaml.SafeLoader):
+    """YAML 1.1, but 1e-3 is a number and a key that stands twice is an error."""
+
+
+_Loader.add_implicit_resolver(
+    "tag:yaml.org,2002:float", re.compile(r"[-+]?\d+(\.\d*)?[eE][-+]?\d+$"), list("-+0123456789")
+)
+
+
+def _mapping(loader: _Loader, node: yaml.MappingNode) -> dict[Any, Any]:
+    found: dict[Any, Any] = {}
+    for key_node, value_node in node.value:
+        key = loader.construct_object(key_node, deep=True)  # type: ignore[no-untyped-call]
+        try:
+            twice = key in found
+        except TypeError:
+            raise RecipeError(f"line {key_node.start_mark.line + 1}: a key must be a word") from None
+        if twice:
+            raise RecipeError(f"line {key_node.start_mark.line + 1}: the key {key!r} stands twice")
+        found[key] = loader.construct_object(value_node, deep=True)  # type: ignore[no-untyped-call]
+    return found
+
+
+_Loader.add_constructor("tag:yaml.org,2002:map", _mapping)
+
+
+def parse_yaml(text: str, where: str) -> dict[str, Any]:
+    """Read a YAML mapping.
+
+    Raises:
+        RecipeError: it is not YAML, not a mapping, or a key stands twice.
+    """
+    try:
+        found = yaml.load(text, Loader=_Loader)  # noqa: S506  a SafeLoader
+    except RecipeError as error:
+        raise RecipeError(f"{where}: {error}") from None
+    except (yaml.YAMLError, RecursionError, ValueError) as error:
+        reason = " ".join(str(error).split()) or "nested too deeply"
+        raise RecipeError(f"{where}: not valid YAML: {reason}") from None
+    if not isinstance(found, dict) or not all(isinstance(k, str) for k in found):
+        raise RecipeError(f"{where}: a recipe is a mapping with keys such as base, models, method")
+    return found
+
+
+def read_recipe(source: Path | Mapping[str, Any], folder: Path | None = None) -> Recipe:
+    """Read a recipe file, the ``suture.json`` of an earlier output, or a mapping.
+
+    Args:
+        source: the file, or what stands in it.
+        folder: where relative paths start; by default the file's folder or the current one.
+
+    Raises:
+        RecipeError: everything that is wrong with it, at once.
+    """
+    if isinstance(source, Mapping):
+        return _from_raw(dict(source), "recipe", folder or Path())
+    try:
+        if source.is_dir():
+            raise RecipeError(f"{source}: is a folder; a recipe is a YAML file")
+        if source.stat().st_size > RECIPE_LIMIT and source.suffix != ".json":
+            raise RecipeError(f"{source}: too large for a recipe")
+        text = source.read_text(encoding="utf-8")
+    except OSError as error:
+        raise RecipeError(f"{source}: {error.strerror}") from None
+    except UnicodeDecodeError:
+        raise RecipeError(f"{source}: not a text file") from None
+    folder = folder or source.parent
+    if source.suffix == ".json":
+        return _from_provenance(text, source, folder)
+    return _from_raw(parse_yaml(text, str(source)), str(source), folder)
+
+
+def _from_provenance(text: str, source: Path, folder: Path) -> Recipe:
+    try:
+        found = json.loads(text)
+    except ValueError as error:
+        raise RecipeError(f"{source}: not valid JSON: {error}") from None
+    if not isinstance(found, dict) or not isinstance(found.get("recipe"), dict):
+        raise RecipeError(f"{source}: holds no recipe; give the suture.json of a merged model")
+    recipe = _from_raw(found["recipe"], str(source), folder)
+    prints = {k: v["fingerprint"] for k, v in found.get("inputs", {}).items()}
+    return Recipe(**{**recipe.__dict__, "fingerprints": prints})
+
+
+def _from_raw(raw: dict[str, Any], where: str, folder: Path) -> Recipe:
+    problems = Problems()
+    recipe = None
+    with problems.collecting():
+        if "merge_method" in raw:
+            recipe = _Mergekit(raw, problems).recipe(folder)
+        else:
+            recipe = _native(raw, problems, folder)
+    if recipe is not None:
+        settings(recipe.method, recipe.parameters, recipe._own, problems)
+        _check_models(recipe, problems)
+    try:
+        problems.raise_if_any()
+    except SutureError as error:
+        error.add_note(f"in {where}")
+        raise
+    assert recipe is not None
+    return recipe
+
+
+KEYS = ("base", "models", "method", "parameters", "space", "policy", "output")
+
+
+def _native(raw: dict[str, Any], problems: Problems, folder: Path) -> Recipe | None:
+    _known(raw, KEYS, "", problems)
+    found = None
+    name = raw.get("method")
+    if not isinstance(name, str):
+        problems.add(RecipeError, "method: missing; `suture methods` lists them")
+    else:
+        with problems.collecting():
+            found = method(name)
+    base = raw.get("base")
+    if base is not None and not isinstance(base, str):
+        problems.add(RecipeError, f"base: a path or hub id, not {base!r}")
+    models = _models(raw.get("models"), problems)
+    parameters = _section(raw, "parameters", problems)
+    space = _space(_section(raw, "space", problems), problems)
+    policy = _policy(_section(raw, "policy", problems), problems)
+    output = _section(raw, "output", problems)
+    _known(output, ("dtype", "shard_size"), "output: ", problems)
+    dtype, shard_size = None, SHARD_SIZE
+    with problems.collecting():
+        dtype = None if output.get("dtype") is None else dtype_named(str(output["dtype"]))
+    with problems.collecting():
+        shard_size = bytes_from(output.get("shard_size", SHARD_SIZE))
+    if found is None:
+        return None
+    return Recipe(found, models, base if isinstance(base, str) else None, parameters, space, policy,
+                  dtype, shard_size, folder)  # fmt: skip
+
+
+def _known(raw: Mapping[str, Any], keys: Sequence[str], where: str, problems: Problems) -> None:
+    for key in raw:
+        if key not in keys:
+            problems.add(RecipeError, f"{where}unknown key {key!r}; {did_you_mean(str(key), keys)}")
+
+
+def _section(raw: Mapping[str, Any], key: str, problems: Problems) -> dict[str, Any]:
+    found = raw.get(key)
+    if found is None:
+        return {}
+    if not isinstance(found, Mapping):
+        problems.add(RecipeError, f"{key}: a mapping, not {found!r}")
+        return {}
+    return {str(k): v for k, v in found.items()}
+
+
+def _models(raw: object, problems: Problems) -> dict[str, ModelEntry]:
+    if isinstance(raw, list) and all(isinstance(m, str) for m in raw):
+        raw = {_short(path, raw): path for path in raw}
+    if not isinstance(raw, Mapping) or not raw:
+        problems.add(RecipeError, "models: a mapping from names to paths, with at least one model")
+        return {}
+    found = {}
+    for name, entry in raw.items():
+        entry = {"path": entry} if isinstance(entry, str) else entry
+        if not isinstance(entry, Mapping) or not isinstance(entry.get("path"), str):
+            problems.add(RecipeError, f"models.{name}: a path, or a mapping with a path, not {entry!r}")
+            continue
+        if str(name) == "base" or not str(name).isprintable():
+            problems.add(RecipeError, f"models: {name!r} cannot be the name of a model")
+        own = {str(k): v for k, v in entry.items() if k != "path"}
+        found[str(name)] = ModelEntry(entry["path"], own)
+    return found
+
+
+def _short(path: str, all_paths: Sequence[str]) -> str:
+    """A name for a model that has only a path: its last part, or all of it where that is not enough."""
+    last = Path(path).name.partition("@")[0] or path
+    same = [p for p in all_paths if (Path(p).name.partition("@")[0] or p) == last]
+    return last if len(same) == 1 and last != "base" else path
+
+
+def _words(value: object, where: str, problems: Problems) -> tuple[str, ...]:
+    words = [value] if isinstance(value, str) else value
+    if not isinstance(words, list) or not all(isinstance(w, str) for w in words):
+        problems.add(RecipeError, f"{where}: a list of roles or name patterns, not {value!r}")
+        return ()
+    return tuple(words)
+
+
+def _space(raw: dict[str, Any], problems: Problems) -> ParamSpace:
+    _known(raw, ("include", "exclude"), "space: ", problems)
+    default = ParamSpace()
+    include = _words(raw.get("include", list(default.include)), "space.include", problems)
+    exclude = _words(raw.get("exclude", list(default.exclude)), "space.exclude", problems)
+    return ParamSpace(include, exclude)
+
+
+def _policy(raw: dict[str, Any], problems: Problems) -> Policy:
+    _known(raw, list(POLICIES), "policy: ", problems)
+    for key, choices in POLICIES.items():
+        if key in raw and raw[key] not in choices:
+            hint = did_you_mean(str(raw[key]), choices)
+            problems.add(RecipeError, f"policy.{key}: {raw[key]!r} is not known; {hint}")
+    return Policy(**{k: v for k, v in raw.items() if k in POLICIES and v in POLICIES[k]})
+
+
+def _check_models(recipe: Recipe, problems: Problems) -> None:
+    how, number = recipe.method, len(recipe.models)
+    if how.needs_base and recipe.base is None:
+        problems.add(RecipeError, f"base: {how.name} works on differences to a base; name one")
+    if recipe.models and number < how.least:
+        problems.add(RecipeError, f"models: {how.name} takes {how.least}, not {number}")
+    if how.most is not None and number > how.most:
+        problems.add(RecipeError, f"models: {how.name} takes {how.most}, not {number}")
+    if recipe.policy.missing == "base" and recipe.base is None:
+        problems.add(RecipeError, "policy.missing: base needs a base")
+
+
+_MERGEKIT_LATER = (
+    "slices", "modules", "tokenizer", "tokenizer_source", "chat_template",
+)  # fmt: skip
+_MERGEKIT_KEYS = ("models", "merge_method", "base_model", "dtype", "out_dtype", "parameters")
+_MERGEKIT_METHODS = {
+    "linear": {"weight", "normalize"},
+    "task_arithmetic": {"weight", "normalize", "lambda"},
+    "ties": {"weight", "density", "normalize", "lambda", "rescale"},
+    "dare_linear": {"weight", "density", "normalize", "lambda", "rescale"},
+    "dare_ties": {"weight", "density", "normalize", "lambda", "rescale"},
+    "slerp": {"t"},
+}
+_MERGEKIT_LATER_METHODS = (
+    "nuslerp", "multislerp", "karcher", "nearswap", "breadcrumbs", "breadcrumbs_ties", "della",
+    "della_linear", "sce", "model_stock", "ram", "ramplus_tl", "arcee_fusion", "passthrough",
+)  # fmt: skip
+_OWN = ("weight", "density")
+
+
+class _Mergekit:
+    """Translates a mergekit recipe; what is not supported yet is refused by name."""
+
+    def __init__(self, raw: dict[str, Any], problems: Problems) -> None:
+        self.raw, self.problems = raw, problems
+        self.notes: list[str] = []
+        name = raw["merge_method"]
+        self.name = name if isinstance(name, str) else str(name)
+
+    def refuse(self, text: str) -> None:
+        self.problems.add(RecipeError, text)
+
+    def recipe(self, folder: Path) -> Recipe | None:
+        """The recipe in Suture's terms; ``None`` where the method is unknown."""
+        for key in self.raw:
+            if key in _MERGEKIT_LATER and not (
+                key == "tokenizer_source" and self.raw[key] in ("base", None)
+            ):
+                self.refuse(f"{key}: mergekit's {key} is not supported yet")
+        _known({k: v for k, v in self.raw.items() if k not in _MERGEKIT_LATER}, _MERGEKIT_KEYS, "",
+               self.problems)  # fmt: skip
+        if self.name not in _MERGEKIT_METHODS:
+            if self.name in _MERGEKIT_LATER_METHODS:
+                self.refuse(f"merge_method: mergekit's {self.name} is not supported yet")
+            else:
+                hint = did_you_mean(self.name, [*_MERGEKIT_METHODS, *_MERGEKIT_LATER_METHODS])
+                self.refuse(f"merge_method: no method {self.name!r}; {hint}")
+            return None
+        shared = self._parameters(_section(self.raw, "parameters", self.problems), "parameters")
+        entries = self._entries()
+        base = self._path(self.raw["base_model"], "base_model") if self.raw.get("base_model") else None
+        dtype = None
+        with self.problems.collecting():
+            word = self.raw.get("out_dtype") or self.raw.get("dtype")
+            dtype = None if word is None else dtype_named(str(word))
+        return self._translated(base, entries, shared, dtype, folder)
+
+    def _path(self, value: object, where: str) -> str:
+        if isinstance(value, Mapping):  # mergekit's long form: {model: {path: ..., revision: ...}}
+            inner = value.get("model", value)
+            if isinstance(inner, Mapping) and isinstance(inner.get("path"), str):
+                revision = inner.get("revision")
+                return f"{inner['path']}@{revision}" if revision else str(inner["path"])
+        if not isinstance(value, str):
+            self.refuse(f"{where}: a path or hub id, not {value!r}")
+            return ""
+        if "+" in value and not Path(value).exists():
+            self.refuse(f"{where}: {value!r}: base+lora models are not supported yet")
+        return value
+
+    def _entries(self) -> list[tuple[str, dict[str, Any]]]:
+        raw = self.raw.get("models")
+        if not isinstance(raw, list) or not raw:
+            if "slices" not in self.raw and "modules" not in self.raw:
+                self.refuse("models: a list of models, with at least one")
+            return []
+        found = []
+        for number, entry in enumerate(raw):
+            where = f"models[{number}]"
+            if not isinstance(entry, Mapping) or "model" not in entry:
+                self.refuse(f"{where}: a mapping with a model, not {entry!r}")
+                continue
+            _known(entry, ("model", "parameters"), f"{where}: ", self.problems)
+            own = self._parameters(_section(entry, "parameters", self.problems), f"{where}.parameters")
+            found.append((self._path(entry["model"], f"{where}.model"), own))
+        return found
+
+    def _parameters(self, raw: dict[str, Any], where: str) -> dict[str, Any]:
+        known = _MERGEKIT_METHODS[self.name]
+        found = {}
+        for key, value in raw.items():
+            if key == "int8_mask":
+                self.notes.append("int8_mask changes nothing here: masks are never stored")
+            elif key not in known:
+                hint = did_you_mean(key, sorted(known))
+                self.refuse(f"{where}: {self.name} has no {key!r}; {hint}")
+            elif isinstance(value, list | Mapping):
+                kind = "a gradient" if isinstance(value, list) else "a filter"
+                if isinstance(value, list) and any(isinstance(v, Mapping) for v in value):
+                    kind = "a filter"
+                self.refuse(f"{where}.{key}: {kind} is not supported yet; give one number")
+            else:
+                found[key] = value
+        return found
+
+    def _translated(
+        self,
+        base: str | None,
+        entries: list[tuple[str, dict[str, Any]]],
+        shared: dict[str, Any],
+        dtype: str | None,
+        folder: Path,
+    ) -> Recipe:
+        how = method(self.name)
+        paths = [path for path, _ in entries]
+        if how.needs_base or self.name == "slerp":
+            entries = [(path, own) for path, own in entries if path != base]
+        if self.name == "slerp":
+            entries = [(base or "", {}), *entries]
+            if base is None:
+                self.refuse("base_model: slerp starts from the base model; name one")
+        models = {
+            _short(path, paths): ModelEntry(path, self._own(path, own, shared))
+            for path, own in entries
+        }
+        parameters = self._shared(shared)
+        return Recipe(
+            how, models, base if how.needs_base else None, parameters, ParamSpace((), ()), Policy(),
+            dtype, SHARD_SIZE, folder, tuple(dict.fromkeys(self.notes)),
+        )  # fmt: skip
+
+    def _own(self, path: str, own: dict[str, Any], shared: dict[str, Any]) -> dict[str, Any]:
+        both = {**shared, **own}
+        for key in own:
+            if key not in _OWN:
+                self.refuse(f"models: {path}: {key!r} belongs under the recipe's parameters")
+        if self.name == "slerp":
+            return {}
+        if "weight" not in both:
+            self.refuse(f"models: {path}: mergekit's {self.name} needs a weight")
+        known = _MERGEKIT_METHODS[self.name] & set(_OWN)
+        defaults = {"weight": 1.0, "density": 1.0}
+        return {key: both.get(key, defaults[key]) for key in sorted(known)}
+
+    def _shared(self, shared: dict[str, Any]) -> dict[str, Any]:
+        normalize = shared.get("normalize", self.name in ("linear", "ties"))
+        rescale = shared.get("rescale", self.name.startswith("dare"))
+        for key, value in (("normalize", normalize), ("rescale", rescale)):
+            if value not in (True, False):
+                self.refuse(f"parameters.{key}: true or false, not {value!r}")
+        found: dict[str, Any] = {}
+        if "lambda" in shared:
+            found["scale"] = shared["lambda"]
+        if self.name == "slerp":
+            if "t" not in shared:
+                self.refuse("parameters.t: slerp needs a t")
+            return {"t": shared.get("t", 0.5)}
+        if self.name in ("linear", "task_arithmetic", "dare_linear"):
+            found["normalize"] = bool(normalize)
+        else:
+            found["aggregate"] = "weighted_mean" if normalize else "sum"
+            found["zero_sign"] = "positive"
+        if self.name == "ties":
+            found |= {"scope": "tensor", "rounding": "floor"}
+            if rescale:
+                self.refuse("parameters.rescale: rescaling after trimming is not supported yet")
+        elif self.name.startswith("dare"):
+            found["rescale"] = "l1" if rescale else "none"
+        return found

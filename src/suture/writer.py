@@ -1,0 +1,330 @@
+"""Safetensors out: preallocated shards, written in any order from any thread, published whole.
+
+Everything is written into a staging folder beside the output, ``.NAME.suture``::
+
+    model/     the folder to be, shards at their full size from the start
+    journal    one line a finished task, with the digests of what it wrote
+    key        what this staging is for: another recipe or changed inputs start anew
+    lock       held by the process that writes
+
+``publish`` syncs the files and renames ``model`` to the output in one step. A process that is killed
+leaves a staging folder, which the same command picks up: finished tasks whose bytes still have the
+digests of the journal are not done again.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import threading
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from suture.errors import OutputError
+from suture.spec import DTYPES, TensorSpec
+
+try:
+    import fcntl
+except ImportError:  # Windows: two processes on one output are not told apart there
+    fcntl = None  # type: ignore[assignment]
+
+Array = np.ndarray[Any, Any]
+SHARD_SIZE = 5 * 10**9
+_FLUSH = 256 << 20
+
+
+class Shard(NamedTuple):
+    """One file to be: its header, and where each tensor's bytes will start."""
+
+    name: str
+    header: bytes
+    offsets: dict[str, int]
+    size: int
+
+
+def plan_shards(specs: Mapping[str, TensorSpec], limit: int = SHARD_SIZE) -> list[Shard]:
+    """Lay tensors out in shards of at most ``limit`` bytes (a larger tensor stands alone).
+
+    The order is that of names whatever the order of ``specs``, wider dtypes first in each shard so
+    that every tensor is aligned.
+    """
+    groups: list[list[str]] = [[]]
+    room = limit
+    for name in sorted(specs):
+        if groups[-1] and specs[name].nbytes > room:
+            groups.append([])
+            room = limit
+        groups[-1].append(name)
+        room -= specs[name].nbytes
+    total = len(groups)
+    return [
+        _shard("model.safetensors" if total == 1 else f"model-{i:05}-of-{total:05}.safetensors",
+               names, specs)
+        for i, names in enumerate(groups, 1)
+    ]  # fmt: skip
+
+
+def _shard(file: str, names: list[str], specs: Mapping[str, TensorSpec]) -> Shard:
+    names = sorted(names, key=lambda name: (-DTYPES[specs[name].dtype].bits, name))
+    header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
+    starts: dict[str, int] = {}
+    end = 0
+    for name in names:
+        start, end = end, end + specs[name].nbytes
+        starts[name] = start
+        header[name] = {
+            "dtype": specs[name].dtype,
+            "shape": list(specs[name].shape),
+            "data_offsets": [start, end],
+        }
+    text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
+    text += b" " * (-len(text) % 8)
+    head = len(text).to_bytes(8, "little") + text
+    return Shard(file, head, {n: len(head) + s for n, s in starts.items()}, len(head) + end)
+
+
+def index_of(shards: list[Shard], specs: Mapping[str, TensorSpec]) -> str | None:
+    """The index that names the shard of each tensor; ``None`` for a single file."""
+    if len(shards) == 1:
+        return None
+    where = {name: shard.name for shard in shards for name in shard.offsets}
+    total = sum(spec.nbytes for spec in specs.values())
+    found = {"metadata": {"total_size": total}, "weight_map": dict(sorted(where.items()))}
+    return json.dumps(found, indent=2) + "\n"
+
+
+class Writer:
+    """Writes one output folder; see the module for how. Safe from any thread."""
+
+    def __init__(
+        self,
+        out: Path,
+        specs: Mapping[str, TensorSpec],
+        *,
+        key: str,
+        shard_size: int = SHARD_SIZE,
+        overwrite: bool = False,
+        resume: bool = True,
+    ) -> None:
+        self.out = out
+        self.specs = specs
+        self.shards = plan_shards(specs, shard_size)
+        self.overwrite = overwrite
+        self._staging = out.parent / f".{out.name}.suture"
+        self._model = self._staging / "model"
+        self._places = {n: (i, o) for i, s in enumerate(self.shards) for n, o in s.offsets.items()}
+        self._descriptors: list[int] = []
+        self._unsynced = 0
+        self._flusher: threading.Thread | None = None
+        self._lock_file = self._take_lock()
+        try:
+            self.resumed = resume and self._same(key)
+            """Whether a staging folder of an interrupted run of the same merge was found."""
+            if not self.resumed:
+                self._prepare(key)
+            self._open()
+        except OSError as error:
+            self.close()
+            raise OutputError(f"{self._staging}: {error.strerror}") from None
+
+    def _take_lock(self) -> int:
+        try:
+            self._staging.mkdir(parents=True, exist_ok=True)
+            lock = os.open(self._staging / "lock", os.O_RDWR | os.O_CREAT, 0o644)
+        except OSError as error:
+            raise OutputError(f"{self._staging}: cannot write there: {error.strerror}") from None
+        if fcntl is not None:
+            try:
+                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except OSError:
+                os.close(lock)
+                raise OutputError(f"{self.out}: another process is writing it just now") from None
+        return lock
+
+    def _same(self, key: str) -> bool:
+        try:
+            return (self._staging / "key").read_text() == key and all(
+                (self._model / s.name).stat().st_size == s.size for s in self.shards
+            )
+        except OSError:
+            return False
+
+    def _prepare(self, key: str) -> None:
+        (self._staging / "key").unlink(missing_ok=True)
+        (self._staging / "journal").unlink(missing_ok=True)
+        shutil.rmtree(self._model, ignore_errors=True)
+        self._model.mkdir()
+        for shard in self.shards:
+            with (self._model / shard.name).open("wb") as file:
+                file.write(shard.header)
+                file.truncate(shard.size)
+        # The key is written last and in one step: with it, the shards are known to be laid out.
+        fresh = self._staging / "key.new"
+        fresh.write_text(key)
+        fresh.replace(self._staging / "key")
+
+    def _open(self) -> None:
+        self._descriptors = [os.open(self._model / s.name, os.O_RDWR) for s in self.shards]
+        self._journal = os.open(
+            self._staging / "journal", os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644
+        )
+
+    def journal(self) -> list[list[Any]]:
+        """The whole lines of the journal; a line that was cut short is left out."""
+        lines = (self._staging / "journal").read_bytes().split(b"\n")
+        found = []
+        for line in lines[:-1]:
+            try:
+                found.append(json.loads(line))
+            except ValueError:
+                continue
+        return [line for line in found if isinstance(line, list)]
+
+    def record(self, line: list[Any]) -> None:
+        """Append one line to the journal, after the bytes it speaks of were written."""
+        text = b"\n" + json.dumps(line, separators=(",", ":")).encode() + b"\n"
+        try:
+            os.write(self._journal, text)
+        except OSError as error:
+            raise OutputError(f"{self._staging / 'journal'}: {error.strerror}") from None
+
+    def write(self, name: str, start: int, raw: Array) -> None:
+        """Write the bytes ``raw`` (uint8) from element ``start`` of a tensor."""
+        file, offset = self._places[name]
+        offset += start * DTYPES[self.specs[name].dtype].itemsize
+        done = 0
+        try:
+            while done < raw.size:
+                done += _pwrite(self._descriptors[file], raw[done:], offset + done)
+        except OSError as error:
+            raise OutputError(
+                f"{self._model / self.shards[file].name}: {error.strerror}; free some space and run "
+                "the same command again, what is finished is kept"
+            ) from None
+        self._unsynced += raw.size
+        if self._unsynced > _FLUSH:
+            self._flush(file)
+
+    def _flush(self, file: int) -> None:
+        # The disk works while the processor does: the sync at the end then has little left to do.
+        if self._flusher is None or not self._flusher.is_alive():
+            self._unsynced = 0
+            descriptor = self._descriptors[file]
+            self._flusher = threading.Thread(target=_sync, args=(descriptor,), daemon=True)
+            self._flusher.start()
+
+    def read_back(self, name: str, start: int, raw: Array) -> None:
+        """Fill ``raw`` (uint8) with what is written from element ``start`` of a tensor."""
+        file, offset = self._places[name]
+        offset += start * DTYPES[self.specs[name].dtype].itemsize
+        got = os.pread(self._descriptors[file], raw.size, offset)
+        raw[: len(got)] = np.frombuffer(got, np.uint8)
+
+    def add_file(self, name: str, content: bytes | str) -> None:
+        """Put a small file beside the weights."""
+        data = content.encode() if isinstance(content, str) else content
+        try:
+            with (self._model / name).open("wb") as file:
+                file.write(data)
+                file.flush()
+                os.fsync(file.fileno())
+        except OSError as error:
+            raise OutputError(f"{self._model / name}: {error.strerror}") from None
+
+    def publish(self) -> None:
+        """Sync everything and make the folder appear under its name, whole, in one step.
+
+        Raises:
+            OutputError: the disk failed, or something else took the output's name meanwhile.
+        """
+        index = index_of(self.shards, self.specs)
+        if index is not None:
+            self.add_file("model.safetensors.index.json", index)
+        try:
+            if self._flusher is not None:
+                self._flusher.join()
+            for descriptor in self._descriptors:
+                os.fsync(descriptor)
+            _sync_folder(self._model)
+            self._rename()
+            _sync_folder(self.out.parent)
+        except OSError as error:
+            raise OutputError(f"{self.out}: {error.strerror}") from None
+        self.close()
+        shutil.rmtree(self._staging, ignore_errors=True)
+
+    def _rename(self) -> None:
+        if not self.out.exists():
+            self._model.rename(self.out)
+        elif not self.overwrite:
+            raise OutputError(
+                f"{self.out}: appeared while its merge was running; it was left alone"
+            )
+        elif not _exchange(self._model, self.out):
+            old = self._staging / "old"
+            self.out.rename(old)
+            self._model.rename(self.out)
+
+    def discard(self) -> None:
+        """Drop what was staged; nothing of it can be used again."""
+        self.close()
+        shutil.rmtree(self._staging, ignore_errors=True)
+
+    def close(self) -> None:
+        """Close the files and leave the staging folder for the next run to pick up."""
+        if self._flusher is not None:
+            self._flusher.join()
+        for descriptor in [*self._descriptors, getattr(self, "_journal", -1), self._lock_file]:
+            if descriptor >= 0:
+                os.close(descriptor)
+        self._descriptors = []
+        self._journal = self._lock_file = -1
+
+
+def _sync(descriptor: int) -> None:
+    try:
+        getattr(os, "fdatasync", os.fsync)(descriptor)
+    except OSError:
+        return  # the sync in publish() meets the same fault and reports it
+
+
+def _sync_folder(folder: Path) -> None:
+    if os.name == "nt":
+        return
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+if hasattr(os, "pwrite"):
+
+    def _pwrite(descriptor: int, raw: Array, offset: int) -> int:
+        return os.pwrite(descriptor, raw, offset)
+
+else:  # Windows
+    _seek = threading.Lock()
+
+    def _pwrite(descriptor: int, raw: Array, offset: int) -> int:
+        with _seek:
+            os.lseek(descriptor, offset, os.SEEK_SET)
+            return os.write(descriptor, raw)
+
+
+def _exchange(one: Path, other: Path) -> bool:
+    """Swap two folders in one step where the system can (Linux: renameat2)."""
+    import ctypes
+    import sys
+
+    if not sys.platform.startswith("linux"):
+        return False
+    renameat2 = getattr(ctypes.CDLL(None, use_errno=True), "renameat2", None)
+    if renameat2 is None:
+        return False
+    here, exchange = -100, 2
+    return bool(renameat2(here, os.fsencode(one), here, os.fsencode(other), exchange) == 0)
