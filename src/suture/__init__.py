@@ -21,7 +21,7 @@ _HOMES = {
     "Mask": "mask",
     "MergeReport": "run",
     "Merged": "run",
-    "METHODS": "merge",
+    "METHODS": "merges",
     "MismatchError": "errors",
     "NonFiniteError": "errors",
     "OutputError": "errors",

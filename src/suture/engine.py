@@ -14,10 +14,10 @@ from typing import Any
 
 import numpy as np
 
-from suture import kernels
+from suture import kernels, select
 from suture.checkpoint import Checkpoint
 from suture.errors import MismatchError, NonFiniteError, Problems
-from suture.merge import Context, Merge
+from suture.merges import Context, Merge
 from suture.roles import role_of
 from suture.spec import DTYPES, F64, PIECE, WORD_OF, Piece, TensorSpec, listed, pieces_of
 from suture.stream import (
@@ -340,13 +340,11 @@ def checkpoint_fingerprint(checkpoint: Checkpoint, progress: Progress | None = N
 
 def peak_memory(job: Job) -> int:
     """Bytes that a merge holds at most, above the interpreter and the compiled kernels."""
-    from suture import select
-
     models, inputs = len(job.sources.models), len(job.sources.all)
     threads = job.threads or 1
     blocks = job.block * (8 * inputs + 4 * models + 3 * 4 + 8)
-    counting = models * (2 * 4 * kernels.BINS + kernels.BINS + 4 * select._SLOTS * kernels.FINE)
-    shared = models * 8 * (kernels.BINS + select._SLOTS * kernels.FINE)
+    counting = models * (2 * 4 * kernels.BINS + 4 * select.WIDTH)
+    shared = models * 8 * select.WIDTH
     per_thread = 2 * blocks + (counting if job.merge.passes else 0)
     journal = sum(max(1, -(-s.numel // PIECE)) for s in job.specs.values()) * 200 * (inputs + 2)
     return threads * per_thread + shared + journal

@@ -9,7 +9,9 @@ not on the block, the thread or the width of the processor's vectors. Each has a
 Shapes: ``rows`` is float32[k, block] (one row a model), ``out`` float32[block].
 """
 
-# mypy: disable-error-code="misc,no-any-return,no-untyped-def,no-untyped-call,untyped-decorator"
+# mypy: ignore-errors
+#
+# numba compiles this module; its types are those of the machine code, not those mypy knows.
 from __future__ import annotations
 
 from typing import Any
@@ -225,10 +227,9 @@ def finish(base: Array, delta: Array, code: int, count: int, raw: Array, counts:
         short = raw.view(np.uint16)
         for i in range(count):
             new = _float_to_bfloat(base[i] + delta[i])
-            old = _float_to_bfloat(base[i])
-            some = np.uint32(delta[i] != np.float32(0))
-            moved += some
-            lost += some & np.uint32(new == old)
+            some = delta[i] != np.float32(0)
+            moved += np.uint32(some)
+            lost += np.uint32(some & (new == _float_to_bfloat(base[i])))
             wild += np.uint32((new & np.uint16(0x7F80)) == np.uint16(0x7F80))
             short[i] = new
     elif code == F16:
@@ -290,31 +291,52 @@ def weighted_sum(rows: Array, weights: Array, start: int, stop: int, out: Array)
 
 
 @_kernel
-def histogram(row: Array, count: int, coarse: Array, slots: Array, fine: Array) -> None:
-    """Count magnitudes: every one in ``coarse``, and in ``fine`` those whose coarse bin has a slot.
+def count_coarse(row: Array, count: int, coarse: Array) -> None:
+    """Count the upper 16 bits of every magnitude in ``coarse`` uint32[2, BINS].
 
-    ``coarse`` is uint32[2, BINS] (two tables, to be added: neighbours that fall into one bin do
-    not wait for each other), ``slots`` uint8[BINS] holds 1 + the row of ``fine`` uint32[s, FINE].
+    Two tables, to be added: neighbours that fall into one bin do not wait for each other.
     """
     for i in range(count):
         key = _as_bits(row[i]) & np.uint32(0x7FFFFFFF)
-        bin_ = key >> np.uint32(16)
-        coarse[i & 1, bin_] += np.uint32(1)
-        slot = slots[bin_]
-        if slot != np.uint8(0):
-            fine[slot - np.uint8(1), key & np.uint32(0xFFFF)] += np.uint32(1)
+        coarse[i & 1, key >> np.uint32(16)] += np.uint32(1)
 
 
 @_kernel
-def count_keys(row: Array, start: int, stop: int, keys: Array, counts: Array) -> None:
-    """``counts[j] +=`` how many elements have exactly the magnitude whose bits are ``keys[j]``."""
-    part = row[start:stop]
-    for j in range(keys.shape[0]):
-        key = keys[j]
+def gather_bracket(
+    row: Array, count: int, low: int, width: int, inside: Array, found: Array
+) -> None:
+    """Gather the magnitudes around a threshold, in order.
+
+    Keys (bits of magnitudes) from ``low`` up to ``low + width`` go to ``inside`` (uint32[count + 1])
+    less ``low``; ``found`` (int64[2]) becomes how many those are, and how many keys are higher.
+    The gathering has no branch that the processor would have to foresee.
+    """
+    first = np.uint32(low)
+    wide = np.uint32(width)
+    end = np.int64(low) + np.int64(width)
+    above = np.uint32(0)
+    for i in range(count):
+        above += np.uint32(np.int64(_as_bits(row[i]) & np.uint32(0x7FFFFFFF)) >= end)
+    place = 0
+    for i in range(count):
+        key = np.uint32((_as_bits(row[i]) & np.uint32(0x7FFFFFFF)) - first)
+        inside[place] = key
+        place += np.int64(key < wide)
+    found[0] = place
+    found[1] = above
+
+
+@_kernel
+def count_places(inside: Array, count: int, table: Array, guesses: Array, ties: Array) -> None:
+    """Count ``inside[:count]`` in ``table`` (uint32), and in ``ties`` what equals a guess."""
+    for j in range(count):
+        table[inside[j]] += np.uint32(1)
+    for g in range(guesses.size):
+        guess = guesses[g]
         same = np.uint32(0)
-        for i in range(part.size):
-            same += np.uint32((_as_bits(part[i]) & np.uint32(0x7FFFFFFF)) == key)
-        counts[j] += same
+        for j in range(count):
+            same += np.uint32(inside[j] == guess)
+        ties[g] += same
 
 
 @_kernel
@@ -337,7 +359,7 @@ def trim(rows: Array, keys: Array, start: int, stop: int) -> None:
             row[i] = _trimmed(row[i], least)
 
 
-TILE = 2048
+TILE = 1024
 """Elements of the small accumulators inside a kernel: a few of them stay in the first-level cache."""
 
 MEAN, SUM, WEIGHTED_MEAN, MAX = range(4)

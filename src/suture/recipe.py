@@ -16,7 +16,7 @@ from typing import Any
 import yaml
 
 from suture.errors import Problems, RecipeError, SutureError, did_you_mean
-from suture.merge import Method, method, settings
+from suture.merges import Method, method, settings
 from suture.roles import ParamSpace
 from suture.spec import WORD_OF, bytes_from, dtype_named
 from suture.writer import SHARD_SIZE
@@ -118,7 +118,9 @@ def _mapping(loader: _Loader, node: yaml.MappingNode) -> dict[Any, Any]:
         try:
             twice = key in found
         except TypeError:
-            raise RecipeError(f"line {key_node.start_mark.line + 1}: a key must be a word") from None
+            raise RecipeError(
+                f"line {key_node.start_mark.line + 1}: a key must be a word"
+            ) from None
         if twice:
             raise RecipeError(f"line {key_node.start_mark.line + 1}: the key {key!r} stands twice")
         found[key] = loader.construct_object(value_node, deep=True)  # type: ignore[no-untyped-call]
@@ -135,7 +137,7 @@ def parse_yaml(text: str, where: str) -> dict[str, Any]:
         RecipeError: it is not YAML, not a mapping, or a key stands twice.
     """
     try:
-        found = yaml.load(text, Loader=_Loader)  # noqa: S506  a SafeLoader
+        found = yaml.load(text, Loader=_Loader)
     except RecipeError as error:
         raise RecipeError(f"{where}: {error}") from None
     except (yaml.YAMLError, RecursionError, ValueError) as error:
@@ -264,7 +266,9 @@ def _models(raw: object, problems: Problems) -> dict[str, ModelEntry]:
     for name, entry in raw.items():
         entry = {"path": entry} if isinstance(entry, str) else entry
         if not isinstance(entry, Mapping) or not isinstance(entry.get("path"), str):
-            problems.add(RecipeError, f"models.{name}: a path, or a mapping with a path, not {entry!r}")
+            problems.add(
+                RecipeError, f"models.{name}: a path, or a mapping with a path, not {entry!r}"
+            )
             continue
         if str(name) == "base" or not str(name).isprintable():
             problems.add(RecipeError, f"models: {name!r} cannot be the name of a model")
@@ -366,7 +370,9 @@ class _Mergekit:
             return None
         shared = self._parameters(_section(self.raw, "parameters", self.problems), "parameters")
         entries = self._entries()
-        base = self._path(self.raw["base_model"], "base_model") if self.raw.get("base_model") else None
+        base = (
+            self._path(self.raw["base_model"], "base_model") if self.raw.get("base_model") else None
+        )
         dtype = None
         with self.problems.collecting():
             word = self.raw.get("out_dtype") or self.raw.get("dtype")
@@ -399,7 +405,9 @@ class _Mergekit:
                 self.refuse(f"{where}: a mapping with a model, not {entry!r}")
                 continue
             _known(entry, ("model", "parameters"), f"{where}: ", self.problems)
-            own = self._parameters(_section(entry, "parameters", self.problems), f"{where}.parameters")
+            own = self._parameters(
+                _section(entry, "parameters", self.problems), f"{where}.parameters"
+            )
             found.append((self._path(entry["model"], f"{where}.model"), own))
         return found
 

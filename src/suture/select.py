@@ -1,10 +1,10 @@
 """Exact top-k by magnitude over any group of tensors, out of core, in constant memory.
 
 The bits of a float32 magnitude, read as an unsigned integer, have the order of the magnitude: the
-*key*. One sweep counts every key's upper 16 bits. A small sample taken first guesses where the
-threshold will be, so that the same sweep also counts the lower 16 bits around it and how often the
-likeliest tied values occur. Where a guess was wrong, another sweep over those groups settles it;
-the result never depends on the sample. Exactly ``round(density * n)`` entries are kept, ties broken
+*key*. A small sample guesses a bracket of keys around the threshold; one sweep counts the entries
+above the bracket, every key inside it, and how often the likeliest tied keys occur in each block.
+If the threshold is in the bracket, it is known exactly. If not, a sweep over the upper 16 bits of
+all keys finds the right bracket; the result never depends on the sample. Exactly ``round(density * n)`` entries are kept, ties broken
 by position (the order of sorted names, then the order of elements); of a task vector with fewer
 non-zero entries than that, the non-zero ones.
 """
@@ -28,7 +28,8 @@ SCOPES = ("global", "layer", "tensor")
 SAMPLE = 1 << 20
 """At most so many entries of a group are looked at before the sweep, and at most 1 in 64."""
 _RUN = 1024
-_SLOTS = 8
+WIDTH = 1 << 19
+"""Keys in a bracket at most, where they are counted: a table of 2 MB a model and thread."""
 _GUESSES = 6
 _ALONE = 16 * PIECE
 
@@ -97,36 +98,54 @@ class Selection:
         return sum(self.sizes.values())
 
 
+class _Bracket(NamedTuple):
+    """Keys ``low`` to ``low + width`` of one model, and the keys that are likely to be tied."""
+
+    low: int
+    width: int
+    guesses: Array
+
+
 @dataclass
 class _Group:
     key: str
     names: list[str]
     wanted: list[int]
     size: int
-    blocks: int
     models: int
-    bins: list[list[int]] = field(default_factory=list)
-    guesses: list[Array] = field(default_factory=list)
+    blocks: int = 0
+    brackets: list[_Bracket] = field(default_factory=list)
+    """One a model; none yet when all keys have to be counted coarsely."""
+    missed: bool = False
+    """Whether a bracket missed its threshold, so that the next sweep counts coarsely."""
     seen: int = 0
-    coarse: Array | None = None
-    fine: Array | None = None
-    at: dict[int, Array] = field(default_factory=dict)
+    above: Array | None = None
+    counts: list[Array] = field(default_factory=list)
+    """Of the keys in each model's bracket, or of all coarse keys: int64."""
+    ties: dict[int, Array] = field(default_factory=dict)
     """How often each guess occurs in the block that starts at this position: int64[models, G]."""
+    gathered: dict[int, list[Array]] = field(default_factory=dict)
+    """Of a group that one thread saw alone: the keys in the bracket, by block and model."""
     limits: Limits | None = None
-    exact: dict[int, tuple[int, int, int]] = field(default_factory=dict)
-    """Model: key, ties to keep, ties there are; known before the cut is."""
 
-    def add(self, coarse: Array, fine: Array) -> None:
-        """Add one thread's counts: uint32[models, 2, BINS] and uint32[models, slots, FINE]."""
-        if self.coarse is None or self.fine is None:
-            self.coarse = np.zeros((self.models, kernels.BINS), np.int64)
-            self.fine = np.zeros((self.models, _SLOTS, kernels.FINE), np.int64)
-        self.coarse += coarse.sum(1, dtype=np.int64)
-        for model, bins in enumerate(self.bins):
-            self.fine[model, : len(bins)] += fine[model, : len(bins)]
+    @property
+    def alone(self) -> bool:
+        """Whether the group stays in one thread, which keeps the keys instead of counting them."""
+        return self.size <= _ALONE
+
+    def add(self, above: Array, counts: Sequence[Array]) -> None:
+        """Add what one thread has counted."""
+        if self.above is None:
+            self.above = np.zeros(self.models, np.int64)
+            self.counts = [np.zeros(c.size, np.int64) for c in counts]
+        self.above += above
+        for total, more in zip(self.counts, counts, strict=True):
+            total += more
 
     def clear(self) -> None:
-        self.seen, self.coarse, self.fine, self.at = 0, None, None, {}
+        """Make ready for the next sweep."""
+        self.seen, self.above, self.counts = 0, None, []
+        self.ties, self.gathered = {}, {}
 
 
 def group_of(name: str, scope: str) -> str:
@@ -181,7 +200,7 @@ def _grouped(
     where: dict[str, tuple[_Group, int]] = {}
     for key, inside in members.items():
         size = sum(specs[n].numel for n in inside)
-        group = _Group(key, inside, [count(s, size) for s in shares[key]], size, 0, models)
+        group = _Group(key, inside, [count(s, size) for s in shares[key]], size, models)
         offset = 0
         for name in inside:
             where[name] = (group, offset)
@@ -237,62 +256,49 @@ class _Selector:
                 found[model].append(block.rows[model, :count].view(np.uint32) & 0x7FFFFFFF)
         for model in range(group.models):
             keys = np.sort(np.concatenate(found[model]))
-            bins, guesses = _guess(keys, group.wanted[model] / group.size)
-            group.bins.append(bins)
-            group.guesses.append(guesses)
+            limit = 1 << 31 if group.alone else WIDTH
+            group.brackets.append(_guess(keys, group.wanted[model] / group.size, limit))
 
     def resolve(self, group: _Group, block: Block) -> None:
-        """Read the thresholds off the counts, or note what the next sweep has to count."""
-        assert group.coarse is not None
-        assert group.fine is not None
-        limits = _empty_limits(group.models)
-        again = False
-        for model in range(group.models):
-            if model not in group.exact and not self._find_key(group, model):
-                again = True
-                continue
-            key, need, there = group.exact[model]
-            cut = self._find_cut(group, model, key, need, there, block)
-            again = again or cut is None
-            limits.keys[model], limits.tied[model] = key, there
-            limits.cuts[model] = 0 if cut is None else cut
-            limits.kept[model] = self._kept(group, model, key, need)
-        if again:
-            for model in range(group.models):
-                if model in group.exact:
-                    group.guesses[model] = np.array([group.exact[model][0]], np.uint32)
+        """Read the thresholds off the counts, or set what the next sweep over the group counts."""
+        if group.missed:
+            group.brackets = [
+                _coarse_bracket(counts, wanted)
+                for counts, wanted in zip(group.counts, group.wanted, strict=True)
+            ]
+            group.missed = False
         else:
-            group.limits = limits
+            group.limits = self._limits(group, block)
         group.clear()
 
-    def _kept(self, group: _Group, model: int, key: int, need: int) -> int:
-        if key == 0:
-            assert group.coarse is not None
-            return group.wanted[model] - need
-        return group.wanted[model]
+    def _limits(self, group: _Group, block: Block) -> Limits | None:
+        assert group.above is not None
+        limits = _empty_limits(group.models)
+        brackets = list(group.brackets)
+        for model, bracket in enumerate(group.brackets):
+            wanted = group.wanted[model]
+            if wanted == 0:
+                limits.keys[model] = _NOTHING
+                continue
+            above = int(group.above[model])
+            found = _rank(group, model, wanted - above)
+            if found is None:
+                group.missed = True
+                return None
+            place, over, there = found
+            key, over = bracket.low + place, over + above
+            cut = self._cut(group, model, key, wanted - over, there, block)
+            if cut is None:
+                brackets[model] = bracket._replace(guesses=np.array([key], np.uint32))
+                continue
+            limits.keys[model], limits.tied[model], limits.cuts[model] = key, there, cut
+            limits.kept[model] = over if key == 0 else wanted
+        if any(new is not old for new, old in zip(brackets, group.brackets, strict=True)):
+            group.brackets = brackets
+            return None
+        return limits
 
-    def _find_key(self, group: _Group, model: int) -> bool:
-        """Set ``group.exact``; if the lower bits were not counted where needed, ask for them."""
-        assert group.coarse is not None
-        assert group.fine is not None
-        wanted = group.wanted[model]
-        above = np.cumsum(group.coarse[model][::-1])[::-1]  # entries in this bin or a higher one
-        bin_ = int(np.searchsorted(-above, -wanted, side="right")) - 1
-        higher = int(above[bin_ + 1]) if bin_ + 1 < kernels.BINS else 0
-        if wanted == 0:
-            group.exact[model] = (0x7FFFFFFF, 0, 0)
-            return True
-        if bin_ not in group.bins[model]:
-            group.bins[model] = [bin_]
-            return False
-        counts = group.fine[model, group.bins[model].index(bin_)]
-        from_top = np.cumsum(counts[::-1], dtype=np.int64)[::-1] + higher
-        low = int(np.searchsorted(-from_top, -wanted, side="right")) - 1
-        over = int(from_top[low + 1]) if low + 1 < kernels.FINE else higher
-        group.exact[model] = (bin_ << 16 | low, wanted - over, int(counts[low]))
-        return True
-
-    def _find_cut(
+    def _cut(
         self, group: _Group, model: int, key: int, need: int, there: int, block: Block
     ) -> int | None:
         """The position before which ties are kept; ``None`` if they must be counted first."""
@@ -300,11 +306,15 @@ class _Selector:
             return 0  # a zero delta is never kept
         if need >= there:
             return group.size
-        column = np.flatnonzero(group.guesses[model] == key)
-        if not column.size:
+        column = np.flatnonzero(group.brackets[model].guesses == key)
+        if not column.size and not group.alone:
             return None
-        for position in sorted(group.at):
-            ties = int(group.at[position][model, column[0]])
+        place = key - group.brackets[model].low
+        for position in sorted(group.gathered if group.alone else group.ties):
+            if group.alone:
+                ties = int((group.gathered[position][model] == place).sum())
+            else:
+                ties = int(group.ties[position][model, column[0]])
             if need < ties:
                 return self._scan(group, model, key, need, position, block)
             need -= ties
@@ -325,44 +335,83 @@ class _Selector:
         return position + int(np.flatnonzero(keys == key)[need])
 
 
+def _rank(group: _Group, model: int, wanted: int) -> tuple[int, int, int] | None:
+    """The ``wanted``-th highest key in the bracket: its place, how many are higher, how many equal.
+
+    ``None`` where the bracket does not hold so many, or the entry lies above it.
+    """
+    if group.alone:
+        keys = np.concatenate([row[model] for row in group.gathered.values()])
+        if not 0 < wanted <= keys.size:
+            return None
+        place = int(np.partition(keys, keys.size - wanted)[keys.size - wanted])
+        return place, int((keys > place).sum()), int((keys == place).sum())
+    counts = group.counts[model]
+    from_top = np.cumsum(counts[::-1])[::-1]
+    if not 0 < wanted <= (int(from_top[0]) if from_top.size else 0):
+        return None
+    place = int(np.searchsorted(-from_top, -wanted, side="right")) - 1
+    over = int(from_top[place + 1]) if place + 1 < from_top.size else 0
+    return place, over, int(counts[place])
+
+
+_NOTHING = 0x7FFFFFFF
+"""A key that no finite magnitude reaches."""
+
+
 def _tasks(group: _Group, specs: Mapping[str, TensorSpec]) -> list[list[Piece]]:
     """A group of moderate size stays in one thread, which then need not share its counts."""
     tasks = tasks_of(group.names, specs)
-    return [[p for task in tasks for p in task]] if group.size <= _ALONE else tasks
+    return [[p for task in tasks for p in task]] if group.alone else tasks
 
 
 def _empty_limits(models: int) -> Limits:
     return Limits(np.zeros(models, np.uint32), *(np.zeros(models, np.int64) for _ in range(3)))
 
 
-def _guess(keys: Array, share: float) -> tuple[list[int], Array]:
-    """Likely coarse bins of the threshold, and likely tied values, from sorted sampled keys."""
+def _guess(keys: Array, share: float, widest: int) -> _Bracket:
+    """The likely bracket of the threshold, and likely tied keys in it, from sorted sampled keys."""
     size = keys.size
     rank = (1 - share) * (size - 1)
     # Runs of neighbours are correlated: count eight of them as one.
     slack = 4 * (8 * size * share * (1 - share)) ** 0.5 + 8
-    low, high = (int(min(size - 1, max(0, rank + d))) for d in (-slack, slack))
-    middle = int(keys[round(rank)] >> 16)
-    bins = sorted(range(int(keys[low] >> 16), int(keys[high] >> 16) + 1),
-                  key=lambda b: abs(b - middle))[:_SLOTS]  # fmt: skip
-    values, counts = np.unique(keys[low : high + 1], return_counts=True)
+    first, last = (int(min(size - 1, max(0, rank + d))) for d in (-slack, slack))
+    low, high, middle = int(keys[first]), int(keys[last]), int(keys[round(rank)])
+    if first == 0:
+        low = 0
+    if last == size - 1:
+        high = max(high, min(low + widest - 1, _NOTHING))
+    if high - low >= widest:
+        low = max(low, middle - widest // 2)
+        high = min(high, low + widest - 1)
+    values, counts = np.unique(keys[first : last + 1], return_counts=True)
     likely = values[np.argsort(-counts, kind="stable")][:_GUESSES]
     often = np.sort(counts)[::-1][:_GUESSES] >= 3
-    return bins, likely[often]
+    return _Bracket(low, high - low + 1, likely[often])
+
+
+def _coarse_bracket(counts: Array, wanted: int) -> _Bracket:
+    """The bracket of one coarse bin that holds the entry of rank ``wanted``."""
+    above = np.cumsum(counts[::-1])[::-1]  # entries in this bin or a higher one
+    bin_ = max(0, int(np.searchsorted(-above, -wanted, side="right")) - 1)
+    return _Bracket(bin_ << 16, kernels.FINE, np.zeros(0, np.uint32))
 
 
 class _Local:
     """One thread's counts of the group it is in."""
 
-    def __init__(self, models: int, block: Block | None) -> None:
+    def __init__(self, models: int, block: Block) -> None:
         self.group: _Group | None = None
+        self.coarsely = False
+        self.tables = np.zeros((models, WIDTH), np.uint32)
         self.coarse = np.zeros((models, 2, kernels.BINS), np.uint32)
-        self.fine = np.zeros((models, _SLOTS, kernels.FINE), np.uint32)
-        self.slots = np.zeros((models, kernels.BINS), np.uint8)
-        self.at: dict[int, Array] = {}
+        self.above = np.zeros(models, np.int64)
+        self.fine: list[Array] = []
+        self.ties: dict[int, Array] = {}
+        self.gathered: dict[int, list[Array]] = {}
         self.blocks = 0
-        self.used: list[int] = []
         self.spare = block
+        self.inside = np.zeros(block.size + 1, np.uint32)
 
 
 class _Counting(Visitor[_Local]):
@@ -382,17 +431,32 @@ class _Counting(Visitor[_Local]):
         if local.group is not group:
             self._leave(local)
             self._enter(local, group)
-        guesses = group.guesses
-        counts = np.zeros((self.models, _GUESSES), np.int64)
-        for model in range(self.models):
-            row = block.rows[model]
-            kernels.histogram(
-                row, block.count, local.coarse[model], local.slots[model], local.fine[model]
-            )
-            if guesses[model].size:
-                kernels.count_keys(row, 0, block.count, guesses[model], counts[model])
-        local.at[offset + block.start] = counts
+        if local.coarsely:
+            for model in range(self.models):
+                kernels.count_coarse(block.rows[model], block.count, local.coarse[model])
+        else:
+            self._bracketed(local, group, block, offset)
         local.blocks += 1
+
+    def _bracketed(self, local: _Local, group: _Group, block: Block, offset: int) -> None:
+        ties = np.zeros((self.models, _GUESSES), np.int64)
+        found = np.zeros(2, np.int64)
+        gathered = []
+        for model, bracket in enumerate(group.brackets):
+            row, inside = block.rows[model], local.inside
+            kernels.gather_bracket(row, block.count, bracket.low, bracket.width, inside, found)
+            count = int(found[0])
+            local.above[model] += found[1]
+            if group.alone:
+                gathered.append(inside[:count].copy())
+            else:
+                guesses = bracket.guesses - np.uint32(bracket.low)
+                kernels.count_places(inside, count, local.fine[model], guesses, ties[model])
+        position = offset + block.start
+        if group.alone:
+            local.gathered[position] = gathered
+        elif ties.any():
+            local.ties[position] = ties
 
     def end_piece(self, local: _Local, piece: Piece) -> None:
         # Well before a 32-bit count can overflow, and so that a group ends when its last piece does.
@@ -404,38 +468,33 @@ class _Counting(Visitor[_Local]):
         self._leave(local)
 
     def _enter(self, local: _Local, group: _Group) -> None:
-        assert local.spare is not None
         with self.lock:
-            if not group.bins:
+            if not group.brackets:
                 self.selector.sample(group, local.spare)
-        local.group = group
-        local.used = [len(bins) for bins in group.bins]
-        local.slots[:] = 0
-        for model, bins in enumerate(group.bins):
-            for slot, bin_ in enumerate(bins):
-                local.slots[model, bin_] = slot + 1
+        local.group, local.coarsely = group, group.missed
+        if not local.coarsely and not group.alone:
+            local.fine = [local.tables[m, : b.width] for m, b in enumerate(group.brackets)]
 
     def _leave(self, local: _Local) -> None:
         group = local.group
         if group is None:
             return
-        alone = local.blocks == group.blocks  # then the counts need not be added to anybody's
+        counts = [c.sum(0, dtype=np.int64) for c in local.coarse] if local.coarsely else local.fine
         with self.lock:
             group.seen += local.blocks
-            group.at.update(local.at)
-            if alone:
-                group.coarse = local.coarse.sum(1, dtype=np.int64)
-                group.fine = local.fine
-            else:
-                group.add(local.coarse, local.fine)
+            group.ties.update(local.ties)
+            group.gathered.update(local.gathered)
+            group.add(local.above, counts)
             complete = group.seen == group.blocks
+        if local.coarsely:
+            local.coarse[:] = 0
+        for table in local.fine:
+            table[:] = 0
+        local.above[:] = 0
+        local.fine, local.ties, local.gathered = [], {}, {}
+        local.blocks, local.group = 0, None
         if complete:
-            assert local.spare is not None
             self.selector.resolve(group, local.spare)
-        for model, used in enumerate(local.used):
-            local.fine[model, :used] = 0
-        local.coarse[:] = 0
-        local.at, local.blocks, local.group = {}, 0, None
 
 
 def _direct(group: _Group, block: Block) -> Limits:
@@ -444,7 +503,7 @@ def _direct(group: _Group, block: Block) -> Limits:
     for model, wanted in enumerate(group.wanted):
         keys = block.rows[model, : block.count].view(np.uint32) & 0x7FFFFFFF
         if wanted == 0 or not keys.size:
-            limits.keys[model] = 0x7FFFFFFF
+            limits.keys[model] = _NOTHING
             continue
         key = int(np.partition(keys, keys.size - wanted)[keys.size - wanted])
         over = int((keys > key).sum())

@@ -14,7 +14,7 @@ from typing import Annotated, Any, Literal
 import numpy as np
 
 from suture import kernels
-from suture.merge.base import (
+from suture.merges.base import (
     Array,
     Choice,
     Context,
@@ -27,8 +27,8 @@ from suture.merge.base import (
     Weight,
     each,
 )
-from suture.merge.linear import Normalize, normalized
-from suture.merge.ties import AGGREGATE, ELECT, Aggregate, Elect, scaled
+from suture.merges.linear import Normalize, normalized
+from suture.merges.ties import AGGREGATE, ELECT, Aggregate, Elect, scaled
 from suture.spec import Piece
 from suture.stream import Block, Visitor, sweep, tasks_of
 

@@ -8,7 +8,7 @@ from typing import Annotated, Any, Literal
 import numpy as np
 
 from suture import kernels
-from suture.merge.base import (
+from suture.merges.base import (
     Array,
     Choice,
     Context,

@@ -8,7 +8,7 @@ from typing import Annotated
 import numpy as np
 
 from suture import kernels
-from suture.merge.base import Array, Choice, Context, Merge, Number, Scalar, Scale, Weight, each
+from suture.merges.base import Array, Choice, Context, Merge, Number, Scalar, Scale, Weight, each
 from suture.stream import WEIGHT, Block, sweep, tasks_of
 from suture.vector import Gram
 

@@ -5,11 +5,11 @@ from __future__ import annotations
 from importlib.metadata import entry_points
 
 from suture.errors import RecipeError, did_you_mean
-from suture.merge.base import Context, Merge, Method, Parameter, PerModel, Scalar, each, settings
-from suture.merge.consensus import consensus
-from suture.merge.dare import dare_linear, dare_ties
-from suture.merge.linear import linear, slerp, task_arithmetic
-from suture.merge.ties import stitch, ties
+from suture.merges.base import Context, Merge, Method, Parameter, PerModel, Scalar, each, settings
+from suture.merges.consensus import consensus
+from suture.merges.dare import dare_linear, dare_ties
+from suture.merges.linear import linear, slerp, task_arithmetic
+from suture.merges.ties import stitch, ties
 
 __all__ = [
     "METHODS", "Context", "Merge", "Method", "Parameter", "PerModel", "Scalar", "each", "method",

@@ -5,8 +5,8 @@ from __future__ import annotations
 from typing import Annotated
 
 from suture import kernels
-from suture.merge.base import Merge, Number, PerModel, Scalar, Scale, Weight, each
-from suture.merge.ties import scaled
+from suture.merges.base import Merge, Number, PerModel, Scalar, Scale, Weight, each
+from suture.merges.ties import scaled
 from suture.stream import Block
 
 Bound = Annotated[

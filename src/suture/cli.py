@@ -1,0 +1,357 @@
+"""The command line: parse, call, print; everything heavy is imported inside the commands."""
+
+from __future__ import annotations
+
+import json
+import signal
+import sys
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Annotated, Any, NoReturn
+
+import typer
+
+import suture
+from suture.errors import SutureError
+from suture.spec import readable
+
+DONE, FAILED, WRONG, INTERRUPTED = range(4)
+
+app = typer.Typer(
+    name="suture",
+    help="Edit open-weight models like code: diff, localize, patch, merge, realign.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+
+Json = Annotated[bool, typer.Option("--json", help="Print one JSON object and nothing else.")]
+Threads = Annotated[
+    int | None, typer.Option(min=1, help="Threads to use; default: every core. Changes no byte.")
+]
+
+
+def _say(text: str) -> None:
+    print(text, file=sys.stderr)
+
+
+def _print(value: Any) -> None:
+    print(json.dumps(value, indent=2, ensure_ascii=False))
+
+
+class Bars:
+    """Progress on standard error: bars with bytes and time left on a terminal, else one line a stage."""
+
+    def __init__(self, quiet: bool = False) -> None:
+        self._bars: Any = None
+        self._quiet = quiet
+        self._terminal = sys.stderr.isatty() and not quiet
+
+    def __enter__(self) -> Bars:
+        if self._terminal:
+            from rich.console import Console
+            from rich.progress import (
+                BarColumn,
+                DownloadColumn,
+                Progress,
+                TextColumn,
+                TimeRemainingColumn,
+                TransferSpeedColumn,
+            )  # fmt: skip
+
+            self._bars = Progress(
+                TextColumn("{task.description:<8}"), BarColumn(), DownloadColumn(),
+                TransferSpeedColumn(), TimeRemainingColumn(), TextColumn("[dim]{task.fields[name]}"),
+                console=Console(stderr=True), transient=True,
+            )  # fmt: skip
+            self._bars.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if self._bars is not None:
+            self._bars.stop()
+
+    def stage(self, name: str, nbytes: int) -> Callable[[str, int], None] | None:
+        """Begin a stage that will read so many bytes."""
+        if nbytes == 0 or self._quiet:
+            return None
+        if self._bars is None:
+            _say(f"{name}: reading {readable(nbytes)}")
+            return None
+        bars, task = self._bars, self._bars.add_task(name, total=nbytes, name="")
+        return lambda tensor, more: bars.update(task, advance=more, name=tensor[-48:])
+
+
+def _stop(code: int) -> NoReturn:
+    raise typer.Exit(code)
+
+
+@contextmanager
+def _errors(as_json: bool = False) -> Iterator[None]:
+    """Show an error of the user's as a message; let one of ours through with its traceback."""
+    try:
+        yield
+    except SutureError as error:
+        notes = "".join(f"\n  {note}" for note in getattr(error, "__notes__", ()))
+        if as_json:
+            _print({"error": str(error), "kind": type(error).__name__})
+        _say(f"error: {error}{notes}")
+        _stop(WRONG)
+    except KeyboardInterrupt:
+        _say("interrupted; the same command goes on from here")
+        _stop(INTERRUPTED)
+
+
+def _version(value: bool) -> None:
+    if value:
+        print(f"suture {suture.__version__}")
+        _stop(DONE)
+
+
+@app.callback()
+def options(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_version, is_eager=True, help="Print the version.")
+    ] = False,
+) -> None:
+    """Edit open-weight models like code: diff, localize, patch, merge, realign."""
+    signal.signal(signal.SIGTERM, _terminate)
+
+
+def _terminate(*_: object) -> None:
+    raise KeyboardInterrupt
+
+
+@app.command()
+def inspect(
+    model: Annotated[str, typer.Argument(help="A safetensors file, a folder or a hub id.")],
+    check: Annotated[
+        bool, typer.Option("--check", help="Read every byte: NaN, infinities, duplicates.")
+    ] = False,
+    as_json: Json = False,
+) -> None:
+    """Show what a model holds: tensors, dtypes, roles, size, integrity."""
+    with _errors(as_json), Bars(as_json) as bars:
+        from suture.profile import inspect_model
+        from suture.run import open_model
+
+        checkpoint = open_model(model)
+        progress = bars.stage("check", checkpoint.nbytes) if check else None
+        found = inspect_model(checkpoint, check=check, progress=progress)
+    if as_json:
+        _print(found)
+    else:
+        _show_model(found)
+    if check and not found["integrity"]["ok"]:
+        _stop(FAILED)
+
+
+def _show_model(found: dict[str, Any]) -> None:
+    print(f"{found['path']}: {found['tensors']} tensors, {found['elements']:,} elements, "
+          f"{readable(found['bytes'])} in {found['files']} file(s)")  # fmt: skip
+    facts = {"architecture": found["architecture"], "layers": found["layers"],
+             "vocabulary": found["vocabulary"]}  # fmt: skip
+    print("  " + ", ".join(f"{k} {v}" for k, v in facts.items() if v))
+    for alias, name in found["tied"].items():
+        print(f"  {alias} is tied to {name}")
+    for section in ("dtypes", "roles"):
+        print(f"\n{section[:-1]:<16}{'tensors':>9}{'elements':>16}{'size':>11}{'share':>9}")
+        for name, row in found[section].items():
+            share = row["bytes"] / max(1, found["bytes"])
+            print(f"{name:<16}{row['tensors']:>9}{row['elements']:>16,}"
+                  f"{readable(row['bytes']):>11}{share:>9.2%}")  # fmt: skip
+    if "integrity" in found:
+        _show_integrity(found["integrity"])
+
+
+def _show_integrity(found: dict[str, Any]) -> None:
+    print("\nintegrity: " + ("ok" if found["ok"] else "NOT ok"))
+    for name, count in found["nonfinite"].items():
+        print(f"  {name}: {count} NaN or infinite values")
+    for name in found["untied"]:
+        print(f"  {name}: differs from the tensor that config.json ties it to")
+    for names in found["duplicates"][:10]:
+        print(f"  the same bytes: {', '.join(names)}")
+
+
+@app.command()
+def diff(
+    base: Annotated[str, typer.Argument(help="What the model was fine-tuned from.")],
+    tuned: Annotated[str, typer.Argument(help="The fine-tuned model.")],
+    as_json: Json = False,
+) -> None:
+    """Show the task vector between two models: norms, cosine, profile by layer and role."""
+    with _errors(as_json), Bars(as_json) as bars:
+        from suture import profile
+        from suture.run import open_model
+
+        one, other = open_model(base), open_model(tuned)
+        found = profile.diff(one, other, bars.stage("diff", one.nbytes + other.nbytes))
+    if as_json:
+        _print(found)
+        return
+    print(f"{tuned} - {base}\n")
+    head = f"{'changed':>9}{'norm':>12}{'relative':>10}{'largest':>11}{'cosine':>11}"
+    for section in ("roles", "layers"):
+        width = max(len(section), *(len(k) for k in found[section]))
+        print(f"{section[:-1]:<{width}}{head}")
+        for name, row in found[section].items():
+            print(f"{name:<{width}}{_profile_row(row)}")
+        print()
+    print(f"{'total':<8}{_profile_row(found['total'])}")
+
+
+def _profile_row(row: dict[str, Any]) -> str:
+    relative = "-" if row["relative_norm"] is None else f"{row['relative_norm']:.5f}"
+    cosine = "-" if row["cosine"] is None else f"{row['cosine']:.7f}"
+    return (f"{row['changed_share']:>9.2%}{row['norm']:>12.5g}{relative:>10}"
+            f"{row['largest']:>11.4g}{cosine:>11}")  # fmt: skip
+
+
+@app.command()
+def merge(
+    recipe: Annotated[
+        Path, typer.Argument(help="A recipe (YAML), also mergekit's, or a suture.json.")
+    ],
+    out: Annotated[Path, typer.Option("--out", "-o", help="The folder to write.")],
+    threads: Threads = None,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="Check everything and say what would be done.")
+    ] = False,
+    overwrite: Annotated[
+        bool, typer.Option("--overwrite", help="Replace an older output, in one step, at the end.")
+    ] = False,
+    no_resume: Annotated[
+        bool, typer.Option("--no-resume", help="Start anew even if an interrupted run left work.")
+    ] = False,
+    allow_nonfinite: Annotated[
+        bool, typer.Option("--allow-nonfinite", help="Go on where weights are NaN or infinite.")
+    ] = False,
+    as_json: Json = False,
+) -> None:
+    """Merge models by a recipe into a new folder; interrupted, the same command goes on."""
+    with _errors(as_json), Bars(as_json) as bars:
+        from suture import run
+
+        how = run.Options(threads=threads, overwrite=overwrite, resume=not no_resume,
+                          allow_nonfinite=allow_nonfinite)  # fmt: skip
+        plan = run.plan_recipe(recipe, out, how)
+        if dry_run:
+            run.check_ties(plan.inputs)
+            found = run.describe(plan)
+        else:
+            if not as_json:
+                _say(_intention(plan))
+            report = run.execute(plan, bars.stage)
+    if dry_run:
+        _print(found) if as_json else _show_plan(found)
+    elif as_json:
+        _print(report.to_dict())
+    else:
+        for line in run.report_lines(report):
+            print(line)
+
+
+def _intention(plan: Any) -> str:
+    job = plan.job
+    return (f"merging {len(plan.recipe.models)} model(s) by {plan.recipe.method.name}: "
+            f"{len(job.names)} tensors merged, {len(job.specs) - len(job.names)} copied, "
+            f"{readable(plan.nbytes)} to {plan.out}")  # fmt: skip
+
+
+def _show_plan(found: dict[str, Any]) -> None:
+    print(f"method   {found['method']} " + json.dumps(found["parameters"]))
+    for label, row in found["inputs"].items():
+        print(f"input    {label}: {row['path']}, {row['tensors']} tensors, {readable(row['bytes'])}, "
+              f"{row['files']} file(s)")  # fmt: skip
+    out = found["output"]
+    print(f"output   {out['path']}: {out['merged']} tensors merged ({out['merged_elements']:,} "
+          f"elements), {out['copied']} copied, {readable(out['bytes'])}, {out['shards']} file(s)")  # fmt: skip
+    print(f"reading  {readable(found['bytes_read'])} in {found['passes']} pass(es), "
+          f"{found['threads']} thread(s)")  # fmt: skip
+    print(f"memory   about {readable(found['peak_memory'])} above the interpreter")
+    print(f"time     about {found['seconds']:.1f} s")
+    for note in found["notes"]:
+        print(f"note     {note}")
+    print("nothing was written; leave out --dry-run to merge")
+
+
+@app.command()
+def methods(
+    name: Annotated[str | None, typer.Argument(help="Show this one in full.")] = None,
+    as_json: Json = False,
+) -> None:
+    """List the merge methods with their parameters, defaults, papers and needs."""
+    with _errors(as_json):
+        from suture.merges import METHODS, method
+
+        chosen = list(METHODS.values()) if name is None else [method(name)]
+        found = {m.name: _method_data(m) for m in chosen}
+    if as_json:
+        _print(found)
+        return
+    for key, row in found.items():
+        print(f"{key:<17} {row['title']}: {row['paper']}")
+        if name is not None:
+            print(f"\n{row['equation']}\n\n{row['needs']}\n")
+            for parameter, facts in row["parameters"].items():
+                print(f"  {parameter} = {facts['default']}{facts['scope']}\n      {facts['doc']}"
+                      + (f": {', '.join(facts['choices'])}" if facts["choices"] else ""))  # fmt: skip
+        else:
+            parameters = (f"{k}={v['default']}" for k, v in row["parameters"].items())
+            print(" " * 18 + ", ".join(parameters))
+
+
+def _method_data(method: Any) -> dict[str, Any]:
+    most = "any number of" if method.most is None else f"at most {method.most}"
+    needs = (
+        f"Needs {'a base and ' if method.needs_base else ''}at least {method.least}, {most} models."
+    )
+    scopes = {(True, True): ", for each model and tensor", (False, True): ", for each tensor"}
+    return {
+        "title": method.title,
+        "paper": method.paper,
+        "equation": method.equation,
+        "needs": needs,
+        "needs_base": method.needs_base,
+        "random": method.random,
+        "parameters": {
+            p.name: {
+                "default": p.default,
+                "doc": p.doc,
+                "choices": list(p.choices),
+                "scope": scopes.get((p.per_model, p.per_tensor), ""),
+            }
+            for p in method.parameters.values()
+        },
+    }
+
+
+@app.command()
+def demo(
+    out: Annotated[Path, typer.Option("--out", help="Where to write.")] = Path("demo"),
+    quick: Annotated[bool, typer.Option("--quick", help="Fewer steps: under two minutes.")] = False,
+) -> None:
+    """Fine-tune, merge and evaluate small real models, end to end."""
+    begun = time.perf_counter()
+    with _errors():
+        try:
+            from suture.demo import run_demo
+        except ImportError as error:
+            if error.name and error.name.startswith("suture"):
+                raise
+            raise SutureError(
+                f"the demo needs {error.name}: run `make demo` in a clone of Suture, or "
+                "pip install 'suture[demo]' and pip install --no-deps -r requirements/demo.txt"
+            ) from None
+        run_demo(out, quick=quick, say=_say)
+    print(f"wrote {out / 'results.json'} and {out / 'results.md'} "
+          f"in {time.perf_counter() - begun:.0f} s")  # fmt: skip
+
+
+def main() -> None:
+    """Run the command line."""
+    app(prog_name="suture")

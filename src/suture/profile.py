@@ -1,0 +1,202 @@
+"""A look at one checkpoint, or at the difference of two: sizes, roles, norms, integrity."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import numpy as np
+
+from suture import kernels
+from suture.checkpoint import Array, Checkpoint
+from suture.errors import Problems
+from suture.roles import EVERYTHING, layer_key, role_of
+from suture.spec import DTYPES, WORD_OF, Piece, TensorSpec
+from suture.stream import RAW, Block, Hashers, Progress, Sources, Visitor, sweep, tasks_of
+from suture.vector import Gram, align
+
+
+class _Integrity(Visitor[Hashers]):
+    """Counts what is not finite, and takes a digest of every piece."""
+
+    def __init__(self) -> None:
+        self.wild: dict[str, int] = {}
+        self.digests: dict[tuple[str, int], str] = {}
+
+    def local(self) -> Hashers:
+        return Hashers(1)
+
+    def see(self, local: Hashers, block: Block) -> None:
+        local.update(block.raw)
+        raw, spec = block.raw[0], block.sources.models[0].specs[block.name]
+        code = DTYPES[spec.dtype].code
+        if code >= 0 and raw is not None:
+            wild = int(kernels.widen(raw, code, block.count, block.out))
+            if wild:
+                self.wild[block.name] = self.wild.get(block.name, 0) + wild
+
+    def end_piece(self, local: Hashers, piece: Piece) -> None:
+        self.digests[piece.name, piece.number] = local.take()[0]
+
+
+def inspect_model(
+    checkpoint: Checkpoint, *, check: bool = False, progress: Progress | None = None
+) -> dict[str, Any]:
+    """What a checkpoint holds; with ``check`` also what only reading every byte can tell.
+
+    Returns:
+        Plain data: tensors, elements and bytes in all, by dtype and by role; layers; files; tied
+        names; with ``check`` the tensors that are not finite, all zero, or equal to one another.
+    """
+    specs = checkpoint.specs
+    found: dict[str, Any] = {
+        "path": checkpoint.label,
+        "files": len(checkpoint.files),
+        "tensors": len(specs),
+        "elements": checkpoint.numel,
+        "bytes": checkpoint.nbytes,
+        "architecture": (checkpoint.config.get("architectures") or [None])[0],
+        "vocabulary": checkpoint.vocabulary,
+        "layers": len({layer_key(n) for n in specs if role_of(n).layer is not None}),
+        "tied": dict(checkpoint.aliases),
+        "dtypes": _sums(specs, lambda n: WORD_OF.get(specs[n].dtype, specs[n].dtype.lower())),
+        "roles": _sums(specs, _kind(specs)),
+    }
+    if check:
+        found["integrity"] = _integrity(checkpoint, progress)
+    return found
+
+
+def _kind(specs: Mapping[str, TensorSpec]) -> Callable[[str], str]:
+    return lambda n: role_of(n).kind if DTYPES[specs[n].dtype].computable else "buffer"
+
+
+def _sums(
+    specs: Mapping[str, TensorSpec], group: Callable[[str], str]
+) -> dict[str, dict[str, int]]:
+    found: dict[str, dict[str, int]] = {}
+    for name, spec in specs.items():
+        row = found.setdefault(group(name), {"tensors": 0, "elements": 0, "bytes": 0})
+        row["tensors"] += 1
+        row["elements"] += spec.numel
+        row["bytes"] += spec.nbytes
+    return dict(sorted(found.items(), key=lambda item: -item[1]["bytes"]))
+
+
+def _integrity(checkpoint: Checkpoint, progress: Progress | None) -> dict[str, Any]:
+    visitor = _Integrity()
+    sweep(Sources((checkpoint,), how=RAW), tasks_of(list(checkpoint), checkpoint.specs), visitor,
+          progress=progress)  # fmt: skip
+    by_content: dict[tuple[Any, ...], list[str]] = {}
+    for name, spec in checkpoint.specs.items():
+        if spec.numel > 1:
+            pieces = (
+                sorted(n for t, n in visitor.digests if t == name) if spec.numel > 1 << 20 else [0]
+            )
+            key = (spec, *(visitor.digests[name, n] for n in pieces))
+            by_content.setdefault(key, []).append(name)
+    same = [sorted(names) for names in by_content.values() if len(names) > 1]
+    return {
+        "nonfinite": dict(sorted(visitor.wild.items())),
+        "duplicates": sorted(g for g in same if not _trivial(checkpoint, g[0])),
+        "constant_groups": sum(_trivial(checkpoint, g[0]) for g in same),
+        "untied": checkpoint.untied(),
+        "ok": not visitor.wild and not checkpoint.untied(),
+    }
+
+
+def _trivial(checkpoint: Checkpoint, name: str) -> bool:
+    """Whether a tensor holds one value only; many biases and norms do, and nobody copied them."""
+    spec = checkpoint.specs[name]
+    if spec.numel > 1 << 20:
+        return False
+    values = checkpoint[name].ravel()
+    return bool((values == values[0]).all())
+
+
+class _Difference(Visitor["dict[str, Any]"]):
+    """Gram matrices of (delta, base), largest deltas and changed entries, by tensor."""
+
+    def __init__(self) -> None:
+        self.gram = Gram(2)
+        self.extremes: dict[str, Array] = {}
+
+    def local(self) -> dict[str, Any]:
+        return {"gram": self.gram.local(), "rows": None, "found": np.zeros(2)}
+
+    def see(self, local: dict[str, Any], block: Block) -> None:
+        if local["rows"] is None:
+            local["rows"] = np.zeros((2, block.size), np.float32)
+        rows = local["rows"]
+        rows[0, : block.count] = block.rows[0, : block.count]
+        rows[1, : block.count] = block.base[: block.count]
+        kernels.gram(rows, block.count, local["gram"][""])
+        kernels.extremes(block.rows[0], block.count, local["found"])
+
+    def end_piece(self, local: dict[str, Any], piece: Piece) -> None:
+        self.gram.end_piece(local["gram"], piece)
+        local[piece] = local["found"]
+        local["found"] = np.zeros(2)
+
+    def end_task(self, local: dict[str, Any], task: Sequence[Piece]) -> None:
+        self.gram.end_task(local["gram"], task)
+        for piece in task:
+            largest, changed = local.pop(piece)
+            old = self.extremes.setdefault(piece.name, np.zeros(2))
+            old[:] = max(old[0], largest), old[1] + changed
+
+
+def diff(base: Checkpoint, tuned: Checkpoint, progress: Progress | None = None) -> dict[str, Any]:
+    """The profile of the task vector ``tuned - base``: in all, by layer, by role, by tensor.
+
+    Every row holds elements, changed entries, the Euclidean norm of the delta, that norm relative
+    to the base's, the largest magnitude, and the cosine between base and tuned weights. Sums are
+    exact in float64 and do not depend on threads.
+
+    Raises:
+        MismatchError: the two do not hold the same tensors.
+    """
+    problems = Problems()
+    align(base, tuned, problems)
+    problems.raise_if_any()
+    names = EVERYTHING.names(base.specs)
+    visitor = _Difference()
+    sweep(Sources((tuned,), base), tasks_of(names, base.specs), visitor, progress=progress)
+    tensors = {name: _row([name], base, visitor) for name in names}
+    layers: dict[str, list[str]] = {}
+    roles: dict[str, list[str]] = {}
+    for name in names:
+        layers.setdefault(layer_key(name), []).append(name)
+        roles.setdefault(role_of(name).kind, []).append(name)
+    return {
+        "base": base.label,
+        "tuned": tuned.label,
+        "total": _row(names, base, visitor),
+        "layers": {k: _row(v, base, visitor) for k, v in sorted(layers.items(), key=_by_number)},
+        "roles": {k: _row(v, base, visitor) for k, v in sorted(roles.items())},
+        "tensors": tensors,
+    }
+
+
+def _by_number(item: tuple[str, list[str]]) -> tuple[int, str, int]:
+    layer = role_of(item[1][0]).layer
+    return (layer is not None, item[0].rstrip("0123456789"), layer or 0)
+
+
+def _row(names: Sequence[str], base: Checkpoint, visitor: _Difference) -> dict[str, Any]:
+    gram = visitor.gram.of(*names)
+    delta, start, dot = gram[0, 0], gram[1, 1], gram[0, 1]
+    end = start + 2 * dot + delta
+    elements = sum(base.specs[n].numel for n in names)
+    changed = int(sum(visitor.extremes[n][1] for n in names))
+    cosine = (start + dot) / math.sqrt(start * end) if start > 0 and end > 0 else None
+    return {
+        "elements": elements,
+        "changed": changed,
+        "changed_share": changed / elements if elements else 0.0,
+        "norm": math.sqrt(delta),
+        "relative_norm": math.sqrt(delta / start) if start > 0 else None,
+        "largest": float(max((visitor.extremes[n][0] for n in names), default=0.0)),
+        "cosine": None if cosine is None else min(1.0, max(-1.0, cosine)),
+    }
