@@ -29,7 +29,7 @@ if TYPE_CHECKING:
 HEADER_LIMIT = 100_000_000
 """Bytes of header that the safetensors format allows."""
 JSON_LIMIT = 512_000_000
-"""Bytes of any JSON file beside the weights that will be read (an index of a million tensors fits)."""
+"""Bytes of any JSON file that will be read; the index of a million tensors fits."""
 INDEX = "model.safetensors.index.json"
 WEIGHTS = "model.safetensors"
 PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
@@ -389,7 +389,8 @@ def _torch_dtype(name: str) -> torch.dtype:
     names = {"F64": "float64", "F32": "float32", "F16": "float16", "BF16": "bfloat16",
              "I64": "int64", "I32": "int32", "I16": "int16", "I8": "int8", "U64": "uint64",
              "U32": "uint32", "U16": "uint16", "U8": "uint8", "BOOL": "bool", "C64": "complex64",
-             "F8_E4M3": "float8_e4m3fn", "F8_E5M2": "float8_e5m2", "F8_E8M0": "float8_e8m0fnu"}  # fmt: skip
+             "F8_E4M3": "float8_e4m3fn", "F8_E5M2": "float8_e5m2",
+             "F8_E8M0": "float8_e8m0fnu"}  # fmt: skip
     found = getattr(torch, names[name])
     assert isinstance(found, torch.dtype)
     return found
@@ -449,14 +450,14 @@ def _remedy(suffix: str) -> str:
         )
     if suffix == ".gguf":
         return (
-            "GGUF files are not read. Convert it once: AutoModelForCausalLM.from_pretrained(folder, "
-            "gguf_file=name), then save_pretrained(folder)"
+            "GGUF files are not read. Convert it once: AutoModelForCausalLM.from_pretrained("
+            "folder, gguf_file=name), then save_pretrained(folder)"
         )
     return "not a safetensors file or a folder with one"
 
 
 def _inside(path: Path, folder: Path) -> Path:
-    """Resolve ``path``, refusing links that lead out of ``folder`` (or out of a hub cache's blobs)."""
+    """Resolve ``path``, refusing links out of ``folder`` (but for the blobs of a hub cache)."""
     target = path.resolve()
     roots = [folder.resolve()]
     if folder.parent.name == "snapshots":
@@ -570,7 +571,7 @@ def _from_hub(text: str) -> Path:
     except (HfHubHTTPError, LocalEntryNotFoundError, OSError, ValueError) as error:
         first = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise CheckpointError(
-            f"{text}: no such file or folder here, and the Hugging Face Hub did not give it: {first}"
+            f"{text}: no such file or folder here, and the Hub did not give it: {first}"
         ) from None
 
 

@@ -43,7 +43,7 @@ def _print(value: Any) -> None:
 
 
 class Bars:
-    """Progress on standard error: bars with bytes and time left on a terminal, else one line a stage."""
+    """Progress on standard error: bars on a terminal, else one line a stage."""
 
     def __init__(self, quiet: bool = False) -> None:
         self._bars: Any = None
@@ -64,7 +64,8 @@ class Bars:
 
             self._bars = Progress(
                 TextColumn("{task.description:<8}"), BarColumn(), DownloadColumn(),
-                TransferSpeedColumn(), TimeRemainingColumn(), TextColumn("[dim]{task.fields[name]}"),
+                TransferSpeedColumn(), TimeRemainingColumn(),
+                TextColumn("[dim]{task.fields[name]}"),
                 console=Console(stderr=True), transient=True,
             )  # fmt: skip
             self._bars.start()
@@ -265,11 +266,12 @@ def _intention(plan: Any) -> str:
 def _show_plan(found: dict[str, Any]) -> None:
     print(f"method   {found['method']} " + json.dumps(found["parameters"]))
     for label, row in found["inputs"].items():
-        print(f"input    {label}: {row['path']}, {row['tensors']} tensors, {readable(row['bytes'])}, "
-              f"{row['files']} file(s)")  # fmt: skip
+        print(f"input    {label}: {row['path']}, {row['tensors']} tensors, "
+              f"{readable(row['bytes'])}, {row['files']} file(s)")  # fmt: skip
     out = found["output"]
     print(f"output   {out['path']}: {out['merged']} tensors merged ({out['merged_elements']:,} "
-          f"elements), {out['copied']} copied, {readable(out['bytes'])}, {out['shards']} file(s)")  # fmt: skip
+          f"elements), {out['copied']} copied, {readable(out['bytes'])}, "
+          f"{out['shards']} file(s)")  # fmt: skip
     print(f"reading  {readable(found['bytes_read'])} in {found['passes']} pass(es), "
           f"{found['threads']} thread(s)")  # fmt: skip
     print(f"memory   about {readable(found['peak_memory'])} above the interpreter")
@@ -298,8 +300,9 @@ def methods(
         if name is not None:
             print(f"\n{row['equation']}\n\n{row['needs']}\n")
             for parameter, facts in row["parameters"].items():
-                print(f"  {parameter} = {facts['default']}{facts['scope']}\n      {facts['doc']}"
-                      + (f": {', '.join(facts['choices'])}" if facts["choices"] else ""))  # fmt: skip
+                choices = f": {', '.join(facts['choices'])}" if facts["choices"] else ""
+                print(f"  {parameter} = {facts['default']}{facts['scope']}")
+                print(f"      {facts['doc']}{choices}")
         else:
             parameters = (f"{k}={v['default']}" for k, v in row["parameters"].items())
             print(" " * 18 + ", ".join(parameters))

@@ -16,7 +16,7 @@ import numpy as np
 
 from suture import kernels, select
 from suture.checkpoint import Checkpoint
-from suture.errors import MismatchError, NonFiniteError, Problems
+from suture.errors import MismatchError, NonFiniteError
 from suture.merges import Context, Merge
 from suture.roles import role_of
 from suture.spec import DTYPES, F64, PIECE, WORD_OF, Piece, TensorSpec, listed, pieces_of
@@ -64,7 +64,7 @@ class Job:
 
 
 def output_specs(reference: Checkpoint, dtype: str | None) -> dict[str, TensorSpec]:
-    """The tensors of the output: those of the reference, floating ones in another dtype if asked."""
+    """The tensors of the output: those of the reference, in another floating dtype if asked."""
     return {
         name: TensorSpec(dtype, spec.shape)
         if dtype is not None and DTYPES[spec.dtype].computable and role_of(name).kind != "buffer"
@@ -146,6 +146,11 @@ class _Local:
         self.entries: list[list[Any]] = []
 
 
+def _bytes(raw: Array | None) -> Array:
+    assert raw is not None
+    return raw
+
+
 class _Merging(Visitor[_Local]):
     """The visitor that writes."""
 
@@ -169,11 +174,11 @@ class _Merging(Visitor[_Local]):
         self.writer.write(block.name, block.start, out)
 
     def _copied(self, block: Block, out: Array) -> Array:
-        first = block.raw[0]
-        assert first is not None
+        first = _bytes(block.raw[0])
         spec, new = self.job.sources.spec(block.name), self.job.specs[block.name]
         if not DTYPES[spec.dtype].computable and self.job.equal_buffers:
-            if any(r is not None and not np.array_equal(r, first) for r in block.raw[1:]):
+            others = (r for r in block.raw[1:] if r is not None)
+            if not all(np.array_equal(r, first) for r in others):
                 self.unequal.add(block.name)
         if spec.dtype == new.dtype:
             return first
@@ -190,7 +195,7 @@ class _Merging(Visitor[_Local]):
         else:
             before = int(counts[2])
             if code == F64 and self.job.sources.spec(block.name).dtype == "F64":
-                kernels.finish_double(block.raw[0], block.out, block.count, out, counts)
+                kernels.finish_double(_bytes(block.raw[0]), block.out, block.count, out, counts)
             else:
                 kernels.finish(block.base, block.out, code, block.count, out, counts)
             wild = int(counts[2]) - before
@@ -216,7 +221,7 @@ class _Merging(Visitor[_Local]):
 
 
 Stage = Callable[[str, int], "Progress | None"]
-"""Called with the name of a stage and the bytes it will read; gives the callback for its progress."""
+"""Called with a stage and the bytes it will read; gives the callback for its progress."""
 
 
 def _silent(stage: str, nbytes: int) -> Progress | None:
@@ -243,9 +248,9 @@ def apply(job: Job, writer: Writer, stage: Stage = _silent) -> Outcome:
         done.verify(writer, job.specs)
     resumed = len(done.pieces)
     tasks = [
-        left
+        todo
         for task in tasks_of(_in_file_order(job), job.specs)
-        if (left := [p for p in task if (p.name, p.number) not in done.pieces])
+        if (todo := [p for p in task if (p.name, p.number) not in done.pieces])
     ]
     state = None
     if tasks or job.merge.passes:
@@ -258,10 +263,10 @@ def apply(job: Job, writer: Writer, stage: Stage = _silent) -> Outcome:
     sweep(job.sources, tasks, merging, threads=job.threads, block=job.block,
           progress=stage("merge", left))  # fmt: skip
     if merging.unequal:
-        problems = Problems()
-        problems.add(MismatchError, f"{listed(sorted(merging.unequal))}: integer tensors differ between "
-                     "the models; `policy: {buffers: base}` takes them from the base")  # fmt: skip
-        problems.raise_if_any()
+        raise MismatchError(
+            f"{listed(sorted(merging.unequal))}: integer tensors differ between the models; "
+            "`policy: {buffers: base}` takes them from the base"
+        )
     outcome = _outcome(job, done, state, resumed)
     outcome.seconds = {
         "prepare": prepared - begun,

@@ -181,7 +181,7 @@ def subtract_double(raw: Array, base: Array, count: int, row: Array) -> None:
 
 @_kernel
 def narrow(row: Array, code: int, count: int, raw: Array) -> int:
-    """Round ``row[:count]`` to raw bytes, to nearest even; return how many became infinite or NaN."""
+    """Round ``row[:count]`` to raw bytes, to nearest even; return how many are not finite."""
     wild = 0
     if code == F32:
         whole = raw.view(np.float32)
@@ -307,8 +307,8 @@ def gather_bracket(
 ) -> None:
     """Gather the magnitudes around a threshold, in order.
 
-    Keys (bits of magnitudes) from ``low`` up to ``low + width`` go to ``inside`` (uint32[count + 1])
-    less ``low``; ``found`` (int64[2]) becomes how many those are, and how many keys are higher.
+    Keys (bits of magnitudes) from ``low`` up to ``low + width`` go, less ``low``, to ``inside``
+    (uint32[count + 1]); ``found`` (int64[2]) becomes how many those are, and how many are higher.
     The gathering has no branch that the processor would have to foresee.
     """
     first = np.uint32(low)
@@ -360,7 +360,7 @@ def trim(rows: Array, keys: Array, start: int, stop: int) -> None:
 
 
 TILE = 1024
-"""Elements of the small accumulators inside a kernel: a few of them stay in the first-level cache."""
+"""Elements of the accumulators inside a kernel: all of them stay in the first-level cache."""
 
 MEAN, SUM, WEIGHTED_MEAN, MAX = range(4)
 MASS, COUNT = range(2)
@@ -481,8 +481,8 @@ def consensus(
 ) -> None:
     """Keep the sum of the rows where at least ``least`` rows hold their own against the others.
 
-    Row i holds its own where ``|x_i| >= bounds[i] * |sum - x_i|``, with ``x_i = weights[i] * rows[i]``
-    (TALL masks, Wang et al. 2024, equation 5) and is not zero.
+    With ``x_i = weights[i] * rows[i]``, row i holds its own where ``|x_i| >= bounds[i] * |sum -
+    x_i|`` and is not zero (TALL masks, Wang et al. 2024).
     """
     total = np.empty(TILE, np.float32)
     votes = np.empty(TILE, np.int32)
@@ -525,7 +525,7 @@ def _philox(c0, c1, c2, c3, k0, k1):
 
 @_kernel
 def random_words(key: int, first: int, count: int, out: Array) -> None:
-    """Fill uint32 ``out[:count]`` with the words at positions ``first``, ``first + 1``, ... of a stream.
+    """Fill uint32 ``out[:count]`` with the words of a stream from position ``first``.
 
     Word p is number p % 4 of the Philox block whose counter is p // 4: it depends on the 64-bit
     ``key`` and on its position only. ``first`` is a multiple of 4.
@@ -557,7 +557,7 @@ def drop(row: Array, words: Array, limit: int, factor: float, count: int) -> Non
 
 @_kernel
 def _add_lanes(values, lanes):
-    """``lanes[j] += values[j] + values[8 + j] + ...``; the length of ``values`` is a multiple of 8."""
+    """``lanes[j] += values[j] + values[8 + j] + ...``; there is a multiple of 8 values."""
     a, b, c, d = lanes[0], lanes[1], lanes[2], lanes[3]
     e, f, g, h = lanes[4], lanes[5], lanes[6], lanes[7]
     for i in range(0, values.size, 8):

@@ -115,36 +115,45 @@ def _trivial(checkpoint: Checkpoint, name: str) -> bool:
     return bool((values == values[0]).all())
 
 
-class _Difference(Visitor["dict[str, Any]"]):
+class _Local:
+    """One thread's sums: the rows (delta, base), and what the current task has given."""
+
+    def __init__(self, gram: Gram) -> None:
+        self.gram = gram.local()
+        self.rows = np.zeros((2, 0), np.float32)
+        self.found = np.zeros(2)
+        self.pieces: list[tuple[str, Array]] = []
+
+
+class _Difference(Visitor[_Local]):
     """Gram matrices of (delta, base), largest deltas and changed entries, by tensor."""
 
     def __init__(self) -> None:
         self.gram = Gram(2)
         self.extremes: dict[str, Array] = {}
 
-    def local(self) -> dict[str, Any]:
-        return {"gram": self.gram.local(), "rows": None, "found": np.zeros(2)}
+    def local(self) -> _Local:
+        return _Local(self.gram)
 
-    def see(self, local: dict[str, Any], block: Block) -> None:
-        if local["rows"] is None:
-            local["rows"] = np.zeros((2, block.size), np.float32)
-        rows = local["rows"]
-        rows[0, : block.count] = block.rows[0, : block.count]
-        rows[1, : block.count] = block.base[: block.count]
-        kernels.gram(rows, block.count, local["gram"][""])
-        kernels.extremes(block.rows[0], block.count, local["found"])
+    def see(self, local: _Local, block: Block) -> None:
+        if local.rows.shape[1] != block.size:
+            local.rows = np.zeros((2, block.size), np.float32)
+        local.rows[0, : block.count] = block.rows[0, : block.count]
+        local.rows[1, : block.count] = block.base[: block.count]
+        kernels.gram(local.rows, block.count, local.gram[""])
+        kernels.extremes(block.rows[0], block.count, local.found)
 
-    def end_piece(self, local: dict[str, Any], piece: Piece) -> None:
-        self.gram.end_piece(local["gram"], piece)
-        local[piece] = local["found"]
-        local["found"] = np.zeros(2)
+    def end_piece(self, local: _Local, piece: Piece) -> None:
+        self.gram.end_piece(local.gram, piece)
+        local.pieces.append((piece.name, local.found))
+        local.found = np.zeros(2)
 
-    def end_task(self, local: dict[str, Any], task: Sequence[Piece]) -> None:
-        self.gram.end_task(local["gram"], task)
-        for piece in task:
-            largest, changed = local.pop(piece)
-            old = self.extremes.setdefault(piece.name, np.zeros(2))
+    def end_task(self, local: _Local, task: Sequence[Piece]) -> None:
+        self.gram.end_task(local.gram, task)
+        for name, (largest, changed) in local.pieces:
+            old = self.extremes.setdefault(name, np.zeros(2))
             old[:] = max(old[0], largest), old[1] + changed
+        local.pieces = []
 
 
 def diff(base: Checkpoint, tuned: Checkpoint, progress: Progress | None = None) -> dict[str, Any]:

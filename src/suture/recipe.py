@@ -17,7 +17,7 @@ import yaml
 
 from suture.errors import Problems, RecipeError, SutureError, did_you_mean
 from suture.merges import Method, method, settings
-from suture.roles import ParamSpace
+from suture.roles import DEFAULT_SPACE, ParamSpace
 from suture.spec import WORD_OF, bytes_from, dtype_named
 from suture.writer import SHARD_SIZE
 
@@ -34,7 +34,7 @@ class Policy:
     extra: str = "error"
     """A model has one more: ``error``, or ``drop``."""
     buffers: str = "equal"
-    """Integer and boolean tensors: ``equal`` in all models or an error, or those of the ``base``."""
+    """Integer and boolean tensors: ``equal`` in all models, or those of the ``base``."""
 
 
 POLICIES = {
@@ -54,13 +54,13 @@ class ModelEntry:
 
 @dataclass(frozen=True)
 class Recipe:
-    """A merge, as data: what went through ``read_recipe`` has only known keys and checked values."""
+    """A merge, as data: after ``read_recipe`` every key is known and every value checked."""
 
     method: Method
     models: Mapping[str, ModelEntry]
     base: str | None = None
     parameters: Mapping[str, Any] = field(default_factory=dict)
-    space: ParamSpace = ParamSpace()
+    space: ParamSpace = DEFAULT_SPACE
     policy: Policy = Policy()
     dtype: str | None = None
     """The dtype of floating tensors of the output; ``None`` keeps that of the base."""
@@ -114,7 +114,7 @@ _Loader.add_implicit_resolver(
 def _mapping(loader: _Loader, node: yaml.MappingNode) -> dict[Any, Any]:
     found: dict[Any, Any] = {}
     for key_node, value_node in node.value:
-        key = loader.construct_object(key_node, deep=True)  # type: ignore[no-untyped-call]
+        key = loader.construct_object(key_node, deep=True)
         try:
             twice = key in found
         except TypeError:
@@ -123,7 +123,7 @@ def _mapping(loader: _Loader, node: yaml.MappingNode) -> dict[Any, Any]:
             ) from None
         if twice:
             raise RecipeError(f"line {key_node.start_mark.line + 1}: the key {key!r} stands twice")
-        found[key] = loader.construct_object(value_node, deep=True)  # type: ignore[no-untyped-call]
+        found[key] = loader.construct_object(value_node, deep=True)
     return found
 
 
@@ -278,7 +278,7 @@ def _models(raw: object, problems: Problems) -> dict[str, ModelEntry]:
 
 
 def _short(path: str, all_paths: Sequence[str]) -> str:
-    """A name for a model that has only a path: its last part, or all of it where that is not enough."""
+    """A name for a model that has only a path: its last part, if that tells it from others."""
     last = Path(path).name.partition("@")[0] or path
     same = [p for p in all_paths if (Path(p).name.partition("@")[0] or p) == last]
     return last if len(same) == 1 and last != "base" else path

@@ -177,6 +177,9 @@ class ParamSpace(NamedTuple):
         return sorted(name for name, spec in specs.items() if self.holds(name, spec))
 
 
+DEFAULT_SPACE = ParamSpace()
+"""Every floating tensor but token embeddings, output heads and buffers."""
+
 EVERYTHING = ParamSpace((), ())
 """Every floating tensor that is no buffer, embeddings and heads included."""
 
@@ -201,7 +204,8 @@ def check_selectors(words: Iterable[str], names: Collection[str], where: str) ->
 _TIES = (
     ("lm_head.weight", ("model.embed_tokens.weight", "transformer.wte.weight", "wte.weight",
                         "shared.weight", "model.language_model.embed_tokens.weight",
-                        "model.decoder.embed_tokens.weight", "roberta.embeddings.word_embeddings.weight")),
+                        "model.decoder.embed_tokens.weight",
+                        "roberta.embeddings.word_embeddings.weight")),
     ("encoder.embed_tokens.weight", ("shared.weight",)),
     ("decoder.embed_tokens.weight", ("shared.weight",)),
     ("model.encoder.embed_tokens.weight", ("model.shared.weight",)),

@@ -360,8 +360,8 @@ def check_ties(inputs: Mapping[str, Checkpoint]) -> None:
         for alias in checkpoint.untied():
             problems.add(
                 MismatchError,
-                f"{label}: config.json ties {alias} to {checkpoint.aliases[alias]}, but the file holds "
-                "two different tensors; set tie_word_embeddings to false there, or remove one",
+                f"{label}: config.json ties {alias} to {checkpoint.aliases[alias]}, but they "
+                "differ in the file; set tie_word_embeddings to false there, or remove one",
             )
     problems.raise_if_any()
 
@@ -443,7 +443,7 @@ def _add_files(plan: Plan, writer: Writer, outcome: Outcome, out: Path) -> None:
 
 
 def provenance(plan: Plan, outcome: Outcome, out: Path) -> dict[str, Any]:
-    """What ``suture.json`` holds: enough to make the same tensors again and to know that they are."""
+    """What ``suture.json`` holds: enough to make the same tensors again, and to know it."""
     recipe = plan.recipe.resolved()
     paths = {label: _portable(c, out) for label, c in plan.inputs.items()}
     if recipe["base"] is not None:

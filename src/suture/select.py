@@ -4,9 +4,9 @@ The bits of a float32 magnitude, read as an unsigned integer, have the order of 
 *key*. A small sample guesses a bracket of keys around the threshold; one sweep counts the entries
 above the bracket, every key inside it, and how often the likeliest tied keys occur in each block.
 If the threshold is in the bracket, it is known exactly. If not, a sweep over the upper 16 bits of
-all keys finds the right bracket; the result never depends on the sample. Exactly ``round(density * n)`` entries are kept, ties broken
-by position (the order of sorted names, then the order of elements); of a task vector with fewer
-non-zero entries than that, the non-zero ones.
+all keys finds the right bracket; the result never depends on the sample. Exactly
+``round(density * n)`` entries are kept, ties broken by position (the order of sorted names, then
+the order of elements); of a task vector with fewer non-zero entries than that, those.
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ from __future__ import annotations
 import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from itertools import pairwise
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -81,7 +82,7 @@ class Selection:
             if first < cut < first + block.count:
                 edges.add(cut - first)
         bounds = sorted(edges)
-        for start, stop in zip(bounds, bounds[1:], strict=False):
+        for start, stop in pairwise(bounds):
             beyond = (limits.cuts <= first + start).astype(np.uint32)
             yield start, stop, limits.keys + beyond
 
@@ -459,7 +460,7 @@ class _Counting(Visitor[_Local]):
             local.ties[position] = ties
 
     def end_piece(self, local: _Local, piece: Piece) -> None:
-        # Well before a 32-bit count can overflow, and so that a group ends when its last piece does.
+        # Well before a 32-bit count can overflow, and as soon as the group is complete.
         group = local.group
         if group is not None and (local.blocks >= 256 or local.blocks + group.seen >= group.blocks):
             self._leave(local)

@@ -68,8 +68,8 @@ class Sources:
 class Block:
     """Elements ``start`` to ``start + count`` of one tensor, in one thread's buffers.
 
-    ``rows`` is float32[models, block]; only the first ``count`` columns are filled. Models that lack
-    the tensor (where the recipe allows it) have the base's values: a delta of zero.
+    ``rows`` is float32[models, block]; only the first ``count`` columns are filled. Models that
+    lack the tensor (where the recipe allows it) have the base's values: a delta of zero.
     """
 
     def __init__(self, sources: Sources, size: int) -> None:
@@ -115,10 +115,10 @@ class Block:
     def _widen(self, name: str, count: int, how: str) -> None:
         sources = self.sources
         based = sources.base is not None
-        base_code = -1
-        if sources.base is not None and self.raw[0] is not None:
+        base_code, first = -1, self.raw[0]
+        if sources.base is not None and first is not None:
             base_code = DTYPES[sources.base.specs[name].dtype].code
-            wild = kernels.widen(self.raw[0], base_code, count, self.base)
+            wild = kernels.widen(first, base_code, count, self.base)
             if wild:
                 self._refuse(sources.base)
         for number, (model, raw) in enumerate(zip(sources.models, self.raw[based:], strict=True)):
@@ -127,8 +127,8 @@ class Block:
                 row[:count] = 0 if how == DELTA else self.base[:count]
                 continue
             code = DTYPES[model.specs[name].dtype].code
-            if how == DELTA and code == F64 == base_code:
-                kernels.subtract_double(raw, self.raw[0], count, row)
+            if how == DELTA and code == F64 == base_code and first is not None:
+                kernels.subtract_double(raw, first, count, row)
                 wild = count - int(np.isfinite(row[:count]).sum())
             elif how == DELTA:
                 wild = kernels.widen_delta(raw, code, count, self.base, row)
@@ -144,9 +144,9 @@ class Block:
         count = count_nonfinite(checkpoint, name)
         file = checkpoint.files[checkpoint.places[name].file]
         raise NonFiniteError(
-            f"{file}: {name} holds {count} NaN or infinite values of {checkpoint.specs[name].numel}; "
-            "repair or re-download the model (`suture inspect MODEL --check` finds them all), "
-            "or go on with --allow-nonfinite"
+            f"{file}: {name} holds {count} NaN or infinite values of "
+            f"{checkpoint.specs[name].numel}; repair the model or fetch it again (`suture inspect "
+            "MODEL --check` finds them all), or go on with --allow-nonfinite"
         )
 
 
@@ -323,7 +323,7 @@ class Hashers:
         """Add the next bytes of each stream; ``None`` adds nothing."""
         for number, raw in enumerate(raws):
             if raw is not None:
-                self._states[number].update(raw)
+                self._states[number].update(raw.data)
                 self._used[number] = True
 
     def take(self) -> list[str]:

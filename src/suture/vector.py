@@ -48,8 +48,8 @@ def align(
     if different and None not in rows and rows[0] != rows[1]:
         problems.add(
             MismatchError,
-            f"{who}: vocabularies of {rows[0]} and {rows[1]} tokens ({listed(different, 2)} differ in "
-            "shape); models must share their tokenizer, resize one of them first",
+            f"{who}: vocabularies of {rows[0]} and {rows[1]} tokens ({listed(different, 2)} differ "
+            "in shape); models must share their tokenizer, resize one of them first",
         )
         return
     for name in different[:10]:

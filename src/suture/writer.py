@@ -7,9 +7,9 @@ Everything is written into a staging folder beside the output, ``.NAME.suture``:
     key        what this staging is for: another recipe or changed inputs start anew
     lock       held by the process that writes
 
-``publish`` syncs the files and renames ``model`` to the output in one step. A process that is killed
-leaves a staging folder, which the same command picks up: finished tasks whose bytes still have the
-digests of the journal are not done again.
+``publish`` syncs the files and renames ``model`` to the output in one step. A process that is
+killed leaves a staging folder, which the same command picks up: finished tasks whose bytes still
+have the digests of the journal are not done again.
 """
 
 from __future__ import annotations
@@ -202,8 +202,8 @@ class Writer:
                 done += _pwrite(self._descriptors[file], raw[done:], offset + done)
         except OSError as error:
             raise OutputError(
-                f"{self._model / self.shards[file].name}: {error.strerror}; free some space and run "
-                "the same command again, what is finished is kept"
+                f"{self._model / self.shards[file].name}: {error.strerror}; the same command goes "
+                "on from here, what is finished is kept"
             ) from None
         self._unsynced += raw.size
         if self._unsynced > _FLUSH:
@@ -305,7 +305,7 @@ def _sync_folder(folder: Path) -> None:
 if hasattr(os, "pwrite"):
 
     def _pwrite(descriptor: int, raw: Array, offset: int) -> int:
-        return os.pwrite(descriptor, raw, offset)
+        return os.pwrite(descriptor, raw.data, offset)
 
 else:  # Windows
     _seek = threading.Lock()
@@ -313,7 +313,7 @@ else:  # Windows
     def _pwrite(descriptor: int, raw: Array, offset: int) -> int:
         with _seek:
             os.lseek(descriptor, offset, os.SEEK_SET)
-            return os.write(descriptor, raw)
+            return os.write(descriptor, raw.data)
 
 
 def _exchange(one: Path, other: Path) -> bool:

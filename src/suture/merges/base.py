@@ -171,9 +171,9 @@ def _no_facts(state: Any) -> dict[str, Any]:
 class Merge(Generic[S]):
     """How several models become one.
 
-    ``combine(block, state)`` fills ``block.out[:block.count]`` from ``block.rows``: the merged delta
-    where ``how`` is DELTA, the merged weight where it is WEIGHT. It sees any slice of any tensor, in
-    any order and in several threads, and must not keep anything between calls.
+    ``combine(block, state)`` fills ``block.out[:block.count]`` from ``block.rows``: the merged
+    delta where ``how`` is DELTA, the merged weight where it is WEIGHT. It sees any slice of any
+    tensor, in any order and in several threads, and must not keep anything between calls.
     """
 
     combine: Callable[[Block, S], None]
@@ -240,8 +240,8 @@ def settings(
             hint = did_you_mean(key, list(known))
             problems.add(RecipeError, f"parameters: {method.name} has no {key!r}; {hint}")
     own = [p for p in known.values() if p.per_model]
-    for model, values in per_model:
-        for key in values:
+    for model, mine in per_model:
+        for key in mine:
             if key not in {p.name for p in own}:
                 hint = did_you_mean(key, ["path", *(p.name for p in own)])
                 problems.add(RecipeError, f"models.{model}: unknown key {key!r}; {hint}")

@@ -24,9 +24,9 @@ def consensus(
 ) -> Merge[None]:
     r"""Add task vectors, but only where at least ``min_tasks`` tasks find their part important.
 
-    With :math:`\tau = \sum_i w_i \tau_i` and masks :math:`m_i = 1[|w_i \tau_i| \ge \lambda_i |\tau -
-    w_i \tau_i|]`: :math:`\theta = \theta_0 + \alpha\, 1[\sum_i m_i \ge k] \odot \tau`. ``min_tasks: 0``
-    is task arithmetic, ``min_tasks: 1`` only drops what no task claims.
+    With :math:`\tau = \sum_i w_i \tau_i` and masks :math:`m_i = 1[|w_i \tau_i| \ge \lambda_i
+    |\tau - w_i \tau_i|]`: :math:`\theta = \theta_0 + \alpha\, 1[\sum_i m_i \ge k] \odot \tau`.
+    ``min_tasks: 0`` is task arithmetic, ``min_tasks: 1`` only drops what no task claims.
     """
 
     def combine(block: Block, _: None) -> None:

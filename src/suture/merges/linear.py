@@ -16,6 +16,7 @@ Normalize = Annotated[bool, Choice("divide by the sum of the weights")]
 
 
 def normalized(weights: Array, normalize: bool) -> Array:
+    """The weights over their sum, where that is asked for and not zero: float32[models]."""
     total = float(weights.sum(dtype=np.float64))
     return weights / np.float32(total) if normalize and abs(total) >= 1e-8 else weights
 
