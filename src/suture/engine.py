@@ -31,6 +31,7 @@ from suture.stream import (
     Sources,
     Visitor,
     fingerprint,
+    span_of,
     sweep,
     tasks_of,
     tensor_fingerprint,
@@ -141,7 +142,7 @@ class _Local:
 
     def __init__(self, job: Job) -> None:
         self.hashers = Hashers(len(job.sources.all) + 1)
-        self.raw = np.zeros(job.block * 8, np.uint8)
+        self.raw = np.zeros(span_of(job.block) * 8, np.uint8)
         self.counts = np.zeros(3, np.int64)
         self.entries: list[list[Any]] = []
 
@@ -162,30 +163,33 @@ class _Merging(Visitor[_Local]):
         return _Local(self.job)
 
     def see(self, local: _Local, block: Block) -> None:
-        out = local.raw[: block.count * DTYPES[self.job.specs[block.name].dtype].itemsize]
+        width = DTYPES[self.job.specs[block.name].dtype].itemsize
+        first = (block.start - block.span_start) * width
+        out = local.raw[first : first + block.count * width]
         how = self.job.sources.how_of(block.name)
-        local.hashers.update(block.raw)
         if how == RAW:
-            out = self._copied(block, out)
+            self._copied(block, out)
         else:
             self.job.merge.combine(block, self.state)
             self._finished(block, how, out, local.counts)
-        local.hashers.update([*[None] * len(block.raw), out])
-        self.writer.write(block.name, block.start, out)
+        if block.ends_span:
+            whole = local.raw[: (block.span_stop - block.span_start) * width]
+            local.hashers.update([*block.span, whole])
+            self.writer.write(block.name, block.span_start, whole)
 
-    def _copied(self, block: Block, out: Array) -> Array:
-        first = _bytes(block.raw[0])
+    def _copied(self, block: Block, out: Array) -> None:
+        raw = _bytes(block.raw(0))
         spec, new = self.job.sources.spec(block.name), self.job.specs[block.name]
         if not DTYPES[spec.dtype].computable and self.job.equal_buffers:
-            others = (r for r in block.raw[1:] if r is not None)
-            if not all(np.array_equal(r, first) for r in others):
+            others = (block.raw(i) for i in range(1, len(block.span)))
+            if not all(r is None or np.array_equal(r, raw) for r in others):
                 self.unequal.add(block.name)
         if spec.dtype == new.dtype:
-            return first
-        kernels.widen(first, DTYPES[spec.dtype].code, block.count, block.out)
+            out[:] = raw
+            return
+        kernels.widen(raw, DTYPES[spec.dtype].code, block.count, block.out)
         wild = kernels.narrow(block.out, DTYPES[new.dtype].code, block.count, out)
         self._check(wild, block, new)
-        return out
 
     def _finished(self, block: Block, how: str, out: Array, counts: Array) -> None:
         new = self.job.specs[block.name]
@@ -195,7 +199,7 @@ class _Merging(Visitor[_Local]):
         else:
             before = int(counts[2])
             if code == F64 and self.job.sources.spec(block.name).dtype == "F64":
-                kernels.finish_double(_bytes(block.raw[0]), block.out, block.count, out, counts)
+                kernels.finish_double(_bytes(block.raw(0)), block.out, block.count, out, counts)
             else:
                 kernels.finish(block.base, block.out, code, block.count, out, counts)
             wild = int(counts[2]) - before
@@ -315,7 +319,8 @@ class _Hashing(Visitor[Hashers]):
         return Hashers(1)
 
     def see(self, local: Hashers, block: Block) -> None:
-        local.update(block.raw)
+        if block.ends_span:
+            local.update(block.span)
 
     def end_piece(self, local: Hashers, piece: Piece) -> None:
         self.digests[piece.name, piece.number] = local.take()[0]
@@ -347,7 +352,7 @@ def peak_memory(job: Job) -> int:
     """Bytes that a merge holds at most, above the interpreter and the compiled kernels."""
     models, inputs = len(job.sources.models), len(job.sources.all)
     threads = job.threads or 1
-    blocks = job.block * (8 * inputs + 4 * models + 3 * 4 + 8)
+    blocks = job.block * (4 * models + 3 * 4) + span_of(job.block) * 8 * (inputs + 1)
     counting = models * (2 * 4 * kernels.BINS + 4 * select.WIDTH)
     shared = models * 8 * select.WIDTH
     per_thread = 2 * blocks + (counting if job.merge.passes else 0)

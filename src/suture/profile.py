@@ -28,8 +28,9 @@ class _Integrity(Visitor[Hashers]):
         return Hashers(1)
 
     def see(self, local: Hashers, block: Block) -> None:
-        local.update(block.raw)
-        raw, spec = block.raw[0], block.sources.models[0].specs[block.name]
+        if block.ends_span:
+            local.update(block.span)
+        raw, spec = block.raw(0), block.sources.models[0].specs[block.name]
         code = DTYPES[spec.dtype].code
         if code >= 0 and raw is not None:
             wild = int(kernels.widen(raw, code, block.count, block.out))

@@ -27,7 +27,7 @@ from suture.stream import BLOCK, Block, Progress, Sources, Visitor, sweep, tasks
 Array = np.ndarray[Any, Any]
 SCOPES = ("global", "layer", "tensor")
 SAMPLE = 1 << 20
-"""At most so many entries of a group are looked at before the sweep, and at most 1 in 64."""
+"""At most so many entries of a group are looked at before the sweep, and at most 1 in 128."""
 _RUN = 1024
 WIDTH = 1 << 19
 """Keys in a bracket at most, where they are counted: a table of 2 MB a model and thread."""
@@ -240,7 +240,7 @@ class _Selector:
     def sample(self, group: _Group, block: Block) -> None:
         """Guess from evenly spaced runs of entries where each model's threshold will be."""
         specs = self.sources.reference.specs
-        runs = max(1, min(SAMPLE, group.size // 64) // _RUN)
+        runs = max(1, min(SAMPLE, group.size // 128) // _RUN)
         step = group.size / runs
         found: list[list[Array]] = [[] for _ in range(group.models)]
         names = iter(group.names)
@@ -256,9 +256,8 @@ class _Selector:
             for model in range(group.models):
                 found[model].append(block.rows[model, :count].view(np.uint32) & 0x7FFFFFFF)
         for model in range(group.models):
-            keys = np.sort(np.concatenate(found[model]))
-            limit = 1 << 31 if group.alone else WIDTH
-            group.brackets.append(_guess(keys, group.wanted[model] / group.size, limit))
+            share = group.wanted[model] / group.size
+            group.brackets.append(_guess(np.concatenate(found[model]), share, group.alone))
 
     def resolve(self, group: _Group, block: Block) -> None:
         """Read the thresholds off the counts, or set what the next sweep over the group counts."""
@@ -370,21 +369,28 @@ def _empty_limits(models: int) -> Limits:
     return Limits(np.zeros(models, np.uint32), *(np.zeros(models, np.int64) for _ in range(3)))
 
 
-def _guess(keys: Array, share: float, widest: int) -> _Bracket:
-    """The likely bracket of the threshold, and likely tied keys in it, from sorted sampled keys."""
+def _guess(keys: Array, share: float, alone: bool) -> _Bracket:
+    """The likely bracket of the threshold, and likely tied keys in it, from sampled keys.
+
+    A group that stays in one thread gathers the keys of its bracket, however wide, and needs no
+    guesses; one that is shared counts them in a table of ``WIDTH``.
+    """
     size = keys.size
     rank = (1 - share) * (size - 1)
     # Runs of neighbours are correlated: count eight of them as one.
     slack = 4 * (8 * size * share * (1 - share)) ** 0.5 + 8
     first, last = (int(min(size - 1, max(0, rank + d))) for d in (-slack, slack))
+    keys = np.partition(keys, [first, round(rank), last])
     low, high, middle = int(keys[first]), int(keys[last]), int(keys[round(rank)])
     if first == 0:
         low = 0
     if last == size - 1:
-        high = max(high, min(low + widest - 1, _NOTHING))
-    if high - low >= widest:
-        low = max(low, middle - widest // 2)
-        high = min(high, low + widest - 1)
+        high = _NOTHING
+    if alone:
+        return _Bracket(low, high - low + 1, np.zeros(0, np.uint32))
+    if high - low >= WIDTH:
+        low = max(low, middle - WIDTH // 2)
+        high = min(high, low + WIDTH - 1)
     values, counts = np.unique(keys[first : last + 1], return_counts=True)
     likely = values[np.argsort(-counts, kind="stable")][:_GUESSES]
     often = np.sort(counts)[::-1][:_GUESSES] >= 3

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import math
+import os
 import re
 from collections.abc import Iterable, Sequence
 from fnmatch import translate
 from functools import lru_cache
+from pathlib import Path
 from typing import NamedTuple
 
 from suture.errors import RecipeError, did_you_mean
@@ -180,3 +182,11 @@ def listed(words: Sequence[str], most: int = 5) -> str:
     """Name the first few, and say how many more there are."""
     shown = ", ".join(words[:most])
     return f"{shown} and {len(words) - most} more" if len(words) > most else shown
+
+
+def cache_folder() -> Path:
+    """Where Suture keeps what it can make again: ``$SUTURE_CACHE``, or the user's cache."""
+    named = os.environ.get("SUTURE_CACHE")
+    if named:
+        return Path(named).expanduser()
+    return Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "suture"

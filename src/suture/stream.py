@@ -18,12 +18,14 @@ import xxhash
 
 from suture import kernels
 from suture.checkpoint import Checkpoint
-from suture.errors import NonFiniteError
-from suture.spec import DTYPES, F64, PIECE, Piece, TensorSpec, pieces_of
+from suture.errors import NonFiniteError, Problems
+from suture.spec import DTYPES, PIECE, Piece, TensorSpec, pieces_of
 
 Array = np.ndarray[Any, Any]
 BLOCK = 1 << 16
 """Elements in a block: half a megabyte of float32 for a base and a model."""
+SPAN = 1 << 18
+"""Elements read at once from each file: fewer calls than blocks, and still in the cache."""
 TASK_PIECES = 512
 """At most so many small tensors are handed to a thread together."""
 
@@ -69,7 +71,8 @@ class Block:
     """Elements ``start`` to ``start + count`` of one tensor, in one thread's buffers.
 
     ``rows`` is float32[models, block]; only the first ``count`` columns are filled. Models that
-    lack the tensor (where the recipe allows it) have the base's values: a delta of zero.
+    lack the tensor (where the recipe allows it) have the base's values: a delta of zero. Bytes are
+    read in *spans* of several blocks; ``span`` holds those of the current one.
     """
 
     def __init__(self, sources: Sources, size: int) -> None:
@@ -82,72 +85,100 @@ class Block:
         self.base = np.zeros(size, np.float32)
         self.out = np.zeros(size, np.float32)
         self.words = np.zeros(size, np.uint32)
-        self._buffers = np.zeros((len(sources.all), size * 8), np.uint8)
-        self.raw: list[Array | None] = []
-        """The bytes of each checkpoint of ``sources.all``; ``None`` where it lacks the tensor."""
+        self.span: list[Array | None] = []
+        """The bytes of the span in each checkpoint of ``sources.all``; ``None`` where it lacks the
+        tensor."""
+        self.span_start = 0
+        self.span_stop = 0
+        self._buffers = np.zeros((len(sources.all), span_of(size) * 8), np.uint8)
+        self._codes = np.zeros(len(sources.all), np.int64)
+        self._wild = np.zeros(len(sources.all), np.int64)
 
     @property
     def stop(self) -> int:
         """The element after the last."""
         return self.start + self.count
 
-    def load(self, name: str, start: int, count: int) -> None:
-        """Read and widen one block of a tensor.
+    @property
+    def ends_span(self) -> bool:
+        """Whether this is the last block of its span."""
+        return self.stop == self.span_stop
+
+    def raw(self, number: int) -> Array | None:
+        """The block's bytes in one checkpoint of ``sources.all``."""
+        span = self.span[number]
+        if span is None:
+            return None
+        spec = self.sources.all[number].specs[self.name]
+        width = DTYPES[spec.dtype].itemsize
+        first = (self.start - self.span_start) * width
+        return span[first : first + self.count * width]
+
+    def read(self, name: str, start: int, stop: int) -> None:
+        """Read the bytes of a span from every checkpoint."""
+        self.name, self.span_start, self.span_stop = name, start, stop
+        self.span = []
+        for number, checkpoint in enumerate(self.sources.all):
+            spec = checkpoint.specs.get(name)
+            if spec is None:
+                self.span.append(None)
+                self._codes[number] = -1
+                continue
+            dtype = DTYPES[spec.dtype]
+            raw = self._buffers[number, : (stop - start) * dtype.itemsize]
+            checkpoint.read_into(name, start, raw)
+            self.span.append(raw)
+            self._codes[number] = dtype.code
+
+    def show(self, start: int, count: int) -> None:
+        """Widen one block of the span.
 
         Raises:
             NonFiniteError: a model holds NaN or infinity here and that is not allowed.
         """
-        self.name, self.start, self.count = name, start, count
+        self.start, self.count = start, count
         sources = self.sources
-        self.raw = []
-        for number, checkpoint in enumerate(sources.all):
-            spec = checkpoint.specs.get(name)
-            if spec is None:
-                self.raw.append(None)
-                continue
-            raw = self._buffers[number, : count * DTYPES[spec.dtype].itemsize]
-            checkpoint.read_into(name, start, raw)
-            self.raw.append(raw)
-        how = sources.how_of(name)
-        if how != RAW and count:
-            self._widen(name, count, how)
+        how = sources.how_of(self.name)
+        if how == RAW or not count:
+            return
+        kernels.load_rows(
+            self._buffers, self._codes, start - self.span_start, count, int(how == DELTA),
+            int(sources.base is not None), self.base, self.rows, self._wild,
+        )  # fmt: skip
+        if self._wild.any():
+            self._refuse()
 
-    def _widen(self, name: str, count: int, how: str) -> None:
-        sources = self.sources
-        based = sources.base is not None
-        base_code, first = -1, self.raw[0]
-        if sources.base is not None and first is not None:
-            base_code = DTYPES[sources.base.specs[name].dtype].code
-            wild = kernels.widen(first, base_code, count, self.base)
-            if wild:
-                self._refuse(sources.base)
-        for number, (model, raw) in enumerate(zip(sources.models, self.raw[based:], strict=True)):
-            row = self.rows[number]
-            if raw is None:
-                row[:count] = 0 if how == DELTA else self.base[:count]
-                continue
-            code = DTYPES[model.specs[name].dtype].code
-            if how == DELTA and code == F64 == base_code and first is not None:
-                kernels.subtract_double(raw, first, count, row)
-                wild = count - int(np.isfinite(row[:count]).sum())
-            elif how == DELTA:
-                wild = kernels.widen_delta(raw, code, count, self.base, row)
-            else:
-                wild = kernels.widen(raw, code, count, row)
-            if wild:
-                self._refuse(model)
+    def load(self, name: str, start: int, count: int) -> None:
+        """Read and widen a single block.
 
-    def _refuse(self, checkpoint: Checkpoint) -> None:
+        Raises:
+            NonFiniteError: a model holds NaN or infinity here and that is not allowed.
+        """
+        self.read(name, start, start + count)
+        self.show(start, count)
+
+    def _refuse(self) -> None:
+        guilty = [c for c, w in zip(self.sources.all, self._wild, strict=True) if w]
+        self._wild[:] = 0
         if self.sources.allow_nonfinite:
             return
-        name = self.name
-        count = count_nonfinite(checkpoint, name)
-        file = checkpoint.files[checkpoint.places[name].file]
-        raise NonFiniteError(
-            f"{file}: {name} holds {count} NaN or infinite values of "
-            f"{checkpoint.specs[name].numel}; repair the model or fetch it again (`suture inspect "
-            "MODEL --check` finds them all), or go on with --allow-nonfinite"
-        )
+        problems = Problems()
+        for checkpoint in guilty:
+            spec = checkpoint.specs[self.name]
+            count = count_nonfinite(checkpoint, self.name)
+            file = checkpoint.files[checkpoint.places[self.name].file]
+            problems.add(
+                NonFiniteError,
+                f"{file}: {self.name} holds {count} NaN or infinite values of {spec.numel}; repair "
+                "the model or fetch it again (`suture inspect MODEL --check` finds them all), or "
+                "go on with --allow-nonfinite",
+            )
+        problems.raise_if_any()
+
+
+def span_of(block: int) -> int:
+    """Elements that are read at once, for blocks of this size."""
+    return max(block, SPAN)
 
 
 def count_nonfinite(checkpoint: Checkpoint, name: str) -> int:
@@ -277,11 +308,14 @@ def _work(
         local = visitor.local()
         while (task := queue.take()) is not None:
             for piece in task:
-                for start in range(piece.start, max(piece.stop, piece.start + 1), size):
-                    if queue.error is not None:
-                        return
-                    block.load(piece.name, start, min(size, piece.stop - start))
-                    visitor.see(local, block)
+                for first in range(piece.start, max(piece.stop, piece.start + 1), span_of(size)):
+                    last = min(first + span_of(size), piece.stop)
+                    block.read(piece.name, first, last)
+                    for start in range(first, max(last, first + 1), size):
+                        if queue.error is not None:
+                            return
+                        block.show(start, min(size, last - start))
+                        visitor.see(local, block)
                 visitor.end_piece(local, piece)
                 if progress is not None and (
                     piece.stop - piece.start == PIECE or piece is task[-1]

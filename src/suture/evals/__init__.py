@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from suture.evals import accuracy, loss
+from suture.evals import accuracy, embedding, loss
 from suture.evals.base import Eval, EvalResult, Metric, share
 
 __all__ = ["EVALS", "Eval", "EvalResult", "Metric", "share"]
@@ -10,4 +10,5 @@ __all__ = ["EVALS", "Eval", "EvalResult", "Metric", "share"]
 EVALS: dict[str, Eval] = {
     "accuracy": accuracy.accuracy,
     "loss": loss.loss,
+    "neighbour": embedding.neighbour,
 }

@@ -1,0 +1,526 @@
+"""The main job on small real models, end to end: fine-tune experts, merge them, compare.
+
+For every task a linear head is fitted on the frozen base encoder and then frozen itself; only then
+is the encoder fine-tuned (Kumar et al., 2022). So the base has a meaningful accuracy, every model
+is read through the same heads, and what an expert learnt lies in its encoder alone, where a merge
+can reach it.
+
+Every step leaves a file that says what it was made from; a second run does again only what
+changed.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import platform
+import shutil
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, replace
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # before torch: idle threads must not spin
+
+import torch
+import xxhash
+import yaml
+
+from suture.data import Dataset, Split, at_most, labels_of, split, tokenise
+from suture.demo_tasks import (
+    OPERATIONS,
+    OPERATIONS_ABOUT,
+    TASKS,
+    TextTask,
+    base_folder,
+    operations_rows,
+    packages,
+    published_folder,
+)
+from suture.errors import OutputError, SutureError
+from suture.evals import EVALS, EvalResult, Metric
+from suture.evals.embedding import agreement
+from suture.models import (
+    Classifier,
+    Encoder,
+    Tokenizer,
+    embed,
+    load_encoder,
+    load_head,
+    load_tokenizer,
+    save_head,
+    save_model,
+)
+from suture.report import Entry, Kind, Report, Task
+from suture.roles import role_of
+from suture.run import merge
+from suture.stream import cores
+from suture.tune import Progress, TuneSettings, fit_head, tune
+
+Say = Callable[[str], None]
+
+STEPS = 1
+"""Version of what the steps below do; raise it with them, so that nothing stale is used again."""
+SEED = 0
+SHARES = {"validation": 0.15, "test": 0.25}
+SCALES = (0.2, 0.4, 0.6, 0.8, 1.0)
+"""What task arithmetic may choose from, on validation rows; 0, the base, is an answer too."""
+MERGES = (
+    "linear",
+    "task-arithmetic",
+    "ties",
+    "dare-ties",
+    "consensus",
+    "stitch",
+    "random-mask",
+)
+"""The recipes ``examples/demo-*.yaml``, in the order of the table."""
+CHOSEN = "task-arithmetic"
+"""The recipe whose scale is chosen."""
+EVAL_BATCH = 64
+
+
+@dataclass(frozen=True)
+class Model:
+    """A row of the table before it is measured."""
+
+    name: str
+    kind: Kind
+    folder: Path
+    key: str
+    """Identifies its weights."""
+    about: str
+    seconds: float = 0.0
+
+
+Measure = Callable[[Encoder, Dataset], tuple[Metric, ...]]
+
+
+@dataclass(frozen=True)
+class Column:
+    """A task, ready to measure encoders on."""
+
+    task: Task
+    kind: str
+    """The evaluation."""
+    key: str
+    """Identifies data and head."""
+    data: Mapping[str, Dataset]
+    """``validation`` (empty where nothing is chosen by this task) and ``test``."""
+    measure: Measure
+
+
+def run_demo(out: Path, *, quick: bool = False, say: Say) -> Report:
+    """Run the demo into a folder and return its report, also written as JSON and Markdown.
+
+    Args:
+        out: takes the experts, heads, merges and results; about 1.2 GB (quick: 1 GB).
+        quick: three tasks instead of four, less training, fewer test rows; under two minutes.
+        say: receives a line of text now and then.
+
+    Raises:
+        SutureError: packages are missing, or ``out`` holds something else.
+    """
+    began = time.perf_counter()
+    places, versions = packages()
+    versions |= {name: version(name) for name in ("torch", "transformers", "accelerate")}
+    versions |= {"suture": version("suture"), "python": platform.python_version()}
+    tasks = [shortened(task) for task in TASKS[:3]] if quick else list(TASKS)
+    with _threads(cores()):
+        workshop = Workshop(out, {"steps": STEPS, **versions}, say)
+        report = _run(workshop, tasks, places, versions)
+    _write(out / "results.json", report.to_json())
+    _write(out / "results.md", report.to_markdown())
+    say(f"done in {time.perf_counter() - began:.0f} s: see {out / 'results.md'} and results.json")
+    return report
+
+
+def shortened(task: TextTask) -> TextTask:
+    """The quick version of a task."""
+    tune_less = replace(task.tune, epochs=1)
+    return replace(task, train=min(task.train, 150), validation=15, test=60, tune=tune_less)
+
+
+def _run(
+    shop: Workshop, tasks: Sequence[TextTask], places: Mapping[str, Path], versions: dict[str, str]
+) -> Report:
+    folder = base_folder(places)
+    base = Model("base", "base", folder, fingerprint(folder), "all-MiniLM-L6-v2, 22.7 M parameters")
+    tokenizer = load_tokenizer(folder)
+
+    columns, experts = [], []
+    for task in tasks:
+        column, expert = learn(shop, task, task.read(places), base, tokenizer)
+        columns.append(column)
+        experts.append(expert)
+    published = published_folder(places)
+    about = "sre-embedding-model, fine-tuned and published by others"
+    experts.append(Model(OPERATIONS, "expert", published, fingerprint(published), about))
+    columns.append(published_column(experts[-1], tokenizer))
+
+    scale, scores = choose_scale(shop, base, experts, columns[:-1])
+    models = [base, *experts]
+    for name in MERGES:
+        models.append(merged(shop, name, base, experts, scale if name == CHOSEN else None))
+
+    entries = []
+    for model in models:
+        metrics = measured(shop, model, columns, "test", versions)
+        shop.say(f"{model.name}: " + ", ".join(f"{n} {m.value:.3f}" for n, m in metrics.items()))
+        entries.append(Entry(model.name, model.kind, metrics, model.about, model.seconds))
+    notes = [
+        *NOTES,
+        _scale_note(scale, scores),
+        _retrieval_note(shop, base, experts[-1], tokenizer),
+    ]
+    title = "Suture demo: experts of one small encoder, merged"
+    return Report(title, tuple(c.task for c in columns), tuple(entries), tuple(notes), versions)
+
+
+NOTES = (
+    "The head of a task is a linear probe fitted on the frozen base and then frozen; every model "
+    "is read through the same heads, so the row of the base is the accuracy of the probes.",
+    "Rows are divided by a hash of their group, and equal texts share a side. Test rows were used "
+    "for nothing but this table. One seed: the intervals are about rows, not about training runs.",
+    "Fine-tuning leaves token embeddings alone; they are outside of what merges edit by default.",
+    "random-mask is the control for stitch: as many entries of each task vector, drawn at random.",
+    "operations has no labelled test set. Agreement says how much of the published edit is there, "
+    "not whether that is good; the base's own agreement is the control.",
+)
+
+
+# -- one expert ------------------------------------------------------------------------------------
+
+
+def learn(
+    shop: Workshop, task: TextTask, rows: Any, base: Model, tokenizer: Tokenizer
+) -> tuple[Column, Model]:
+    """Fit the head of a task on the base, freeze it, fine-tune the encoder."""
+    sides = divided(task, rows)
+    labels = labels_of(sides.train)
+    data = {
+        side: tokenise(getattr(sides, side), tokenizer, labels=labels, max_length=task.max_length)
+        for side in sides._fields
+    }
+    train_key = digest([base.key, labels, data["train"].ids, data["train"].labels])
+    head_path = shop.out / "heads" / f"{task.name}.safetensors"
+    folder = shop.out / "experts" / task.name
+
+    def probe() -> None:
+        encoder = load_encoder(base.folder, dtype=torch.float32).model
+        features = embed(encoder, data["train"].batches(EVAL_BATCH))
+        save_head(fit_head(features, torch.tensor(data["train"].labels), labels), head_path)
+
+    def fine_tune() -> None:
+        encoder = load_encoder(base.folder, dtype=torch.float32).model
+        for name, parameter in encoder.backbone.named_parameters():
+            parameter.requires_grad_(role_of(name).kind != "embedding")
+        model = Classifier(encoder, load_head(head_path))
+        settings = replace(task.tune, seed=SEED)
+        tune(model, data["train"], settings, progress=_telling(shop.say, task.name))
+        save_model(encoder, tokenizer, folder)
+
+    head_key, _ = shop.make(head_path, [train_key], probe)
+    key, seconds = shop.make(folder, [head_key, asdict(task.tune), SEED], fine_tune)
+    head = load_head(head_path)
+    column = Column(
+        Task(task.name, "accuracy", task.name, f"{task.about}; {_counts(sides)}"),
+        "accuracy",
+        digest([head_key, data["validation"].ids, data["test"].ids]),
+        data,
+        lambda encoder, part: EVALS["accuracy"](
+            Classifier(encoder, head), part.batches(EVAL_BATCH)
+        ),
+    )
+    return column, Model(task.name, "expert", folder, key, _training(task.tune, sides), seconds)
+
+
+def divided(task: TextTask, rows: Any) -> Split:
+    """Training, validation and test rows of a task, each text once, at most so many of a label."""
+    unique = list({row.text: row for row in rows}.values())
+    train, validation, test = split(unique, seed=SEED, **SHARES)
+    return Split(
+        at_most(train, task.train, seed=SEED),
+        at_most(validation, task.validation, seed=SEED),
+        at_most(test, task.test, seed=SEED),
+    )
+
+
+def published_column(expert: Model, tokenizer: Tokenizer) -> Column:
+    """Agreement with the expert that others published, on texts about its subject."""
+    data = tokenise(operations_rows(), tokenizer, max_length=64)
+    reference: list[torch.Tensor] = []
+
+    def measure(encoder: Encoder, part: Dataset) -> tuple[Metric, ...]:
+        if not reference:
+            model = load_encoder(expert.folder, dtype=torch.float32).model
+            reference.append(embed(model, part.batches(EVAL_BATCH)))
+        return agreement(reference[0])(encoder, part.batches(EVAL_BATCH))
+
+    task = Task(OPERATIONS, "agreement", expert.name, OPERATIONS_ABOUT)
+    empty = Dataset((), (), data.pad)
+    key = digest([expert.key, data.ids])
+    return Column(task, "agreement", key, {"validation": empty, "test": data}, measure)
+
+
+# -- merging and measuring -------------------------------------------------------------------------
+
+
+def recipe(name: str, base: Model, experts: Sequence[Model], scale: float | None) -> dict[str, Any]:
+    """An example recipe with the demo's folders in place of its placeholders."""
+    raw: dict[str, Any] = yaml.safe_load((_examples() / f"demo-{name}.yaml").read_text("utf-8"))
+    here = {expert.name: str(expert.folder.resolve()) for expert in experts}
+    raw["base"] = str(base.folder.resolve())
+    raw["models"] = {model: here[model] for model in raw["models"] if model in here}
+    if scale is not None:
+        raw["parameters"] = {**raw.get("parameters", {}), "scale": scale}
+    return raw
+
+
+def merged(
+    shop: Workshop, name: str, base: Model, experts: Sequence[Model], scale: float | None
+) -> Model:
+    """One merge of all experts, by the library's own way from recipe to folder."""
+    how = recipe(name, base, experts, scale)
+    folder = shop.out / "merges" / name
+    used = ["method", "parameters", "space", "policy", "output"]
+    content = {word: how[word] for word in used if word in how}
+    inputs = [content, base.key, {expert.name: expert.key for expert in experts}]
+    key, seconds = shop.make(folder, inputs, lambda: _merge(how, folder))
+    settings = ", ".join(f"{word} {value}" for word, value in how.get("parameters", {}).items())
+    chosen = ", scale chosen on validation rows" if scale is not None else ""
+    about = f"{how['method']}{': ' if settings else ''}{settings}{chosen}"
+    return Model(name, "merge", folder, key, about, seconds)
+
+
+def _merge(how: Mapping[str, Any], folder: Path) -> None:
+    merge(how, folder, overwrite=True)
+
+
+def choose_scale(
+    shop: Workshop, base: Model, experts: Sequence[Model], columns: Sequence[Column]
+) -> tuple[float, dict[float, float]]:
+    """The scale of task arithmetic with the best mean share of the expert on validation rows.
+
+    All experts are merged, but the published one has no validation rows and no vote. 0 stands for
+    the base. Ties go to the smaller scale.
+    """
+    path = shop.out / "results" / "scale.json"
+    inputs = [[expert.key for expert in experts], [column.key for column in columns], SCALES]
+    by_name = {expert.name: expert for expert in experts}
+
+    def values(folder: Path) -> dict[str, float]:
+        encoder = load_encoder(folder, dtype=torch.float32).model
+        return {c.task.name: c.measure(encoder, c.data["validation"])[0].value for c in columns}
+
+    def choose() -> None:
+        best = {c.task.name: values(by_name[c.task.name].folder)[c.task.name] for c in columns}
+        scores = {}
+        for scale in (0.0, *SCALES):
+            trial = shop.out / "merges" / ".trial"
+            if scale:
+                _merge(recipe(CHOSEN, base, experts, scale), trial)
+            found = values(trial if scale else base.folder)
+            scores[scale] = sum(found[name] / best[name] for name in best) / len(best)
+            shop.say(
+                f"{CHOSEN}: scale {scale} gives {scores[scale]:.3f} of the experts on validation"
+            )
+        shutil.rmtree(shop.out / "merges" / ".trial")
+        _write(path, json.dumps({str(scale): score for scale, score in scores.items()}, indent=2))
+
+    shop.make(path, inputs, choose)
+    scores = {float(scale): score for scale, score in json.loads(path.read_text()).items()}
+    return max(sorted(scores), key=lambda scale: scores[scale]), scores
+
+
+def measured(
+    shop: Workshop, model: Model, columns: Sequence[Column], side: str, versions: dict[str, str]
+) -> dict[str, Metric]:
+    """A model's metric in every column, from its result files where they are current."""
+    encoder: Encoder | None = None
+    metrics = {}
+    for column in columns:
+        path = shop.out / "results" / model.name / f"{column.task.name}.json"
+        key = digest([shop.made_with, model.key, column.key, side])
+        result = _result(path, key)
+        if result is None:
+            if encoder is None:
+                encoder = load_encoder(model.folder, dtype=torch.float32).model
+            began = time.perf_counter()
+            found = column.measure(encoder, column.data[side])
+            seconds = time.perf_counter() - began
+            result = EvalResult(
+                model.name, column.task.name, column.kind, found, seconds, {"key": key}, versions
+            )
+            path.parent.mkdir(parents=True, exist_ok=True)
+            _write(path, result.to_json())
+        metrics[column.task.name] = result.metrics[0]
+    return metrics
+
+
+def _result(path: Path, key: str) -> EvalResult | None:
+    try:
+        result = EvalResult.from_json(path.read_text(encoding="utf-8"))
+    except (OSError, SutureError):
+        return None
+    return result if result.inputs.get("key") == key else None
+
+
+# -- what is made once -----------------------------------------------------------------------------
+
+
+class Workshop:
+    """A folder of made things; each has a stamp beside it that says what it was made from."""
+
+    def __init__(self, out: Path, made_with: Mapping[str, Any], say: Say) -> None:
+        self.out = out
+        self.made_with = dict(made_with)
+        self.say = say
+
+    def make(self, path: Path, inputs: Any, step: Callable[[], None]) -> tuple[str, float]:
+        """Run ``step``, which makes ``path``, unless it was made from the same inputs before.
+
+        Returns:
+            The key of inputs and tools, and the seconds that making it took.
+
+        Raises:
+            OutputError: something stands there that no earlier run has made.
+        """
+        key = digest([self.made_with, inputs])
+        stamp = path.with_name(f".{path.name}.made.json")
+        name = path.relative_to(self.out)
+        found = _stamp(stamp)
+        if found and found.get("key") == key and found.get("sizes") == _sizes(path):
+            self.say(f"{name}: as before")
+            return key, float(found["seconds"])
+        if path.exists() and not found:
+            raise OutputError(f"{path} was not made by the demo; choose another folder")
+        stamp.unlink(missing_ok=True)
+        if path.is_dir():
+            shutil.rmtree(path)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        began = time.perf_counter()
+        try:
+            step()
+        except BaseException:
+            self._clear(path, stamp)
+            raise
+        seconds = time.perf_counter() - began
+        made = {"key": key, "seconds": round(seconds, 2), "sizes": _sizes(path)}
+        _write(stamp, json.dumps(made, indent=2))
+        self.say(f"{name}: made in {seconds:.1f} s")
+        return key, seconds
+
+    @staticmethod
+    def _clear(path: Path, stamp: Path) -> None:
+        if path.exists():  # ours, though not finished: the next run may replace it
+            _write(stamp, json.dumps({"key": ""}))
+
+
+def _stamp(path: Path) -> dict[str, Any]:
+    try:
+        found = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return {}
+    return found if isinstance(found, dict) else {}
+
+
+def _sizes(path: Path) -> dict[str, int]:
+    files = [path] if path.is_file() else sorted(p for p in path.rglob("*") if p.is_file())
+    return {str(p.relative_to(path.parent)): p.stat().st_size for p in files}
+
+
+def digest(what: Any) -> str:
+    """A short hash of plain data."""
+    text = json.dumps(what, sort_keys=True, default=list, separators=(",", ":"))
+    return hashlib.blake2b(text.encode(), digest_size=16).hexdigest()
+
+
+def fingerprint(folder: Path) -> str:
+    """A fast hash of all files that make a model: weights, configuration, tokenizer."""
+    state = xxhash.xxh3_128()
+    for file in sorted([*folder.glob("*.safetensors"), *folder.glob("*.json")]):
+        state.update(file.name.encode())
+        with file.open("rb") as data:
+            while piece := data.read(1 << 20):
+                state.update(piece)
+    return state.hexdigest()
+
+
+def _write(path: Path, text: str) -> None:
+    partial = path.with_name(f".{path.name}.partial")
+    partial.write_text(text, encoding="utf-8")
+    partial.replace(path)
+
+
+def _examples() -> Path:
+    here = Path(__file__).resolve().parent
+    for folder in (here / "examples", here.parents[1] / "examples"):
+        if (folder / "demo-linear.yaml").is_file():
+            return folder
+    raise SutureError("the demo's recipes are not installed: run `make demo` in a clone of Suture")
+
+
+@contextmanager
+def _threads(number: int) -> Iterator[None]:
+    before = torch.get_num_threads()
+    torch.set_num_threads(number)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
+
+
+# -- words -----------------------------------------------------------------------------------------
+
+
+def _telling(say: Say, name: str) -> Callable[[Progress], None]:
+    def tell(at: Progress) -> None:
+        if at.step % max(1, at.steps // 4) == 0:
+            speed = f"{at.examples_per_second:.0f} rows/s, {at.eta:.0f} s left"
+            say(f"{name}: step {at.step} of {at.steps}, loss {at.loss:.3f}, {speed}")
+
+    return tell
+
+
+def _training(settings: TuneSettings, sides: Split) -> str:
+    epochs = "1 epoch" if settings.epochs == 1 else f"{settings.epochs} epochs"
+    return f"base fine-tuned on {len(sides.train)} rows, {epochs}, peak rate {settings.lr:g}"
+
+
+def _counts(sides: Split) -> str:
+    return f"{len(sides.train)} train, {len(sides.validation)} validation, {len(sides.test)} test"
+
+
+def _scale_note(scale: float, scores: Mapping[float, float]) -> str:
+    tried = ", ".join(f"{at:g}: {score:.3f}" for at, score in scores.items())
+    return (
+        f"The scale of {CHOSEN}, {scale:g}, has the best mean share of the expert on validation "
+        f"rows ({tried}; operations had no vote). All other methods run with fixed parameters."
+    )
+
+
+def _retrieval_note(shop: Workshop, base: Model, expert: Model, tokenizer: Tokenizer) -> str:
+    rows = operations_rows()
+    data = tokenise(rows, tokenizer, labels=labels_of(rows), max_length=64)
+    found = []
+    for model in (base, expert):
+        path = shop.out / "results" / model.name / "retrieval.json"
+        key = digest([shop.made_with, model.key, data.ids])
+        result = _result(path, key)
+        if result is None:
+            encoder = load_encoder(model.folder, dtype=torch.float32).model
+            metrics = EVALS["neighbour"](encoder, data.batches(EVAL_BATCH))
+            result = EvalResult(
+                model.name, "retrieval", "neighbour", metrics, 0.0, {"key": key}, {}
+            )
+            _write(path, result.to_json())
+        metric = result.metrics[0]
+        found.append(f"{metric.value:.2f} [{metric.low:.2f}, {metric.high:.2f}] for {model.name}")
+    return (
+        f"Nearest neighbour of a text is the other half of its pair: {', '.join(found)} (n = 88)."
+    )

@@ -1,0 +1,190 @@
+"""Machine code without a compiler at hand: loads what numba compiled once, and calls it.
+
+Importing numba and making it ready takes most of a second, more than a small merge. So each kernel
+is compiled once, its object code is kept in the user's cache, and later processes load it through
+LLVM's loader alone. The cache is keyed by the source of the kernels, the processor and the versions
+of the tools; what does not fit is compiled anew.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import hashlib
+import os
+import re
+import tempfile
+import threading
+from collections.abc import Callable
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from suture.spec import cache_folder
+
+_DTYPES = {"u1": np.uint8, "u4": np.uint32, "u8": np.uint64, "i8": np.int64,
+           "f4": np.float32, "f8": np.float64}  # fmt: skip
+_FORMAT = b"suture-kernel-1\n"
+_lock = threading.Lock()
+
+
+class Kernel:
+    """One compiled function of ``suture.loops``, called with numpy arrays and numbers.
+
+    Args:
+        name: of the function.
+        signature: its parameters in numba's notation, such as ``"f4[:, ::1] f4[::1] i8 i8"``; an
+            array must be contiguous and of exactly this dtype.
+        scratch: how many float32 of scratch it needs, from the number of rows of its first array;
+            it is handed in as the last parameter.
+
+    Raises:
+        TypeError: on a call whose arguments are not of the signature.
+    """
+
+    def __init__(
+        self, name: str, signature: str, scratch: Callable[[int], int] | None = None
+    ) -> None:
+        self.name = name
+        self.signature = signature
+        self.scratch = scratch
+        self._kinds = [_kind(w) for w in re.findall(r"[a-z]\d(?:\[[^]]*\])?", signature)]
+        self._local = threading.local()
+        self._function: Any = None
+
+    def __call__(self, *args: Any) -> int:
+        """Run it without the interpreter lock; returns its result, 0 where it has none."""
+        function = self._function or self._load()
+        if self.scratch is not None:
+            args = (*args, self._scratch(args[0]))
+        if len(args) != len(self._kinds):
+            raise TypeError(f"{self.name} takes {len(self._kinds)} arguments, not {len(args)}")
+        result, error = ctypes.c_int64(), ctypes.c_void_p()
+        flat: list[Any] = [ctypes.addressof(result), ctypes.addressof(error)]
+        for value, (dtype, rank) in zip(args, self._kinds, strict=True):
+            if rank == 0:
+                flat.append(value)
+                continue
+            if value.dtype != dtype or value.ndim != rank or not value.flags.c_contiguous:
+                raise TypeError(f"{self.name}: {value.dtype}{list(value.shape)} for {dtype}")
+            address = value.__array_interface__["data"][0]
+            flat += (0, 0, value.size, value.itemsize, address, *value.shape, *value.strides)
+        status = function(*flat)
+        if status:
+            raise RuntimeError(f"{self.name} failed with status {status}")
+        return result.value
+
+    def _scratch(self, first: Any) -> Any:
+        assert self.scratch is not None
+        size = self.scratch(first.shape[0])
+        held = getattr(self._local, "held", None)
+        if held is None or held.size < size:
+            held = self._local.held = np.zeros(size, np.float32)
+        return held
+
+    def _load(self) -> Any:
+        with _lock:
+            if self._function is None:
+                code = _cached(self.name) or _compiled(self)
+                flat: list[Any] = [ctypes.c_void_p, ctypes.c_void_p]
+                for dtype, rank in self._kinds:
+                    if rank:
+                        flat += [ctypes.c_void_p] * 2 + [ctypes.c_int64] * 2 + [ctypes.c_void_p]
+                        flat += [ctypes.c_int64] * (2 * rank)
+                    else:
+                        flat.append(np.ctypeslib.as_ctypes_type(dtype))
+                address = _engine().add(*code)
+                self._function = ctypes.CFUNCTYPE(ctypes.c_int32, *flat)(address)
+        return self._function
+
+
+def _kind(word: str) -> tuple[Any, int]:
+    name, _, shape = word.partition("[")
+    return np.dtype(_DTYPES[name]), shape.count(",") + 1 if shape else 0
+
+
+@cache
+def _engine() -> _Engine:
+    return _Engine()
+
+
+class _Engine:
+    """LLVM's loader of object code."""
+
+    def __init__(self) -> None:
+        import llvmlite.binding as llvm
+
+        self._llvm = llvm
+        llvm.initialize_native_target()
+        llvm.initialize_native_asmprinter()
+        # Numba's reference counts are compiled into every function that has arrays; with arrays
+        # that numba does not own, nothing is ever counted, but the name must be there.
+        self._unused = ctypes.CFUNCTYPE(None, ctypes.c_void_p)(lambda _: None)
+        address = ctypes.cast(self._unused, ctypes.c_void_p).value
+        llvm.add_symbol("NRT_MemInfo_call_dtor", address)
+        machine = llvm.Target.from_default_triple().create_target_machine()
+        self._engine = llvm.create_mcjit_compiler(llvm.parse_assembly(""), machine)
+
+    def add(self, symbol: str, code: bytes) -> int:
+        """Load object code; the address of its function."""
+        self._engine.add_object_file(self._llvm.ObjectFileRef.from_data(code))
+        self._engine.finalize_object()
+        return int(self._engine.get_function_address(symbol))
+
+
+@cache
+def _folder() -> Path:
+    """Where machine code for this processor and these sources is kept."""
+    import llvmlite.binding as llvm
+
+    source = Path(__file__).with_name("loops.py").read_bytes()
+    source += Path(__file__).with_name("kernels.py").read_bytes()
+    facts = [llvm.get_default_triple(), llvm.get_host_cpu_name(),
+             llvm.get_host_cpu_features().flatten(), str(llvm.llvm_version_info)]  # fmt: skip
+    key = hashlib.sha256("\n".join(facts).encode() + source).hexdigest()[:24]
+    return cache_folder() / "kernels" / key
+
+
+def _cached(name: str) -> tuple[str, bytes] | None:
+    try:
+        found = (_folder() / f"{name}.o").read_bytes()
+    except OSError:
+        return None
+    if not found.startswith(_FORMAT):
+        return None
+    digest, symbol, code = found[len(_FORMAT) :].split(b"\n", 2)
+    if hashlib.sha256(symbol + b"\n" + code).hexdigest().encode() != digest:
+        return None  # cut short, or changed
+    return symbol.decode(), code
+
+
+def _compiled(kernel: Kernel) -> tuple[str, bytes]:
+    """Compile with numba and keep the object code."""
+    import llvmlite.binding as llvm
+    from numba.core.registry import cpu_target
+
+    from suture import loops
+
+    function = getattr(loops, kernel.name)
+    function.compile(f"({kernel.signature})")
+    found = next(iter(function.overloads.values()))
+    text = found.library.get_llvm_str()
+    needed = {line.split("@")[1].split("(")[0] for line in text.splitlines()
+              if line.startswith("declare") and "@llvm." not in line}  # fmt: skip
+    assert needed <= {"NRT_MemInfo_call_dtor", "memset", "memcpy"}, needed
+    module = llvm.parse_assembly(text)
+    code = cpu_target.target_context.codegen()._tm.emit_object(module)
+    symbol = found.fndesc.llvm_func_name
+    _keep(kernel.name, symbol.encode() + b"\n" + code)
+    return symbol, code
+
+
+def _keep(name: str, content: bytes) -> None:
+    try:
+        _folder().mkdir(parents=True, exist_ok=True)
+        with tempfile.NamedTemporaryFile(dir=_folder(), delete=False) as file:
+            file.write(_FORMAT + hashlib.sha256(content).hexdigest().encode() + b"\n" + content)
+        os.replace(file.name, _folder() / f"{name}.o")
+    except OSError:
+        return  # without a cache every process compiles for itself

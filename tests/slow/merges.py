@@ -1,0 +1,252 @@
+"""Every merge method in plain loops over float64, entry by entry, as its paper states it.
+
+A twin gets deltas (or weights) as ``{model: {tensor: flat float64 array}}``, with the models in the
+order in which the merge takes them, and gives the merged delta (or weight) by tensor.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import numpy as np
+from slow import philox, topk
+
+Array = np.ndarray[Any, Any]
+Vectors = Mapping[str, Mapping[str, Array]]
+Shares = Callable[[str], Sequence[float]]
+"""The number of each model for one tensor."""
+
+
+def constant(*values: float) -> Shares:
+    """The same numbers for every tensor."""
+    return lambda name: values
+
+
+def _entrywise(vectors: Vectors, one: Callable[[str, list[float]], float]) -> dict[str, Array]:
+    found = {}
+    for name, first in next(iter(vectors.values())).items():
+        columns = zip(*(v[name].tolist() for v in vectors.values()), strict=True)
+        found[name] = np.array([one(name, list(column)) for column in columns], np.float64)
+        assert found[name].size == first.size
+    return found
+
+
+def _single(values: Sequence[float]) -> list[float]:
+    """The weights as float32 holds them: a recipe's 0.1 is not the float64 0.1 in the arithmetic."""
+    return [float(np.float32(v)) for v in values]
+
+
+def linear(weights: Vectors, weight: Shares, normalize: bool = True) -> dict[str, Array]:
+    """The weighted average of the models' weights."""
+
+    def one(name: str, column: list[float]) -> float:
+        factors = _single(weight(name))
+        whole = sum(factors) if normalize and abs(sum(factors)) >= 1e-8 else 1.0
+        return sum(w * x for w, x in zip(factors, column, strict=True)) / whole
+
+    return _entrywise(weights, one)
+
+
+def task_arithmetic(
+    deltas: Vectors, weight: Shares, scale: Callable[[str], float], normalize: bool = False
+) -> dict[str, Array]:
+    """The scaled sum of the task vectors."""
+    total = linear(deltas, weight, normalize)
+    return {name: scale(name) * x for name, x in total.items()}
+
+
+def trimmed(
+    deltas: Vectors, density: Shares, scope: str, count: Callable[[float, int], int]
+) -> dict[str, dict[str, Array]]:
+    """Each task vector with all but its largest entries set to zero."""
+    found = {}
+    for number, (model, vector) in enumerate(deltas.items()):
+        masks = topk.kept(vector, list(vector), density, number, scope, count)
+        found[model] = {name: np.where(masks[name], x, 0.0) for name, x in vector.items()}
+    return found
+
+
+def sign(x: float) -> int:
+    """-1, 0 or 1."""
+    return (x > 0) - (x < 0)
+
+
+def elected(column: Sequence[float], elect: str) -> int:
+    """The sign that a column of weighted entries elects."""
+    return sign(math.fsum(column) if elect == "mass" else sum(sign(x) for x in column))
+
+
+def agreed(column: Sequence[float], weights: Sequence[float], gamma: int, aggregate: str) -> float:
+    """What becomes of the entries of a column that have the sign ``gamma``."""
+    pairs = [(x, w) for x, w in zip(column, weights, strict=True) if sign(x) == gamma != 0]
+    if not pairs:
+        return 0.0
+    if aggregate == "max":
+        return gamma * max(abs(x) for x, _ in pairs)
+    total = sum(x for x, _ in pairs)
+    if aggregate == "sum":
+        return total
+    if aggregate == "mean":
+        return total / len(pairs)
+    share = sum(w for _, w in pairs)
+    return total / (share if share != 0 else 1.0)
+
+
+def elect_and_merge(
+    vectors: Vectors, weight: Shares, elect: str, aggregate: str, zero_sign: str
+) -> dict[str, Array]:
+    """Elect a sign per entry and merge what agrees with it."""
+
+    def weighted(name: str, column: list[float]) -> list[float]:
+        return [w * x for w, x in zip(_single(weight(name)), column, strict=True)]
+
+    votes = _entrywise(vectors, lambda name, column: elected(weighted(name, column), elect))
+    most = sign(sum(int(v.sum()) for v in votes.values()))
+    zero = {"zero": 0, "positive": 1, "majority": most}[zero_sign]
+
+    def one(name: str, column: list[float]) -> float:
+        entries = weighted(name, column)
+        return agreed(entries, _single(weight(name)), elected(entries, elect) or zero, aggregate)
+
+    return _entrywise(vectors, one)
+
+
+def _times(vector: dict[str, Array], scale: Callable[[str], float]) -> dict[str, Array]:
+    return {name: scale(name) * x for name, x in vector.items()}
+
+
+def nearest_count(share: float, n: int) -> int:
+    """``round(density * n)``."""
+    return round(share * n)
+
+
+def floor_count(share: float, n: int) -> int:
+    """Down, but at least one of what there is."""
+    return min(n, max(1, int(share * n)))
+
+
+def ties(
+    deltas: Vectors,
+    weight: Shares,
+    density: Shares,
+    scale: Callable[[str], float],
+    *,
+    scope: str = "global",
+    elect: str = "mass",
+    aggregate: str = "mean",
+    zero_sign: str = "zero",
+    rounding: str = "round",
+) -> dict[str, Array]:
+    """Trim, elect, merge (Yadav et al. 2023)."""
+    count = nearest_count if rounding == "round" else floor_count
+    thin = trimmed(deltas, density, scope, count)
+    return _times(elect_and_merge(thin, weight, elect, aggregate, zero_sign), scale)
+
+
+def stitch(
+    deltas: Vectors,
+    weight: Shares,
+    density: Shares,
+    scale: Callable[[str], float],
+    *,
+    scope: str = "global",
+) -> dict[str, Array]:
+    """Average, entry by entry, the task vectors that selected the entry (He et al. 2025)."""
+    thin = trimmed(deltas, density, scope, nearest_count)
+
+    def one(name: str, column: list[float]) -> float:
+        chosen = [w * x for w, x in zip(_single(weight(name)), column, strict=True) if x != 0]
+        return sum(chosen) / max(1, sum(x != 0 for x in column))
+
+    return _times(_entrywise(thin, one), scale)
+
+
+def dropped(deltas: Vectors, density: Shares, seed: int, rescale: str) -> dict[str, Any]:
+    """Each task vector with entries dropped at random, and what is left rescaled (Yu et al. 2024)."""
+    found: dict[str, dict[str, Array]] = {}
+    for number, (model, vector) in enumerate(deltas.items()):
+        found[model] = {}
+        for name, x in vector.items():
+            share = density(name)[number]
+            mask = philox.keeps(seed, model, name, x.size, share)
+            thin = [v if keep else 0.0 for v, keep in zip(x.tolist(), mask, strict=True)]
+            factor = 1.0
+            if rescale == "density":
+                factor = 1 / share
+            elif rescale == "l1":
+                whole, left = (math.fsum(abs(v) for v in values) for values in (x.tolist(), thin))
+                factor = whole / left if min(whole, left) >= 1e-7 else 1.0
+            found[model][name] = np.array([factor * v for v in thin], np.float64)
+    return found
+
+
+def dare_linear(
+    deltas: Vectors,
+    weight: Shares,
+    density: Shares,
+    scale: Callable[[str], float],
+    *,
+    seed: int = 0,
+    rescale: str = "density",
+    normalize: bool = False,
+) -> dict[str, Array]:
+    """Drop and rescale, then add."""
+    return task_arithmetic(dropped(deltas, density, seed, rescale), weight, scale, normalize)
+
+
+def dare_ties(
+    deltas: Vectors,
+    weight: Shares,
+    density: Shares,
+    scale: Callable[[str], float],
+    *,
+    seed: int = 0,
+    rescale: str = "density",
+    elect: str = "mass",
+    aggregate: str = "mean",
+    zero_sign: str = "zero",
+) -> dict[str, Array]:
+    """Drop and rescale, then elect signs and merge."""
+    thin = dropped(deltas, density, seed, rescale)
+    return _times(elect_and_merge(thin, weight, elect, aggregate, zero_sign), scale)
+
+
+def consensus(
+    deltas: Vectors,
+    weight: Shares,
+    bounds: Shares,
+    scale: Callable[[str], float],
+    *,
+    min_tasks: int = 2,
+) -> dict[str, Array]:
+    """Keep the sum where enough tasks hold their own against the others (Wang et al. 2024)."""
+
+    def one(name: str, column: list[float]) -> float:
+        entries = [w * x for w, x in zip(_single(weight(name)), column, strict=True)]
+        total = sum(entries)
+        held = sum(
+            x != 0 and abs(x) >= bound * abs(total - x)
+            for x, bound in zip(entries, _single(bounds(name)), strict=True)
+        )
+        return total if held >= min_tasks else 0.0
+
+    return _times(_entrywise(deltas, one), scale)
+
+
+def slerp(weights: Vectors, t: Callable[[str], float]) -> dict[str, Array]:
+    """Along the arc between two weights, tensor by tensor (Shoemake 1985)."""
+    one, other = weights.values()
+    found = {}
+    for name, a in one.items():
+        b, place = other[name], t(name)
+        lengths = [math.sqrt(float(x @ x)) for x in (a, b)]
+        cosine = float(a @ b) / math.prod(length if length > 1e-8 else 1.0 for length in lengths)
+        if abs(cosine) > 0.9995:
+            found[name] = (1 - place) * a + place * b
+            continue
+        angle = math.acos(cosine)
+        left, right = math.sin((1 - place) * angle), math.sin(place * angle)
+        found[name] = (left * a + right * b) / math.sin(angle)
+    return found
