@@ -260,7 +260,7 @@ def test_rows_are_made_of_every_mixture_of_dtypes(
 def finished(base: Array, delta: Array, kind: str) -> tuple[torch.Tensor, list[int]]:
     raw = np.zeros(base.size * 8, np.uint8)
     counts = np.zeros(3, np.int64)
-    kernels.finish(base, delta, CODES[kind], base.size, raw, counts)
+    kernels.finish(base, delta, CODES[kind], 0, base.size, raw, counts)
     width = torch.empty(0, dtype=TORCH[kind]).element_size()
     return torch.from_numpy(raw[: base.size * width]).view(TORCH[kind]), counts.tolist()
 
@@ -301,7 +301,7 @@ def test_counts_add_up_over_calls() -> None:
     counts = np.array([10, 20, 30], np.int64)
     raw = np.zeros(8, np.uint8)
 
-    kernels.finish(np.ones(2, np.float32), np.full(2, 1e-9, np.float32), F32, 2, raw, counts)
+    kernels.finish(np.ones(2, np.float32), np.full(2, 1e-9, np.float32), F32, 1, 2, raw, counts)
 
     assert counts.tolist() == [12, 22, 30]
 

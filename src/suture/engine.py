@@ -201,7 +201,8 @@ class _Merging(Visitor[_Local]):
             if code == F64 and self.job.sources.spec(block.name).dtype == "F64":
                 kernels.finish_double(_bytes(block.raw(0)), block.out, block.count, out, counts)
             else:
-                kernels.finish(block.base, block.out, code, block.count, out, counts)
+                same = int(self.job.sources.spec(block.name).dtype == new.dtype)
+                kernels.finish(block.base, block.out, code, same, block.count, out, counts)
             wild = int(counts[2]) - before
         self._check(wild, block, new)
 

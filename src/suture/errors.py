@@ -16,6 +16,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from difflib import get_close_matches
+from reprlib import repr as brief
 
 
 class SutureError(Exception):
@@ -95,6 +96,12 @@ class Problems:
 
 def _indented(text: str) -> str:
     return text.replace("\n", "\n    ")
+
+
+__all__ = [
+    "CheckpointError", "MismatchError", "MissingExtraError", "NonFiniteError", "OutputError",
+    "Problems", "RecipeError", "SutureError", "brief", "did_you_mean",
+]  # fmt: skip
 
 
 def did_you_mean(word: str, known: Sequence[str]) -> str:

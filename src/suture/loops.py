@@ -269,9 +269,12 @@ def narrow(row: Array, code: int, count: int, raw: Array) -> int:
 
 
 @_kernel
-def finish(base: Array, delta: Array, code: int, count: int, raw: Array, counts: Array) -> None:
+def finish(
+    base: Array, delta: Array, code: int, kept: int, count: int, raw: Array, counts: Array
+) -> None:
     """Add float32 ``base`` to ``delta`` and round to raw bytes, counting what rounding loses.
 
+    ``kept`` says that the base itself has the dtype ``code``, so that rounding does not change it.
     ``counts[0]`` grows by the entries with a delta, ``counts[1]`` by those among them whose rounded
     sum equals the rounded base (write-back loss, specification of stitching, section 0.4) and
     ``counts[2]`` by the sums that are not finite.
@@ -279,7 +282,21 @@ def finish(base: Array, delta: Array, code: int, count: int, raw: Array, counts:
     moved = np.uint32(0)
     lost = np.uint32(0)
     wild = np.uint32(0)
-    if code == BF16:
+    if code == BF16 and kept:
+        short = raw.view(np.uint16)
+        for i in range(count):
+            value = base[i] + delta[i]
+            bits = _as_bits(value)
+            new = (
+                bits + np.uint32(0x7FFF) + ((bits >> np.uint32(16)) & np.uint32(1))
+            ) >> np.uint32(16)
+            new = new if value == value else np.uint32(0x7FC0)
+            some = delta[i] != np.float32(0)
+            moved += np.uint32(some)
+            lost += np.uint32(some & (new == (_as_bits(base[i]) >> np.uint32(16))))
+            wild += np.uint32((new & np.uint32(0x7F80)) == np.uint32(0x7F80))
+            short[i] = np.uint16(new)
+    elif code == BF16:
         short = raw.view(np.uint16)
         for i in range(count):
             new = _float_to_bfloat(base[i] + delta[i])

@@ -432,7 +432,7 @@ class _Counting(Visitor[_Local]):
 
     def see(self, local: _Local, block: Block) -> None:
         group, offset = self.selector.where[block.name]
-        if group.blocks == 1 and group.size == block.count:
+        if group.size == block.count and (group.blocks == 1 or not group.size):
             group.limits = _direct(group, block)
             return
         if local.group is not group:

@@ -221,16 +221,22 @@ def consensus(
     *,
     min_tasks: int = 2,
 ) -> dict[str, Array]:
-    """Keep the sum where enough tasks hold their own against the others (Wang et al. 2024)."""
+    """Keep the sum where enough tasks hold their own against the others (Wang et al. 2024).
+
+    In float32, because where both sides of the comparison are equal rounding decides.
+    """
 
     def one(name: str, column: list[float]) -> float:
-        entries = [w * x for w, x in zip(_single(weight(name)), column, strict=True)]
-        total = sum(entries)
+        factors = [np.float32(w) for w in weight(name)]
+        entries = [w * np.float32(x) for w, x in zip(factors, column, strict=True)]
+        total = np.float32(0)
+        for x in entries:
+            total += x
         held = sum(
-            x != 0 and abs(x) >= bound * abs(total - x)
-            for x, bound in zip(entries, _single(bounds(name)), strict=True)
+            x != 0 and abs(x) >= np.float32(bound) * abs(total - x)
+            for x, bound in zip(entries, bounds(name), strict=True)
         )
-        return total if held >= min_tasks else 0.0
+        return float(total) if held >= min_tasks else 0.0
 
     return _times(_entrywise(deltas, one), scale)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from fractions import Fraction
 from typing import Any, NamedTuple
 
@@ -29,9 +30,7 @@ def nearest(value: float, form: Format) -> float:
     if value != value or abs(value) == float("inf") or value == 0:
         return value
     exact = abs(Fraction(value))
-    exponent = form.lowest
-    while exponent < form.highest and exact >= Fraction(2) ** (exponent + 1):
-        exponent += 1
+    exponent = min(form.highest, max(form.lowest, math.frexp(value)[1] - 1))
     step = Fraction(2) ** (exponent - form.digits + 1)
     steps, rest = divmod(exact, step)
     if 2 * rest > step or (2 * rest == step and steps % 2 == 1):

@@ -1,0 +1,65 @@
+"""A random two-layer BERT with a word tokenizer, made in code; for the tests of training and evals."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+import transformers
+from suture.data import Row
+from suture.models import Encoder, LanguageModel, Loaded, Tokenizer, load_encoder, save_model
+from tokenizers import Tokenizer as Words
+from tokenizers.models import WordLevel
+from tokenizers.pre_tokenizers import Whitespace
+
+WORDS = ["[PAD]", "[UNK]", *"red green blue sun moon star one two three four five six".split()]
+COLOURS, SKIES = WORDS[2:5], WORDS[5:8]
+
+
+def tokenizer() -> Tokenizer:
+    words = Words(WordLevel({word: i for i, word in enumerate(WORDS)}, unk_token="[UNK]"))
+    words.pre_tokenizer = Whitespace()
+    made: Tokenizer = transformers.PreTrainedTokenizerFast(
+        tokenizer_object=words, pad_token="[PAD]", unk_token="[UNK]", model_max_length=64
+    )
+    return made
+
+
+def encoder(seed: int = 0) -> Encoder:
+    config = transformers.BertConfig(
+        vocab_size=len(WORDS), hidden_size=16, num_hidden_layers=2, num_attention_heads=2,
+        intermediate_size=32, max_position_embeddings=32,
+    )  # fmt: skip
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        return Encoder(transformers.BertModel(config).eval())
+
+
+def language_model(seed: int = 0) -> LanguageModel:
+    config = transformers.GPT2Config(
+        vocab_size=len(WORDS), n_embd=16, n_layer=1, n_head=2, n_positions=32, bos_token_id=0,
+        eos_token_id=0,
+    )  # fmt: skip
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        return LanguageModel(transformers.GPT2LMHeadModel(config).eval())
+
+
+def folder(where: Path, seed: int = 0) -> Path:
+    save_model(encoder(seed), tokenizer(), where)
+    return where
+
+
+def loaded(where: Path) -> Loaded[Encoder]:
+    return load_encoder(where, dtype=torch.float32)
+
+
+def rows(n: int = 48) -> list[Row]:
+    """Texts about colours or about the sky, all different."""
+    found = []
+    for i in range(n):
+        words = (COLOURS, SKIES)[i % 2]
+        fillers = [WORDS[8 + (i // 6**k) % 6] for k in range(1 + i % 3)]
+        text = " ".join([words[i % 3], *fillers, words[(i // 3) % 3]])
+        found.append(Row(text, ("colour", "sky")[i % 2], group=str(i)))
+    return found
