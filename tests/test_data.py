@@ -5,10 +5,11 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
-import tiny_model
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+
+import tiny_model
 from suture.data import (
     Dataset,
     Row,

@@ -192,7 +192,9 @@ def assert_close(out: torch.Tensor, expected: Array, name: str) -> tuple[int, in
     """Float32 tolerance, or one step of a 16-bit dtype; how many entries are not equal, of how many."""
     if out.dtype in (torch.bfloat16, torch.float16):
         steps = toy.steps_apart(out, nearest(expected, out.dtype))
-        assert steps.max(initial=0) <= 1, name
+        # Where base and delta nearly cancel, float32 leaves a dust of many tiny steps.
+        dust = np.abs(out.double().reshape(-1).numpy() - expected) < 1e-7
+        assert ((steps <= 1) | dust).all(), name
         return int((steps > 0).sum()), steps.size
     np.testing.assert_allclose(
         out.double().reshape(-1).numpy(), expected, rtol=1e-6, atol=1e-6, err_msg=name
@@ -642,13 +644,14 @@ def test_the_result_is_float64_s_rounded_once(tmp_path: Path, merged: Merged) ->
     }
     place, paths = small_family(tmp_path, base, models)
 
-    out = merged("ties", paths, place, density=0.5, scale=0.7)["w"]
+    out = merged("ties", paths, place, density=0.5, scale=0.7137)["w"]
 
     deltas = {n: {"w": toy.flat(m, ["w"]) - toy.flat(base, ["w"])} for n, m in models.items()}
-    merged_delta = slow.ties(deltas, slow.constant(1, 1, 1), slow.constant(0.5, 0.5, 0.5), lambda n: 0.7)
-    rounded = rounding.to_bf16(toy.flat(base, ["w"]) + merged_delta["w"])
-    steps = toy.steps_apart(out, torch.from_numpy(rounded).to(torch.bfloat16))
-    assert steps.max() <= 1
+    merged_delta = slow.ties(deltas, slow.constant(1, 1, 1), slow.constant(0.5, 0.5, 0.5), lambda n: 0.7137)
+    true = toy.flat(base, ["w"]) + merged_delta["w"]
+    steps = toy.steps_apart(out, torch.from_numpy(rounding.to_bf16(true)).to(torch.bfloat16))
+    dust = np.abs(out.double().numpy() - true) < 1e-8  # base and delta cancel but for a rounding
+    assert ((steps <= 1) | dust).all()
     assert (steps > 0).mean() < 1e-3, f"{(steps > 0).sum()} of {steps.size} differ"
 
 

@@ -6,9 +6,10 @@ import json
 from pathlib import Path
 
 import pytest
-import tiny_model
 import torch
 from safetensors.torch import load_file, save_file
+
+import tiny_model
 from suture.data import tokenise
 from suture.errors import CheckpointError, OutputError
 from suture.models import (
@@ -134,7 +135,9 @@ def test_vectors_come_in_the_order_of_the_data_whatever_the_batches() -> None:
     one_by_one = torch.cat([embed(encoder, [b]) for i in range(20) for b in _only(data, i)])
 
     torch.testing.assert_close(embed(encoder, data.batches(7)), one_by_one, rtol=1e-4, atol=1e-5)
-    torch.testing.assert_close(embed(encoder, data.batches(3, seed=5)), one_by_one, rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(
+        embed(encoder, data.batches(3, seed=5)), one_by_one, rtol=1e-4, atol=1e-5
+    )
     assert embed(encoder, []).shape == (0, 16)
 
 
@@ -165,7 +168,9 @@ def test_a_head_comes_back_with_its_labels(tmp_path: Path) -> None:
 def test_what_is_no_head_is_refused(tmp_path: Path) -> None:
     save_file({"weight": torch.ones(3, 2), "bias": torch.ones(3)}, tmp_path / "a.safetensors")
     save_file(
-        {"weight": torch.ones(3, 2), "bias": torch.ones(3)}, tmp_path / "b.safetensors", {"labels": '["x"]'}
+        {"weight": torch.ones(3, 2), "bias": torch.ones(3)},
+        tmp_path / "b.safetensors",
+        {"labels": '["x"]'},
     )
 
     for name in ("a", "b", "missing"):

@@ -6,15 +6,16 @@ import copy
 from dataclasses import replace
 
 import pytest
-import tiny_model
 import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+import tiny_model
 from suture.data import Dataset, labels_of, tokenise
 from suture.errors import NonFiniteError, RecipeError
 from suture.evals import EVALS
 from suture.models import Classifier, Head, embed
 from suture.tune import Progress, TuneSettings, classification, fit_head, slope, tune
-from torch import Tensor, nn
-from torch.nn import functional as F
 
 SETTINGS = TuneSettings(epochs=2, batch=8, lr=3e-3, seed=1)
 
@@ -239,7 +240,9 @@ def test_a_probe_reads_shifted_and_scaled_features_alike() -> None:
     def logits(head: Head, at: Tensor) -> Tensor:
         return at @ head.weight.T + head.bias
 
-    torch.testing.assert_close(logits(plain, x), logits(moved, 100 * x - 3000), rtol=1e-2, atol=1e-2)
+    torch.testing.assert_close(
+        logits(plain, x), logits(moved, 100 * x - 3000), rtol=1e-2, atol=1e-2
+    )
 
 
 def test_a_constant_dimension_does_not_rule_a_probe() -> None:

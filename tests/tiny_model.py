@@ -1,4 +1,4 @@
-"""A random two-layer BERT with a word tokenizer, made in code; for the tests of training and evals."""
+"""A random two-layer BERT with a word tokenizer, made in code; for tests of training and evals."""
 
 from __future__ import annotations
 
@@ -6,13 +6,17 @@ from pathlib import Path
 
 import torch
 import transformers
-from suture.data import Row
-from suture.models import Encoder, LanguageModel, Loaded, Tokenizer, load_encoder, save_model
 from tokenizers import Tokenizer as Words
 from tokenizers.models import WordLevel
 from tokenizers.pre_tokenizers import Whitespace
 
-WORDS = ["[PAD]", "[UNK]", *"red green blue sun moon star one two three four five six".split()]
+from suture.data import Row
+from suture.models import Encoder, LanguageModel, Loaded, Tokenizer, load_encoder, save_model
+
+WORDS = [
+    "[PAD]", "[UNK]", "red", "green", "blue", "sun", "moon", "star", "one", "two", "three", "four",
+    "five", "six",
+]  # fmt: skip
 COLOURS, SKIES = WORDS[2:5], WORDS[5:8]
 
 

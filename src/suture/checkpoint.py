@@ -12,7 +12,7 @@ import os
 import re
 import threading
 import weakref
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple
 
@@ -338,7 +338,7 @@ class Checkpoint(Mapping[str, Array]):
                  if role_of(n).kind == "embedding" and len(s.shape) == 2]  # fmt: skip
         return max(sizes, default=None)
 
-    difference: ClassVar[Callable[[Checkpoint, Checkpoint], Any]]
+    difference: ClassVar[Any]
     """What subtraction does; set by ``suture.vector``, which stands below this module."""
 
     def __sub__(self, base: object) -> Any:

@@ -309,16 +309,12 @@ def methods(
 
 
 def _method_data(method: Any) -> dict[str, Any]:
-    most = "any number of" if method.most is None else f"at most {method.most}"
-    needs = (
-        f"Needs {'a base and ' if method.needs_base else ''}at least {method.least}, {most} models."
-    )
     scopes = {(True, True): ", for each model and tensor", (False, True): ", for each tensor"}
     return {
         "title": method.title,
         "paper": method.paper,
         "equation": method.equation,
-        "needs": needs,
+        "needs": method.needs,
         "needs_base": method.needs_base,
         "random": method.random,
         "parameters": {

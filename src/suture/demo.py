@@ -30,7 +30,7 @@ import torch
 import xxhash
 import yaml
 
-from suture.data import Dataset, Split, at_most, labels_of, split, tokenise
+from suture.data import Dataset, Row, Split, at_most, draw, labels_of, split, tokenise
 from suture.demo_tasks import (
     OPERATIONS,
     OPERATIONS_ABOUT,
@@ -110,7 +110,7 @@ class Column:
     key: str
     """Identifies data and head."""
     data: Mapping[str, Dataset]
-    """``validation`` (empty where nothing is chosen by this task) and ``test``."""
+    """By side: ``validation``, ``test``."""
     measure: Measure
 
 
@@ -162,7 +162,7 @@ def _run(
     experts.append(Model(OPERATIONS, "expert", published, fingerprint(published), about))
     columns.append(published_column(experts[-1], tokenizer))
 
-    scale, scores = choose_scale(shop, base, experts, columns[:-1])
+    scale, scores = choose_scale(shop, base, experts, columns)
     models = [base, *experts]
     for name in MERGES:
         models.append(merged(shop, name, base, experts, scale if name == CHOSEN else None))
@@ -252,19 +252,22 @@ def divided(task: TextTask, rows: Any) -> Split:
 
 def published_column(expert: Model, tokenizer: Tokenizer) -> Column:
     """Agreement with the expert that others published, on texts about its subject."""
-    data = tokenise(operations_rows(), tokenizer, max_length=64)
-    reference: list[torch.Tensor] = []
+    sides: dict[str, list[Row]] = {"validation": [], "test": []}
+    for row in operations_rows():
+        sides["validation" if draw(SEED, row.label) < 0.3 else "test"].append(row)
+    data = {side: tokenise(rows, tokenizer, max_length=64) for side, rows in sides.items()}
+    references: dict[Dataset, torch.Tensor] = {}
 
     def measure(encoder: Encoder, part: Dataset) -> tuple[Metric, ...]:
-        if not reference:
+        if part not in references:
             model = load_encoder(expert.folder, dtype=torch.float32).model
-            reference.append(embed(model, part.batches(EVAL_BATCH)))
-        return agreement(reference[0])(encoder, part.batches(EVAL_BATCH))
+            references[part] = embed(model, part.batches(EVAL_BATCH))
+        return agreement(references[part])(encoder, part.batches(EVAL_BATCH))
 
-    task = Task(OPERATIONS, "agreement", expert.name, OPERATIONS_ABOUT)
-    empty = Dataset((), (), data.pad)
-    key = digest([expert.key, data.ids])
-    return Column(task, "agreement", key, {"validation": empty, "test": data}, measure)
+    counts = ", ".join(f"{len(rows)} {side}" for side, rows in sides.items())
+    task = Task(OPERATIONS, "agreement", expert.name, f"{OPERATIONS_ABOUT}; {counts}")
+    key = digest([expert.key, {side: part.ids for side, part in data.items()}])
+    return Column(task, "agreement", key, data, measure)
 
 
 # -- merging and measuring -------------------------------------------------------------------------
@@ -306,8 +309,7 @@ def choose_scale(
 ) -> tuple[float, dict[float, float]]:
     """The scale of task arithmetic with the best mean share of the expert on validation rows.
 
-    All experts are merged, but the published one has no validation rows and no vote. 0 stands for
-    the base. Ties go to the smaller scale.
+    0 stands for the base. Ties go to the smaller scale.
     """
     path = shop.out / "results" / "scale.json"
     inputs = [[expert.key for expert in experts], [column.key for column in columns], SCALES]
@@ -409,8 +411,8 @@ class Workshop:
         except BaseException:
             self._clear(path, stamp)
             raise
-        seconds = time.perf_counter() - began
-        made = {"key": key, "seconds": round(seconds, 2), "sizes": _sizes(path)}
+        seconds = round(time.perf_counter() - began, 2)
+        made = {"key": key, "seconds": seconds, "sizes": _sizes(path)}
         _write(stamp, json.dumps(made, indent=2))
         self.say(f"{name}: made in {seconds:.1f} s")
         return key, seconds
@@ -500,7 +502,7 @@ def _scale_note(scale: float, scores: Mapping[float, float]) -> str:
     tried = ", ".join(f"{at:g}: {score:.3f}" for at, score in scores.items())
     return (
         f"The scale of {CHOSEN}, {scale:g}, has the best mean share of the expert on validation "
-        f"rows ({tried}; operations had no vote). All other methods run with fixed parameters."
+        f"rows ({tried}). All other methods run with fixed parameters."
     )
 
 

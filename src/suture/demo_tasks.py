@@ -169,7 +169,7 @@ OPERATIONS = "operations"
 """Name of the task vector that others published (site-reliability engineering)."""
 OPERATIONS_ABOUT = (
     "mean cosine between a model's vectors and those of the published fine-tune "
-    "sre-embedding-model, on 88 short texts about running services, written for this demo"
+    "sre-embedding-model, on short texts about running services that were written for this demo"
 )
 OPERATIONS_PAIRS = (
     ("the container was killed because it used too much memory", "OOMKilled"),

@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import ctypes
 import hashlib
-import os
 import re
 import tempfile
 import threading
@@ -203,6 +202,6 @@ def _keep(name: str, content: bytes) -> None:
         _folder().mkdir(parents=True, exist_ok=True)
         with tempfile.NamedTemporaryFile(dir=_folder(), delete=False) as file:
             file.write(_FORMAT + hashlib.sha256(content).hexdigest().encode() + b"\n" + content)
-        os.replace(file.name, _folder() / f"{name}.o")
+        Path(file.name).replace(_folder() / f"{name}.o")
     except OSError:
         return  # without a cache every process compiles for itself

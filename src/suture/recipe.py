@@ -9,14 +9,14 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 import yaml
 
-from suture.errors import Problems, RecipeError, SutureError, did_you_mean
-from suture.merges import Method, method, settings
+from suture.errors import Problems, RecipeError, did_you_mean
+from suture.merges import METHODS, Method, method, settings
 from suture.roles import DEFAULT_SPACE, ParamSpace
 from suture.spec import WORD_OF, bytes_from, dtype_named
 from suture.writer import SHARD_SIZE
@@ -158,8 +158,29 @@ def read_recipe(source: Path | Mapping[str, Any], folder: Path | None = None) ->
     Raises:
         RecipeError: everything that is wrong with it, at once.
     """
-    if isinstance(source, Mapping):
-        return _from_raw(dict(source), "recipe", folder or Path())
+    problems = Problems()
+    recipe = parse_recipe(source, folder, problems)
+    problems.raise_if_any()
+    assert recipe is not None
+    return recipe
+
+
+def parse_recipe(
+    source: Path | Mapping[str, Any], folder: Path | None, problems: Problems
+) -> Recipe | None:
+    """The same, but with faults noted in ``problems``.
+
+    A recipe with faults comes back as far as it is understood, so that its models can be looked at
+    too and all that is wrong be told at once; ``None`` where there is no recipe at all.
+    """
+    with problems.collecting():
+        if isinstance(source, Mapping):
+            return _from_raw(dict(source), folder or Path(), problems)
+        return _from_file(source, folder or source.parent, problems)
+    return None
+
+
+def _from_file(source: Path, folder: Path, problems: Problems) -> Recipe | None:
     try:
         if source.is_dir():
             raise RecipeError(f"{source}: is a folder; a recipe is a YAML file")
@@ -170,48 +191,47 @@ def read_recipe(source: Path | Mapping[str, Any], folder: Path | None = None) ->
         raise RecipeError(f"{source}: {error.strerror}") from None
     except UnicodeDecodeError:
         raise RecipeError(f"{source}: not a text file") from None
-    folder = folder or source.parent
     if source.suffix == ".json":
-        return _from_provenance(text, source, folder)
-    return _from_raw(parse_yaml(text, str(source)), str(source), folder)
+        return _from_provenance(text, source, folder, problems)
+    return _from_raw(parse_yaml(text, str(source)), folder, problems)
 
 
-def _from_provenance(text: str, source: Path, folder: Path) -> Recipe:
+def _from_provenance(text: str, source: Path, folder: Path, problems: Problems) -> Recipe | None:
     try:
         found = json.loads(text)
     except ValueError as error:
         raise RecipeError(f"{source}: not valid JSON: {error}") from None
     if not isinstance(found, dict) or not isinstance(found.get("recipe"), dict):
         raise RecipeError(f"{source}: holds no recipe; give the suture.json of a merged model")
-    recipe = _from_raw(found["recipe"], str(source), folder)
-    prints = {k: v["fingerprint"] for k, v in found.get("inputs", {}).items()}
-    return Recipe(**{**recipe.__dict__, "fingerprints": prints})
+    recipe = _from_raw(found["recipe"], folder, problems)
+    inputs = found.get("inputs")
+    if recipe is None or not isinstance(inputs, dict):
+        return recipe
+    prints = {str(k): str(v.get("fingerprint")) for k, v in inputs.items() if isinstance(v, dict)}
+    return replace(recipe, fingerprints=prints)
 
 
-def _from_raw(raw: dict[str, Any], where: str, folder: Path) -> Recipe:
-    problems = Problems()
-    recipe = None
-    with problems.collecting():
-        if "merge_method" in raw:
-            recipe = _Mergekit(raw, problems).recipe(folder)
-        else:
-            recipe = _native(raw, problems, folder)
-    if recipe is not None:
-        settings(recipe.method, recipe.parameters, recipe._own, problems)
-        _check_models(recipe, problems)
-    try:
-        problems.raise_if_any()
-    except SutureError as error:
-        error.add_note(f"in {where}")
-        raise
-    assert recipe is not None
+def _from_raw(raw: dict[str, Any], folder: Path, problems: Problems) -> Recipe:
+    if "merge_method" in raw:
+        return _Mergekit(raw, problems).recipe(folder)
+    return _native(raw, problems, folder)
+
+
+def _checked(recipe: Recipe, problems: Problems) -> Recipe:
+    """The recipe, with its parameters and models held against what its method asks for."""
+    settings(recipe.method, recipe.parameters, recipe._own, problems)
+    _check_models(recipe, problems)
     return recipe
+
+
+_UNKNOWN = METHODS["linear"]
+"""Stands in a recipe whose method does not exist, until that is reported."""
 
 
 KEYS = ("base", "models", "method", "parameters", "space", "policy", "output")
 
 
-def _native(raw: dict[str, Any], problems: Problems, folder: Path) -> Recipe | None:
+def _native(raw: dict[str, Any], problems: Problems, folder: Path) -> Recipe:
     _known(raw, KEYS, "", problems)
     found = None
     name = raw.get("method")
@@ -234,10 +254,11 @@ def _native(raw: dict[str, Any], problems: Problems, folder: Path) -> Recipe | N
         dtype = None if output.get("dtype") is None else dtype_named(str(output["dtype"]))
     with problems.collecting():
         shard_size = bytes_from(output.get("shard_size", SHARD_SIZE))
+    base = base if isinstance(base, str) else None
+    recipe = Recipe(_UNKNOWN, models, base, {}, space, policy, dtype, shard_size, folder)
     if found is None:
-        return None
-    return Recipe(found, models, base if isinstance(base, str) else None, parameters, space, policy,
-                  dtype, shard_size, folder)  # fmt: skip
+        return recipe
+    return _checked(replace(recipe, method=found, parameters=parameters), problems)
 
 
 def _known(raw: Mapping[str, Any], keys: Sequence[str], where: str, problems: Problems) -> None:
@@ -352,8 +373,8 @@ class _Mergekit:
     def refuse(self, text: str) -> None:
         self.problems.add(RecipeError, text)
 
-    def recipe(self, folder: Path) -> Recipe | None:
-        """The recipe in Suture's terms; ``None`` where the method is unknown."""
+    def recipe(self, folder: Path) -> Recipe:
+        """The recipe in Suture's terms."""
         for key in self.raw:
             if key in _MERGEKIT_LATER and not (
                 key == "tokenizer_source" and self.raw[key] in ("base", None)
@@ -367,7 +388,6 @@ class _Mergekit:
             else:
                 hint = did_you_mean(self.name, [*_MERGEKIT_METHODS, *_MERGEKIT_LATER_METHODS])
                 self.refuse(f"merge_method: no method {self.name!r}; {hint}")
-            return None
         shared = self._parameters(_section(self.raw, "parameters", self.problems), "parameters")
         entries = self._entries()
         base = (
@@ -412,7 +432,7 @@ class _Mergekit:
         return found
 
     def _parameters(self, raw: dict[str, Any], where: str) -> dict[str, Any]:
-        known = _MERGEKIT_METHODS[self.name]
+        known = _MERGEKIT_METHODS.get(self.name, set(raw))
         found = {}
         for key, value in raw.items():
             if key == "int8_mask":
@@ -437,8 +457,11 @@ class _Mergekit:
         dtype: str | None,
         folder: Path,
     ) -> Recipe:
-        how = method(self.name)
         paths = [path for path, _ in entries]
+        if self.name not in _MERGEKIT_METHODS:
+            models = {_short(path, paths): ModelEntry(path) for path in paths}
+            return Recipe(_UNKNOWN, models, base, folder=folder)
+        how = method(self.name)
         if how.needs_base or self.name == "slerp":
             entries = [(path, own) for path, own in entries if path != base]
         if self.name == "slerp":
@@ -450,10 +473,11 @@ class _Mergekit:
             for path, own in entries
         }
         parameters = self._shared(shared)
-        return Recipe(
+        recipe = Recipe(
             how, models, base if how.needs_base else None, parameters, ParamSpace((), ()), Policy(),
             dtype, SHARD_SIZE, folder, tuple(dict.fromkeys(self.notes)),
         )  # fmt: skip
+        return _checked(recipe, self.problems)
 
     def _own(self, path: str, own: dict[str, Any], shared: dict[str, Any]) -> dict[str, Any]:
         both = {**shared, **own}

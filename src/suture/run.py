@@ -19,9 +19,9 @@ import suture
 from suture.card import carried_files, config_text, model_card
 from suture.checkpoint import Checkpoint, open_checkpoint, refuse_uncomputable
 from suture.engine import Job, Outcome, Stage, apply, bytes_read, output_specs, peak_memory
-from suture.errors import MismatchError, OutputError, Problems, RecipeError
+from suture.errors import MismatchError, OutputError, Problems, RecipeError, SutureError
 from suture.merges import method
-from suture.recipe import ModelEntry, Policy, Recipe, read_recipe
+from suture.recipe import ModelEntry, Policy, Recipe, parse_recipe, read_recipe
 from suture.roles import ParamSpace, check_selectors
 from suture.spec import PIECE, WORD_OF, Piece, dtype_named, readable
 from suture.stream import BLOCK, Block, Sources, Visitor, cores, sweep, tasks_of
@@ -214,31 +214,47 @@ def plan_recipe(
         SutureError: all problems at once, those of the output folder included.
     """
     problems = Problems()
-    found = None
-    with problems.collecting():
-        found = read_recipe(recipe, base_dir)
-    if found is None:
-        if out is not None:
-            _check_place(out, {}, options, problems)
-        problems.raise_if_any()
-    assert found is not None
-    return make_plan(found, out, options)
+    found = parse_recipe(recipe, base_dir, problems)
+    if found is None and out is not None:
+        _check_place(out, {}, options, problems)
+    try:
+        if found is None:
+            problems.raise_if_any()
+        assert found is not None
+        return make_plan(found, out, options, problems=problems)
+    except SutureError as error:
+        if isinstance(recipe, Path):
+            error.add_note(f"in {recipe}")
+        raise
 
 
 def make_plan(
-    recipe: Recipe, out: Path | None, options: Options, opened: dict[str, Checkpoint] | None = None
+    recipe: Recipe,
+    out: Path | None,
+    options: Options,
+    opened: dict[str, Checkpoint] | None = None,
+    problems: Problems | None = None,
 ) -> Plan:
     """Check a recipe against its models and its output folder.
+
+    Args:
+        recipe: what to do.
+        out: the folder to write; ``None`` checks the inputs only.
+        options: how to do it.
+        opened: the checkpoints by label, where they are open already.
+        problems: what is already known to be wrong.
 
     Raises:
         SutureError: all problems at once.
     """
-    problems = Problems()
+    problems = problems or Problems()
     inputs = _opened(recipe, problems) if opened is None else opened
     if out is not None:
         _check_place(out, inputs, options, problems)
+    if _reference_label(recipe) in inputs:
+        _check_fit(recipe, inputs, problems)
     problems.raise_if_any()
-    job = _job(recipe, inputs, options, problems)
+    job = _job(recipe, inputs, options)
     if out is not None:
         _check_room(out, job, options, problems)
     problems.raise_if_any()
@@ -257,33 +273,43 @@ def _opened(recipe: Recipe, problems: Problems) -> dict[str, Checkpoint]:
     return found
 
 
-def _job(
-    recipe: Recipe, inputs: Mapping[str, Checkpoint], options: Options, problems: Problems
-) -> Job:
-    names = list(recipe.models)
-    if not recipe.method.ordered:
-        names.sort()  # the order in which a recipe names its models changes no byte
-    base = inputs.get("base") if recipe.base is not None else None
-    models = tuple(inputs[name] for name in names)
-    reference = base or models[0]
+def _row_names(recipe: Recipe) -> list[str]:
+    """The models in the order of rows: sorted, so that the recipe's order changes no byte."""
+    return list(recipe.models) if recipe.method.ordered else sorted(recipe.models)
+
+
+def _reference_label(recipe: Recipe) -> str | None:
+    """Which input's names and shapes count: the base, or else the first model."""
+    return "base" if recipe.base is not None else next(iter(_row_names(recipe)), None)
+
+
+def _check_fit(recipe: Recipe, inputs: Mapping[str, Checkpoint], problems: Problems) -> None:
+    """Note where the models do not fit each other, or the recipe's patterns fit no tensor."""
+    reference = inputs[str(_reference_label(recipe))]
     for checkpoint in inputs.values():
         if checkpoint is not reference:
             align(reference, checkpoint, problems, recipe.policy.missing == "base",
                   recipe.policy.extra == "drop")  # fmt: skip
     for key in ("include", "exclude"):
         with problems.collecting():
-            words = getattr(recipe.space, key)
-            check_selectors(words, reference.specs, f"space.{key}")
+            check_selectors(getattr(recipe.space, key), reference.specs, f"space.{key}")
     _check_patterns(recipe, reference, problems)
-    merged_names = tuple(recipe.space.names(reference.specs))
-    if not merged_names:
+    if not recipe.space.names(reference.specs):
         problems.add(RecipeError, "space: no tensor is left to merge")
+
+
+def _job(recipe: Recipe, inputs: Mapping[str, Checkpoint], options: Options) -> Job:
+    names = _row_names(recipe)
+    reference = inputs[str(_reference_label(recipe))]
+    merged_names = tuple(recipe.space.names(reference.specs))
     ordered = replace(recipe, models={name: recipe.models[name] for name in names})
-    merge_ = recipe.method.make(**ordered.settings)
+    how = recipe.method.make(**ordered.settings)
     raw = frozenset(reference.specs.keys() - set(merged_names))
-    sources = Sources(models, base, merge_.how, raw, options.allow_nonfinite)
+    base = inputs["base"] if recipe.base is not None else None
+    models = tuple(inputs[name] for name in names)
+    sources = Sources(models, base, how.how, raw, options.allow_nonfinite)
     return Job(
-        sources, tuple(names), merge_, merged_names, output_specs(reference, recipe.dtype),
+        sources, tuple(names), how, merged_names, output_specs(reference, recipe.dtype),
         recipe.policy.buffers == "equal", options.threads or cores(), options.block,
     )  # fmt: skip
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import inspect
 import math
+import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Annotated, Any, Generic, Literal, TypeVar, get_args, get_origin, get_type_hints
@@ -60,6 +61,9 @@ def each(value: float) -> PerModel:
     return PerModel((Scalar(value),))
 
 
+_LARGEST = float(np.finfo(np.float32).max)
+
+
 @dataclass(frozen=True)
 class Number:
     """What a parameter means and which numbers it may be."""
@@ -75,9 +79,9 @@ class Number:
         if (
             isinstance(value, bool)
             or not isinstance(value, int | float)
-            or not math.isfinite(value)
+            or not abs(value) <= _LARGEST  # NaN, too, and integers that no float can hold
         ):
-            return f"{self.doc}; {value!r} is not a number"
+            return f"{self.doc}; {value!r} is not a number of float32"
         if self.whole and value != int(value):
             return f"{self.doc}; {value!r} is not a whole number"
         low = value <= 0 if self.positive else value < self.low
@@ -216,8 +220,19 @@ class Method:
 
     @property
     def equation(self) -> str:
-        """The body of the docstring: what is computed."""
-        return inspect.cleandoc(self.make.__doc__ or "")
+        """What is computed, in Markdown: the body of the docstring."""
+        text = inspect.cleandoc(self.make.__doc__ or "").replace("``", "`")
+        return re.sub(r":math:`([^`]*)`", r"$\1$", text)
+
+    @property
+    def needs(self) -> str:
+        """What a recipe must give, in a sentence."""
+        if self.most is not None:
+            number = f"exactly {self.least} models" if self.most == self.least else (
+                f"{self.least} to {self.most} models")  # fmt: skip
+        else:
+            number = "one model or more" if self.least == 1 else f"{self.least} models or more"
+        return f"Needs {'a base and ' if self.needs_base else ''}{number}."
 
 
 def settings(
@@ -258,8 +273,9 @@ def settings(
             if parameter.per_tensor:
                 found[name] = _scalar(parameter, value, where, problems)
             else:
-                _check(parameter, value, where, problems)
-                found[name] = value
+                fine = _check(parameter, value, where, problems)
+                whole = fine and isinstance(parameter.meta, Number) and parameter.meta.whole
+                found[name] = int(value) if whole else value
     return found
 
 
