@@ -68,7 +68,7 @@ def base_tensors(flavour: str = "f32", seed: int = 0) -> Tensors:
     for number, (name, shape) in enumerate(shapes.items()):
         kind = MIXED[number % 4] if flavour == "mixed" else flavour
         values = torch.randn(shape, generator=draw, dtype=torch.float64)
-        found[name] = values.to(DTYPES[kind]) * (0 if name == ZERO else 1)
+        found[name] = (torch.zeros(shape) if name == ZERO else values).to(DTYPES[kind])
     found[BUFFERS[0]] = torch.tensor([1.0, 0.1, 0.01])
     found[BUFFERS[1]] = torch.arange(2**24, 2**24 + 11)  # float32 cannot hold the odd ones
     found[BUFFERS[2]] = torch.tensor([True, False, True])

@@ -235,8 +235,9 @@ def merge(
 ) -> None:
     """Merge models by a recipe into a new folder; interrupted, the same command goes on."""
     with _errors(as_json), Bars(as_json) as bars:
-        from suture import run
+        from suture import machine, run
 
+        machine.announce = lambda: _say("compiling for this processor (once, a few seconds)")
         how = run.Options(threads=threads, overwrite=overwrite, resume=not no_resume,
                           allow_nonfinite=allow_nonfinite)  # fmt: skip
         plan = run.plan_recipe(recipe, out, how)

@@ -26,6 +26,8 @@ from suture.spec import cache_folder
 _NUMBERS = {"i8": ctypes.c_int64, "u8": ctypes.c_uint64, "f8": ctypes.c_double}
 _FORMAT = b"suture-kernel-1\n"
 _lock = threading.Lock()
+announce: Callable[[], None] | None = None
+"""Called before the first compilation of a process, which takes seconds."""
 
 
 class Kernel:
@@ -178,6 +180,10 @@ def _cached(name: str) -> tuple[str, bytes] | None:
 
 def _compiled(kernel: Kernel) -> tuple[str, bytes]:
     """Compile with numba and keep the object code."""
+    global announce
+    if announce is not None:
+        announce()
+        announce = None
     import llvmlite.binding as llvm
     from numba.core.registry import cpu_target
 
