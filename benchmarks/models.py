@@ -61,7 +61,9 @@ def write_model(folder: Path, config: dict[str, object], model: int, seed: int =
     write_tensors(folder / "model.safetensors", llama_shapes(config), model, seed)
 
 
-def write_tensors(path: Path, shapes: dict[str, tuple[int, ...]], model: int, seed: int = 0) -> None:
+def write_tensors(
+    path: Path, shapes: dict[str, tuple[int, ...]], model: int, seed: int = 0
+) -> None:
     header: dict[str, object] = {"__metadata__": {"format": "pt"}}
     end = 0
     for name, shape in sorted(shapes.items()):

@@ -1,4 +1,4 @@
-"""Two-layer checkpoints made in code; no network, one thread of torch, the same examples every run."""
+"""Two-layer checkpoints made in code; no network, one thread of torch, the same examples always."""
 
 from __future__ import annotations
 
@@ -15,8 +15,9 @@ sys.path.insert(0, str(Path(__file__).parent))  # for `toy` and the twins in `sl
 
 import pytest
 import torch
-import toy
 from hypothesis import HealthCheck, settings
+
+import toy
 
 torch.set_num_threads(1)
 settings.register_profile(
@@ -52,9 +53,7 @@ def family(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Family]:
             base = toy.grid_base(flavour) if grid else toy.base_tensors(flavour)
             change = toy.on_grid if grid else toy.tuned
             models = {name: change(base, seed) for seed, name in enumerate(("ada", "bob", "cyd"))}
-            made[flavour, grid] = Family(
-                tmp_path_factory.mktemp(f"family-{flavour}"), base, models
-            )
+            made[flavour, grid] = Family(tmp_path_factory.mktemp(f"family-{flavour}"), base, models)
         return made[flavour, grid]
 
     return make
@@ -62,7 +61,7 @@ def family(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Family]:
 
 @pytest.fixture
 def merged(tmp_path: Path) -> Callable[..., toy.Tensors]:
-    """Merges in this process: ``merged("ties", models, base, density=0.2)``; keywords as `toy.recipe`."""
+    """Merges in this process: ``merged("ties", models, base, density=0.2)``; see `toy.recipe`."""
     count = 0
 
     def run(

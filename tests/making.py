@@ -20,7 +20,15 @@ import yaml
 
 WIDTHS = {"F64": 8, "F32": 4, "F16": 2, "BF16": 2, "I64": 8, "I32": 4, "I16": 2, "I8": 1, "U64": 8,
           "U32": 4, "U16": 2, "U8": 1, "BOOL": 1, "C64": 8, "F8_E4M3": 1, "F8_E5M2": 1, "F8_E8M0": 1}  # fmt: skip
-NUMPY = {"F64": "<f8", "F32": "<f4", "F16": "<f2", "I64": "<i8", "I32": "<i4", "U8": "u1", "BOOL": "?"}
+NUMPY = {
+    "F64": "<f8",
+    "F32": "<f4",
+    "F16": "<f2",
+    "I64": "<i8",
+    "I32": "<i4",
+    "U8": "u1",
+    "BOOL": "?",
+}
 
 
 class Raw(NamedTuple):
@@ -171,7 +179,9 @@ CONFIG = {
 """What ``transformers`` needs to make a model of the tensors of ``llama``."""
 
 
-def family(folder: Path, *names: str, config: Mapping[str, Any] | None = None, **shape: Any) -> Path:
+def family(
+    folder: Path, *names: str, config: Mapping[str, Any] | None = None, **shape: Any
+) -> Path:
     """A base and models near it, each in its folder: ``family(tmp_path, "math", "code")``."""
     base = llama(0, **shape)
     save_model(folder / "base", base, config=config)
@@ -197,7 +207,9 @@ def write_recipe(folder: Path, recipe: Any = RECIPE, name: str = "recipe.yaml") 
 
 def weights(folder: Path) -> dict[str, str]:
     """Digests of the weight files and their index: equal means byte-identical."""
-    chosen = [p for p in folder.iterdir() if p.suffix == ".safetensors" or p.name.endswith("index.json")]
+    chosen = [
+        p for p in folder.iterdir() if p.suffix == ".safetensors" or p.name.endswith("index.json")
+    ]
     return {p.name: hashlib.sha256(p.read_bytes()).hexdigest() for p in sorted(chosen)}
 
 

@@ -164,7 +164,11 @@ def test_null_metadata_is_no_metadata(tmp_path: Path) -> None:
 
 def test_scalars_and_empty_tensors_are_tensors(tmp_path: Path) -> None:
     """A shape of nothing is one number; a size of zero is no number; both can be read."""
-    header = {"s": entry("F32", [], 0, 4), "e": entry("F32", [0, 3], 4, 4), "f": entry("I64", [0], 4, 4)}
+    header = {
+        "s": entry("F32", [], 0, 4),
+        "e": entry("F32", [0, 3], 4, 4),
+        "f": entry("I64", [0], 4, 4),
+    }
     model = opened(tmp_path, file_of(header, np.float32(2).tobytes()))
 
     assert model["s"].shape == ()
@@ -196,7 +200,9 @@ def test_every_dtype_reads_as_torch_reads_it(tmp_path: Path, dtype: str) -> None
 @pytest.mark.parametrize("dtype", ["F64", "F32", "F16", "BF16", "I64", "I32", "U8", "BOOL"])
 def test_arrays_hold_the_values_of_the_file(tmp_path: Path, dtype: str) -> None:
     """``checkpoint[name]`` is float32 for small floats, and the file's own type for all others."""
-    values = np.array([[0, 1, 0], [1, 1, 0]]) if dtype == "BOOL" else np.array([[0, 1, 2], [7, 100, 3]])
+    values = (
+        np.array([[0, 1, 0], [1, 1, 0]]) if dtype == "BOOL" else np.array([[0, 1, 2], [7, 100, 3]])
+    )
     found = opened(tmp_path, safetensors({"a": packed(values, dtype)}))["a"]
 
     assert np.array_equal(found, values)
@@ -369,7 +375,8 @@ def test_shards_are_one_model(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    "name", ["../x.safetensors", "/etc/passwd", "a/b.safetensors", "..", ".", "", "a\\b", "a\0b", "./x"]
+    "name",
+    ["../x.safetensors", "/etc/passwd", "a/b.safetensors", "..", ".", "", "a\\b", "a\0b", "./x"],
 )
 def test_an_index_cannot_name_a_file_elsewhere(tmp_path: Path, name: str) -> None:
     """Only plain names of files in the folder: nothing above it, below it or absolute."""
@@ -458,7 +465,9 @@ def test_the_same_tensor_in_two_numbered_files_is_refused(tmp_path: Path) -> Non
     lines_of(complaint(folder), "model-00002-of-00002.safetensors", "also stand in another shard")
 
 
-@pytest.mark.parametrize("index", [{}, {"weight_map": []}, {"weight_map": {"a": 1}}, {"weight_map": None}])
+@pytest.mark.parametrize(
+    "index", [{}, {"weight_map": []}, {"weight_map": {"a": 1}}, {"weight_map": None}]
+)
 def test_an_index_without_a_weight_map_is_refused(tmp_path: Path, index: object) -> None:
     """The index is named and what it should hold."""
     folder, _ = sharded(tmp_path)
@@ -550,7 +559,9 @@ def test_a_folder_that_is_itself_a_link_works(tmp_path: Path) -> None:
     assert set(open_checkpoint(tmp_path / "near")) == set(llama(0))
 
 
-@pytest.mark.parametrize("name", ["model.safetensors", "config.json", "model.safetensors.index.json"])
+@pytest.mark.parametrize(
+    "name", ["model.safetensors", "config.json", "model.safetensors.index.json"]
+)
 def test_a_pipe_is_not_waited_for(tmp_path: Path, name: str) -> None:
     """A named pipe in the place of a file is an error, not a command that never ends."""
     folder = save_model(tmp_path / "m", llama(0))
@@ -572,7 +583,9 @@ def test_a_folder_in_the_place_of_a_shard_is_named(tmp_path: Path) -> None:
 # ------------------------------------------------------------------------------ other folders
 
 
-@pytest.mark.parametrize("name", ["pytorch_model.bin", "model.pt", "consolidated.00.pth", "x.ckpt", "x.pkl"])
+@pytest.mark.parametrize(
+    "name", ["pytorch_model.bin", "model.pt", "consolidated.00.pth", "x.ckpt", "x.pkl"]
+)
 def test_a_folder_of_pickles_is_refused_with_the_remedy(tmp_path: Path, name: str) -> None:
     """A pickle runs code when it is read: it is never opened, and the message says what to do."""
     folder = tmp_path / "m"
@@ -617,7 +630,9 @@ def test_a_misspelt_path_gets_a_suggestion(tmp_path: Path) -> None:
         open_checkpoint("models/lama-math", tmp_path)
 
 
-@pytest.mark.parametrize("model", ["", "x" * 5000, "~nobody-of-this-name/x", "a\0b", "/dev/null", "a/b/c", "."])
+@pytest.mark.parametrize(
+    "model", ["", "x" * 5000, "~nobody-of-this-name/x", "a\0b", "/dev/null", "a/b/c", "."]
+)
 def test_any_text_as_a_path_is_refused_in_peace(
     tmp_path: Path, model: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -634,7 +649,7 @@ def test_a_hub_id_without_a_network_says_so() -> None:
     """Offline, and not in the cache: one line with the id, and no traceback of a library."""
     text = complaint("suture-tests/no-such-model@main")
 
-    lines_of(text, "suture-tests/no-such-model@main", "Hugging Face Hub")
+    lines_of(text, "suture-tests/no-such-model@main", "Hub")
     assert "\n" not in text
 
 
@@ -743,7 +758,13 @@ def test_a_tied_head_that_differs_is_refused(tmp_path: Path, change: str) -> Non
     assert model.untied() == ["lm_head.weight"]
     with pytest.raises(MismatchError) as caught:
         check_ties({"math": model})
-    lines_of(str(caught.value), "math", "lm_head.weight", "model.embed_tokens.weight", "tie_word_embeddings")
+    lines_of(
+        str(caught.value),
+        "math",
+        "lm_head.weight",
+        "model.embed_tokens.weight",
+        "tie_word_embeddings",
+    )
 
 
 @pytest.mark.parametrize(

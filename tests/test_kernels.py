@@ -11,9 +11,9 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+
 from slow import merges as slow
 from slow import philox, rounding
-
 from suture import kernels, loops
 from suture.spec import BF16, F16, F32, F64
 
@@ -24,7 +24,20 @@ LIMIT = float(np.finfo(np.float32).max)
 
 EDGES = np.array(
     [
-        *(0.0, -0.0, 1.0, -1.0, 1 / 3, -2 / 3, 1e-3, 65504.0, -65504.0, 65519.996, 65520.0, 65536.0),
+        *(
+            0.0,
+            -0.0,
+            1.0,
+            -1.0,
+            1 / 3,
+            -2 / 3,
+            1e-3,
+            65504.0,
+            -65504.0,
+            65519.996,
+            65520.0,
+            65536.0,
+        ),
         *(1 + 2**-8, 1 + 3 * 2**-8, 1 + 2**-11, 1 + 3 * 2**-11, 1 + 2**-8 + 2**-20, 2 - 2**-9),
         *(2**-14, 2**-14 - 2**-25, 2**-24, 2**-25, 2**-25 + 2**-40, 3 * 2**-25, 2**-26, -(2**-24)),
         *(2**-126, 2**-127, 2**-133, 2**-134, 3 * 2**-134, 2**-134 + 2**-149, 2**-149, -(2**-149)),
@@ -112,7 +125,7 @@ def test_all_16_bit_numbers_come_back(kind: str) -> None:
 @pytest.mark.parametrize("lower", [0x0000, 0x0001, 0x7FFF, 0x8000, 0x8001, 0xFFFF, 0x1000, 0x5555])
 @pytest.mark.parametrize("kind", ["bf16", "f16"])
 def test_rounding_is_torch_s(kind: str, lower: int) -> None:
-    """All upper halves with lower halves around the tie round as torch rounds, overflow included."""
+    """All upper halves with lower halves around the tie round as torch does, overflow included."""
     row = every_upper_half(lower)
     expected = torch.from_numpy(row.copy()).to(TORCH[kind])
 
@@ -133,7 +146,9 @@ def test_edges_and_random_patterns_round_as_torch_does(kind: str) -> None:
     found, wild = narrowed(row, kind)
 
     nan = expected.isnan()
-    width = torch.int16 if kind in ("bf16", "f16") else torch.int64 if kind == "f64" else torch.int32
+    width = (
+        torch.int16 if kind in ("bf16", "f16") else torch.int64 if kind == "f64" else torch.int32
+    )
     assert torch.equal(found.view(width)[~nan], expected.view(width)[~nan])
     assert found[nan].isnan().all()
     assert wild == int((~expected.isfinite()).sum())
@@ -210,9 +225,7 @@ def test_float64_deltas_do_not_lose_the_small_ones() -> None:
     assert row[0] > 0
 
 
-@pytest.mark.parametrize(
-    ("how", "based"), [("delta", True), ("weight", True), ("weight", False)]
-)
+@pytest.mark.parametrize(("how", "based"), [("delta", True), ("weight", True), ("weight", False)])
 @pytest.mark.parametrize(("first", "count"), [(0, 64), (8, 40), (24, 0)])
 def test_rows_are_made_of_every_mixture_of_dtypes(
     how: str, based: bool, first: int, count: int
@@ -221,8 +234,10 @@ def test_rows_are_made_of_every_mixture_of_dtypes(
     draw = torch.Generator().manual_seed(25)
     for base_kind in CODES:
         kinds = [*([base_kind] if based else []), *CODES, None]
-        whole = [None if k is None else torch.randn(64, generator=draw, dtype=torch.float64).to(TORCH[k])
-                 for k in kinds]  # fmt: skip
+        whole = [
+            None if k is None else torch.randn(64, generator=draw).double().to(TORCH[k])
+            for k in kinds
+        ]
         poisoned = int(based) + 1
         whole[poisoned][30] = math.nan
         buffers = np.zeros((len(kinds), 64 * 8), np.uint8)
@@ -286,7 +301,7 @@ def test_a_sum_is_rounded_once_and_losses_are_counted(kind: str) -> None:
 
 
 def test_bfloat16_loses_what_is_below_half_a_step() -> None:
-    """The example of the specification: at 0.05 a delta below 1.2e-4 disappears, a larger one stays."""
+    """The specification's example: at 0.05 a delta below 1.2e-4 disappears, a larger one stays."""
     base = torch.tensor([0.05]).to(torch.bfloat16).float().numpy().repeat(3)
     delta = np.array([1.0e-4, 1.3e-4, 0.0], np.float32)
 
@@ -332,7 +347,7 @@ def sample_rows(models: int, count: int, seed: int) -> Array:
 @pytest.mark.parametrize("models", [1, 2, 5])
 @pytest.mark.parametrize(("start", "stop"), [(0, 3000), (0, 0), (3, 1500), (1024, 2049)])
 def test_weighted_sums_add_in_the_order_of_rows(models: int, start: int, stop: int) -> None:
-    """Bit for bit ``((0 + w1 x1) + w2 x2) + ...``: not contracted, not reordered, nothing else touched."""
+    """Bit for bit ``((0 + w1 x1) + w2 x2) + ...``: neither contracted nor reordered."""
     rows = sample_rows(models, 3000, 9)
     weights = np.linspace(-0.3, 1.1, models).astype(np.float32)
     out = np.full(3000, 9, np.float32)
@@ -415,7 +430,7 @@ def keys_of(row: Array) -> Array:
 
 @given(st.lists(st.floats(width=32, allow_nan=False), min_size=2, max_size=30))
 def test_keys_have_the_order_of_magnitudes(values: list[float]) -> None:
-    """The bits of a float32 without its sign sort as the magnitudes do, and are equal when they are."""
+    """The bits of a float32 without its sign sort as the magnitudes do, equal when they are."""
     row = np.array(values, np.float32)
     size, key = np.abs(row), keys_of(row)
 
@@ -438,7 +453,7 @@ def test_coarse_counts() -> None:
     [(0, 1), (0, 1 << 31), (0x3F000000, 0x800000), (0x7FFFFFFF, 1), (0x7F000000, 1 << 31), (5, 0)],
 )
 def test_a_bracket_gathers_its_keys_in_order(low: int, width: int) -> None:
-    """Keys of the bracket less its start, in the order of entries; how many are higher is counted."""
+    """Keys of the bracket less its start, in order; how many are higher is counted."""
     row = np.concatenate([np.zeros(9, np.float32), random_bits(3000, 16), EDGES])
     inside = np.zeros(row.size + 1, np.uint32)
     found = np.zeros(2, np.int64)
@@ -557,8 +572,8 @@ def test_masked_mean_averages_who_selected(make: Callable[[int, int, int], Array
 
     chosen = keys_of(rows) >= keys[:, None]
     total = (np.where(chosen, rows, 0) * weights[:, None]).astype(np.float64).sum(0)
-    np.testing.assert_allclose(out[1:2999], (total / np.maximum(chosen.sum(0), 1))[1:2999], rtol=1e-6,
-                               atol=1e-7)  # fmt: skip
+    expected = total / np.maximum(chosen.sum(0), 1)
+    np.testing.assert_allclose(out[1:2999], expected[1:2999], rtol=1e-6, atol=1e-7)
     assert out[0] == out[2999] == 9
 
 

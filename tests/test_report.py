@@ -43,7 +43,7 @@ def test_the_ratios_of_a_merge() -> None:
 
 
 def test_there_is_no_retention_where_nothing_was_gained() -> None:
-    """Expert b is no better than the base, so its column does not count in the summary either."""
+    """The interval of expert b reaches down to the base, so its column does not count."""
     merge = REPORT.entry("ties")
 
     assert REPORT.retention(merge, TASKS[1]) is None

@@ -11,11 +11,11 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-import toy
 from hypothesis import example, given
 from hypothesis import strategies as st
-from slow import topk
 
+import toy
+from slow import topk
 from suture import spec, stream
 from suture.checkpoint import Checkpoint, open_checkpoint
 from suture.errors import NonFiniteError
@@ -217,7 +217,9 @@ def test_more_than_a_piece_is_shared_between_threads(
     """Tensors larger than a piece of 2**20, with ties across its edge, counted by two threads."""
     monkeypatch.setattr(selecting, "_ALONE", 0)
     draw = np.random.default_rng(5)
-    models = [{"a": draw.integers(-40, 41, 1_200_000) / 64, "b": draw.integers(-40, 41, 900_001) / 64}]
+    models = [
+        {"a": draw.integers(-40, 41, 1_200_000) / 64, "b": draw.integers(-40, 41, 900_001) / 64}
+    ]
     sources = sources_of(tmp_path, models)
 
     selection = select(sources, ["a", "b"], lambda name: (0.6,), threads=2)
@@ -250,7 +252,7 @@ WRONG = ["below", "above", "one key", "no guesses", "wrong guesses", "empty", "h
 def test_a_wrong_guess_costs_a_sweep_and_changes_nothing(
     kind: str, data: str, path: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Brackets below, above, empty, half right, of one key; guesses missing or wrong: the same result."""
+    """Brackets below, above, empty, half right; guesses missing or wrong: the same result."""
     honest = selecting._guess
     monkeypatch.setattr(selecting, "_guess", lambda *args: wrong(kind, honest(*args)))
     models = [spread_over_names(DATA[data](seed)) for seed in (6, 7)]

@@ -59,9 +59,12 @@ BUFFERS = ("model.layers.0.self_attn.rotary_emb.inv_freq", "model.position_ids",
 
 
 def base_tensors(flavour: str = "f32", seed: int = 0) -> Tensors:
-    """A two-layer model with everything that trips merges: buffers, a zero, a scalar, an empty tensor."""
+    """Two layers and everything that trips merges: buffers, a zero, a scalar, an empty tensor."""
     draw = torch.Generator().manual_seed(seed)
-    shapes: dict[str, tuple[int, ...]] = {EMBEDDING: (VOCABULARY, HIDDEN), HEAD: (VOCABULARY, HIDDEN)}
+    shapes: dict[str, tuple[int, ...]] = {
+        EMBEDDING: (VOCABULARY, HIDDEN),
+        HEAD: (VOCABULARY, HIDDEN),
+    }
     shapes |= {f"model.layers.{n}.{part}": shape for n in (0, 1) for part, shape in LAYER.items()}
     shapes |= {"model.norm.weight": (HIDDEN,), ZERO: (3, 5), SCALAR: (), EMPTY: (0, 4)}
     found: Tensors = {}
@@ -76,7 +79,7 @@ def base_tensors(flavour: str = "f32", seed: int = 0) -> Tensors:
 
 
 def tuned(base: Tensors, seed: int, spread: float = 0.1) -> Tensors:
-    """What fine-tuning makes of ``base``: every floating tensor that is no buffer moves a little."""
+    """What fine-tuning makes of ``base``: every floating tensor but buffers moves a little."""
     draw = torch.Generator().manual_seed(1000 + seed)
     found = {}
     for name, tensor in base.items():
@@ -89,7 +92,7 @@ def tuned(base: Tensors, seed: int, spread: float = 0.1) -> Tensors:
 
 
 def on_grid(base: Tensors, seed: int, step: float = 2.0**-4, most: int = 2) -> Tensors:
-    """The same with few different deltas, multiples of ``step``: ties and cancellations everywhere."""
+    """The same with few different deltas, multiples of ``step``: ties and cancellations."""
     draw = torch.Generator().manual_seed(2000 + seed)
     found = {}
     for name, tensor in base.items():
@@ -102,7 +105,7 @@ def on_grid(base: Tensors, seed: int, step: float = 2.0**-4, most: int = 2) -> T
 
 
 def grid_base(flavour: str = "f32", seed: int = 0, step: float = 2.0**-4) -> Tensors:
-    """A base whose values are few multiples of ``step``, so that every dtype holds all sums exactly."""
+    """A base of few multiples of ``step``, so that every dtype holds all sums exactly."""
     return {
         name: (torch.round(t.double()).clamp(-1, 1) * step).to(t.dtype)
         if t.is_floating_point() and name not in BUFFERS
@@ -170,7 +173,7 @@ def recipe(
     own: Mapping[str, Mapping[str, Any]] | None = None,
     **sections: Any,
 ) -> dict[str, Any]:
-    """A recipe as a mapping; keywords that are no section of a recipe are parameters of the method."""
+    """A recipe as a mapping; keywords that are no section of it are parameters of the method."""
     known = {k: sections.pop(k) for k in ("space", "policy", "output") if k in sections}
     entries = {n: {"path": str(p), **(own or {}).get(n, {})} for n, p in models.items()}
     found = {"method": method, "models": entries, "parameters": sections, **known}
@@ -199,7 +202,7 @@ def files_digest(*places: Path) -> str:
 
 
 def same_bytes(one: Mapping[str, torch.Tensor], other: Mapping[str, torch.Tensor]) -> list[str]:
-    """The names in which two models differ, in a bit, a shape or a dtype; empty when they are one."""
+    """The names in which two models differ, in a bit, a shape or a dtype."""
     return [
         name
         for name in sorted(one.keys() | other.keys())

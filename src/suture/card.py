@@ -9,7 +9,8 @@ from typing import Any
 
 import yaml
 
-from suture.checkpoint import Checkpoint, _inside, read_json
+from suture.checkpoint import Checkpoint, _inside, is_from_hub, read_json
+from suture.errors import CheckpointError
 from suture.merges import Method
 from suture.spec import WORD_OF, readable
 
@@ -27,9 +28,13 @@ FILE_LIMIT = 200_000_000
 """Bytes of a file beside the weights that will be carried over."""
 
 
-def carried_files(donors: Sequence[Checkpoint]) -> dict[str, bytes]:
-    """Tokenizer, generation and processor files of the first donor that has any of each kind."""
-    found: dict[str, bytes] = {}
+def carried_files(donors: Sequence[Checkpoint]) -> dict[str, Path]:
+    """Tokenizer, generation and processor files of the first donor that has any of each kind.
+
+    Raises:
+        CheckpointError: one of them is a link out of its folder.
+    """
+    found: dict[str, Path] = {}
     for group in (TOKENIZER, BESIDE):
         for donor in donors:
             mine = _files(donor, group)
@@ -39,14 +44,14 @@ def carried_files(donors: Sequence[Checkpoint]) -> dict[str, bytes]:
     return found
 
 
-def _files(donor: Checkpoint, names: Sequence[str]) -> dict[str, bytes]:
+def _files(donor: Checkpoint, names: Sequence[str]) -> dict[str, Path]:
     if not donor.path.is_dir():
         return {}
     found = {}
     for name in names:
         path = donor.folder / name
         if path.is_file() and path.stat().st_size <= FILE_LIMIT:
-            found[name] = _inside(path, donor.folder).read_bytes()
+            found[name] = _inside(path, donor.folder)
     return found
 
 
@@ -108,10 +113,8 @@ def model_card(
 
 def _shown(checkpoint: Checkpoint) -> str:
     """How a card names a model: its hub id, or the last part of its path, never a whole path."""
-    label = checkpoint.label
-    if not Path(label).exists() and label.count("/") == 1:
-        return label.partition("@")[0]
-    return checkpoint.path.name
+    hub = is_from_hub(checkpoint)
+    return checkpoint.label.partition("@")[0] if hub else checkpoint.path.name
 
 
 def _public(recipe: Mapping[str, Any], donors: Sequence[Checkpoint]) -> dict[str, Any]:
@@ -127,11 +130,14 @@ def _licence(checkpoint: Checkpoint) -> str | None:
     """The licence that a model's own card or configuration states."""
     card = checkpoint.folder / "README.md"
     if checkpoint.path.is_dir() and card.is_file() and card.stat().st_size < 1 << 22:
-        text = card.read_text(encoding="utf-8", errors="replace")
-        if text.startswith("---\n") and "\n---" in text[4:]:
+        try:
+            text = _inside(card, checkpoint.folder).read_text(encoding="utf-8", errors="replace")
+        except (CheckpointError, OSError):
+            return None
+        if text.startswith("---\n") and "\n---" in text[4 : 1 << 16]:
             try:
                 front = yaml.safe_load(text[4 : text.index("\n---", 4)])
-            except yaml.YAMLError:
+            except (yaml.YAMLError, RecursionError, ValueError):  # ValueError: no such day, ...
                 return None
             if isinstance(front, dict) and isinstance(front.get("license"), str):
                 return str(front["license"])

@@ -8,8 +8,10 @@ its name in it, never a crash or a read outside the tensor's bytes.
 from __future__ import annotations
 
 import json
+import math
 import os
 import re
+import stat
 import threading
 import weakref
 from collections.abc import Iterator, Mapping
@@ -19,7 +21,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple
 import numpy as np
 import xxhash
 
-from suture.errors import CheckpointError, MissingExtraError, Problems, SutureError
+from suture.errors import CheckpointError, MissingExtraError, Problems, SutureError, brief
 from suture.roles import role_of, tied_to
 from suture.spec import BF16, DTYPES, FLOAT8, TensorSpec, listed, readable
 
@@ -29,7 +31,11 @@ if TYPE_CHECKING:
 HEADER_LIMIT = 100_000_000
 """Bytes of header that the safetensors format allows."""
 JSON_LIMIT = 512_000_000
-"""Bytes of any JSON file that will be read; the index of a million tensors fits."""
+"""Bytes of an index that will be read (one of a million tensors fits)."""
+CONFIG_LIMIT = 16_000_000
+"""Bytes of any other JSON file beside the weights that will be read."""
+RANK_LIMIT = 64
+"""Dimensions a tensor may have; numpy has no more."""
 INDEX = "model.safetensors.index.json"
 WEIGHTS = "model.safetensors"
 PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
@@ -68,7 +74,7 @@ def _no_twice(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
 
 def _parse(text: bytes, what: str) -> dict[str, Any]:
     try:
-        found = json.loads(text, object_pairs_hook=_no_twice)
+        found = json.loads(text.decode("utf-8-sig"), object_pairs_hook=_no_twice)
     except (ValueError, RecursionError) as error:
         reason = "nested too deeply" if isinstance(error, RecursionError) else str(error)
         raise CheckpointError(f"{what} is not valid JSON: {reason}") from None
@@ -77,15 +83,23 @@ def _parse(text: bytes, what: str) -> dict[str, Any]:
     return found
 
 
-def read_json(path: Path) -> dict[str, Any]:
+def _size(path: Path) -> int:
+    """Bytes of a regular file: reading a pipe or a device might never end."""
+    info = path.stat()
+    if not stat.S_ISREG(info.st_mode):
+        raise CheckpointError(f"{path}: is not a file")
+    return info.st_size
+
+
+def read_json(path: Path, limit: int = CONFIG_LIMIT) -> dict[str, Any]:
     """Read a JSON object from a file of bounded size.
 
     Raises:
         CheckpointError: the file is missing, too large, or holds no JSON object.
     """
     try:
-        size = path.stat().st_size
-        if size > JSON_LIMIT:
+        size = _size(path)
+        if size > limit:
             raise CheckpointError(f"{path}: {readable(size)} is too large for a JSON file")
         return _parse(path.read_bytes(), str(path))
     except OSError as error:
@@ -99,7 +113,7 @@ def read_header(path: Path) -> Header:
         CheckpointError: the file cannot be read, is cut short, or its header is not consistent.
     """
     try:
-        size = path.stat().st_size
+        size = _size(path)
         with path.open("rb") as file:
             head = file.read(8)
             length = int.from_bytes(head, "little")
@@ -137,19 +151,22 @@ def read_header(path: Path) -> Header:
 def _entry(path: Path, name: str, entry: object) -> tuple[TensorSpec, int, int]:
     if not isinstance(entry, dict) or not entry.keys() >= {"dtype", "shape", "data_offsets"}:
         raise CheckpointError(f"{path}: {name!r} has no dtype, shape and data_offsets")
+    if any("\ud800" <= letter <= "\udfff" for letter in name):
+        raise CheckpointError(f"{path}: the name {brief(name)} is not valid text")
     dtype, shape, span = entry["dtype"], entry["shape"], entry["data_offsets"]
-    if dtype not in DTYPES:
-        raise CheckpointError(f"{path}: {name!r} has the unknown dtype {dtype!r}")
+    if not isinstance(dtype, str) or dtype not in DTYPES:
+        raise CheckpointError(f"{path}: {name!r} has the unknown dtype {brief(dtype)}")
     if not _counts(shape) or not _counts(span) or len(span) != 2:
         raise CheckpointError(f"{path}: {name!r} has a shape or offsets that are no whole numbers")
+    # Sizes of zero count as one here: beside them the others may not be absurd either.
+    if len(shape) > RANK_LIMIT or math.prod(max(1, min(s, 1 << 60)) for s in shape) >= 1 << 60:
+        raise CheckpointError(f"{path}: {name!r} has the absurd shape {brief(shape)}")
     spec = TensorSpec(dtype, tuple(shape))
-    if spec.numel >= 1 << 60 or any(size >= 1 << 60 for size in shape):
-        raise CheckpointError(f"{path}: {name!r} has the absurd shape {shape}")
     start, end = span
     if end - start != spec.nbytes:
         raise CheckpointError(
             f"{path}: {name!r} is {spec} and needs {spec.nbytes} bytes, but its offsets "
-            f"{start} to {end} hold {end - start}"
+            f"{brief(start)} to {brief(end)} hold {brief(end - start)}"
         )
     return spec, start, end
 
@@ -304,6 +321,19 @@ class Checkpoint(Mapping[str, Array]):
         with self._lock:
             _close_all(self._descriptors)
 
+    def check_unchanged(self) -> None:
+        """Refuse what was read from files that somebody wrote to meanwhile.
+
+        Raises:
+            CheckpointError: a file that was read is not the one whose header was read.
+        """
+        for file, descriptor in list(self._descriptors.items()):
+            now = os.fstat(descriptor)
+            if [now.st_size, now.st_mtime_ns] != self.identity[file][1:3]:
+                raise CheckpointError(
+                    f"{self.files[file]}: was changed while it was read; run the command again"
+                )
+
     def untied(self) -> list[str]:
         """Aliases whose bytes differ from the tensor that ``config.json`` says they are tied to."""
         different = []
@@ -416,13 +446,18 @@ def open_checkpoint(model: str | os.PathLike[str], near: Path | None = None) -> 
         CheckpointError: there is nothing there, or it is not a readable checkpoint.
     """
     text = os.fspath(model)
-    path = Path(text).expanduser()
+    if not text:
+        raise CheckpointError("'' is no path of a file or folder")
+    try:
+        path = Path(text).expanduser()
+    except RuntimeError:  # the home of a user who does not exist
+        path = Path(text)
     if near is not None and not path.is_absolute():
         path = near / path
-    if path.exists():
+    if _there(path):
         where = path.resolve()
     elif _HUB_ID.fullmatch(text):
-        where = _from_hub(text)
+        where = _from_hub(text, path)
     else:
         raise CheckpointError(f"{text}: no such file or folder{_nearby(path)}")
     if where.is_dir():
@@ -432,11 +467,26 @@ def open_checkpoint(model: str | os.PathLike[str], near: Path | None = None) -> 
     return Checkpoint(where, text, [where])
 
 
+def is_from_hub(checkpoint: Checkpoint) -> bool:
+    """Whether a checkpoint was named by its hub id, and not by a path."""
+    named = _HUB_ID.fullmatch(checkpoint.label) is not None
+    return named and checkpoint.path.parent.name == "snapshots"
+
+
+def _there(path: Path) -> bool:
+    try:
+        return path.exists()
+    except OSError:  # a name longer than any file's
+        return False
+
+
 def _nearby(path: Path) -> str:
     from difflib import get_close_matches
 
-    parent = path.parent
-    names = [p.name for p in parent.iterdir()] if parent.is_dir() else []
+    try:
+        names = [p.name for p in path.parent.iterdir()]
+    except (OSError, ValueError):
+        names = []
     near = get_close_matches(path.name, names, n=1)
     return f"; did you mean {near[0]!r}?" if near else f" (looked for {path})"
 
@@ -499,9 +549,10 @@ def _numbered(found: list[Path], folder: Path, label: str) -> list[Path]:
 
 
 def _from_index(folder: Path, label: str) -> list[Path]:
-    index = read_json(_inside(folder / INDEX, folder))
+    index = read_json(_inside(folder / INDEX, folder), JSON_LIMIT)
     where = index.get("weight_map")
-    if not isinstance(where, dict) or not all(isinstance(v, str) for v in where.values()):
+    listed_well = isinstance(where, dict) and all(isinstance(v, str) for v in where.values())
+    if not where or not listed_well:
         raise CheckpointError(f"{folder / INDEX}: no weight_map of tensor names to file names")
     if (folder / WEIGHTS).exists() and WEIGHTS not in where.values():
         raise CheckpointError(
@@ -512,9 +563,10 @@ def _from_index(folder: Path, label: str) -> list[Path]:
     files = []
     for name in sorted(set(where.values())):
         with problems.collecting():
-            if name != Path(name).name or name in ("", ".", "..") or "\\" in name:
+            plain = name == Path(name).name and name.isprintable() and "\\" not in name
+            if not plain or name in ("", ".", ".."):
                 raise CheckpointError(f"{folder / INDEX}: {name!r} is not a plain file name")
-            if not (folder / name).exists():
+            if not _there(folder / name):
                 count = sum(v == name for v in where.values())
                 raise CheckpointError(
                     f"{folder / name}: missing shard, {count} tensors of the index are in it; "
@@ -548,7 +600,7 @@ def _check_index(where: Mapping[str, str], files: list[Path], folder: Path) -> N
     problems.raise_if_any()
 
 
-def _from_hub(text: str) -> Path:
+def _from_hub(text: str, path: Path) -> Path:
     import huggingface_hub
     from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
 
@@ -571,7 +623,8 @@ def _from_hub(text: str) -> Path:
     except (HfHubHTTPError, LocalEntryNotFoundError, OSError, ValueError) as error:
         first = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise CheckpointError(
-            f"{text}: no such file or folder here, and the Hub did not give it: {first}"
+            f"{text}: no such file or folder here{_nearby(path)}, and the Hub did not give it: "
+            f"{first}"
         ) from None
 
 
@@ -582,7 +635,7 @@ def refuse_uncomputable(checkpoint: Checkpoint) -> None:
         CheckpointError: an 8-bit float tensor, or a quantisation method in ``config.json``.
     """
     small = [name for name, spec in checkpoint.specs.items() if spec.dtype in FLOAT8]
-    if small or "quantization_config" in checkpoint.config:
+    if small or checkpoint.config.get("quantization_config"):
         what = f"8-bit floats ({listed(small, 2)})" if small else "quantised weights"
         raise CheckpointError(
             f"{checkpoint.label}: holds {what}; merge the model it was made from, or dequantise it "

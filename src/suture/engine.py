@@ -16,7 +16,7 @@ import numpy as np
 
 from suture import kernels, select
 from suture.checkpoint import Checkpoint
-from suture.errors import MismatchError, NonFiniteError
+from suture.errors import MismatchError, NonFiniteError, Problems
 from suture.merges import Context, Merge
 from suture.roles import role_of
 from suture.spec import DTYPES, F64, PIECE, WORD_OF, Piece, TensorSpec, listed, pieces_of
@@ -124,6 +124,11 @@ class _Done:
                 if hashers.take()[0] != noted[0][-1]:
                     del self.pieces[name, piece.number]
 
+    def differs(self, name: str, spec: TensorSpec, which: int) -> bool:
+        """Whether input ``which`` holds other bytes than the first in a tensor."""
+        noted = (self.pieces[name, piece.number][0] for piece in pieces_of(name, spec.numel))
+        return any(digests[which] != digests[0] for digests in noted)
+
     def fingerprint(
         self, which: int, specs: Mapping[str, TensorSpec]
     ) -> tuple[str, dict[str, str]]:
@@ -157,7 +162,6 @@ class _Merging(Visitor[_Local]):
 
     def __init__(self, job: Job, state: Any, writer: Writer, done: _Done) -> None:
         self.job, self.state, self.writer, self.done = job, state, writer, done
-        self.unequal: set[str] = set()
 
     def local(self) -> _Local:
         return _Local(self.job)
@@ -180,14 +184,12 @@ class _Merging(Visitor[_Local]):
     def _copied(self, block: Block, out: Array) -> None:
         raw = _bytes(block.raw(0))
         spec, new = self.job.sources.spec(block.name), self.job.specs[block.name]
-        if not DTYPES[spec.dtype].computable and self.job.equal_buffers:
-            others = (block.raw(i) for i in range(1, len(block.span)))
-            if not all(r is None or np.array_equal(r, raw) for r in others):
-                self.unequal.add(block.name)
+        learned = DTYPES[spec.dtype].computable and role_of(block.name).kind != "buffer"
+        if learned and kernels.widen(raw, DTYPES[spec.dtype].code, block.count, block.out):
+            block.refuse([self.job.sources.reference])
         if spec.dtype == new.dtype:
             out[:] = raw
             return
-        kernels.widen(raw, DTYPES[spec.dtype].code, block.count, block.out)
         wild = kernels.narrow(block.out, DTYPES[new.dtype].code, block.count, out)
         self._check(wild, block, new)
 
@@ -267,17 +269,31 @@ def apply(job: Job, writer: Writer, stage: Stage = _silent) -> Outcome:
     left = sum(_nbytes(job, piece) for task in tasks for piece in task)
     sweep(job.sources, tasks, merging, threads=job.threads, block=job.block,
           progress=stage("merge", left))  # fmt: skip
-    if merging.unequal:
-        raise MismatchError(
-            f"{listed(sorted(merging.unequal))}: integer tensors differ between the models; "
-            "`policy: {buffers: base}` takes them from the base"
-        )
+    if job.equal_buffers:
+        _check_buffers(job, done)
     outcome = _outcome(job, done, state, resumed)
     outcome.seconds = {
         "prepare": prepared - begun,
         "merge": time.perf_counter() - prepared,
     }
     return outcome
+
+
+def _check_buffers(job: Job, done: _Done) -> None:
+    """Refuse models whose integer tensors are not those of the reference, by their digests."""
+    problems = Problems()
+    names = [n for n in job.specs if not DTYPES[job.sources.spec(n).dtype].computable]
+    for number, checkpoint in enumerate(job.sources.all):
+        held = sorted(n for n in names if n in checkpoint.specs)
+        different = [n for n in held if done.differs(n, job.specs[n], number)]
+        who, whose = job.labels[number], job.labels[0]
+        if different:
+            problems.add(
+                MismatchError,
+                f"{who} against {whose}: {listed(different)}: integer tensors differ; "
+                f"`policy: {{buffers: base}}` takes those of {whose}",
+            )
+    problems.raise_if_any()
 
 
 def _nbytes(job: Job, piece: Piece) -> int:

@@ -109,9 +109,9 @@ _arrays: dict[int, tuple[weakref.ref[Any], tuple[str, int], tuple[int, ...]]] = 
 def _look_at(value: Any) -> tuple[weakref.ref[Any], tuple[str, int], tuple[int, ...]]:
     if not value.flags.c_contiguous:
         raise TypeError("a kernel was given an array that is not contiguous")
-    address = value.__array_interface__["data"][0]
-    flat = (0, 0, value.size, value.itemsize, address, *value.shape, *value.strides)
-    found = (weakref.ref(value), (value.dtype.str.lstrip("<|"), value.ndim), flat)
+    dtype = value.dtype
+    flat = (0, 0, value.size, dtype.itemsize, value.ctypes.data, *value.shape, *value.strides)
+    found = (weakref.ref(value), (dtype.kind + str(dtype.itemsize), value.ndim), flat)
     if len(_arrays) > 4096:
         _arrays.clear()
     _arrays[id(value)] = found

@@ -18,15 +18,15 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Generic, NamedTuple, Protocol, TypeVar
 
-import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
-from torch import Tensor, nn
 
 from suture.errors import CheckpointError, MissingExtraError, OutputError
 
 try:
+    import torch
     import transformers
+    from safetensors.torch import save_file
+    from torch import Tensor, nn
 except ImportError as error:
     raise MissingExtraError("loading a model", "models") from error
 

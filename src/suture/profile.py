@@ -12,7 +12,7 @@ from suture import kernels
 from suture.checkpoint import Array, Checkpoint
 from suture.errors import Problems
 from suture.roles import EVERYTHING, layer_key, role_of
-from suture.spec import DTYPES, WORD_OF, Piece, TensorSpec
+from suture.spec import DTYPES, PIECE, WORD_OF, Piece, TensorSpec
 from suture.stream import RAW, Block, Hashers, Progress, Sources, Visitor, sweep, tasks_of
 from suture.vector import Gram, align
 
@@ -21,7 +21,7 @@ class _Integrity(Visitor[Hashers]):
     """Counts what is not finite, and takes a digest of every piece."""
 
     def __init__(self) -> None:
-        self.wild: dict[str, int] = {}
+        self.wild: dict[tuple[str, int], int] = {}
         self.digests: dict[tuple[str, int], str] = {}
 
     def local(self) -> Hashers:
@@ -34,8 +34,9 @@ class _Integrity(Visitor[Hashers]):
         code = DTYPES[spec.dtype].code
         if code >= 0 and raw is not None:
             wild = int(kernels.widen(raw, code, block.count, block.out))
-            if wild:
-                self.wild[block.name] = self.wild.get(block.name, 0) + wild
+            if wild:  # by piece, which one thread sees alone: two must not add to one number
+                key = (block.name, block.start // PIECE)
+                self.wild[key] = self.wild.get(key, 0) + wild
 
     def end_piece(self, local: Hashers, piece: Piece) -> None:
         self.digests[piece.name, piece.number] = local.take()[0]
@@ -57,7 +58,7 @@ def inspect_model(
         "tensors": len(specs),
         "elements": checkpoint.numel,
         "bytes": checkpoint.nbytes,
-        "architecture": (checkpoint.config.get("architectures") or [None])[0],
+        "architecture": _architecture(checkpoint.config.get("architectures")),
         "vocabulary": checkpoint.vocabulary,
         "layers": len({layer_key(n) for n in specs if role_of(n).layer is not None}),
         "tied": dict(checkpoint.aliases),
@@ -67,6 +68,10 @@ def inspect_model(
     if check:
         found["integrity"] = _integrity(checkpoint, progress)
     return found
+
+
+def _architecture(found: object) -> str | None:
+    return str(found[0]) if isinstance(found, list) and found else None
 
 
 def _kind(specs: Mapping[str, TensorSpec]) -> Callable[[str], str]:
@@ -98,8 +103,11 @@ def _integrity(checkpoint: Checkpoint, progress: Progress | None) -> dict[str, A
             key = (spec, *(visitor.digests[name, n] for n in pieces))
             by_content.setdefault(key, []).append(name)
     same = [sorted(names) for names in by_content.values() if len(names) > 1]
+    wild: dict[str, int] = {}
+    for (name, _), count in sorted(visitor.wild.items()):
+        wild[name] = wild.get(name, 0) + count
     return {
-        "nonfinite": dict(sorted(visitor.wild.items())),
+        "nonfinite": wild,
         "duplicates": sorted(g for g in same if not _trivial(checkpoint, g[0])),
         "constant_groups": sum(_trivial(checkpoint, g[0]) for g in same),
         "untied": checkpoint.untied(),

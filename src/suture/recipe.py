@@ -15,14 +15,16 @@ from typing import Any
 
 import yaml
 
-from suture.errors import Problems, RecipeError, did_you_mean
+from suture.errors import Problems, RecipeError, brief, did_you_mean
 from suture.merges import METHODS, Method, method, settings
 from suture.roles import DEFAULT_SPACE, ParamSpace
 from suture.spec import WORD_OF, bytes_from, dtype_named
 from suture.writer import SHARD_SIZE
 
 RECIPE_LIMIT = 1 << 20
-"""Bytes a recipe may have."""
+"""Bytes a recipe may have; sixteen times that with what was made of it, as JSON."""
+NODE_LIMIT = 100_000
+"""Values a recipe may have, aliases written out."""
 
 
 @dataclass(frozen=True)
@@ -112,22 +114,34 @@ _Loader.add_implicit_resolver(
 
 
 def _mapping(loader: _Loader, node: yaml.MappingNode) -> dict[Any, Any]:
-    found: dict[Any, Any] = {}
-    for key_node, value_node in node.value:
-        key = loader.construct_object(key_node, deep=True)
-        try:
-            twice = key in found
-        except TypeError:
-            raise RecipeError(
-                f"line {key_node.start_mark.line + 1}: a key must be a word"
-            ) from None
-        if twice:
-            raise RecipeError(f"line {key_node.start_mark.line + 1}: the key {key!r} stands twice")
-        found[key] = loader.construct_object(value_node, deep=True)
-    return found
+    own: set[Any] = set()
+    for key_node, _ in node.value:
+        line = f"line {key_node.start_mark.line + 1}"
+        if not isinstance(key_node, yaml.ScalarNode):
+            raise RecipeError(f"{line}: a key must be a word")
+        merged = key_node.tag == "tag:yaml.org,2002:merge"
+        key = key_node.value if merged else loader.construct_object(key_node)
+        if key in own:
+            raise RecipeError(f"{line}: the key {key!r} stands twice")
+        own.add(key)
+    loader.flatten_mapping(node)  # `<<: *defaults`, which own keys override
+    return {
+        loader.construct_object(k, deep=True): loader.construct_object(v, deep=True)
+        for k, v in node.value
+    }
 
 
 _Loader.add_constructor("tag:yaml.org,2002:map", _mapping)
+
+
+def _unfolded(node: yaml.Node | None, known: dict[int, int]) -> int:
+    """How many values a node holds when every alias is written out."""
+    if id(node) not in known:
+        known[id(node)] = 0  # while it is counted, so that one that holds itself comes to an end
+        inner = node.value if isinstance(node, yaml.CollectionNode) else ()
+        parts = [p for item in inner for p in (item if isinstance(item, tuple) else (item,))]
+        known[id(node)] = 1 + sum(_unfolded(part, known) for part in parts)
+    return known[id(node)]
 
 
 def parse_yaml(text: str, where: str) -> dict[str, Any]:
@@ -137,11 +151,16 @@ def parse_yaml(text: str, where: str) -> dict[str, Any]:
         RecipeError: it is not YAML, not a mapping, or a key stands twice.
     """
     try:
-        found = yaml.load(text, Loader=_Loader)
+        loader = _Loader(text)
+        node = loader.get_single_node()
+        if _unfolded(node, {}) > NODE_LIMIT:
+            raise RecipeError("its aliases unfold to far more than a recipe holds")
+        found = None if node is None else loader.construct_document(node)
     except RecipeError as error:
         raise RecipeError(f"{where}: {error}") from None
     except (yaml.YAMLError, RecursionError, ValueError) as error:
-        reason = " ".join(str(error).split()) or "nested too deeply"
+        deep = isinstance(error, RecursionError)
+        reason = "nested too deeply" if deep else " ".join(str(error).split())
         raise RecipeError(f"{where}: not valid YAML: {reason}") from None
     if not isinstance(found, dict) or not all(isinstance(k, str) for k in found):
         raise RecipeError(f"{where}: a recipe is a mapping with keys such as base, models, method")
@@ -184,7 +203,7 @@ def _from_file(source: Path, folder: Path, problems: Problems) -> Recipe | None:
     try:
         if source.is_dir():
             raise RecipeError(f"{source}: is a folder; a recipe is a YAML file")
-        if source.stat().st_size > RECIPE_LIMIT and source.suffix != ".json":
+        if source.stat().st_size > RECIPE_LIMIT * (16 if source.suffix == ".json" else 1):
             raise RecipeError(f"{source}: too large for a recipe")
         text = source.read_text(encoding="utf-8")
     except OSError as error:
@@ -199,15 +218,21 @@ def _from_file(source: Path, folder: Path, problems: Problems) -> Recipe | None:
 def _from_provenance(text: str, source: Path, folder: Path, problems: Problems) -> Recipe | None:
     try:
         found = json.loads(text)
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise RecipeError(f"{source}: not valid JSON: {error}") from None
     if not isinstance(found, dict) or not isinstance(found.get("recipe"), dict):
         raise RecipeError(f"{source}: holds no recipe; give the suture.json of a merged model")
     recipe = _from_raw(found["recipe"], folder, problems)
     inputs = found.get("inputs")
-    if recipe is None or not isinstance(inputs, dict):
-        return recipe
-    prints = {str(k): str(v.get("fingerprint")) for k, v in inputs.items() if isinstance(v, dict)}
+    prints = {
+        label: entry["fingerprint"]
+        for label, entry in (inputs.items() if isinstance(inputs, dict) else ())
+        if isinstance(entry, dict) and isinstance(entry.get("fingerprint"), str)
+    }
+    labels = {*recipe.models, *(["base"] if recipe.base is not None else [])}
+    for label in sorted(labels ^ prints.keys()):
+        text = "no fingerprint of this input" if label in labels else "not an input of the recipe"
+        problems.add(RecipeError, f"inputs.{label}: {text}; a changed recipe is written as YAML")
     return replace(recipe, fingerprints=prints)
 
 
@@ -242,7 +267,7 @@ def _native(raw: dict[str, Any], problems: Problems, folder: Path) -> Recipe:
             found = method(name)
     base = raw.get("base")
     if base is not None and not isinstance(base, str):
-        problems.add(RecipeError, f"base: a path or hub id, not {base!r}")
+        problems.add(RecipeError, f"base: a path or hub id, not {brief(base)}")
     models = _models(raw.get("models"), problems)
     parameters = _section(raw, "parameters", problems)
     space = _space(_section(raw, "space", problems), problems)
@@ -272,13 +297,14 @@ def _section(raw: Mapping[str, Any], key: str, problems: Problems) -> dict[str, 
     if found is None:
         return {}
     if not isinstance(found, Mapping):
-        problems.add(RecipeError, f"{key}: a mapping, not {found!r}")
+        problems.add(RecipeError, f"{key}: a mapping, not {brief(found)}")
         return {}
     return {str(k): v for k, v in found.items()}
 
 
 def _models(raw: object, problems: Problems) -> dict[str, ModelEntry]:
     if isinstance(raw, list) and all(isinstance(m, str) for m in raw):
+        _once(raw, problems)
         raw = {_short(path, raw): path for path in raw}
     if not isinstance(raw, Mapping) or not raw:
         problems.add(RecipeError, "models: a mapping from names to paths, with at least one model")
@@ -288,27 +314,43 @@ def _models(raw: object, problems: Problems) -> dict[str, ModelEntry]:
         entry = {"path": entry} if isinstance(entry, str) else entry
         if not isinstance(entry, Mapping) or not isinstance(entry.get("path"), str):
             problems.add(
-                RecipeError, f"models.{name}: a path, or a mapping with a path, not {entry!r}"
+                RecipeError, f"models.{name}: a path, or a mapping with a path, not {brief(entry)}"
             )
             continue
-        if str(name) == "base" or not str(name).isprintable():
+        if str(name) in found or str(name) in _TAKEN or not str(name).isprintable():
             problems.add(RecipeError, f"models: {name!r} cannot be the name of a model")
         own = {str(k): v for k, v in entry.items() if k != "path"}
         found[str(name)] = ModelEntry(entry["path"], own)
     return found
 
 
+_TAKEN = ("base", "output")
+"""Names that reports use for other things than models."""
+
+
+def _once(paths: Sequence[str], problems: Problems) -> None:
+    for path in sorted({p for p in paths if paths.count(p) > 1}):
+        problems.add(RecipeError, f"models: {path} stands twice; give the model one larger weight")
+
+
 def _short(path: str, all_paths: Sequence[str]) -> str:
-    """A name for a model that has only a path: its last part, if that tells it from others."""
-    last = Path(path).name.partition("@")[0] or path
-    same = [p for p in all_paths if (Path(p).name.partition("@")[0] or p) == last]
-    return last if len(same) == 1 and last != "base" else path
+    """A name for a model that has only a path: as many last parts as tell it from the others."""
+    for number in range(1, len(Path(path).parts) + 1):
+        name = _end(path, number)
+        if name not in _TAKEN and [_end(p, number) for p in all_paths].count(name) == 1:
+            return name
+    return path
+
+
+def _end(path: str, number: int) -> str:
+    whole = Path(path.partition("@")[0])
+    return "/".join(whole.relative_to(whole.anchor).parts[-number:])
 
 
 def _words(value: object, where: str, problems: Problems) -> tuple[str, ...]:
     words = [value] if isinstance(value, str) else value
     if not isinstance(words, list) or not all(isinstance(w, str) for w in words):
-        problems.add(RecipeError, f"{where}: a list of roles or name patterns, not {value!r}")
+        problems.add(RecipeError, f"{where}: a list of roles or name patterns, not {brief(value)}")
         return ()
     return tuple(words)
 
@@ -326,7 +368,7 @@ def _policy(raw: dict[str, Any], problems: Problems) -> Policy:
     for key, choices in POLICIES.items():
         if key in raw and raw[key] not in choices:
             hint = did_you_mean(str(raw[key]), choices)
-            problems.add(RecipeError, f"policy.{key}: {raw[key]!r} is not known; {hint}")
+            problems.add(RecipeError, f"policy.{key}: {brief(raw[key])} is not known; {hint}")
     return Policy(**{k: v for k, v in raw.items() if k in POLICIES and v in POLICIES[k]})
 
 
@@ -406,7 +448,7 @@ class _Mergekit:
                 revision = inner.get("revision")
                 return f"{inner['path']}@{revision}" if revision else str(inner["path"])
         if not isinstance(value, str):
-            self.refuse(f"{where}: a path or hub id, not {value!r}")
+            self.refuse(f"{where}: a path or hub id, not {brief(value)}")
             return ""
         if "+" in value and not Path(value).exists():
             self.refuse(f"{where}: {value!r}: base+lora models are not supported yet")
@@ -422,7 +464,7 @@ class _Mergekit:
         for number, entry in enumerate(raw):
             where = f"models[{number}]"
             if not isinstance(entry, Mapping) or "model" not in entry:
-                self.refuse(f"{where}: a mapping with a model, not {entry!r}")
+                self.refuse(f"{where}: a mapping with a model, not {brief(entry)}")
                 continue
             _known(entry, ("model", "parameters"), f"{where}: ", self.problems)
             own = self._parameters(
@@ -468,6 +510,7 @@ class _Mergekit:
             entries = [(base or "", {}), *entries]
             if base is None:
                 self.refuse("base_model: slerp starts from the base model; name one")
+        _once([path for path, _ in entries], self.problems)
         models = {
             _short(path, paths): ModelEntry(path, self._own(path, own, shared))
             for path, own in entries
@@ -497,7 +540,7 @@ class _Mergekit:
         rescale = shared.get("rescale", self.name.startswith("dare"))
         for key, value in (("normalize", normalize), ("rescale", rescale)):
             if value not in (True, False):
-                self.refuse(f"parameters.{key}: true or false, not {value!r}")
+                self.refuse(f"parameters.{key}: true or false, not {brief(value)}")
         found: dict[str, Any] = {}
         if "lambda" in shared:
             found["scale"] = shared["lambda"]

@@ -4,7 +4,7 @@ Besides the metrics themselves the report shows two ratios, both 1 for the exper
 
 - *share of the expert*: ``m / expert``
 - *retention*: ``(m - base) / (expert - base)``, how much of what fine-tuning gained is kept; there
-  is none where fine-tuning gained nothing
+  is none where no gain is clear, that is where the expert's interval reaches down to the base
 """
 
 from __future__ import annotations
@@ -93,10 +93,12 @@ class Report:
         return entry.metrics[task.name].value / best if best else None
 
     def retention(self, entry: Entry, task: Task) -> float | None:
-        """``(m - base) / (expert - base)``; ``None`` where the expert gained nothing."""
+        """``(m - base) / (expert - base)``; ``None`` where the expert has no clear gain."""
         start = self.base.metrics[task.name].value
-        gain = self.entry(task.expert).metrics[task.name].value - start
-        return (entry.metrics[task.name].value - start) / gain if gain > 0 else None
+        best = self.entry(task.expert).metrics[task.name]
+        if best.low <= start:
+            return None
+        return (entry.metrics[task.name].value - start) / (best.value - start)
 
     def summary(self, entry: Entry, ratio: str) -> tuple[float | None, float | None]:
         """Minimum and mean over tasks of ``share`` or ``retention``, where there is one."""
@@ -151,6 +153,8 @@ class Report:
             ("retention", "Retention of the gain: (m - base) / (expert - base)"),
         ):
             parts += ["", f"## {title}", ""]
+            if ratio == "retention":
+                parts += ["No number where the expert's interval reaches down to the base.", ""]
             parts += _table(
                 ["", *(task.name for task in self.tasks), "minimum", "mean"],
                 [self._ratios(entry, ratio) for entry in self.entries],

@@ -60,9 +60,9 @@ _LLAMA = (  # Llama, Mistral, Mixtral, Qwen, Gemma, Phi, SmolLM, OLMo, DeepSeek
     (r"self_attn\.v_proj\.weight$", "v"),
     (r"self_attn\.(qkv|kv_[ab])_proj(_with_mqa)?\.weight$", "qkv"),
     (r"self_attn\.(o_proj|out_proj|dense)\.weight$", "o"),
-    (r"(mlp|block_sparse_moe)\.(gate|router)\.weight$", "router"),
+    (r"(mlp|block_sparse_moe)\.(gate|router|shared_expert_gate)\.weight$", "router"),
     (r"(gate_up_proj)(\.weight)?$", "mlp.gate_up"),
-    (r"(gate_proj|experts\.\d+\.w1|shared_expert_gate)\.weight$", "mlp.gate"),
+    (r"(gate_proj|experts\.\d+\.w1)\.weight$", "mlp.gate"),
     (r"(up_proj|fc1|experts\.\d+\.w3)\.weight$", "mlp.up"),
     (r"(down_proj|fc2|experts\.\d+\.w2)(\.weight)?$", "mlp.down"),
 )
@@ -76,10 +76,17 @@ _GPT2 = (
     (r"ln_(\d|f)\.\w+$", "norm"),
     (r"h\.\d+\.attn\.bias$", "buffer"),  # the causal mask that old GPT-2 files carry
 )
+_NEOX = (  # GPT-NeoX, Pythia, BLOOM, Falcon
+    (r"(self_)?attention\.query_key_value\.weight$", "qkv"),
+    (r"(self_)?attention\.dense\.weight$", "o"),
+    (r"mlp\.dense_h_to_4h\.weight$", "mlp.up"),
+    (r"mlp\.dense_4h_to_h\.weight$", "mlp.down"),
+    (r"layers\.\d+\.attention\.bias$", "buffer"),  # the causal mask of old files
+)
 _VISION = (  # ViT, CLIP, DINOv2; before BERT, whose names they share
     (r"patch_embeddings\.projection\.\w+$|patch_embedding\.\w+$|patch_embed\.proj\.\w+$", "patch"),
-    (r"(cls_token|mask_token|class_embedding|position_embeddings|pos_embed|register_tokens)$",
-     "position"),
+    (r"(cls_token|mask_token|distillation_token|class_embedding|register_tokens)$", "position"),
+    (r"(position_embeddings?(\.weight)?|positional_embedding|pos_embed)$", "position"),
     (r"(token_embedding)\.weight$", "embedding"),
     (r"(layer_scale\d?\.lambda1|lambda_[12]|ls[12]\.gamma)$", "scale"),
     (r"norm[12]\.\w+$|layernorm_(before|after)\.\w+$|layer_norm[12]\.\w+$|layrnorm\.\w+$", "norm"),
@@ -90,12 +97,13 @@ _VISION = (  # ViT, CLIP, DINOv2; before BERT, whose names they share
 )  # fmt: skip
 _BERT = (  # BERT, RoBERTa, DistilBERT, MiniLM, ViT (encoder.layer.N....)
     (r"word_embeddings\.weight$", "embedding"),
-    (r"(position|token_type)_embeddings\.weight$", "position"),
-    (r"(cls|lm_head|classifier|vocab_\w+|pre_classifier|qa_outputs)(\.\w+)*$", "head"),
+    (r"(position|token_type|rel)_embeddings\.weight$|embed_positions\.weight$", "position"),
+    (r"(cls|lm_head|(\w+_)?classifier|vocab_\w+|qa_outputs)(\.\w+)*$", "head"),
+    (r"(?<!\.)(predictions(\.\w+)*|proj_out\.weight|final_logits_bias)$", "head"),
     (r"pooler(\.\w+)*\.(weight|bias)$", "pooler"),
-    (r"attention(\.self|\.attention)?\.(query|q_lin|q_proj)\.weight$", "q"),
-    (r"attention(\.self|\.attention)?\.(key|k_lin|k_proj)\.weight$", "k"),
-    (r"attention(\.self|\.attention)?\.(value|v_lin|v_proj)\.weight$", "v"),
+    (r"attention(\.self|\.attention)?\.(query|q_lin|q_proj|query_proj)\.weight$", "q"),
+    (r"attention(\.self|\.attention)?\.(key|k_lin|k_proj|key_proj)\.weight$", "k"),
+    (r"attention(\.self|\.attention)?\.(value|v_lin|v_proj|value_proj)\.weight$", "v"),
     (r"attention\.(output\.dense|out_lin|o_proj)\.weight$", "o"),
     (r"(intermediate\.dense|ffn\.lin1|mlp\.fc1)\.weight$", "mlp.up"),
     (r"(output\.dense|ffn\.lin2|mlp\.fc2)\.weight$", "mlp.down"),
@@ -113,8 +121,8 @@ _T5 = (
 )
 _ANY = (
     (r"\w*(norm|Norm|ln)\w*(\.\w+)?\.(weight|bias|gamma|beta)$|\w*(norm|Norm)\d*$", "norm"),
-    (r"[\w.]*embed[\w.]*$", "embedding"),
-    (r"([\w.]*head[\w.]*)$", "head"),
+    (r"\w*embed", "embedding"),
+    (r"(\w+_)?heads?(\.\w+)*$", "head"),
     (r"(q_proj|query|to_q|wq)\.weight$", "q"),
     (r"(k_proj|key|to_k|wk)\.weight$", "k"),
     (r"(v_proj|value|to_v|wv)\.weight$", "v"),
@@ -125,6 +133,7 @@ FAMILIES: dict[str, tuple[tuple[str, str], ...]] = {
     "buffers": _BUFFERS,
     "llama": _LLAMA,
     "gpt2": _GPT2,
+    "neox": _NEOX,
     "vision": _VISION,
     "bert": _BERT,
     "t5": _T5,
@@ -135,9 +144,15 @@ _TABLE = [(re.compile(rf"(?:^|\.){p}"), kind) for table in FAMILIES.values() for
 _BLOCK = re.compile(r"(?:^|\.)(?:layers?|h|blocks?|resblocks)\.(\d+)\.")
 
 
+NAME_LIMIT = 1000
+"""Longer names have no role: some patterns would take long to tell."""
+
+
 @lru_cache(maxsize=1 << 18)
 def role_of(name: str) -> Role:
     """The role of the tensor called ``name``; never fails, unknown names are ``other``."""
+    if len(name) > NAME_LIMIT:
+        return Role("other", None)
     found = _BLOCK.search(name)
     layer = int(found[1]) if found else None
     kind = next((kind for pattern, kind in _TABLE if pattern.search(name)), "other")
@@ -185,7 +200,14 @@ EVERYTHING = ParamSpace((), ())
 
 
 def _fits(name: str, kind: str, words: Collection[str]) -> bool:
-    return kind in words or any_match(name, (w for w in words if w not in ROLES))
+    if kind in words or name in words:
+        return True
+    return any_match(name, (w for w in words if w not in ROLES))
+
+
+def selects(word: str, name: str) -> bool:
+    """Whether a role, a name pattern or a name speaks of the tensor called ``name``."""
+    return _fits(name, role_of(name).kind, (word,))
 
 
 def check_selectors(words: Iterable[str], names: Collection[str], where: str) -> None:
@@ -195,7 +217,7 @@ def check_selectors(words: Iterable[str], names: Collection[str], where: str) ->
         RecipeError: a misspelt role, or a pattern that fits no tensor.
     """
     for word in words:
-        if word in ROLES or any(any_match(name, (word,)) for name in names):
+        if word in ROLES or word in names or any(any_match(name, (word,)) for name in names):
             continue
         hint = did_you_mean(word, list(ROLES))
         raise RecipeError(f"{where}: {word!r} is no role and fits no tensor name; {hint}")

@@ -17,16 +17,24 @@ from typing import Any
 
 import suture
 from suture.card import carried_files, config_text, model_card
-from suture.checkpoint import Checkpoint, open_checkpoint, refuse_uncomputable
+from suture.checkpoint import Checkpoint, is_from_hub, open_checkpoint, refuse_uncomputable
 from suture.engine import Job, Outcome, Stage, apply, bytes_read, output_specs, peak_memory
-from suture.errors import MismatchError, OutputError, Problems, RecipeError, SutureError
+from suture.errors import (
+    CheckpointError,
+    MismatchError,
+    NonFiniteError,
+    OutputError,
+    Problems,
+    RecipeError,
+    SutureError,
+)
 from suture.merges import method
 from suture.recipe import ModelEntry, Policy, Recipe, parse_recipe, read_recipe
 from suture.roles import ParamSpace, check_selectors
 from suture.spec import PIECE, WORD_OF, Piece, dtype_named, readable
 from suture.stream import BLOCK, Block, Sources, Visitor, cores, sweep, tasks_of
 from suture.vector import TaskVector, align
-from suture.writer import SHARD_SIZE, Writer, plan_shards
+from suture.writer import SHARD_SIZE, Writer, plan_shards, staging_of
 
 SCHEMA = 1
 """Version of the layout of ``suture.json``."""
@@ -253,6 +261,8 @@ def make_plan(
         _check_place(out, inputs, options, problems)
     if _reference_label(recipe) in inputs:
         _check_fit(recipe, inputs, problems)
+    with problems.collecting():
+        carried_files(list(inputs.values()))
     problems.raise_if_any()
     job = _job(recipe, inputs, options)
     if out is not None:
@@ -327,12 +337,20 @@ def _check_patterns(recipe: Recipe, reference: Checkpoint, problems: Problems) -
 def _check_place(
     out: Path, inputs: Mapping[str, Checkpoint], options: Options, problems: Problems
 ) -> None:
-    place = out.resolve()
-    for label, checkpoint in inputs.items():
-        held = {checkpoint.path, *checkpoint.files}
-        if any(place == p or place.is_relative_to(p) or p.is_relative_to(place) for p in held):
-            problems.add(OutputError, f"{out}: holds the input {label!r}; write somewhere else")
-            return
+    try:
+        place = out.resolve()
+        for label, checkpoint in inputs.items():
+            held = {checkpoint.path, *checkpoint.files}
+            ours = (place, staging_of(place))
+            if any(o.is_relative_to(p) or p.is_relative_to(o) for p in held for o in ours):
+                problems.add(OutputError, f"{out}: holds the input {label!r}; write somewhere else")
+                return
+        _check_free(out, place, options, problems)
+    except (OSError, RuntimeError) as error:  # a name too long, a link to itself
+        problems.add(OutputError, f"{out}: {getattr(error, 'strerror', None) or error}")
+
+
+def _check_free(out: Path, place: Path, options: Options, problems: Problems) -> None:
     if place.exists():
         empty = place.is_dir() and not any(place.iterdir())
         if not place.is_dir():
@@ -362,7 +380,7 @@ def _writable(folder: Path) -> bool:
 def _check_room(out: Path, job: Job, options: Options, problems: Problems) -> None:
     parent = out.resolve().parent
     staged = 0
-    folder = parent / f".{out.resolve().name}.suture" / "model"
+    folder = staging_of(out.resolve()) / "model"
     if options.resume and folder.is_dir():
         staged = sum(p.stat().st_blocks * 512 for p in folder.iterdir())
     while not parent.exists():
@@ -409,13 +427,16 @@ def execute(plan: Plan, stage: Stage | None = None) -> MergeReport:
     )  # fmt: skip
     try:
         outcome = apply(plan.job, writer, stage or (lambda name, nbytes: None))
+        for checkpoint in plan.inputs.values():
+            checkpoint.check_unchanged()
         _check_fingerprints(plan, outcome)
         _add_files(plan, writer, outcome, out)
         synced = time.perf_counter()
-        if out.is_dir() and not plan.options.overwrite:
-            out.rmdir()  # an empty folder may stand in the way; a full one was refused
+        problems = Problems()
+        _check_place(plan.out, plan.inputs, plan.options, problems)  # once more: time has passed
+        problems.raise_if_any()
         writer.publish()
-    except (MismatchError, RecipeError):
+    except (MismatchError, NonFiniteError, RecipeError):  # the same again would fail the same way
         writer.discard()
         raise
     except BaseException:
@@ -435,6 +456,7 @@ def _key(plan: Plan) -> str:
     facts = {
         "version": suture.__version__,
         "recipe": plan.recipe.resolved() | {"output": None},
+        "order": list(plan.job.models),
         "nonfinite": plan.options.allow_nonfinite,
         "inputs": {label: c.identity for label, c in plan.inputs.items()},
         "shards": [[s.name, s.size, hashlib.sha256(s.header).hexdigest()]
@@ -459,8 +481,11 @@ def _check_fingerprints(plan: Plan, outcome: Outcome) -> None:
 def _add_files(plan: Plan, writer: Writer, outcome: Outcome, out: Path) -> None:
     reference = plan.job.sources.reference
     donors = [reference, *(c for c in plan.inputs.values() if c is not reference)]
-    for name, content in carried_files(donors).items():
-        writer.add_file(name, content)
+    for name, path in carried_files(donors).items():
+        try:
+            writer.add_file(name, path.read_bytes())
+        except OSError as error:
+            raise CheckpointError(f"{path}: {error.strerror}") from None
     if reference.config:
         writer.add_file("config.json", config_text(reference.config, plan.recipe.dtype))
     record = provenance(plan, outcome, out)
@@ -509,9 +534,8 @@ def provenance(plan: Plan, outcome: Outcome, out: Path) -> dict[str, Any]:
 
 def _portable(checkpoint: Checkpoint, out: Path) -> str:
     """A hub id as it is; a path relative to the output, so that both can move together."""
-    label = checkpoint.label
-    if not Path(label).exists() and "snapshots" in checkpoint.path.parts:
-        return label
+    if is_from_hub(checkpoint):
+        return checkpoint.label
     return os.path.relpath(checkpoint.path, out)
 
 

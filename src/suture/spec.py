@@ -11,7 +11,7 @@ from functools import lru_cache
 from pathlib import Path
 from typing import NamedTuple
 
-from suture.errors import RecipeError, did_you_mean
+from suture.errors import RecipeError, brief, did_you_mean
 
 
 class DType(NamedTuple):
@@ -162,10 +162,10 @@ def bytes_from(text: str | int) -> int:
     Raises:
         RecipeError: it is not a positive size.
     """
-    found = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([a-zA-Z]*)\s*", str(text))
+    found = re.fullmatch(r"\s*(\d{1,18}(?:\.\d{1,18})?)\s*([a-zA-Z]*)\s*", str(text))
     size = int(float(found[1]) * _UNITS.get(found[2].lower(), 0)) if found else 0
     if size <= 0:
-        raise RecipeError(f"{text!r} is not a size; write a number and a unit, such as 5GB")
+        raise RecipeError(f"{brief(text)} is not a size; write a number and a unit, such as 5GB")
     return size
 
 

@@ -12,7 +12,7 @@ from suture import kernels
 from suture.checkpoint import Array, Checkpoint
 from suture.errors import MismatchError, Problems, SutureError
 from suture.roles import ParamSpace
-from suture.spec import Piece, listed
+from suture.spec import DTYPES, Piece, listed
 from suture.stream import BLOCK, Block, Progress, Sources, Visitor, sweep, tasks_of
 
 
@@ -30,9 +30,12 @@ def align(
         extra: whether it may have tensors that the reference lacks.
     """
     here, there = reference.specs, model.specs
-    lacking = sorted(here.keys() - there.keys() - model.aliases.keys())
-    beyond = sorted(there.keys() - here.keys() - reference.aliases.keys())
+    lacking = sorted(here.keys() - there.keys())
+    beyond = sorted(there.keys() - here.keys())
     who = f"{model.label} against {reference.label}"
+    tied = {**reference.aliases, **model.aliases}.keys() & {*lacking, *beyond}
+    if tied:  # a tensor of its own in one, and only a second name of another tensor in the other
+        who += f" (only one of them ties {listed(sorted(tied))} in its config.json)"
     if lacking and not missing:
         problems.add(
             MismatchError,
@@ -59,6 +62,11 @@ def align(
         )
     if len(different) > 10:
         problems.add(MismatchError, f"{who}: {len(different) - 10} more tensors differ in shape")
+    odd = [n for n in sorted(here.keys() & there.keys())
+           if DTYPES[here[n].dtype].computable > DTYPES[there[n].dtype].computable]  # fmt: skip
+    if odd:
+        kinds = f"{there[odd[0]].dtype}, not {here[odd[0]].dtype}"
+        problems.add(MismatchError, f"{who}: {listed(odd)} cannot be computed with: {kinds}")
 
 
 class Gram(Visitor["dict[str, Array]"]):

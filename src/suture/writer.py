@@ -18,14 +18,16 @@ import json
 import os
 import shutil
 import threading
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
+from contextlib import suppress
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
+import xxhash
 
 from suture.errors import OutputError
-from suture.spec import DTYPES, TensorSpec
+from suture.spec import DTYPES, TensorSpec, listed
 
 try:
     import fcntl
@@ -35,6 +37,8 @@ except ImportError:  # Windows: two processes on one output are not told apart t
 Array = np.ndarray[Any, Any]
 SHARD_SIZE = 5 * 10**9
 _FLUSH = 256 << 20
+_OURS = {"model", "journal", "key", "key.new", "lock", "old"}
+"""What a staging folder holds; one with anything else in it is somebody's, and left alone."""
 
 
 class Shard(NamedTuple):
@@ -97,6 +101,11 @@ def index_of(shards: list[Shard], specs: Mapping[str, TensorSpec]) -> str | None
     return json.dumps(found, indent=2) + "\n"
 
 
+def staging_of(out: Path) -> Path:
+    """The folder in which an output is prepared."""
+    return out.parent / f".{out.name}.suture"
+
+
 class Writer:
     """Writes one output folder; see the module for how. Safe from any thread."""
 
@@ -114,12 +123,14 @@ class Writer:
         self.specs = specs
         self.shards = plan_shards(specs, shard_size)
         self.overwrite = overwrite
-        self._staging = out.parent / f".{out.name}.suture"
+        self._staging = staging_of(out)
         self._model = self._staging / "model"
         self._places = {n: (i, o) for i, s in enumerate(self.shards) for n, o in s.offsets.items()}
         self._descriptors: list[int] = []
+        self._journal = -1
         self._unsynced = 0
         self._flusher: threading.Thread | None = None
+        self._fault: OSError | None = None
         self._lock_file = self._take_lock()
         try:
             self.resumed = resume and self._same(key)
@@ -132,26 +143,41 @@ class Writer:
             raise OutputError(f"{self._staging}: {error.strerror}") from None
 
     def _take_lock(self) -> int:
+        path = self._staging / "lock"
         try:
             self._staging.mkdir(parents=True, exist_ok=True)
-            lock = os.open(self._staging / "lock", os.O_RDWR | os.O_CREAT, 0o644)
+            held = {p.name for p in self._staging.iterdir()}
+            strange = sorted(held - _OURS if "lock" in held else held)
+            if strange or self._staging.is_symlink():
+                what = f"holds {listed(strange)}" if strange else "is a link"
+                raise OutputError(f"{self._staging}: {what}, which no merge left; move it away")
+            while True:
+                lock = os.open(path, os.O_RDWR | os.O_CREAT, 0o644)
+                if not _locked(lock):
+                    os.close(lock)
+                    raise OutputError(f"{self.out}: another process is writing it just now")
+                with suppress(FileNotFoundError):
+                    if os.path.samestat(path.stat(), os.fstat(lock)):
+                        return lock
+                os.close(lock)  # it was removed between opening and locking: it locks nothing
+                self._staging.mkdir(exist_ok=True)
         except OSError as error:
             raise OutputError(f"{self._staging}: cannot write there: {error.strerror}") from None
-        if fcntl is not None:
-            try:
-                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except OSError:
-                os.close(lock)
-                raise OutputError(f"{self.out}: another process is writing it just now") from None
-        return lock
 
     def _same(self, key: str) -> bool:
+        """Whether the shards of this merge are laid out, headers and all."""
         try:
-            return (self._staging / "key").read_text() == key and all(
-                (self._model / s.name).stat().st_size == s.size for s in self.shards
-            )
+            if (self._staging / "key").read_text() != key:
+                return False
+            for shard in self.shards:
+                with (self._model / shard.name).open("rb") as file:
+                    size = os.fstat(file.fileno()).st_size
+                    if size != shard.size or file.read(len(shard.header)) != shard.header:
+                        return False
+            _remove(p for p in self._model.iterdir() if p.name not in {s.name for s in self.shards})
         except OSError:
             return False
+        return True
 
     def _prepare(self, key: str) -> None:
         (self._staging / "key").unlink(missing_ok=True)
@@ -168,27 +194,28 @@ class Writer:
         fresh.replace(self._staging / "key")
 
     def _open(self) -> None:
-        self._descriptors = [os.open(self._model / s.name, os.O_RDWR) for s in self.shards]
+        for shard in self.shards:
+            flags = os.O_RDWR | getattr(os, "O_BINARY", 0)
+            self._descriptors.append(os.open(self._model / shard.name, flags))
         self._journal = os.open(
             self._staging / "journal", os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644
         )
 
     def journal(self) -> list[list[Any]]:
-        """The whole lines of the journal; a line that was cut short is left out."""
-        lines = (self._staging / "journal").read_bytes().split(b"\n")
+        """The whole lines of the journal; one that was cut short or changed is left out."""
         found = []
-        for line in lines[:-1]:
-            try:
-                found.append(json.loads(line))
-            except ValueError:
-                continue
-        return [line for line in found if isinstance(line, list)]
+        for line in (self._staging / "journal").read_bytes().split(b"\n"):
+            digest, _, text = line.partition(b" ")
+            if text and xxhash.xxh3_64_hexdigest(text).encode() == digest:
+                found.append(json.loads(text))
+        return found
 
     def record(self, line: list[Any]) -> None:
         """Append one line to the journal, after the bytes it speaks of were written."""
-        text = b"\n" + json.dumps(line, separators=(",", ":")).encode() + b"\n"
+        text = json.dumps(line, separators=(",", ":")).encode()
         try:
-            os.write(self._journal, text)
+            digest = xxhash.xxh3_64_hexdigest(text).encode()
+            os.write(self._journal, b"\n" + digest + b" " + text + b"\n")
         except OSError as error:
             raise OutputError(f"{self._staging / 'journal'}: {error.strerror}") from None
 
@@ -214,14 +241,23 @@ class Writer:
         if self._flusher is None or not self._flusher.is_alive():
             self._unsynced = 0
             descriptor = self._descriptors[file]
-            self._flusher = threading.Thread(target=_sync, args=(descriptor,), daemon=True)
+            self._flusher = threading.Thread(target=self._sync, args=(descriptor,), daemon=True)
             self._flusher.start()
+
+    def _sync(self, descriptor: int) -> None:
+        try:
+            getattr(os, "fdatasync", os.fsync)(descriptor)
+        except OSError as error:  # told only once: the sync in publish() would know nothing of it
+            self._fault = error
 
     def read_back(self, name: str, start: int, raw: Array) -> None:
         """Fill ``raw`` (uint8) with what is written from element ``start`` of a tensor."""
         file, offset = self._places[name]
         offset += start * DTYPES[self.specs[name].dtype].itemsize
-        got = os.pread(self._descriptors[file], raw.size, offset)
+        try:
+            got = os.pread(self._descriptors[file], raw.size, offset)
+        except OSError:
+            got = b""  # what cannot be read back is written again
         raw[: len(got)] = np.frombuffer(got, np.uint8)
 
     def add_file(self, name: str, content: bytes | str) -> None:
@@ -247,6 +283,8 @@ class Writer:
         try:
             if self._flusher is not None:
                 self._flusher.join()
+            if self._fault is not None:
+                raise self._fault
             for descriptor in self._descriptors:
                 os.fsync(descriptor)
             _sync_folder(self._model)
@@ -254,10 +292,11 @@ class Writer:
             _sync_folder(self.out.parent)
         except OSError as error:
             raise OutputError(f"{self.out}: {error.strerror}") from None
-        self.close()
-        shutil.rmtree(self._staging, ignore_errors=True)
+        self.discard()
 
     def _rename(self) -> None:
+        if self.out.is_dir() and not any(self.out.iterdir()):
+            self.out.rmdir()  # an empty folder may stand in the way
         if not self.out.exists():
             self._model.rename(self.out)
         elif not self.overwrite:
@@ -270,26 +309,49 @@ class Writer:
             self._model.rename(self.out)
 
     def discard(self) -> None:
-        """Drop what was staged; nothing of it can be used again."""
+        """Drop the staging folder: it was published, or nothing of it can be used again."""
+        self._close_files()
+        # The lock goes last and is held until then, so that nobody prepares a folder meanwhile.
+        with suppress(OSError):
+            _remove(p for p in self._staging.iterdir() if p.name != "lock")
+            if fcntl is None:
+                self.close()
+            (self._staging / "lock").unlink()
+            self._staging.rmdir()
         self.close()
-        shutil.rmtree(self._staging, ignore_errors=True)
 
     def close(self) -> None:
         """Close the files and leave the staging folder for the next run to pick up."""
+        self._close_files()
+        if self._lock_file >= 0:
+            os.close(self._lock_file)
+        self._lock_file = -1
+
+    def _close_files(self) -> None:
         if self._flusher is not None:
             self._flusher.join()
-        for descriptor in [*self._descriptors, getattr(self, "_journal", -1), self._lock_file]:
+        for descriptor in [*self._descriptors, self._journal]:
             if descriptor >= 0:
                 os.close(descriptor)
         self._descriptors = []
-        self._journal = self._lock_file = -1
+        self._journal = -1
 
 
-def _sync(descriptor: int) -> None:
-    try:
-        getattr(os, "fdatasync", os.fsync)(descriptor)
-    except OSError:
-        return  # the sync in publish() meets the same fault and reports it
+def _locked(descriptor: int) -> bool:
+    if fcntl is not None:
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:
+            return False
+    return True
+
+
+def _remove(paths: Iterable[Path]) -> None:
+    for path in list(paths):
+        if path.is_dir() and not path.is_symlink():
+            shutil.rmtree(path, ignore_errors=True)
+        else:
+            path.unlink()
 
 
 def _sync_folder(folder: Path) -> None:

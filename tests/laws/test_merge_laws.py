@@ -1,4 +1,4 @@
-"""The laws of every merge method: whoever adds a line to ``METHODS`` gets these tests for nothing."""
+"""The laws of merge methods: whoever adds a line to ``METHODS`` gets these tests for nothing."""
 
 from __future__ import annotations
 
@@ -9,11 +9,11 @@ from typing import Any, NamedTuple
 
 import pytest
 import torch
-import toy
-from toy import Tensors
 
+import toy
 from suture import METHODS
 from suture.run import MergeReport
+from toy import Tensors
 
 Merged = Callable[..., Tensors]
 
@@ -73,7 +73,9 @@ def base_for(method: str, family: Any) -> Path | None:
 def follow(
     method: str, family: Any, merged: Merged, parameters: Mapping[str, Any], **more: Any
 ) -> Tensors:
-    return merged(method, models_for(method, family), base_for(method, family), **parameters, **more)
+    return merged(
+        method, models_for(method, family), base_for(method, family), **parameters, **more
+    )
 
 
 def test_every_method_has_a_neutral_example() -> None:
@@ -83,10 +85,8 @@ def test_every_method_has_a_neutral_example() -> None:
 
 @pytest.mark.parametrize("flavour", toy.FLAVOURS)
 @each_method
-def test_one_model_alone_comes_back(
-    method: str, flavour: str, family: Any, merged: Merged
-) -> None:
-    """With neutral parameters the only model comes back: within float32, and one step of 16 bits."""
+def test_one_model_alone_comes_back(method: str, flavour: str, family: Any, merged: Merged) -> None:
+    """With neutral parameters the only model comes back, to float32 or one step of 16 bits."""
     models = family(flavour)
     neutral = NEUTRAL[method]
     copies = {f"{i}": models.paths["bob"] for i in range(neutral.times)}
@@ -107,7 +107,7 @@ def test_one_model_alone_comes_back(
 def test_zero_vectors_give_the_base(
     method: str, parameters: Any, flavour: str, family: Any, merged: Merged
 ) -> None:
-    """Where no model differs from the base, the base comes back bit for bit, whatever the parameters."""
+    """Where no model differs from the base, the base comes back bit for bit."""
     models = family(flavour)
     copies = {n: models.base_path for n in ("a", "b")}
 
@@ -245,7 +245,7 @@ RUNS = [
 def test_threads_blocks_and_shards_change_no_byte(
     method: str, parameters: Any, large: Any, tmp_path: Path
 ) -> None:
-    """1, 2 and 4 threads, three sizes of blocks and of shards: identical tensors and fingerprint."""
+    """1, 2, 4 threads, three sizes of blocks and of shards: identical tensors and fingerprint."""
     base, paths, _ = large
     outs: list[tuple[Tensors, MergeReport]] = []
     for number, (threads, block, shard_size) in enumerate(RUNS):
@@ -383,7 +383,7 @@ def test_a_shard_merged_alone_is_the_shard_of_the_whole(
 def test_odd_tensors_survive_bit_for_bit(
     method: str, parameters: Any, tmp_path: Path, merged: Merged
 ) -> None:
-    """A model of nothing but a zero, a scalar, an empty tensor and buffers of integers and booleans."""
+    """A model of nothing but a zero, a scalar, empty tensors, integers and booleans."""
     base = {
         "zero.weight": torch.zeros(4, 4),
         "scalar": torch.tensor(0.25),

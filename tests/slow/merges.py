@@ -11,6 +11,7 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
+
 from slow import philox, topk
 
 Array = np.ndarray[Any, Any]
@@ -34,7 +35,7 @@ def _entrywise(vectors: Vectors, one: Callable[[str, list[float]], float]) -> di
 
 
 def _single(values: Sequence[float]) -> list[float]:
-    """The weights as float32 holds them: a recipe's 0.1 is not the float64 0.1 in the arithmetic."""
+    """The weights as float32 holds them: its 0.1 is not that of float64."""
     return [float(np.float32(v)) for v in values]
 
 
@@ -127,7 +128,7 @@ def floor_count(share: float, n: int) -> int:
     return min(n, max(1, int(share * n)))
 
 
-def ties(
+def ties(  # noqa: PLR0913
     deltas: Vectors,
     weight: Shares,
     density: Shares,
@@ -164,7 +165,7 @@ def stitch(
 
 
 def dropped(deltas: Vectors, density: Shares, seed: int, rescale: str) -> dict[str, Any]:
-    """Each task vector with entries dropped at random, and what is left rescaled (Yu et al. 2024)."""
+    """Each task vector with entries dropped at random, the rest rescaled (Yu et al. 2024)."""
     found: dict[str, dict[str, Array]] = {}
     for number, (model, vector) in enumerate(deltas.items()):
         found[model] = {}
@@ -196,7 +197,7 @@ def dare_linear(
     return task_arithmetic(dropped(deltas, density, seed, rescale), weight, scale, normalize)
 
 
-def dare_ties(
+def dare_ties(  # noqa: PLR0913
     deltas: Vectors,
     weight: Shares,
     density: Shares,

@@ -26,7 +26,7 @@ F32 = Format(24, -126, 127)
 
 
 def nearest(value: float, form: Format) -> float:
-    """The number of the format nearest to ``value``; infinity from half a step beyond the largest."""
+    """The nearest number of the format; infinity from half a step beyond the largest."""
     if value != value or abs(value) == float("inf") or value == 0:
         return value
     exact = abs(Fraction(value))

@@ -15,8 +15,8 @@ from typing import Annotated, Any, Generic, Literal, TypeVar, get_args, get_orig
 
 import numpy as np
 
-from suture.errors import Problems, RecipeError, did_you_mean
-from suture.spec import any_match
+from suture.errors import Problems, RecipeError, brief, did_you_mean
+from suture.roles import selects
 from suture.stream import DELTA, Block, Progress, Sources
 
 Array = np.ndarray[Any, Any]
@@ -25,14 +25,14 @@ S = TypeVar("S")
 
 @dataclass(frozen=True)
 class Scalar:
-    """A number that may differ from tensor to tensor: the first rule whose pattern fits counts."""
+    """A number that may differ from tensor to tensor: the first rule that fits counts."""
 
     default: float
     rules: tuple[tuple[str, float], ...] = ()
 
     def at(self, name: str) -> float:
         """The number for one tensor."""
-        return next((v for p, v in self.rules if any_match(name, (p,))), self.default)
+        return next((v for p, v in self.rules if selects(p, name)), self.default)
 
     @property
     def values(self) -> tuple[float, ...]:
@@ -81,12 +81,12 @@ class Number:
             or not isinstance(value, int | float)
             or not abs(value) <= _LARGEST  # NaN, too, and integers that no float can hold
         ):
-            return f"{self.doc}; {value!r} is not a number of float32"
+            return f"{self.doc}; {brief(value)} is not a number of float32"
         if self.whole and value != int(value):
-            return f"{self.doc}; {value!r} is not a whole number"
+            return f"{self.doc}; {brief(value)} is not a whole number"
         low = value <= 0 if self.positive else value < self.low
         if low or value > self.high:
-            return f"{self.doc}; got {value!r}"
+            return f"{self.doc}; got {brief(value)}"
         return None
 
 
@@ -131,12 +131,14 @@ class Parameter:
         """What is wrong with one plain value; ``None`` when nothing is."""
         if self.flag:
             return (
-                None if isinstance(value, bool) else f"{self.doc}; {value!r} is not true or false"
+                None
+                if isinstance(value, bool)
+                else f"{self.doc}; {brief(value)} is not true or false"
             )
         if self.choices:
             if value in self.choices:
                 return None
-            return f"{value!r} is not one of {', '.join(self.choices)}; " + did_you_mean(
+            return f"{brief(value)} is not one of {', '.join(self.choices)}; " + did_you_mean(
                 str(value), self.choices
             )
         assert isinstance(self.meta, Number)
@@ -251,7 +253,9 @@ def settings(
     """
     known = method.parameters
     for key in given:
-        if key not in known:
+        if key == "seed" and key not in known:  # said for every method, used by those that draw
+            _check(Parameter(key, Seed, 0), given[key], f"parameters.{key}", problems)
+        elif key not in known:
             hint = did_you_mean(key, list(known))
             problems.add(RecipeError, f"parameters: {method.name} has no {key!r}; {hint}")
     own = [p for p in known.values() if p.per_model]

@@ -1,0 +1,191 @@
+"""A module imports only what stands above it; heavy tools have one place each."""
+
+from __future__ import annotations
+
+import ast
+import json
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+import suture
+import toy
+
+ROOT = Path(suture.__file__).parent
+
+ORDER = [
+    "errors", "spec", "roles", "loops", "machine", "kernels", "checkpoint", "writer", "stream",
+    "vector", "profile", "select", "mask", "merges", "engine", "recipe", "card", "models", "data",
+    "tune", "evals", "report", "run", "demo_tasks", "demo", "cli", "__main__",
+]  # fmt: skip
+"""The way of a tensor, top to bottom."""
+
+PLACES = {
+    "numba": {"loops", "machine"},
+    "llvmlite": {"loops", "machine"},
+    "transformers": {"models"},
+    "tokenizers": {"models"},
+    "typer": {"cli"},
+    "rich": {"cli"},
+    "mergekit": set(),
+    "pickle": set(),
+}
+"""Where a tool may be imported; others import it nowhere."""
+TORCH = {"checkpoint", "models", "data", "tune", "evals", "demo"}
+"""Where torch may be imported, and in ``checkpoint`` only when a torch tensor is asked for."""
+
+
+def sources() -> Iterator[tuple[str, Path]]:
+    """Every module with the entry of ORDER that it belongs to."""
+    for path in sorted(ROOT.rglob("*.py")):
+        part = path.relative_to(ROOT).parts[0].removesuffix(".py")
+        if part != "__init__":
+            yield part, path
+
+
+def imported(path: Path) -> Iterator[tuple[str, bool]]:
+    """Every module that a file imports by an absolute name, and whether at its top level."""
+    tree = ast.parse(path.read_text(encoding="utf-8"))
+    typing_only = {
+        id(node)
+        for block in ast.walk(tree)
+        if isinstance(block, ast.If) and "TYPE_CHECKING" in ast.unparse(block.test)
+        for node in ast.walk(block)
+    }
+    top = {id(node) for node in tree.body}
+    for node in ast.walk(tree):
+        if id(node) in typing_only:
+            continue
+        if isinstance(node, ast.Import):
+            for alias in node.names:
+                yield alias.name, id(node) in top
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, f"{path.name}: a relative import"
+            if node.module == "suture":
+                for alias in node.names:
+                    yield f"suture.{alias.name}", id(node) in top
+            elif node.module is not None:
+                yield node.module, id(node) in top
+
+
+each_module = pytest.mark.parametrize(
+    ("part", "path"), [pytest.param(p, f, id=str(f.relative_to(ROOT))) for p, f in sources()]
+)
+
+
+def test_every_module_has_its_place() -> None:
+    """A new module is entered into the listing, and a removed one leaves it."""
+    assert {part for part, _ in sources()} == set(ORDER)
+    assert len(set(ORDER)) == len(ORDER)
+
+
+@each_module
+def test_a_module_imports_only_what_stands_above_it(part: str, path: Path) -> None:
+    """The listing is also the import rule, for imports inside of functions, too."""
+    allowed = {*ORDER[: ORDER.index(part) + 1], "__version__"}
+    for name, _ in imported(path):
+        if name.startswith("suture."):
+            assert name.split(".")[1] in allowed, f"{path.name} imports {name}"
+
+
+@each_module
+def test_heavy_tools_have_one_place(part: str, path: Path) -> None:
+    """The compiler in loops and machine, transformers in models, the terminal in cli; no pickle."""
+    for name, at_top in imported(path):
+        tool = name.split(".")[0]
+        assert part in PLACES.get(tool, {part}), f"{path.name} imports {name}"
+        if tool == "torch":
+            assert part in TORCH, f"{path.name} imports {name}"
+            assert part != "checkpoint" or not at_top, "a merge would import torch"
+
+
+@each_module
+def test_nothing_is_evaluated(part: str, path: Path) -> None:
+    """No ``eval``, ``exec``, ``yaml.unsafe_load`` or pickle; ``print`` in cli only."""
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        if not isinstance(node, ast.Call):
+            continue
+        called = ast.unparse(node.func)
+        assert called not in ("eval", "exec", "__import__", "yaml.unsafe_load", "torch.load"), (
+            called
+        )
+        assert called != "print" or part == "cli", f"{path.name} prints"
+
+
+def python(code: str, *args: str) -> Any:
+    """Run code in a fresh interpreter; what it prints last is JSON."""
+    done = subprocess.run(
+        [sys.executable, "-c", code, *args],
+        capture_output=True,
+        text=True,
+        timeout=120,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    return json.loads(done.stdout.splitlines()[-1])
+
+
+HEAVY = ("torch", "transformers", "safetensors", "huggingface_hub")
+
+
+def test_merges_import_neither_torch_nor_transformers(family: Any, tmp_path: Path) -> None:
+    """Every method runs from recipe to folder without them; that makes small merges fast."""
+    models = family("bf16")
+    recipes = [
+        toy.recipe(
+            name,
+            models.some(*("ada", "bob", "cyd")[: method.most]),
+            models.base_path if method.needs_base else None,
+        )
+        for name, method in suture.METHODS.items()
+    ]
+    code = """
+import json, sys
+from pathlib import Path
+from suture.run import merge
+recipes, out = json.loads(sys.argv[1]), Path(sys.argv[2])
+for recipe in recipes:
+    merge(recipe, out / recipe["method"])
+print(json.dumps(sorted(sys.modules)))
+"""
+    loaded = python(code, json.dumps(recipes), str(tmp_path))
+
+    assert not set(loaded) & set(HEAVY)
+    assert "numpy" in loaded
+    assert sorted(p.name for p in tmp_path.iterdir()) == sorted(suture.METHODS)
+
+
+def test_help_imports_nothing_heavy() -> None:
+    """``suture --help`` answers without numpy, numba or torch."""
+    code = """
+import json, sys
+sys.argv = ["suture", "--help"]
+from suture.cli import main
+try:
+    main()
+except SystemExit:
+    pass
+print(json.dumps(sorted(sys.modules)))
+"""
+    assert not set(python(code)) & {*HEAVY, "numpy", "numba", "llvmlite", "yaml"}
+
+
+def test_importing_suture_costs_nothing() -> None:
+    """The public names are loaded when they are used, not before."""
+    loaded = python("import json, sys, suture; print(json.dumps(sorted(sys.modules)))")
+
+    assert [name for name in loaded if name.startswith("suture")] == ["suture"]
+    assert not set(loaded) & {*HEAVY, "numpy"}
+
+
+def test_every_public_name_is_there() -> None:
+    """What ``__all__`` lists can be had, and nothing else is offered."""
+    for name in suture.__all__:
+        assert getattr(suture, name) is not None
+    assert dir(suture) == suture.__all__
+    with pytest.raises(AttributeError, match="nonesuch"):
+        _ = suture.nonesuch

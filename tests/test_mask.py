@@ -1,0 +1,184 @@
+"""Masks: sets of entries, one bit each; and dataless localization."""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+import suture
+import toy
+from slow import topk
+from suture import Mask
+from suture.errors import RecipeError, SutureError
+
+SHAPES = {"a": (3, 5), "b": (16,), "c": (), "d": (0, 4), "e": (1, 1, 9)}
+SIZE = sum(math.prod(shape) for shape in SHAPES.values())
+
+entries = st.lists(st.booleans(), min_size=SIZE, max_size=SIZE)
+
+
+def packed(chosen: list[bool]) -> Mask:
+    """A mask of SHAPES from one boolean an entry."""
+    bits, rest = {}, np.array(chosen)
+    for name, shape in SHAPES.items():
+        size = math.prod(shape)
+        bits[name], rest = np.packbits(rest[:size], bitorder="little"), rest[size:]
+    return Mask(SHAPES, bits)
+
+
+def unpacked(mask: Mask) -> list[bool]:
+    """One boolean an entry."""
+    return [bool(x) for name in SHAPES for x in mask[name].ravel()]
+
+
+@given(entries, entries)
+def test_masks_are_sets(one: list[bool], other: list[bool]) -> None:
+    """``& | - ~``, counts, density and Jaccard are those of the sets of entries."""
+    a, b = packed(one), packed(other)
+    left = {i for i, x in enumerate(one) if x}
+    right = {i for i, x in enumerate(other) if x}
+
+    def as_set(mask: Mask) -> set[int]:
+        return {i for i, x in enumerate(unpacked(mask)) if x}
+
+    assert as_set(a & b) == left & right
+    assert as_set(a | b) == left | right
+    assert as_set(a - b) == left - right
+    assert as_set(~a) == set(range(SIZE)) - left
+    assert (~a).count == SIZE - len(left)
+    assert (a.count, a.size, a.density) == (len(left), SIZE, len(left) / SIZE)
+    assert a.jaccard(b) == (len(left & right) / len(left | right) if left | right else 0.0)
+    assert ~~a == a
+    assert (a == b) == (left == right)
+    assert (a | ~a).density == 1
+
+
+@given(entries)
+def test_shapes_come_back(chosen: list[bool]) -> None:
+    """A mask gives booleans in the shape of the tensor; scalar and empty ones, too."""
+    mask = packed(chosen)
+
+    assert {name: mask[name].shape for name in SHAPES} == SHAPES
+    assert all(mask[name].dtype == bool for name in SHAPES)
+    assert unpacked(mask) == chosen
+
+
+def test_operations_leave_their_operands_alone() -> None:
+    """Each operation makes a new mask."""
+    a, b = packed([True, False] * (SIZE // 2) + [True] * (SIZE % 2)), packed([True] * SIZE)
+    before = unpacked(a), unpacked(b)
+
+    _ = (a & b, a | b, a - b, ~a, ~b)
+
+    assert (unpacked(a), unpacked(b)) == before
+
+
+def test_masks_of_other_tensors_do_not_combine() -> None:
+    """Another name or shape is an error, not an empty intersection."""
+    mask = packed([True] * SIZE)
+    other = Mask({"a": (5, 3)}, {"a": np.zeros(2, np.uint8)})
+
+    with pytest.raises(SutureError, match="same tensors"):
+        _ = mask & other
+    assert mask != other
+
+
+@given(chosen=entries)
+def test_saving_and_loading(chosen: list[bool], tmp_path_factory: pytest.TempPathFactory) -> None:
+    """What ``save`` writes, ``load`` reads: the same set over the same shapes."""
+    path = tmp_path_factory.mktemp("mask") / "mask.safetensors"
+    mask = packed(chosen)
+
+    mask.save(path)
+
+    assert Mask.load(path) == mask
+
+
+def test_a_checkpoint_is_no_mask(family: Any) -> None:
+    """A file that is not a mask is refused by name."""
+    with pytest.raises(SutureError, match="not a mask"):
+        Mask.load(family("f32").base_path / "model.safetensors")
+
+
+@pytest.mark.parametrize("scope", ["global", "layer", "tensor"])
+@pytest.mark.parametrize("density", [0.01, 0.3, 1.0])
+@pytest.mark.parametrize(("flavour", "grid"), [("f32", False), ("bf16", True), ("mixed", True)])
+def test_localize_marks_the_largest(
+    flavour: str, grid: bool, density: float, scope: str, family: Any
+) -> None:
+    """Exactly the largest entries of a task vector, ties by position, never a zero."""
+    models = family(flavour, grid=grid)
+    tau = suture.open(models.paths["ada"]) - suture.open(models.base_path)
+    tau = tau.select(exclude=["embedding", "head"])
+
+    mask = suture.localize(tau, density=density, scope=scope, threads=2)
+
+    deltas = {name: tau[name].ravel() for name in tau}
+    expected = topk.kept(deltas, list(deltas), lambda name: [density], 0, scope)
+    for name in tau:
+        assert mask[name].ravel().tolist() == expected[name].tolist(), name
+        assert mask[name].shape == tau[name].shape
+
+
+def test_the_sign_and_scale_of_a_vector_do_not_move_its_mask(family: Any) -> None:
+    """Magnitudes of -3 tau rank as those of tau."""
+    models = family("f32")
+    tau = suture.open(models.paths["ada"]) - suture.open(models.base_path)
+
+    assert suture.localize(-3 * tau, density=0.1) == suture.localize(tau, density=0.1)
+
+
+@pytest.mark.parametrize(
+    ("how", "message"),
+    [
+        ({"density": 0}, "share of entries kept"),
+        ({"density": 1.5}, "share of entries kept"),
+        ({"density": math.nan}, "share of entries kept"),
+        ({"density": 0.5, "scope": "globl"}, "did you mean 'global'"),
+        ({"density": 0.5, "rule": "magnitud"}, "did you mean 'magnitude'"),
+    ],
+)
+def test_wrong_questions_are_refused(how: Any, message: str, family: Any) -> None:
+    """A share outside (0, 1], an unknown scope or rule: an error that helps."""
+    models = family("f32")
+    tau = suture.open(models.paths["ada"]) - suture.open(models.base_path)
+
+    with pytest.raises(RecipeError, match=message):
+        suture.localize(tau, **how)
+
+
+def test_a_sum_of_vectors_is_not_localized(family: Any, tmp_path: Path) -> None:
+    """One task vector at a time: of a sum the mask would not be that of its parts."""
+    models = family("f32")
+    base = suture.open(models.base_path)
+    a, b = (suture.open(models.paths[n]) - base for n in ("ada", "bob"))
+
+    with pytest.raises(RecipeError, match="one task vector at a time"):
+        suture.localize(a + b, density=0.5)
+
+
+def test_stitching_is_pasting_what_masks_mark(family: Any, tmp_path: Path) -> None:
+    """``stitch`` adds to the base the mean of the deltas over the masks that mark them."""
+    models = family("f32")
+    base = suture.open(models.base_path)
+    taus = [
+        (suture.open(models.paths[n]) - base).select(exclude=["embedding", "head"])
+        for n in ("ada", "bob", "cyd")
+    ]
+    masks = [suture.localize(tau, density=0.3) for tau in taus]
+    what = toy.recipe("stitch", models.some("ada", "bob", "cyd"), models.base_path, density=0.3)
+
+    out, report = toy.run(tmp_path / "out", what)
+
+    assert report.facts["kept"] == [mask.count for mask in masks]
+    for name in taus[0]:
+        marked = np.stack([mask[name] for mask in masks])
+        total = sum(np.where(m, tau[name], 0) for m, tau in zip(marked, taus, strict=True))
+        expected = base[name] + total / np.maximum(marked.sum(0), 1)
+        np.testing.assert_allclose(out[name].numpy(), expected, rtol=1e-6, atol=1e-6)

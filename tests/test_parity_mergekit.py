@@ -1,0 +1,248 @@
+"""mergekit's recipes give mergekit's tensors: both are run on the same files and compared.
+
+mergekit 0.1.5 runs in a process of its own, once for all recipes. Inputs are float32, so that no
+two magnitudes are tied (mergekit's sort is not stable), and the output is bfloat16.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import math
+import os
+import subprocess
+import sys
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+import toy
+from toy import Tensors
+
+pytestmark = [
+    pytest.mark.oracle,
+    pytest.mark.skipif(
+        importlib.util.find_spec("mergekit") is None, reason="mergekit is not installed"
+    ),
+]
+
+HIDDEN, INNER, WORDS, LAYERS = 32, 48, 64, 2
+CONFIG = {
+    "architectures": ["LlamaForCausalLM"], "model_type": "llama", "hidden_size": HIDDEN,
+    "intermediate_size": INNER, "num_hidden_layers": LAYERS, "num_attention_heads": 4,
+    "num_key_value_heads": 2, "vocab_size": WORDS, "rms_norm_eps": 1e-6,
+    "tie_word_embeddings": False, "hidden_act": "silu",
+    "max_position_embeddings": 64, "torch_dtype": "float32",
+}  # fmt: skip
+MODELS = ("base", "ada", "bob", "cyd")
+
+
+def llama(seed: int) -> Tensors:
+    """A base (seed 0), or what some training made of it."""
+    shapes = {"model.embed_tokens.weight": (WORDS, HIDDEN), "lm_head.weight": (WORDS, HIDDEN),
+              "model.norm.weight": (HIDDEN,)}  # fmt: skip
+    for n in range(LAYERS):
+        shapes |= {
+            f"model.layers.{n}.{part}.weight": shape
+            for part, shape in {
+                "self_attn.q_proj": (HIDDEN, HIDDEN), "self_attn.k_proj": (HIDDEN // 2, HIDDEN),
+                "self_attn.v_proj": (HIDDEN // 2, HIDDEN), "self_attn.o_proj": (HIDDEN, HIDDEN),
+                "mlp.gate_proj": (INNER, HIDDEN), "mlp.up_proj": (INNER, HIDDEN),
+                "mlp.down_proj": (HIDDEN, INNER), "input_layernorm": (HIDDEN,),
+                "post_attention_layernorm": (HIDDEN,),
+            }.items()
+        }  # fmt: skip
+    draw = torch.Generator().manual_seed(0)
+    base = {name: 0.02 * torch.randn(shape, generator=draw) for name, shape in shapes.items()}
+    if seed == 0:
+        return base
+    draw = torch.Generator().manual_seed(seed)
+    return {n: t + 0.002 * torch.randn(t.shape, generator=draw) for n, t in base.items()}
+
+
+def given(weights: Mapping[str, Mapping[str, Any]], base: bool = False) -> list[dict[str, Any]]:
+    """The ``models`` of a recipe; mergekit wants the base among them without parameters, or not."""
+    found: list[dict[str, Any]] = [{"model": "base"}] if base else []
+    return found + [{"model": name, "parameters": dict(own)} for name, own in weights.items()]
+
+
+EVEN = {name: {"weight": 1.0} for name in MODELS[1:]}
+CROOKED = {"ada": {"weight": 0.7137}, "bob": {"weight": 1.2941}, "cyd": {"weight": -0.4173}}
+DENSE = {
+    "ada": {"weight": 0.7137, "density": 0.5},
+    "bob": {"weight": 0.3173, "density": 0.1},
+    "cyd": {"weight": 1.1, "density": 0.93},
+}
+
+RECIPES: dict[str, dict[str, Any]] = {
+    "linear": {"merge_method": "linear", "models": given(EVEN)},
+    "linear, crooked": {"merge_method": "linear", "models": given(CROOKED)},
+    "linear, not normalized": {
+        "merge_method": "linear", "models": given(CROOKED), "parameters": {"normalize": False}},
+    "task arithmetic": {
+        "merge_method": "task_arithmetic", "base_model": "base", "models": given(CROOKED)},
+    "task arithmetic, lambda": {
+        "merge_method": "task_arithmetic", "base_model": "base", "models": given(EVEN, base=True),
+        "parameters": {"lambda": 0.3173}},
+    "task arithmetic, normalized": {
+        "merge_method": "task_arithmetic", "base_model": "base", "models": given(CROOKED),
+        "parameters": {"normalize": True, "lambda": 0.7}},
+    "ties": {
+        "merge_method": "ties", "base_model": "base", "models": given(DENSE),
+        "parameters": {"normalize": True}},
+    "ties, one density": {
+        "merge_method": "ties", "base_model": "base", "models": given(EVEN, base=True),
+        "parameters": {"density": 0.2, "int8_mask": True}},
+    "ties, not normalized": {
+        "merge_method": "ties", "base_model": "base", "models": given(DENSE),
+        "parameters": {"normalize": False, "lambda": 0.7137}},
+    "ties, negative weight": {
+        "merge_method": "ties", "base_model": "base", "models": given(CROOKED),
+        "parameters": {"density": 0.4, "lambda": 1.3}},
+    "ties, everything": {
+        "merge_method": "ties", "base_model": "base", "models": given(CROOKED)},
+    "ties, next to nothing": {
+        "merge_method": "ties", "base_model": "base", "models": given(EVEN),
+        "parameters": {"density": 0.0001}},
+    "ties, one model": {
+        "merge_method": "ties", "base_model": "base", "models": given({"ada": {"weight": 0.7}}),
+        "parameters": {"density": 0.3}},
+    "slerp": {
+        "merge_method": "slerp", "base_model": "base", "models": given({"base": {}, "ada": {}}),
+        "parameters": {"t": 0.3}},
+    "slerp, the other end": {
+        "merge_method": "slerp", "base_model": "bob", "models": given({"ada": {}, "bob": {}}),
+        "parameters": {"t": 0.85}},
+}  # fmt: skip
+RANDOM: dict[str, dict[str, Any]] = {
+    "dare_linear": {
+        "merge_method": "dare_linear", "base_model": "base",
+        "models": given({"ada": {"weight": 1.0, "density": 0.3}})},
+    "dare_linear, not rescaled": {
+        "merge_method": "dare_linear", "base_model": "base",
+        "models": given({"ada": {"weight": 1.0, "density": 0.6}}),
+        "parameters": {"rescale": False}},
+    "dare_ties": {
+        "merge_method": "dare_ties", "base_model": "base", "models": given(DENSE)},
+    "dare_ties, normalized": {
+        "merge_method": "dare_ties", "base_model": "base", "models": given(DENSE),
+        "parameters": {"normalize": True}},
+}  # fmt: skip
+SHARDED = ("ties", "task arithmetic", "slerp", "linear, crooked")
+"""Recipes that are followed over sharded inputs, too."""
+
+ORACLE = """
+import json, sys
+import torch
+torch.set_num_threads(1)
+from mergekit.config import MergeConfiguration
+from mergekit.merge import run_merge
+from mergekit.options import MergeOptions
+for recipe, out in json.load(sys.stdin):
+    config = MergeConfiguration.model_validate(recipe)
+    run_merge(config, out, MergeOptions(quiet=True, copy_tokenizer=False, random_seed=1))
+"""
+
+
+def placed(recipe: Mapping[str, Any], where: Path) -> dict[str, Any]:
+    """The recipe with the folders of its models, dtypes as the module says."""
+    found = {**recipe, "dtype": "float32", "out_dtype": "bfloat16"}
+    found["models"] = [
+        {**entry, "model": str(where / entry["model"])} for entry in recipe["models"]
+    ]
+    if "base_model" in recipe:
+        found["base_model"] = str(where / recipe["base_model"])
+    return found
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The models, in one file and in three shards, and everything that mergekit makes of them."""
+    where = tmp_path_factory.mktemp("parity")
+    for seed, name in enumerate(MODELS):
+        toy.folder(where / "single" / name, llama(seed), config=CONFIG)
+        toy.folder(where / "sharded" / name, llama(seed), shards=3, config=CONFIG)
+    jobs = [
+        (placed(recipe, where / "single"), str(where / "mergekit" / name))
+        for name, recipe in {**RECIPES, **RANDOM}.items()
+    ]
+    done = subprocess.run(
+        [sys.executable, "-W", "ignore", "-c", ORACLE], input=json.dumps(jobs), text=True,
+        capture_output=True, timeout=300, check=False,
+        env={**os.environ, "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"},
+    )  # fmt: skip
+    assert done.returncode == 0, f"mergekit failed:\n{done.stderr[-3000:]}"
+    return where
+
+
+def compared(ours: Tensors, theirs: Tensors) -> dict[str, Any]:
+    """The worst difference of two bfloat16 models, in steps and by tensor, and how many differ."""
+    assert ours.keys() == theirs.keys()
+    worst, where, unequal, total = 0, "", 0, 0
+    for name, tensor in theirs.items():
+        assert (ours[name].dtype, ours[name].shape) == (tensor.dtype, tensor.shape), name
+        steps = toy.steps_apart(ours[name], tensor)
+        # Where base and delta cancel, float32 leaves both a dust of many tiny steps.
+        dust = (ours[name].float() - tensor.float()).abs().reshape(-1).numpy() < 1e-8
+        most = int(np.where(dust, np.minimum(steps, 1), steps).max(initial=0))
+        if most > worst:
+            worst, where = most, name
+        unequal, total = unequal + int((steps > 0).sum()), total + steps.size
+    return {"worst": worst, "where": where, "unequal": unequal, "of": total}
+
+
+@pytest.mark.parametrize(
+    ("name", "layout"),
+    [*((name, "single") for name in RECIPES), *((name, "sharded") for name in SHARDED)],
+)
+def test_the_tensors_are_mergekit_s(name: str, layout: str, place: Path, tmp_path: Path) -> None:
+    """Every tensor is mergekit's within one bfloat16 step; almost all numbers are the same."""
+    ours, _ = toy.run(tmp_path / "out", placed(RECIPES[name], place / layout))
+
+    theirs = toy.read(place / "mergekit" / name)
+    found = compared(ours, theirs)
+
+    unmerged = {n: t.to(torch.bfloat16) for n, t in llama(0).items()}
+    assert compared(theirs, unmerged)["unequal"] > 0, "mergekit did nothing"
+    assert found["worst"] <= 1, f"{name}: {found}"
+    assert found["unequal"] <= found["of"] / 1000, f"{name}: {found}"
+
+
+@pytest.mark.parametrize("name", list(RANDOM))
+def test_random_methods_have_mergekit_s_statistics(name: str, place: Path, tmp_path: Path) -> None:
+    """Share of changed entries, mean and spread of the change agree within sampling error."""
+    what = {**placed(RANDOM[name], place / "single"), "out_dtype": "float32"}
+    ours, _ = toy.run(tmp_path / "out", what)
+    theirs = toy.read(place / "mergekit" / name)
+    base = llama(0)
+    large = [n for n in base if base[n].ndim == 2]
+
+    changes = []
+    for tensors in (ours, theirs):
+        parts = [(tensors[n].double() - base[n].double()).reshape(-1) for n in large]
+        changes.append(torch.cat(parts))
+    one, other = changes
+    n = one.numel()
+    coarse = 2e-4  # more than rounding to bfloat16 moves an entry, less than most deltas
+    shares = [float((x.abs() > coarse).double().mean()) for x in changes]
+    for entry in RANDOM[name]["models"] if len(RANDOM[name]["models"]) == 1 else []:
+        kept = float((one != 0).double().mean())
+        density = entry["parameters"]["density"]
+        assert abs(kept - density) < 5 * math.sqrt(density * (1 - density) / n), (name, kept)
+    spread = float(other.std())
+
+    assert abs(shares[0] - shares[1]) < 7 / math.sqrt(n), (name, shares)
+    assert abs(float(one.mean() - other.mean())) < 7 * spread / math.sqrt(n), name
+    assert abs(float(one.std()) / spread - 1) < 7 / math.sqrt(n), (name, float(one.std()), spread)
+
+
+def test_every_supported_method_is_compared() -> None:
+    """What the recipe reader translates is run against mergekit here."""
+    from suture.recipe import _MERGEKIT_METHODS
+
+    run = {recipe["merge_method"] for recipe in [*RECIPES.values(), *RANDOM.values()]}
+    assert run == set(_MERGEKIT_METHODS)
