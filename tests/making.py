@@ -5,13 +5,15 @@ Nothing here uses Suture to read or write a tensor, so that a fault of ours cann
 
 from __future__ import annotations
 
+import gc
 import hashlib
 import json
 import os
 import signal
 import subprocess
 import sys
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping
+from contextlib import suppress
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -285,14 +287,16 @@ def lines_of(text: str, *wanted: str) -> None:
     assert not missing, f"{missing} not in:\n{text}"
 
 
-def descriptors() -> Sequence[str]:
-    """The files that this process holds open, by their paths (Linux)."""
-    return sorted(_open_files())
+def descriptors(under: Path) -> list[str]:
+    """The files of a folder that this process holds open (Linux)."""
+    if _open_files(under):
+        gc.collect()  # what an error's traceback still holds is let go with it
+    return _open_files(under)
 
 
-def _open_files() -> Iterator[str]:
+def _open_files(under: Path) -> list[str]:
+    found = []
     for link in Path("/proc/self/fd").iterdir():
-        try:
-            yield str(link.readlink())
-        except FileNotFoundError:
-            continue
+        with suppress(FileNotFoundError):
+            found.append(str(link.readlink()))
+    return sorted(path for path in found if path.startswith(f"{under}/"))

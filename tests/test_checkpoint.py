@@ -674,18 +674,18 @@ def test_opening_reads_headers_only(tmp_path: Path, monkeypatch: pytest.MonkeyPa
 def test_files_are_closed_again(tmp_path: Path) -> None:
     """``close`` and the end of a checkpoint's life leave no descriptor behind."""
     folder, _ = sharded(tmp_path)
-    before = descriptors()
+    before = descriptors(tmp_path)
     model = open_checkpoint(folder)
     for name in model:
         model[name]
-    assert len(descriptors()) == len(before) + 3
+    assert len(descriptors(tmp_path)) == len(before) + 3
     model.close()
-    assert descriptors() == before
+    assert descriptors(tmp_path) == before
     model["lm_head.weight"]  # opened again
     del model
     gc.collect()
 
-    assert descriptors() == before
+    assert descriptors(tmp_path) == before
 
 
 def test_a_file_that_shrinks_while_it_is_read_is_named(tmp_path: Path) -> None:

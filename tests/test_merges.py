@@ -639,9 +639,9 @@ def test_masks_of_layers_are_not_the_same(tmp_path: Path, merged: Merged) -> Non
 def test_the_result_is_float64_s_rounded_once(tmp_path: Path, merged: Merged) -> None:
     """T13: TIES in bfloat16 is the exact result rounded; fewer than 1 in 1,000 are a step off."""
     draw = torch.Generator().manual_seed(5)
-    base = {"w": (0.02 * torch.randn(60_000, generator=draw)).to(torch.bfloat16)}
+    base = {"w": (0.02 * torch.randn(20_000, generator=draw)).to(torch.bfloat16)}
     models = {
-        n: {"w": (base["w"] + 0.002 * torch.randn(60_000, generator=draw)).to(torch.bfloat16)}
+        n: {"w": (base["w"] + 0.002 * torch.randn(20_000, generator=draw)).to(torch.bfloat16)}
         for n in MODELS
     }
     place, paths = small_family(tmp_path, base, models)
@@ -891,7 +891,7 @@ def test_a_task_vector_is_added_to_its_base(family: Any, tmp_path: Path) -> None
         {"scale": math.inf},
         {"scale": 10**400},
         {"weight": None},
-        {"seed": 1},
+        {"seed": -1},
     ],
     ids=str,
 )
@@ -1005,9 +1005,6 @@ def test_integers_are_not_merged_as_floats(method: str, tmp_path: Path, merged: 
         merged(method, paths, place if method != "linear" else None)
 
 
-@pytest.mark.xfail(
-    reason="a head that one model ties and the other does not is silently the base's"
-)
 @pytest.mark.parametrize("tied", ["base", "model"])
 def test_tied_and_untied_heads_are_told_apart(tied: str, tmp_path: Path, merged: Merged) -> None:
     """T17: where only one of base and model ties its head, it is merged or refused, not lost."""

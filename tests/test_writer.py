@@ -249,19 +249,19 @@ def test_files_beside_the_weights_are_written(tmp_path: Path) -> None:
 
 def test_nothing_stays_open(tmp_path: Path) -> None:
     """Publishing, closing, discarding and failing to begin leave no descriptor behind."""
-    before = descriptors()
+    before = descriptors(tmp_path)
     filled(tmp_path / "one", TENSORS, shard_size=8).publish()
     filled(tmp_path / "two", TENSORS).close()
     filled(tmp_path / "three", TENSORS).discard()
     held = filled(tmp_path / "four", TENSORS)
-    while_held = descriptors()
+    while_held = descriptors(tmp_path)
     with pytest.raises(OutputError):
         filled(tmp_path / "four", TENSORS)
-    assert descriptors() == while_held
+    assert descriptors(tmp_path) == while_held
     held.close()
     held.close()  # twice does no harm
 
-    assert descriptors() == before
+    assert descriptors(tmp_path) == before
     assert not staging(tmp_path / "three").exists()
 
 
@@ -278,13 +278,13 @@ def test_too_many_shards_to_open_leave_nothing_open(
                 raise OSError(errno.EMFILE, os.strerror(errno.EMFILE))
         return real(path, *more, **how)
 
-    before = descriptors()
+    before = descriptors(tmp_path)
     monkeypatch.setattr(os, "open", few)
     with pytest.raises(OutputError, match="Too many open files"):
         filled(tmp_path / "out", TENSORS, shard_size=1)
     monkeypatch.undo()
 
-    assert descriptors() == before
+    assert descriptors(tmp_path) == before
 
 
 # ----------------------------------------------------------------------------------- resuming

@@ -108,6 +108,12 @@ def _sign(value):
 
 
 @_inline
+def _step(delta):
+    # Where nothing is added the base keeps its bits: -0.0 + 0.0 is 0.0, but x + -0.0 is always x.
+    return delta if delta != 0 else np.float32(-0.0)
+
+
+@_inline
 def _wild(value):
     return np.uint32((_as_bits(value) & np.uint32(0x7F800000)) == np.uint32(0x7F800000))
 
@@ -285,7 +291,7 @@ def finish(
     if code == BF16 and kept:
         short = raw.view(np.uint16)
         for i in range(count):
-            value = base[i] + delta[i]
+            value = base[i] + _step(delta[i])
             bits = _as_bits(value)
             new = (
                 bits + np.uint32(0x7FFF) + ((bits >> np.uint32(16)) & np.uint32(1))
@@ -299,7 +305,7 @@ def finish(
     elif code == BF16:
         short = raw.view(np.uint16)
         for i in range(count):
-            new = _float_to_bfloat(base[i] + delta[i])
+            new = _float_to_bfloat(base[i] + _step(delta[i]))
             some = delta[i] != np.float32(0)
             moved += np.uint32(some)
             lost += np.uint32(some & (new == _float_to_bfloat(base[i])))
@@ -308,7 +314,7 @@ def finish(
     elif code == F16:
         short = raw.view(np.uint16)
         for i in range(count):
-            new = _float_to_half(base[i] + delta[i])
+            new = _float_to_half(base[i] + _step(delta[i]))
             old = _float_to_half(base[i])
             some = np.uint32(delta[i] != np.float32(0))
             moved += some
@@ -318,7 +324,7 @@ def finish(
     elif code == F32:
         whole = raw.view(np.float32)
         for i in range(count):
-            new = base[i] + delta[i]
+            new = base[i] + _step(delta[i])
             some = np.uint32(delta[i] != np.float32(0))
             moved += some
             lost += some & np.uint32(new == base[i])
@@ -327,7 +333,7 @@ def finish(
     else:
         double = raw.view(np.float64)
         for i in range(count):
-            new = np.float64(base[i]) + np.float64(delta[i])
+            new = np.float64(base[i]) + np.float64(_step(delta[i]))
             some = np.uint32(delta[i] != np.float32(0))
             moved += some
             lost += some & np.uint32(new == np.float64(base[i]))
@@ -344,7 +350,7 @@ def finish_double(base: Array, delta: Array, count: int, raw: Array, counts: Arr
     start = base.view(np.float64)
     total = raw.view(np.float64)
     for i in range(count):
-        total[i] = start[i] + np.float64(delta[i])
+        total[i] = start[i] + np.float64(_step(delta[i]))
         if delta[i] != 0:
             counts[0] += 1
             counts[1] += np.int64(total[i] == start[i])

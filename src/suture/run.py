@@ -351,6 +351,7 @@ def _check_place(
 
 
 def _check_free(out: Path, place: Path, options: Options, problems: Problems) -> None:
+    staging_of(place).exists()  # its name is longer still: too long is seen here, not later
     if place.exists():
         empty = place.is_dir() and not any(place.iterdir())
         if not place.is_dir():

@@ -266,11 +266,11 @@ def test_threads_blocks_and_shards_change_no_byte(
 def test_tiny_blocks_change_no_byte(
     method: str, parameters: Any, family: Any, merged: Merged
 ) -> None:
-    """Blocks of 8, 16 and 64 elements on a small model, where most tensors span several blocks."""
+    """Blocks of 8 and of 64 elements on a small model, where most tensors span several blocks."""
     models = family("mixed", grid=True)
     whole = follow(method, models, merged, parameters)
 
-    for block in (8, 16, 64):
+    for block in (8, 64):
         out = follow(method, models, merged, parameters, options={"block": block, "threads": 3})
 
         assert toy.same_bytes(out, whole) == []

@@ -25,29 +25,26 @@ def constant(*values: float) -> Shares:
     return lambda name: values
 
 
-def _entrywise(vectors: Vectors, one: Callable[[str, list[float]], float]) -> dict[str, Array]:
+def _entrywise(
+    vectors: Vectors, weight: Shares, one: Callable[[str, list[float], list[float]], float]
+) -> dict[str, Array]:
+    """Apply ``one(name, weights, entries of all models)`` to every entry of every tensor."""
     found = {}
-    for name, first in next(iter(vectors.values())).items():
+    for name in next(iter(vectors.values())):
+        factors = [float(np.float32(w)) for w in weight(name)]  # a recipe's 0.1 is float32's
         columns = zip(*(v[name].tolist() for v in vectors.values()), strict=True)
-        found[name] = np.array([one(name, list(column)) for column in columns], np.float64)
-        assert found[name].size == first.size
+        found[name] = np.array([one(name, factors, list(c)) for c in columns], np.float64)
     return found
-
-
-def _single(values: Sequence[float]) -> list[float]:
-    """The weights as float32 holds them: its 0.1 is not that of float64."""
-    return [float(np.float32(v)) for v in values]
 
 
 def linear(weights: Vectors, weight: Shares, normalize: bool = True) -> dict[str, Array]:
     """The weighted average of the models' weights."""
 
-    def one(name: str, column: list[float]) -> float:
-        factors = _single(weight(name))
+    def one(name: str, factors: list[float], column: list[float]) -> float:
         whole = sum(factors) if normalize and abs(sum(factors)) >= 1e-8 else 1.0
         return sum(w * x for w, x in zip(factors, column, strict=True)) / whole
 
-    return _entrywise(weights, one)
+    return _entrywise(weights, weight, one)
 
 
 def task_arithmetic(
@@ -100,18 +97,18 @@ def elect_and_merge(
 ) -> dict[str, Array]:
     """Elect a sign per entry and merge what agrees with it."""
 
-    def weighted(name: str, column: list[float]) -> list[float]:
-        return [w * x for w, x in zip(_single(weight(name)), column, strict=True)]
+    def times(factors: list[float], column: list[float]) -> list[float]:
+        return [w * x for w, x in zip(factors, column, strict=True)]
 
-    votes = _entrywise(vectors, lambda name, column: elected(weighted(name, column), elect))
+    votes = _entrywise(vectors, weight, lambda name, w, column: elected(times(w, column), elect))
     most = sign(sum(int(v.sum()) for v in votes.values()))
     zero = {"zero": 0, "positive": 1, "majority": most}[zero_sign]
 
-    def one(name: str, column: list[float]) -> float:
-        entries = weighted(name, column)
-        return agreed(entries, _single(weight(name)), elected(entries, elect) or zero, aggregate)
+    def one(name: str, factors: list[float], column: list[float]) -> float:
+        entries = times(factors, column)
+        return agreed(entries, factors, elected(entries, elect) or zero, aggregate)
 
-    return _entrywise(vectors, one)
+    return _entrywise(vectors, weight, one)
 
 
 def _times(vector: dict[str, Array], scale: Callable[[str], float]) -> dict[str, Array]:
@@ -157,11 +154,11 @@ def stitch(
     """Average, entry by entry, the task vectors that selected the entry (He et al. 2025)."""
     thin = trimmed(deltas, density, scope, nearest_count)
 
-    def one(name: str, column: list[float]) -> float:
-        chosen = [w * x for w, x in zip(_single(weight(name)), column, strict=True) if x != 0]
-        return sum(chosen) / max(1, sum(x != 0 for x in column))
+    def one(name: str, factors: list[float], column: list[float]) -> float:
+        chosen = [w * x for w, x in zip(factors, column, strict=True) if x != 0]
+        return sum(chosen) / max(1, len(chosen))
 
-    return _times(_entrywise(thin, one), scale)
+    return _times(_entrywise(thin, weight, one), scale)
 
 
 def dropped(deltas: Vectors, density: Shares, seed: int, rescale: str) -> dict[str, Any]:
@@ -227,9 +224,8 @@ def consensus(
     In float32, because where both sides of the comparison are equal rounding decides.
     """
 
-    def one(name: str, column: list[float]) -> float:
-        factors = [np.float32(w) for w in weight(name)]
-        entries = [w * np.float32(x) for w, x in zip(factors, column, strict=True)]
+    def one(name: str, factors: list[float], column: list[float]) -> float:
+        entries = [np.float32(w) * np.float32(x) for w, x in zip(factors, column, strict=True)]
         total = np.float32(0)
         for x in entries:
             total += x
@@ -239,7 +235,7 @@ def consensus(
         )
         return float(total) if held >= min_tasks else 0.0
 
-    return _times(_entrywise(deltas, one), scale)
+    return _times(_entrywise(deltas, weight, one), scale)
 
 
 def slerp(weights: Vectors, t: Callable[[str], float]) -> dict[str, Array]:
