@@ -1,6 +1,6 @@
-"""Speed and memory of merges: whole processes, ratios in one run, against plain copies and mergekit.
+"""Speed and memory of merges: whole processes, ratios in one run, beside copies and mergekit.
 
-Usage: run.py [--rounds N] [--without-mergekit] [--scratch DIR] [--small]
+Usage: run.py [--rounds N] [--mergekit METHOD ...] [--scratch DIR] [--small]
 
 Writes ``benchmarks/last.json`` with the machine's description and prints the table. Models are
 generated (bfloat16, Llama shapes, about 374 M parameters; three times as many for the memory rows).
@@ -48,6 +48,8 @@ os.fsync(out)
 
 
 class Run(NamedTuple):
+    """What one process took."""
+
     seconds: float
     cpu: float
     peak: int
@@ -109,7 +111,7 @@ def generate(scratch: Path, small: bool) -> None:
 def commands(scratch: Path) -> dict[str, list[str]]:
     """What is timed, by name; all of it in every round."""
     suture = [str(Path(sys.executable).parent / "suture")]
-    out = [*"-o".split(), str(scratch / "out"), "--overwrite", "--json"]
+    out = ["-o", str(scratch / "out"), "--json"]
     files = [str(scratch / f"big{i}" / "model.safetensors") for i in range(MODELS + 1)]
     merges = {
         "linear": recipe(scratch, "linear", "big", False),
@@ -130,22 +132,33 @@ def commands(scratch: Path) -> dict[str, list[str]]:
     }
 
 
-def mergekit(scratch: Path) -> dict[str, Run]:
-    """mergekit once on the shared recipes."""
+SHARED = {
+    "linear": ("linear", False),
+    "task_arithmetic": ("task arithmetic", False),
+    "ties": ("TIES (per tensor)", True),
+    "dare_linear": ("DARE", True),
+    "dare_ties": ("DARE-TIES", True),
+}
+
+
+def mergekit(scratch: Path, methods: list[str]) -> dict[str, Run]:
+    """Run mergekit once on the shared recipes."""
     tool = str(Path(sys.executable).parent / "mergekit-yaml")
     found = {}
-    for name, method, density in (
-        ("linear", "linear", False),
-        ("task arithmetic", "task_arithmetic", False),
-        ("TIES (per tensor)", "ties", True),
-        ("DARE", "dare_linear", True),
-        ("DARE-TIES", "dare_ties", True),
-    ):
+    for method in methods:
+        name, density = SHARED[method]
         path = recipe(scratch, method, "big", density)
         found[name] = measure([tool, str(path), str(scratch / "other"), "--quiet"])
         shutil.rmtree(scratch / "other")
         print(f"  mergekit {name}: {found[name].seconds:.1f} s", file=sys.stderr)
     return found
+
+
+def clear(scratch: Path) -> None:
+    """Remove what a command wrote, outside of its time, and let the disk come to rest."""
+    shutil.rmtree(scratch / "out", ignore_errors=True)
+    (scratch / "copy").unlink(missing_ok=True)
+    os.sync()
 
 
 def machine() -> dict[str, object]:
@@ -162,7 +175,7 @@ def machine() -> dict[str, object]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else "")
     parser.add_argument("--rounds", type=int, default=5)
-    parser.add_argument("--without-mergekit", action="store_true")
+    parser.add_argument("--mergekit", nargs="*", choices=list(SHARED), default=list(SHARED))
     parser.add_argument("--small", action="store_true", help="tiny models: to try the script")
     parser.add_argument("--scratch", type=Path)
     options = parser.parse_args()
@@ -174,12 +187,14 @@ def main() -> None:
         todo = commands(scratch)
         for command in todo.values():  # machine code is compiled once, files come into the cache
             measure(command)
+            clear(scratch)
         runs: dict[str, list[Run]] = {name: [] for name in todo}
         for number in range(options.rounds):
             print(f"round {number + 1} of {options.rounds}", file=sys.stderr)
             for name, command in todo.items():
                 runs[name].append(measure(command))
-        others = {} if options.without_mergekit else mergekit(scratch)
+                clear(scratch)
+        others = mergekit(scratch, options.mergekit)
     finally:
         shutil.rmtree(scratch)
     report = tables(runs, others, facts)

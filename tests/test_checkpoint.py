@@ -16,6 +16,9 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from safetensors import deserialize
+
+import suture
 from making import (
     CONFIG,
     NUMPY,
@@ -32,9 +35,6 @@ from making import (
     safetensors,
     save_model,
 )
-from safetensors import SafetensorError, deserialize
-
-import suture
 from suture import checkpoint
 from suture.checkpoint import Checkpoint, open_checkpoint
 from suture.errors import CheckpointError, MismatchError, SutureError

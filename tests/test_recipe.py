@@ -11,8 +11,8 @@ import pytest
 import yaml
 from hypothesis import given
 from hypothesis import strategies as st
-from making import RECIPE, lines_of, write_recipe
 
+from making import RECIPE, lines_of, write_recipe
 from suture.errors import RecipeError
 from suture.merges import METHODS
 from suture.recipe import RECIPE_LIMIT, Policy, Recipe, parse_yaml, read_recipe

@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+
 from making import (
     WIDTHS,
     Raw,
@@ -25,7 +26,6 @@ from making import (
     staging,
     tree,
 )
-
 from suture import writer
 from suture.errors import OutputError
 from suture.spec import TensorSpec

@@ -15,6 +15,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import pytest
+
 from making import (
     CONFIG,
     RECIPE,
@@ -36,7 +37,6 @@ from making import (
     weights,
     write_recipe,
 )
-
 from suture.checkpoint import Checkpoint
 
 

@@ -102,6 +102,8 @@ def _errors(as_json: bool = False) -> Iterator[None]:
         _say(f"error: {error}{notes}")
         _stop(WRONG)
     except KeyboardInterrupt:
+        if as_json:
+            _print({"error": "interrupted", "kind": "Interrupted"})
         _say("interrupted; the same command goes on from here")
         _stop(INTERRUPTED)
 

@@ -318,18 +318,20 @@ def choose_scale(
     inputs = [[expert.key for expert in experts], [column.key for column in columns], SCALES]
     by_name = {expert.name: expert for expert in experts}
 
-    def values(folder: Path) -> dict[str, float]:
+    def values(folder: Path, asked: Sequence[Column]) -> dict[str, float]:
         encoder = load_encoder(folder, dtype=torch.float32).model
-        return {c.task.name: c.measure(encoder, c.data["validation"])[0].value for c in columns}
+        return {c.task.name: c.measure(encoder, c.data["validation"])[0].value for c in asked}
 
     def choose() -> None:
-        best = {c.task.name: values(by_name[c.task.name].folder)[c.task.name] for c in columns}
+        best: dict[str, float] = {}
+        for column in columns:
+            best |= values(by_name[column.task.expert].folder, [column])
         scores = {}
         for scale in (0.0, *SCALES):
             trial = shop.out / "merges" / ".trial"
             if scale:
                 _merge(recipe(CHOSEN, base, experts, scale), trial)
-            found = values(trial if scale else base.folder)
+            found = values(trial if scale else base.folder, columns)
             scores[scale] = sum(found[name] / best[name] for name in best) / len(best)
             shop.say(
                 f"{CHOSEN}: scale {scale} gives {scores[scale]:.3f} of the experts on validation"

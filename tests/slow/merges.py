@@ -125,7 +125,7 @@ def floor_count(share: float, n: int) -> int:
     return min(n, max(1, int(share * n)))
 
 
-def ties(  # noqa: PLR0913
+def ties(
     deltas: Vectors,
     weight: Shares,
     density: Shares,
@@ -194,7 +194,7 @@ def dare_linear(
     return task_arithmetic(dropped(deltas, density, seed, rescale), weight, scale, normalize)
 
 
-def dare_ties(  # noqa: PLR0913
+def dare_ties(
     deltas: Vectors,
     weight: Shares,
     density: Shares,
