@@ -530,6 +530,25 @@ def test_dare_is_the_same_in_any_chunks_and_averages_out(tmp_path: Path) -> None
     assert abs(error / expected - 1) < 0.05
 
 
+@pytest.mark.parametrize("t", [0.0, 0.25, 1.0])
+def test_slerp_on_the_circle(t: float, tmp_path: Path, merged: Merged) -> None:
+    """Perpendicular: along the arc. Parallel, antiparallel: linearly. Zero: as if perpendicular."""
+    one = {"arc": [1.0, 0.0], "same": [2.0, 4.0], "back": [1.0, 2.0], "zero": [0.0, 0.0]}
+    other = {"arc": [0.0, 1.0], "same": [1.0, 2.0], "back": [-2.0, -4.0], "zero": [3.0, 4.0]}
+    paths = {
+        name: toy.folder(tmp_path / name, {n: torch.tensor(x) for n, x in values.items()})
+        for name, values in (("z", one), ("a", other))
+    }
+
+    out = merged("slerp", paths, t=t)
+
+    c, s = math.cos(t * math.pi / 2), math.sin(t * math.pi / 2)
+    assert out["arc"].tolist() == pytest.approx([c, s], abs=1e-6)
+    assert out["same"].tolist() == pytest.approx([2 - t, 4 - 2 * t])
+    assert out["back"].tolist() == pytest.approx([1 - 3 * t, 2 - 6 * t])
+    assert out["zero"].tolist() == pytest.approx([3 * s, 4 * s])
+
+
 # ------------------------------------------------------------------ traps (peers.md, section 4)
 
 

@@ -700,4 +700,5 @@ def test_tensors_are_told_apart_from_their_names(here: Path) -> None:
 
     assert said.code == 0, said
     assert sorted(read_model(here / "out")) == sorted(f"{n}.weight" for n in odd)
-    assert weights(here / "out") and safetensors(read_file(here / "out" / "model.safetensors"))
+    assert weights(here / "out")
+    assert safetensors(read_file(here / "out" / "model.safetensors"))

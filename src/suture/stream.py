@@ -23,8 +23,8 @@ from suture.spec import DTYPES, PIECE, Piece, TensorSpec, pieces_of
 
 Array = np.ndarray[Any, Any]
 BLOCK = 1 << 17
-"""Elements in a block: half a megabyte of float32 a model. Smaller ones stay nearer to the processor,
-but the threads then wait more often for the interpreter than for memory (measured)."""
+"""Elements in a block: half a megabyte of float32 a model. Smaller ones stay nearer to the
+processor, but then threads wait for the interpreter more than for memory (measured)."""
 SPAN = 1 << 18
 """Elements read at once from each file: fewer calls than blocks, and still in the cache."""
 TASK_PIECES = 512

@@ -61,7 +61,8 @@ def slerp(*, t: Position = Scalar(0.5)) -> Merge[dict[str, Array]]:
 
     With :math:`\Omega` the angle between the flattened tensors, :math:`\theta =
     \frac{\sin((1-t)\Omega)}{\sin\Omega}\theta_1 + \frac{\sin(t\Omega)}{\sin\Omega}\theta_2`. Nearly
-    parallel tensors (cosine beyond 0.9995), and those without length, are interpolated linearly.
+    parallel tensors (cosine beyond 0.9995) are interpolated linearly; one without length counts as
+    perpendicular to the other.
     """
 
     def prepare(context: Context) -> dict[str, Array]:
