@@ -287,6 +287,12 @@ def lines_of(text: str, *wanted: str) -> None:
     assert not missing, f"{missing} not in:\n{text}"
 
 
+def quick_disk(patch: Any) -> None:
+    """Let nothing wait for the disk: what only a power cut could show is not tested with this."""
+    patch.setattr(os, "fsync", lambda _: None)
+    patch.setattr(os, "fdatasync", lambda _: None)
+
+
 def descriptors(under: Path) -> list[str]:
     """The files of a folder that this process holds open (Linux)."""
     if _open_files(under):

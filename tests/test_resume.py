@@ -14,7 +14,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import Phase, given, settings
 from hypothesis import strategies as st
 
 from making import (
@@ -24,6 +24,7 @@ from making import (
     family,
     llama,
     packed,
+    quick_disk,
     read_model,
     save_model,
     staging,
@@ -43,6 +44,7 @@ def small_pieces(monkeypatch: pytest.MonkeyPatch) -> None:
     for module in (spec, stream, engine, run, profile):
         monkeypatch.setattr(module, "PIECE", PIECE)
     monkeypatch.setattr(stream, "TASK_PIECES", 2)
+    quick_disk(monkeypatch)
 
 
 @pytest.fixture
@@ -117,7 +119,7 @@ def test_the_second_run_ends_where_one_run_would_have(here: Path, method: str, a
     report = merge(here, "part", recipe)
 
     assert same(here, "part", "whole")
-    assert (report.resumed > 0) == (after > 2)
+    assert (report.resumed > 0) == (after > 0)
     assert not staging(here.parent / "part" / "out").exists()
 
 
@@ -327,7 +329,7 @@ def test_a_staging_folder_with_a_part_missing(here: Path, name: str) -> None:
     assert same(here, "part", "whole")
 
 
-@settings(max_examples=25)
+@settings(max_examples=20, phases=[Phase.generate])
 @given(data=st.data())
 def test_any_damage_to_what_is_staged_is_repaired(
     tmp_path_factory: Any, data: st.DataObject

@@ -27,6 +27,7 @@ from making import (
     lines_of,
     llama,
     packed,
+    quick_disk,
     read_file,
     read_model,
     safetensors,
@@ -38,6 +39,11 @@ from making import (
     write_recipe,
 )
 from suture.checkpoint import Checkpoint
+
+
+@pytest.fixture(autouse=True)
+def no_waiting(monkeypatch: pytest.MonkeyPatch) -> None:
+    quick_disk(monkeypatch)
 
 
 @pytest.fixture

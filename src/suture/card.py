@@ -21,8 +21,7 @@ TOKENIZER = (
 )  # fmt: skip
 BESIDE = (
     "generation_config.json", "preprocessor_config.json", "processor_config.json",
-    "image_processor_config.json", "video_preprocessor_config.json", "modules.json",
-    "config_sentence_transformers.json", "sentence_bert_config.json",
+    "image_processor_config.json", "video_preprocessor_config.json",
 )  # fmt: skip
 FILE_LIMIT = 200_000_000
 """Bytes of a file beside the weights that will be carried over."""

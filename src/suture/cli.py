@@ -21,7 +21,7 @@ DONE, FAILED, WRONG, INTERRUPTED = range(4)
 
 app = typer.Typer(
     name="suture",
-    help="Edit open-weight models like code: diff, localize, patch, merge, realign.",
+    help="Edit open-weight models like code.",
     no_args_is_help=True,
     add_completion=False,
     pretty_exceptions_enable=False,
@@ -34,8 +34,17 @@ Threads = Annotated[
 ]
 
 
+def _clean(text: str) -> str:
+    """Show control characters instead of obeying them: names come from files."""
+    return "".join(c if c.isprintable() or c == "\n" else ascii(c)[1:-1] for c in text)
+
+
 def _say(text: str) -> None:
-    print(text, file=sys.stderr)
+    print(_clean(text), file=sys.stderr)
+
+
+def _tell(text: str = "") -> None:
+    print(_clean(text))
 
 
 def _print(value: Any) -> None:
@@ -65,7 +74,7 @@ class Bars:
             self._bars = Progress(
                 TextColumn("{task.description:<8}"), BarColumn(), DownloadColumn(),
                 TransferSpeedColumn(), TimeRemainingColumn(),
-                TextColumn("[dim]{task.fields[name]}"),
+                TextColumn("{task.fields[name]}", style="dim", markup=False),
                 console=Console(stderr=True), transient=True,
             )  # fmt: skip
             self._bars.start()
@@ -110,7 +119,7 @@ def _errors(as_json: bool = False) -> Iterator[None]:
 
 def _version(value: bool) -> None:
     if value:
-        print(f"suture {suture.__version__}")
+        _tell(f"suture {suture.__version__}")
         _stop(DONE)
 
 
@@ -120,7 +129,7 @@ def options(
         bool, typer.Option("--version", callback=_version, is_eager=True, help="Print the version.")
     ] = False,
 ) -> None:
-    """Edit open-weight models like code: diff, localize, patch, merge, realign."""
+    """Edit open-weight models like code."""
     signal.signal(signal.SIGTERM, _terminate)
 
 
@@ -153,31 +162,31 @@ def inspect(
 
 
 def _show_model(found: dict[str, Any]) -> None:
-    print(f"{found['path']}: {found['tensors']} tensors, {found['elements']:,} elements, "
+    _tell(f"{found['path']}: {found['tensors']} tensors, {found['elements']:,} elements, "
           f"{readable(found['bytes'])} in {found['files']} file(s)")  # fmt: skip
     facts = {"architecture": found["architecture"], "layers": found["layers"],
              "vocabulary": found["vocabulary"]}  # fmt: skip
-    print("  " + ", ".join(f"{k} {v}" for k, v in facts.items() if v))
+    _tell("  " + ", ".join(f"{k} {v}" for k, v in facts.items() if v))
     for alias, name in found["tied"].items():
-        print(f"  {alias} is tied to {name}")
+        _tell(f"  {alias} is tied to {name}")
     for section in ("dtypes", "roles"):
-        print(f"\n{section[:-1]:<16}{'tensors':>9}{'elements':>16}{'size':>11}{'share':>9}")
+        _tell(f"\n{section[:-1]:<16}{'tensors':>9}{'elements':>16}{'size':>11}{'share':>9}")
         for name, row in found[section].items():
             share = row["bytes"] / max(1, found["bytes"])
-            print(f"{name:<16}{row['tensors']:>9}{row['elements']:>16,}"
+            _tell(f"{name:<16}{row['tensors']:>9}{row['elements']:>16,}"
                   f"{readable(row['bytes']):>11}{share:>9.2%}")  # fmt: skip
     if "integrity" in found:
         _show_integrity(found["integrity"])
 
 
 def _show_integrity(found: dict[str, Any]) -> None:
-    print("\nintegrity: " + ("ok" if found["ok"] else "NOT ok"))
+    _tell("\nintegrity: " + ("ok" if found["ok"] else "NOT ok"))
     for name, count in found["nonfinite"].items():
-        print(f"  {name}: {count} NaN or infinite values")
+        _tell(f"  {name}: {count} NaN or infinite values")
     for name in found["untied"]:
-        print(f"  {name}: differs from the tensor that config.json ties it to")
+        _tell(f"  {name}: differs from the tensor that config.json ties it to")
     for names in found["duplicates"][:10]:
-        print(f"  the same bytes: {', '.join(names)}")
+        _tell(f"  the same bytes: {', '.join(names)}")
 
 
 @app.command()
@@ -196,15 +205,15 @@ def diff(
     if as_json:
         _print(found)
         return
-    print(f"{tuned} - {base}\n")
+    _tell(f"{tuned} - {base}\n")
     head = f"{'changed':>9}{'norm':>12}{'relative':>10}{'largest':>11}{'cosine':>11}"
     for section in ("roles", "layers"):
         width = max(len(section), *(len(k) for k in found[section]))
-        print(f"{section[:-1]:<{width}}{head}")
+        _tell(f"{section[:-1]:<{width}}{head}")
         for name, row in found[section].items():
-            print(f"{name:<{width}}{_profile_row(row)}")
-        print()
-    print(f"{'total':<8}{_profile_row(found['total'])}")
+            _tell(f"{name:<{width}}{_profile_row(row)}")
+        _tell()
+    _tell(f"{'total':<8}{_profile_row(found['total'])}")
 
 
 def _profile_row(row: dict[str, Any]) -> str:
@@ -225,7 +234,11 @@ def merge(
         bool, typer.Option("--dry-run", help="Check everything and say what would be done.")
     ] = False,
     overwrite: Annotated[
-        bool, typer.Option("--overwrite", help="Replace an older output, in one step, at the end.")
+        bool,
+        typer.Option(
+            "--overwrite",
+            help="Replace an older output with all that is in it, in one step, at the end.",
+        ),
     ] = False,
     no_resume: Annotated[
         bool, typer.Option("--no-resume", help="Start anew even if an interrupted run left work.")
@@ -244,7 +257,7 @@ def merge(
                           allow_nonfinite=allow_nonfinite)  # fmt: skip
         plan = run.plan_recipe(recipe, out, how)
         if dry_run:
-            run.check_ties(plan.inputs)
+            run.check_contents(plan)
             found = run.describe(plan)
         else:
             if not as_json:
@@ -256,7 +269,7 @@ def merge(
         _print(report.to_dict())
     else:
         for line in run.report_lines(report):
-            print(line)
+            _tell(line)
 
 
 def _intention(plan: Any) -> str:
@@ -267,21 +280,21 @@ def _intention(plan: Any) -> str:
 
 
 def _show_plan(found: dict[str, Any]) -> None:
-    print(f"method   {found['method']} " + json.dumps(found["parameters"]))
+    _tell(f"method   {found['method']} " + json.dumps(found["parameters"]))
     for label, row in found["inputs"].items():
-        print(f"input    {label}: {row['path']}, {row['tensors']} tensors, "
+        _tell(f"input    {label}: {row['path']}, {row['tensors']} tensors, "
               f"{readable(row['bytes'])}, {row['files']} file(s)")  # fmt: skip
     out = found["output"]
-    print(f"output   {out['path']}: {out['merged']} tensors merged ({out['merged_elements']:,} "
+    _tell(f"output   {out['path']}: {out['merged']} tensors merged ({out['merged_elements']:,} "
           f"elements), {out['copied']} copied, {readable(out['bytes'])}, "
           f"{out['shards']} file(s)")  # fmt: skip
-    print(f"reading  {readable(found['bytes_read'])} in {found['passes']} pass(es), "
+    _tell(f"reading  {readable(found['bytes_read'])} in {found['passes']} pass(es), "
           f"{found['threads']} thread(s)")  # fmt: skip
-    print(f"memory   about {readable(found['peak_memory'])} above the interpreter")
-    print(f"time     about {found['seconds']:.1f} s")
+    _tell(f"memory   about {readable(found['peak_memory'])} above the interpreter")
+    _tell(f"time     about {found['seconds']:.1f} s")
     for note in found["notes"]:
-        print(f"note     {note}")
-    print("nothing was written; leave out --dry-run to merge")
+        _tell(f"note     {note}")
+    _tell("nothing was written; leave out --dry-run to merge")
 
 
 @app.command()
@@ -299,16 +312,16 @@ def methods(
         _print(found)
         return
     for key, row in found.items():
-        print(f"{key:<17} {row['title']}: {row['paper']}")
+        _tell(f"{key:<17} {row['title']}: {row['paper']}")
         if name is not None:
-            print(f"\n{row['equation']}\n\n{row['needs']}\n")
+            _tell(f"\n{row['equation']}\n\n{row['needs']}\n")
             for parameter, facts in row["parameters"].items():
                 choices = f": {', '.join(facts['choices'])}" if facts["choices"] else ""
-                print(f"  {parameter} = {facts['default']}{facts['scope']}")
-                print(f"      {facts['doc']}{choices}")
+                _tell(f"  {parameter} = {facts['default']}{facts['scope']}")
+                _tell(f"      {facts['doc']}{choices}")
         else:
             parameters = (f"{k}={v['default']}" for k, v in row["parameters"].items())
-            print(" " * 18 + ", ".join(parameters))
+            _tell(" " * 18 + ", ".join(parameters))
 
 
 def _method_data(method: Any) -> dict[str, Any]:
@@ -350,7 +363,7 @@ def demo(
                 "pip install 'suture[demo]' and pip install --no-deps -r requirements/demo.txt"
             ) from None
         run_demo(out, quick=quick, say=_say)
-    print(f"wrote {out / 'results.json'} and {out / 'results.md'} "
+    _tell(f"wrote {out / 'results.json'} and {out / 'results.md'} "
           f"in {time.perf_counter() - begun:.0f} s")  # fmt: skip
 
 

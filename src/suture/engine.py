@@ -16,10 +16,10 @@ import numpy as np
 
 from suture import kernels, select
 from suture.checkpoint import Checkpoint
-from suture.errors import MismatchError, NonFiniteError, Problems
+from suture.errors import NonFiniteError
 from suture.merges import Context, Merge
 from suture.roles import role_of
-from suture.spec import DTYPES, F64, PIECE, WORD_OF, Piece, TensorSpec, listed, pieces_of
+from suture.spec import DTYPES, F64, PIECE, WORD_OF, Piece, TensorSpec, pieces_of
 from suture.stream import (
     BLOCK,
     DELTA,
@@ -124,11 +124,6 @@ class _Done:
                 if hashers.take()[0] != noted[0][-1]:
                     del self.pieces[name, piece.number]
 
-    def differs(self, name: str, spec: TensorSpec, which: int) -> bool:
-        """Whether input ``which`` holds other bytes than the first in a tensor."""
-        noted = (self.pieces[name, piece.number][0] for piece in pieces_of(name, spec.numel))
-        return any(digests[which] != digests[0] for digests in noted)
-
     def fingerprint(
         self, which: int, specs: Mapping[str, TensorSpec]
     ) -> tuple[str, dict[str, str]]:
@@ -182,7 +177,7 @@ class _Merging(Visitor[_Local]):
             self.writer.write(block.name, block.span_start, whole)
 
     def _copied(self, block: Block, out: Array) -> None:
-        raw = _bytes(block.raw(0))
+        raw = _bytes(block.raw(self.job.sources.all.index(self.job.sources.reference)))
         spec, new = self.job.sources.spec(block.name), self.job.specs[block.name]
         learned = DTYPES[spec.dtype].computable and role_of(block.name).kind != "buffer"
         if learned and kernels.widen(raw, DTYPES[spec.dtype].code, block.count, block.out):
@@ -269,31 +264,12 @@ def apply(job: Job, writer: Writer, stage: Stage = _silent) -> Outcome:
     left = sum(_nbytes(job, piece) for task in tasks for piece in task)
     sweep(job.sources, tasks, merging, threads=job.threads, block=job.block,
           progress=stage("merge", left))  # fmt: skip
-    if job.equal_buffers:
-        _check_buffers(job, done)
     outcome = _outcome(job, done, state, resumed)
     outcome.seconds = {
         "prepare": prepared - begun,
         "merge": time.perf_counter() - prepared,
     }
     return outcome
-
-
-def _check_buffers(job: Job, done: _Done) -> None:
-    """Refuse models whose integer tensors are not those of the reference, by their digests."""
-    problems = Problems()
-    names = [n for n in job.specs if not DTYPES[job.sources.spec(n).dtype].computable]
-    for number, checkpoint in enumerate(job.sources.all):
-        held = sorted(n for n in names if n in checkpoint.specs)
-        different = [n for n in held if done.differs(n, job.specs[n], number)]
-        who, whose = job.labels[number], job.labels[0]
-        if different:
-            problems.add(
-                MismatchError,
-                f"{who} against {whose}: {listed(different)}: integer tensors differ; "
-                f"`policy: {{buffers: base}}` takes those of {whose}",
-            )
-    problems.raise_if_any()
 
 
 def _nbytes(job: Job, piece: Piece) -> int:

@@ -102,13 +102,20 @@ class Mask:
         Raises:
             SutureError: the file is not a mask.
         """
+        path = Path(path)
         metadata = read_header(path).metadata
         if metadata.get("format") != "suture.mask":
             raise SutureError(f"{path}: not a mask")
         checkpoint = Checkpoint(path, str(path), [path])
-        shapes = {
-            n: tuple(int(x) for x in metadata[f"shape {n}"].split(",") if x) for n in checkpoint
-        }
+        shapes = {}
+        for name, spec in checkpoint.specs.items():
+            words = metadata.get(f"shape {name}", "?").split(",")
+            if not all(w.isdecimal() or not w for w in words):
+                raise SutureError(f"{path}: the mask of {name} has no shape")
+            shapes[name] = tuple(int(w) for w in words if w)
+            bits = TensorSpec("BOOL", shapes[name]).numel
+            if spec.dtype != "U8" or spec.shape != (-(-bits // 8),):
+                raise SutureError(f"{path}: the mask of {name} does not have {bits} bits")
         return cls(shapes, dict(checkpoint))
 
 

@@ -176,7 +176,7 @@ def diff(base: Checkpoint, tuned: Checkpoint, progress: Progress | None = None) 
         MismatchError: the two do not hold the same tensors.
     """
     problems = Problems()
-    align(base, tuned, problems)
+    align(base, tuned, problems, buffers=True)
     problems.raise_if_any()
     names = EVERYTHING.names(base.specs)
     visitor = _Difference()

@@ -21,6 +21,8 @@ from suture.roles import DEFAULT_SPACE, ParamSpace
 from suture.spec import WORD_OF, bytes_from, dtype_named
 from suture.writer import SHARD_SIZE
 
+SCHEMA = 1
+"""Version of the layout of ``suture.json``."""
 RECIPE_LIMIT = 1 << 20
 """Bytes a recipe may have; sixteen times that with what was made of it, as JSON."""
 NODE_LIMIT = 100_000
@@ -222,6 +224,11 @@ def _from_provenance(text: str, source: Path, folder: Path, problems: Problems) 
         raise RecipeError(f"{source}: not valid JSON: {error}") from None
     if not isinstance(found, dict) or not isinstance(found.get("recipe"), dict):
         raise RecipeError(f"{source}: holds no recipe; give the suture.json of a merged model")
+    if found.get("schema", SCHEMA) != SCHEMA:
+        raise RecipeError(
+            f"{source}: has the schema {found['schema']!r}, this version reads {SCHEMA}; "
+            f"it was written by Suture {found.get('suture')}"
+        )
     recipe = _from_raw(found["recipe"], folder, problems)
     inputs = found.get("inputs")
     prints = {

@@ -18,7 +18,16 @@ from typing import Any
 import suture
 from suture.card import carried_files, config_text, model_card
 from suture.checkpoint import Checkpoint, is_from_hub, open_checkpoint, refuse_uncomputable
-from suture.engine import Job, Outcome, Stage, apply, bytes_read, output_specs, peak_memory
+from suture.engine import (
+    Job,
+    Outcome,
+    Stage,
+    apply,
+    bytes_read,
+    output_specs,
+    peak_memory,
+    tensor_fingerprints,
+)
 from suture.errors import (
     CheckpointError,
     MismatchError,
@@ -29,15 +38,12 @@ from suture.errors import (
     SutureError,
 )
 from suture.merges import method
-from suture.recipe import ModelEntry, Policy, Recipe, parse_recipe, read_recipe
+from suture.recipe import SCHEMA, ModelEntry, Policy, Recipe, parse_recipe, read_recipe
 from suture.roles import ParamSpace, check_selectors
-from suture.spec import PIECE, WORD_OF, Piece, dtype_named, readable
+from suture.spec import DTYPES, PIECE, WORD_OF, Piece, dtype_named, listed, readable
 from suture.stream import BLOCK, Block, Sources, Visitor, cores, sweep, tasks_of
 from suture.vector import TaskVector, align
 from suture.writer import SHARD_SIZE, Writer, plan_shards, staging_of
-
-SCHEMA = 1
-"""Version of the layout of ``suture.json``."""
 
 
 @dataclass(frozen=True)
@@ -147,6 +153,11 @@ def merged(
     """
     name = method or method_name
     if isinstance(models, TaskVector):
+        if name != "task_arithmetic" or space is not None or policy is not None:
+            raise RecipeError(
+                "a task vector is simply added: give it no method, space or policy; "
+                "`vector.select(...)` narrows it, `merge(base, {name: model}, ...)` merges"
+            )
         return _applied(models, base, parameters, dtype)
     own: dict[str, dict[str, Any]] = {model: {} for model in models}
     for key, value in list(parameters.items()):
@@ -176,6 +187,8 @@ def _applied(
 ) -> Merged:
     if base is not None and base is not vector.base:
         raise RecipeError("a task vector is added to the base that it was formed with")
+    if not vector.names:
+        raise RecipeError("the task vector holds no tensor; nothing would change")
     names = [f"{number} {tuned.path.name}" for number, (tuned, _) in enumerate(vector.terms)]
     models = {name: tuned for name, (tuned, _) in zip(names, vector.terms, strict=True)}
     weights = {name: factor for name, (_, factor) in zip(names, vector.terms, strict=True)}
@@ -290,7 +303,7 @@ def _row_names(recipe: Recipe) -> list[str]:
 
 def _reference_label(recipe: Recipe) -> str | None:
     """Which input's names and shapes count: the base, or else the first model."""
-    return "base" if recipe.base is not None else next(iter(_row_names(recipe)), None)
+    return "base" if recipe.base is not None else next(iter(recipe.models), None)
 
 
 def _check_fit(recipe: Recipe, inputs: Mapping[str, Checkpoint], problems: Problems) -> None:
@@ -317,7 +330,7 @@ def _job(recipe: Recipe, inputs: Mapping[str, Checkpoint], options: Options) -> 
     raw = frozenset(reference.specs.keys() - set(merged_names))
     base = inputs["base"] if recipe.base is not None else None
     models = tuple(inputs[name] for name in names)
-    sources = Sources(models, base, how.how, raw, options.allow_nonfinite)
+    sources = Sources(models, base, how.how, raw, options.allow_nonfinite, lead=reference)
     return Job(
         sources, tuple(names), how, merged_names, output_specs(reference, recipe.dtype),
         recipe.policy.buffers == "equal", options.threads or cores(), options.block,
@@ -394,14 +407,15 @@ def _check_room(out: Path, job: Job, options: Options, problems: Problems) -> No
         )
 
 
-def check_ties(inputs: Mapping[str, Checkpoint]) -> None:
-    """Refuse checkpoints that hold two different tensors which their config says are one.
+def check_contents(plan: Plan) -> None:
+    """Check what only some bytes can tell, before the merge begins: tied tensors, and buffers.
 
     Raises:
-        MismatchError: names them.
+        MismatchError: a config ties two tensors that differ, or the models' integer tensors do.
     """
     problems = Problems()
-    for label, checkpoint in inputs.items():
+    _check_buffers(plan, problems)
+    for label, checkpoint in plan.inputs.items():
         for alias in checkpoint.untied():
             problems.add(
                 MismatchError,
@@ -409,6 +423,24 @@ def check_ties(inputs: Mapping[str, Checkpoint]) -> None:
                 "differ in the file; set tie_word_embeddings to false there, or remove one",
             )
     problems.raise_if_any()
+
+
+def _check_buffers(plan: Plan, problems: Problems) -> None:
+    if not plan.job.equal_buffers:
+        return
+    reference = plan.job.sources.reference
+    whose = next(label for label, c in plan.inputs.items() if c is reference)
+    names = [n for n, s in reference.specs.items() if not DTYPES[s.dtype].computable]
+    mine = tensor_fingerprints(reference, names)
+    for label, checkpoint in plan.inputs.items():
+        theirs = tensor_fingerprints(checkpoint, [n for n in names if n in checkpoint.specs])
+        different = sorted(n for n, found in theirs.items() if found != mine[n])
+        if different:
+            problems.add(
+                MismatchError,
+                f"{label} against {whose}: {listed(different)}: integer tensors differ; "
+                f"`policy: {{buffers: base}}` takes those of {whose}",
+            )
 
 
 def execute(plan: Plan, stage: Stage | None = None) -> MergeReport:
@@ -419,7 +451,7 @@ def execute(plan: Plan, stage: Stage | None = None) -> MergeReport:
             folder, which the same call picks up.
     """
     assert plan.out is not None
-    check_ties(plan.inputs)
+    check_contents(plan)
     out = plan.out.resolve()
     begun = time.perf_counter()
     writer = Writer(
@@ -463,7 +495,8 @@ def _key(plan: Plan) -> str:
         "shards": [[s.name, s.size, hashlib.sha256(s.header).hexdigest()]
                    for s in plan_shards(plan.job.specs, plan.recipe.shard_size)],
     }  # fmt: skip
-    return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()
+    # Not sorted: of the patterns of a parameter, the first that fits counts.
+    return hashlib.sha256(json.dumps(facts).encode()).hexdigest()
 
 
 def _check_fingerprints(plan: Plan, outcome: Outcome) -> None:

@@ -48,11 +48,15 @@ class Sources:
     raw: frozenset[str] = frozenset()
     """Tensors of which only the bytes are wanted."""
     allow_nonfinite: bool = False
+    lead: Checkpoint | None = None
+    """The model that stands for a base where there is none; by default the first."""
 
     @property
     def reference(self) -> Checkpoint:
-        """The checkpoint whose names and shapes count: the base, or else the first model."""
-        return self.base if self.base is not None else self.models[0]
+        """The checkpoint whose names and shapes count: the base, or the model that leads."""
+        if self.base is not None:
+            return self.base
+        return self.models[0] if self.lead is None else self.lead
 
     @property
     def all(self) -> tuple[Checkpoint, ...]:

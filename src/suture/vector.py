@@ -11,14 +11,14 @@ import numpy as np
 from suture import kernels
 from suture.checkpoint import Array, Checkpoint
 from suture.errors import MismatchError, Problems, SutureError
-from suture.roles import ParamSpace
-from suture.spec import DTYPES, Piece, listed
+from suture.roles import EVERYTHING, ParamSpace, check_selectors
+from suture.spec import DTYPES, Piece, TensorSpec, listed
 from suture.stream import BLOCK, Block, Progress, Sources, Visitor, sweep, tasks_of
 
 
 def align(
     reference: Checkpoint, model: Checkpoint, problems: Problems, missing: bool = False,
-    extra: bool = False,
+    extra: bool = False, buffers: bool = False,
 ) -> None:  # fmt: skip
     """Note every tensor in which ``model`` does not have the names and shapes of ``reference``.
 
@@ -28,10 +28,16 @@ def align(
         problems: takes one note for every fault.
         missing: whether the model may lack tensors.
         extra: whether it may have tensors that the reference lacks.
+        buffers: whether tensors that are not learned may be missing on either side.
     """
     here, there = reference.specs, model.specs
     lacking = sorted(here.keys() - there.keys())
     beyond = sorted(there.keys() - here.keys())
+    if buffers:
+        lacking, beyond = (
+            [n for n in lacking if _learned(n, here[n])],
+            [n for n in beyond if _learned(n, there[n])],
+        )
     who = f"{model.label} against {reference.label}"
     tied = {**reference.aliases, **model.aliases}.keys() & {*lacking, *beyond}
     if tied:  # a tensor of its own in one, and only a second name of another tensor in the other
@@ -67,6 +73,10 @@ def align(
     if odd:
         kinds = f"{there[odd[0]].dtype}, not {here[odd[0]].dtype}"
         problems.add(MismatchError, f"{who}: {listed(odd)} cannot be computed with: {kinds}")
+
+
+def _learned(name: str, spec: TensorSpec) -> bool:
+    return EVERYTHING.holds(name, spec)
 
 
 class Gram(Visitor["dict[str, Array]"]):
@@ -130,7 +140,7 @@ class TaskVector(Mapping[str, Array]):
             MismatchError: the two do not have the same names and shapes.
         """
         problems = Problems()
-        align(base, tuned, problems)
+        align(base, tuned, problems, buffers=True)
         problems.raise_if_any()
         return cls(base, [(tuned, 1.0)], ParamSpace((), ()).names(base.specs))
 
@@ -174,7 +184,12 @@ class TaskVector(Mapping[str, Array]):
         return self * -1.0
 
     def select(self, *include: str, exclude: Sequence[str] = ()) -> TaskVector:
-        """The same over the tensors whose role or name fits: ``select("q", "*.layers.3.*")``."""
+        """The same over the tensors whose role or name fits: ``select("q", "*.layers.3.*")``.
+
+        Raises:
+            RecipeError: a word is no role and fits no tensor.
+        """
+        check_selectors((*include, *exclude), self.names, "select")
         space = ParamSpace(tuple(include), tuple(exclude))
         names = [n for n in self.names if space.holds(n, self.base.specs[n])]
         return TaskVector(self.base, self.terms, names)

@@ -167,7 +167,7 @@ class Writer:
     def _same(self, key: str) -> bool:
         """Whether the shards of this merge are laid out, headers and all."""
         try:
-            if (self._staging / "key").read_text() != key:
+            if (self._staging / "key").read_bytes() != key.encode():
                 return False
             for shard in self.shards:
                 with (self._model / shard.name).open("rb") as file:
@@ -190,7 +190,7 @@ class Writer:
                 file.truncate(shard.size)
         # The key is written last and in one step: with it, the shards are known to be laid out.
         fresh = self._staging / "key.new"
-        fresh.write_text(key)
+        fresh.write_bytes(key.encode())
         fresh.replace(self._staging / "key")
 
     def _open(self) -> None:
