@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 import suture
 import toy
 from suture.checkpoint import Checkpoint
-from suture.errors import MismatchError, SutureError
+from suture.errors import MismatchError, RecipeError, SutureError
 from suture.vector import TaskVector
 
 
@@ -121,8 +121,8 @@ def test_select_narrows_by_role_and_name(family: Any) -> None:
     assert tau.select("*.mlp.*").norm() < tau.norm()
     with pytest.raises(KeyError):
         attention["model.norm.weight"]
-    assert list(tau.select("nothing.fits")) == []
-    assert tau.select("nothing.fits").norm() == 0
+    with pytest.raises(RecipeError, match=r"'nothing.fits' is no role and fits no tensor"):
+        tau.select("nothing.fits")
 
 
 def test_vectors_of_another_base_do_not_add(family: Any) -> None:

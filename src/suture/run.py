@@ -408,14 +408,26 @@ def _check_room(out: Path, job: Job, options: Options, problems: Problems) -> No
 
 
 def check_contents(plan: Plan) -> None:
-    """Check what only some bytes can tell, before the merge begins: tied tensors, and buffers.
+    """Check what only some bytes can tell, before the merge begins: buffers, and tied tensors.
 
     Raises:
-        MismatchError: a config ties two tensors that differ, or the models' integer tensors do.
+        MismatchError: the models' integer tensors differ, or a config ties two that differ.
     """
     problems = Problems()
     _check_buffers(plan, problems)
-    for label, checkpoint in plan.inputs.items():
+    with problems.collecting():
+        check_ties(plan.inputs)
+    problems.raise_if_any()
+
+
+def check_ties(inputs: Mapping[str, Checkpoint]) -> None:
+    """Refuse checkpoints that hold two different tensors which their config says are one.
+
+    Raises:
+        MismatchError: names them.
+    """
+    problems = Problems()
+    for label, checkpoint in inputs.items():
         for alias in checkpoint.untied():
             problems.add(
                 MismatchError,
