@@ -17,6 +17,7 @@ import toy
 from slow import merges as slow
 from slow import philox, rounding
 from suture.errors import MismatchError, NonFiniteError, RecipeError
+from suture.merges.dare import limit_of, stream_key
 from toy import EMBEDDING, Tensors
 
 Array = np.ndarray[Any, Any]
@@ -105,6 +106,7 @@ CASES = [
     Case("linear", models=MODELS[:1]),
     Case("linear", {"normalize": False}, WEIGHTS),
     Case("linear", {"weight": {"*.mlp.*": 2.0, "*": 0.5}}, {"bob": {"weight": 0.1173}}),
+    Case("linear", {"weight": -1.1}, {"bob": {"weight": -3.3}}),
     Case("slerp", models=MODELS[:2]),
     Case("slerp", {"t": 0.2}, models=("bob", "ada")),
     Case("slerp", {"t": PATTERNS}, models=("cyd", "ada")),
@@ -635,6 +637,12 @@ def test_the_density_of_dare_is_not_rounded(density: float, tmp_path: Path, merg
     assert abs(share - density) < 5 * math.sqrt(density * (1 - density) / n)
 
 
+def test_a_density_is_a_limit_on_32_bit_words() -> None:
+    """T9: the limit is the nearest to the density; all words are below that of density 1."""
+    for density in (2**-32, 0.1, 1 / 3, 0.7, 0.999, 1 - 2**-32, 1.0):
+        assert limit_of(density) == round(density * 2**32)
+
+
 def test_masks_of_layers_are_not_the_same(tmp_path: Path, merged: Merged) -> None:
     """T22: masks of tensors of one shape, and of models, agree no more often than by chance."""
     n = 40_000
@@ -957,8 +965,6 @@ def test_names_with_brackets_are_names(tmp_path: Path) -> None:
 
 def test_a_seed_is_a_number_not_its_spelling(family: Any, merged: Merged) -> None:
     """``seed: 7`` and ``seed: 7.0`` are one seed, in whichever order they are asked for."""
-    from suture.merges.dare import stream_key
-
     models = family("f32")
     outs = []
     for seed in (7.0, 7):
