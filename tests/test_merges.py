@@ -16,6 +16,7 @@ import suture
 import toy
 from slow import merges as slow
 from slow import philox, rounding
+from suture import spec, stream
 from suture.errors import MismatchError, NonFiniteError, RecipeError
 from suture.merges.dare import limit_of, stream_key
 from toy import EMBEDDING, Tensors
@@ -106,7 +107,7 @@ CASES = [
     Case("linear", models=MODELS[:1]),
     Case("linear", {"normalize": False}, WEIGHTS),
     Case("linear", {"weight": {"*.mlp.*": 2.0, "*": 0.5}}, {"bob": {"weight": 0.1173}}),
-    Case("linear", {"weight": -1.1}, {"bob": {"weight": -3.3}}),
+    Case("linear", {"weight": -1.1371}, {"bob": {"weight": -3.2913}}),
     Case("slerp", models=MODELS[:2]),
     Case("slerp", {"t": 0.2}, models=("bob", "ada")),
     Case("slerp", {"t": PATTERNS}, models=("cyd", "ada")),
@@ -224,6 +225,30 @@ def check(out: Tensors, case: Case, family: Any, names: Sequence[str]) -> None:
             assert toy.raw_bytes(out[name]) == toy.raw_bytes(tensor), name
     # Two roundings instead of one may differ only where the exact value is nearly a tie.
     assert unequal <= max(2, total / 200), f"{unequal} of {total} entries are a step off"
+
+
+@pytest.mark.parametrize(
+    "case",
+    [
+        Case("slerp", {"t": 0.3}, models=MODELS[:2]),
+        Case("dare_linear", {"rescale": "l1"}),
+        Case("ties", {"density": 0.3, "zero_sign": "majority"}),
+        Case("stitch", {"density": 0.3, "scope": "tensor"}),
+    ],
+    ids=str,
+)
+def test_many_pieces_are_one_tensor(
+    case: Case, family: Any, merged: Merged, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Angles, sums and thresholds of a tensor take in all pieces that it is worked on in."""
+    models = family("bf16")
+    whole = follow(case, models, merged)
+    monkeypatch.setattr(spec, "PIECE", 32)
+    monkeypatch.setattr(stream, "PIECE", 32)
+
+    out = follow(case, models, merged, options={"block": 16, "threads": 3})
+
+    assert toy.same_bytes(out, whole) == []
 
 
 def test_every_method_has_a_twin() -> None:

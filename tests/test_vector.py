@@ -14,6 +14,7 @@ from hypothesis import strategies as st
 
 import suture
 import toy
+from suture import spec, stream
 from suture.checkpoint import Checkpoint
 from suture.errors import MismatchError, RecipeError, SutureError
 from suture.vector import TaskVector
@@ -105,6 +106,19 @@ def test_dot_is_the_same_for_threads_and_blocks(
     found = {a.dot(b, threads=t, block=1 << s) for t in (1, 2, 4) for s in (3, 7, 12, 18)}
 
     assert len(found) == 1
+
+
+def test_a_norm_takes_in_every_piece(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Tensors of many pieces, in several threads: all pieces count."""
+    monkeypatch.setattr(spec, "PIECE", 1 << 10)
+    monkeypatch.setattr(stream, "PIECE", 1 << 10)
+    delta = torch.randn(9001, generator=torch.Generator().manual_seed(1))
+    tuned = suture.open(toy.folder(tmp_path / "t", {"w": delta}))
+    base = suture.open(toy.folder(tmp_path / "b", {"w": torch.zeros(9001)}))
+
+    norm = (tuned - base).norm(threads=3, block=1 << 8)
+
+    assert norm == pytest.approx(float(delta.double().norm()), rel=1e-12)
 
 
 def test_select_narrows_by_role_and_name(family: Any) -> None:

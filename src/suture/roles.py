@@ -141,6 +141,8 @@ FAMILIES: dict[str, tuple[tuple[str, str], ...]] = {
 }
 
 _TABLE = [(re.compile(rf"(?:^|\.){p}"), kind) for table in FAMILIES.values() for p, kind in table]
+_SOME = re.compile("|".join(pattern.pattern for pattern, _ in _TABLE))
+"""Fits where any pattern does: most names without a role are told in one look."""
 _BLOCK = re.compile(r"(?:^|\.)(?:layers?|h|blocks?|resblocks)\.(\d+)\.")
 
 
@@ -155,8 +157,9 @@ def role_of(name: str) -> Role:
         return Role("other", None)
     found = _BLOCK.search(name)
     layer = int(found[1]) if found else None
-    kind = next((kind for pattern, kind in _TABLE if pattern.search(name)), "other")
-    return Role(kind, layer)
+    if not _SOME.search(name):
+        return Role("other", layer)
+    return Role(next(kind for pattern, kind in _TABLE if pattern.search(name)), layer)
 
 
 def layer_key(name: str) -> str:

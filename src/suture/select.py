@@ -232,7 +232,9 @@ class _Selector:
         left = self.groups
         while left:
             specs = self.sources.reference.specs
-            tasks = [task for group in left for task in _tasks(group, specs)]
+            small = [group for group in left if group.blocks == 1]
+            tasks = tasks_of([name for group in small for name in group.names], specs)
+            tasks += [t for group in left if group.blocks > 1 for t in _tasks(group, specs)]
             sweep(self.sources, tasks, _Counting(self), threads=self.threads,
                   block=self.block, progress=self.progress)  # fmt: skip
             left = [group for group in left if group.limits is None]
