@@ -16,7 +16,6 @@ import suture
 import toy
 from slow import merges as slow
 from slow import philox, rounding
-from suture import spec, stream
 from suture.errors import MismatchError, NonFiniteError, RecipeError
 from suture.merges.dare import limit_of, stream_key
 from toy import EMBEDDING, Tensors
@@ -227,28 +226,36 @@ def check(out: Tensors, case: Case, family: Any, names: Sequence[str]) -> None:
     assert unequal <= max(2, total / 200), f"{unequal} of {total} entries are a step off"
 
 
-@pytest.mark.parametrize(
-    "case",
-    [
-        Case("slerp", {"t": 0.3}, models=MODELS[:2]),
-        Case("dare_linear", {"rescale": "l1"}),
-        Case("ties", {"density": 0.3, "zero_sign": "majority"}),
-        Case("stitch", {"density": 0.3, "scope": "tensor"}),
-    ],
-    ids=str,
-)
-def test_many_pieces_are_one_tensor(
-    case: Case, family: Any, merged: Merged, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """Angles, sums and thresholds of a tensor take in all pieces that it is worked on in."""
-    models = family("bf16")
-    whole = follow(case, models, merged)
-    monkeypatch.setattr(spec, "PIECE", 32)
-    monkeypatch.setattr(stream, "PIECE", 32)
+def test_a_tensor_of_two_pieces_is_one_tensor(tmp_path: Path, merged: Merged) -> None:
+    """Angles, sums of magnitudes and counts take in more than the first 2**20 elements."""
+    n = (1 << 20) + 5000
+    draw = torch.Generator().manual_seed(6)
+    one = torch.randn(n, generator=draw)
+    one[1 << 20 :] += 5
+    other = torch.randn(n, generator=draw)
+    place, paths = small_family(
+        tmp_path, {"w": torch.zeros(n)}, {"a": {"w": one}, "b": {"w": other}}
+    )
 
-    out = follow(case, models, merged, options={"block": 16, "threads": 3})
+    arc = merged("slerp", paths, t=0.3)["w"]
+    thin = merged("dare_linear", {"a": paths["a"]}, place, rescale="l1", density=0.5)["w"]
+    what = toy.recipe("stitch", {"a": paths["a"]}, place, density=0.25)
+    _, report = toy.run(tmp_path / "out", what)
 
-    assert toy.same_bytes(out, whole) == []
+    vectors_of = {m: {"w": x.double().numpy()} for m, x in (("a", one), ("b", other))}
+    expected = slow.slerp(vectors_of, lambda name: 0.3)["w"]
+    np.testing.assert_allclose(arc.numpy(), expected, rtol=1e-5, atol=1e-6)
+    assert float(thin.double().abs().sum()) == pytest.approx(
+        float(one.double().abs().sum()), rel=1e-6
+    )
+    assert report.moved == report.facts["kept"][0] == round(0.25 * n)
+
+    base = toy.folder(tmp_path / "64", {"w": torch.full((n,), 64.0, dtype=torch.bfloat16)})
+    tuned = {"c": toy.folder(tmp_path / "c", {"w": 64 + other / 4})}
+    _, report = toy.run(tmp_path / "rounded", toy.recipe("task_arithmetic", tuned, base))
+    changed = 64 + other / 4 != 64
+    lost = changed & ((64 + other / 4).to(torch.bfloat16) == 64)
+    assert report.writeback_loss == int(lost.sum()) / int(changed.sum()) > 0.2
 
 
 def test_every_method_has_a_twin() -> None:
