@@ -24,7 +24,7 @@ import numpy as np
 from suture.spec import cache_folder
 
 _NUMBERS = {"i8": ctypes.c_int64, "u8": ctypes.c_uint64, "f8": ctypes.c_double}
-_FORMAT = b"suture-kernel-1\n"
+_FORMAT = b"suture-kernel-2\n"
 _lock = threading.Lock()
 announce: Callable[[], None] | None = None
 """Called before the first compilation of a process, which takes seconds."""
@@ -37,8 +37,8 @@ class Kernel:
         name: of the function.
         signature: its parameters in numba's notation, such as ``"f4[:, ::1] f4[::1] i8 i8"``; an
             array must be contiguous and of exactly this dtype.
-        scratch: how many float32 of scratch it needs, from the number of rows of its first array;
-            it is handed in as the last parameter.
+        scratch: how many float32 of scratch it needs, from the number of rows of its first
+            parameter; it is handed in as the last one.
 
     Raises:
         TypeError: on a call whose arguments are not of the signature.
@@ -58,7 +58,7 @@ class Kernel:
         """Run it without the interpreter lock; returns its result, 0 where it has none."""
         function = self._function or self._load()
         if self.scratch is not None:
-            args = (*args, self._scratch(args[0]))
+            args = (*args, self._scratch(getattr(args[0], "shape", (1,))[0]))
         if len(args) != len(self._kinds):
             raise TypeError(f"{self.name} takes {len(self._kinds)} arguments, not {len(args)}")
         result, error = ctypes.c_int64(), ctypes.c_void_p()
@@ -78,9 +78,9 @@ class Kernel:
             raise RuntimeError(f"{self.name} failed with status {status}")
         return result.value
 
-    def _scratch(self, first: Any) -> Any:
+    def _scratch(self, rows: int) -> Any:
         assert self.scratch is not None
-        size = self.scratch(first.shape[0])
+        size = self.scratch(rows)
         held = getattr(self._local, "held", None)
         if held is None or held.size < size:
             held = self._local.held = np.zeros(size, np.float32)
@@ -157,8 +157,9 @@ def _folder() -> Path:
     """Where machine code for this processor and these sources is kept."""
     import llvmlite.binding as llvm
 
-    source = Path(__file__).with_name("loops.py").read_bytes()
-    source += Path(__file__).with_name("kernels.py").read_bytes()
+    here = Path(__file__)
+    files = (here, here.with_name("loops.py"), here.with_name("kernels.py"))
+    source = b"".join(file.read_bytes() for file in files)
     facts = [llvm.get_default_triple(), llvm.get_host_cpu_name(),
              llvm.get_host_cpu_features().flatten(), str(llvm.llvm_version_info)]  # fmt: skip
     key = hashlib.sha256("\n".join(facts).encode() + source).hexdigest()[:24]
@@ -186,19 +187,25 @@ def _compiled(kernel: Kernel) -> tuple[str, bytes]:
         announce = None
     import llvmlite.binding as llvm
     from numba.core.registry import cpu_target
+    from numba.core.sigutils import normalize_signature
 
     from suture import loops
 
     function = getattr(loops, kernel.name)
-    function.compile(f"({kernel.signature})")
-    found = next(iter(function.overloads.values()))
+    wanted = f"({kernel.signature})"
+    function.compile(wanted)
+    # Another kernel that calls this one may have had it compiled for other types before.
+    found = function.overloads[normalize_signature(wanted)[0]]
     text = found.library.get_llvm_str()
     needed = {line.split("@")[1].split("(")[0] for line in text.splitlines()
               if line.startswith("declare") and "@llvm." not in line}  # fmt: skip
     assert needed <= {"NRT_MemInfo_call_dtor", "memset", "memcpy"}, needed
     module = llvm.parse_assembly(text)
+    # A kernel that calls others holds copies of them, fitted to its calls, under their own names:
+    # the loader must not take one of those for the kernel itself.
+    symbol = f"suture_{kernel.name}"
+    module.get_function(found.fndesc.llvm_func_name).name = symbol
     code = cpu_target.target_context.codegen()._tm.emit_object(module)
-    symbol = found.fndesc.llvm_func_name
     _keep(kernel.name, symbol.encode() + b"\n" + code)
     return symbol, code
 

@@ -53,7 +53,7 @@ class PerModel:
 
     def row(self, block: Block) -> Array:
         """The same as float32[models], for the tensor of a block."""
-        return np.array(self.at(block.name, len(block.rows)), np.float32)
+        return np.array(self.at(block.name, block.models), np.float32)
 
 
 def each(value: float) -> PerModel:
@@ -177,9 +177,11 @@ def _no_facts(state: Any) -> dict[str, Any]:
 class Merge(Generic[S]):
     """How several models become one.
 
-    ``combine(block, state)`` fills ``block.out[:block.count]`` from ``block.rows``: the merged
-    delta where ``how`` is DELTA, the merged weight where it is WEIGHT. It sees any slice of any
-    tensor, in any order and in several threads, and must not keep anything between calls.
+    ``combine(block, state)`` fills ``block.out[:block.count]`` from ``block.rows`` (the merged
+    delta where ``how`` is DELTA, the merged weight where it is WEIGHT), or calls ``block.fuse``
+    for all columns of the block, which is faster where a kernel does all there is to do. It sees
+    any slice of any tensor, in any order and in several threads, and must not keep anything
+    between calls.
     """
 
     combine: Callable[[Block, S], None]
