@@ -51,6 +51,10 @@ gather_brackets = Kernel(
     "i8[::1]",
 )
 find_rank = Kernel("find_rank", f"{_K}, i8, i8, i8[::1], i8[::1]")
+find_limits = Kernel(
+    "find_limits",
+    f"{_R}, i8, i8[::1], {_K}, i8[::1], i8[::1], i8[::1], i8[::1], i8[::1], {_K}",
+)
 count_places = Kernel("count_places", f"{_K}, i8, {_K}, {_K}, i8[::1]")
 pack_selected = Kernel("pack_selected", f"{_V}, i8, i8, i8, {_B}, i8")
 elect_and_merge = Kernel(

@@ -470,6 +470,47 @@ def find_rank(keys: Array, count: int, wanted: int, table: Array, found: Array) 
 
 
 @_kernel
+def find_limits(
+    rows: Array, count: int, wanted: Array, keys: Array, cuts: Array, kept: Array, tied: Array,
+    table: Array, found: Array, ordered: Array,
+) -> None:  # fmt: skip
+    """The threshold of each row's ``wanted`` largest magnitudes, where all of them are at hand.
+
+    Args:
+        rows: float32[models, block], of which ``count`` columns are looked at.
+        count: at least 1.
+        wanted: int64[models], at most ``count``.
+        keys: uint32[models], filled with the thresholds.
+        cuts: int64[models], filled with the position before which ties are kept.
+        kept: int64[models], filled with how many entries are kept: zeros never are.
+        tied: int64[models], filled with how many have exactly the threshold's magnitude.
+        table: int64[2048] of scratch, like ``found`` (int64[3]) and ``ordered`` (uint32[block]).
+    """
+    for model in range(rows.shape[0]):
+        row = rows[model]
+        if wanted[model] == 0:
+            keys[model] = np.uint32(0x7FFFFFFF)
+            continue
+        for i in range(count):
+            ordered[i] = _as_bits(row[i]) & np.uint32(0x7FFFFFFF)
+        find_rank(ordered, count, wanted[model], table, found)
+        key = np.uint32(found[0])
+        keys[model] = key
+        tied[model] = found[2]
+        if key == 0:
+            kept[model] = found[1]
+            continue
+        kept[model] = wanted[model]
+        need = wanted[model] - found[1]
+        place = np.int64(0)
+        while need > 0:
+            need -= np.int64(ordered[place] == key)
+            place += 1
+        # Where every tie is kept, there is nothing to cut.
+        cuts[model] = count if wanted[model] - found[1] >= found[2] else place
+
+
+@_kernel
 def count_places(inside: Array, count: int, table: Array, guesses: Array, ties: Array) -> None:
     """Count ``inside[:count]`` in ``table`` (uint32), and in ``ties`` what equals a guess."""
     for j in range(count):

@@ -11,6 +11,7 @@ from __future__ import annotations
 import ctypes
 import hashlib
 import re
+import struct
 import tempfile
 import threading
 import weakref
@@ -23,8 +24,9 @@ import numpy as np
 
 from suture.spec import cache_folder
 
-_NUMBERS = {"i8": ctypes.c_int64, "u8": ctypes.c_uint64, "f8": ctypes.c_double}
-_FORMAT = b"suture-kernel-2\n"
+_NUMBERS = {"i8": "q", "u8": "Q", "f8": "d"}
+_FORMAT = b"suture-kernel-3\n"
+_threads = threading.local()
 _lock = threading.Lock()
 announce: Callable[[], None] | None = None
 """Called before the first compilation of a process, which takes seconds."""
@@ -51,6 +53,10 @@ class Kernel:
         self.signature = signature
         self.scratch = scratch
         self._kinds = [_kind(w) for w in re.findall(r"[a-z]\d(?:\[[^]]*\])?", signature)]
+        # Result, error; of an array two owners (none), size, item size, address, shape, strides.
+        self._struct = struct.Struct("qq" + "".join(
+            "q" * (5 + 2 * rank) if rank else _NUMBERS[dtype] for dtype, rank in self._kinds
+        ))  # fmt: skip
         self._local = threading.local()
         self._function: Any = None
 
@@ -61,8 +67,8 @@ class Kernel:
             args = (*args, self._scratch(getattr(args[0], "shape", (1,))[0]))
         if len(args) != len(self._kinds):
             raise TypeError(f"{self.name} takes {len(self._kinds)} arguments, not {len(args)}")
-        result, error = ctypes.c_int64(), ctypes.c_void_p()
-        flat: list[Any] = [ctypes.addressof(result), ctypes.addressof(error)]
+        result = self._result()
+        flat: list[Any] = [ctypes.addressof(result), ctypes.addressof(result) + 8]
         for value, kind in zip(args, self._kinds, strict=True):
             if kind[1] == 0:
                 flat.append(value)
@@ -73,10 +79,18 @@ class Kernel:
             if known[1] != kind:
                 raise TypeError(f"{self.name}: {known[1]} was given for {kind}")
             flat += known[2]
-        status = function(*flat)
+        status = function(self._struct.pack(*flat))
         if status:
             raise RuntimeError(f"{self.name} failed with status {status}")
-        return result.value
+        return int(result[0])
+
+    def _result(self) -> Any:
+        """Where the function puts its result, and an error it cannot have."""
+        held = getattr(_threads, "result", None)
+        if held is None:
+            held = _threads.result = (ctypes.c_int64 * 2)()
+        held[0] = 0
+        return held
 
     def _scratch(self, rows: int) -> Any:
         assert self.scratch is not None
@@ -90,15 +104,8 @@ class Kernel:
         with _lock:
             if self._function is None:
                 code = _cached(self.name) or _compiled(self)
-                flat: list[Any] = [ctypes.c_void_p, ctypes.c_void_p]
-                for dtype, rank in self._kinds:
-                    if rank:
-                        flat += [ctypes.c_void_p] * 2 + [ctypes.c_int64] * 2 + [ctypes.c_void_p]
-                        flat += [ctypes.c_int64] * (2 * rank)
-                    else:
-                        flat.append(_NUMBERS[dtype])
                 address = _engine().add(*code)
-                self._function = ctypes.CFUNCTYPE(ctypes.c_int32, *flat)(address)
+                self._function = ctypes.CFUNCTYPE(ctypes.c_int32, ctypes.c_char_p)(address)
         return self._function
 
 
@@ -107,10 +114,11 @@ _arrays: dict[int, tuple[weakref.ref[Any], tuple[str, int], tuple[int, ...]]] = 
 
 
 def _look_at(value: Any) -> tuple[weakref.ref[Any], tuple[str, int], tuple[int, ...]]:
-    if not value.flags.c_contiguous:
+    facts = value.__array_interface__
+    if facts["strides"] is not None:
         raise TypeError("a kernel was given an array that is not contiguous")
     dtype = value.dtype
-    flat = (0, 0, value.size, dtype.itemsize, value.ctypes.data, *value.shape, *value.strides)
+    flat = (0, 0, value.size, dtype.itemsize, facts["data"][0], *value.shape, *value.strides)
     found = (weakref.ref(value), (dtype.kind + str(dtype.itemsize), value.ndim), flat)
     if len(_arrays) > 4096:
         _arrays.clear()
@@ -195,19 +203,38 @@ def _compiled(kernel: Kernel) -> tuple[str, bytes]:
     wanted = f"({kernel.signature})"
     function.compile(wanted)
     # Another kernel that calls this one may have had it compiled for other types before.
-    found = function.overloads[normalize_signature(wanted)[0]]
+    found = function.overloads[normalize_signature(wanted)[0]]  # type: ignore[no-untyped-call]
     text = found.library.get_llvm_str()
     needed = {line.split("@")[1].split("(")[0] for line in text.splitlines()
               if line.startswith("declare") and "@llvm." not in line}  # fmt: skip
     assert needed <= {"NRT_MemInfo_call_dtor", "memset", "memcpy"}, needed
-    module = llvm.parse_assembly(text)
-    # A kernel that calls others holds copies of them, fitted to its calls, under their own names:
-    # the loader must not take one of those for the kernel itself.
     symbol = f"suture_{kernel.name}"
-    module.get_function(found.fndesc.llvm_func_name).name = symbol
+    inner = found.fndesc.llvm_func_name
+    types = [str(a.type) for a in llvm.parse_assembly(text).get_function(inner).arguments]
+    module = llvm.parse_assembly(text + _unpacker(symbol, inner, types))
     code = cpu_target.target_context.codegen()._tm.emit_object(module)
     _keep(kernel.name, symbol.encode() + b"\n" + code)
     return symbol, code
+
+
+def _unpacker(symbol: str, inner: str, types: list[str]) -> str:
+    """A function, as LLVM's text, that takes the parameters of another from memory.
+
+    Handing over seventy of them one by one costs ctypes more than a small block's arithmetic. It
+    has a name of its own, too: the loader must not take a copy of the kernel that another kernel
+    holds, fitted to its calls, for the kernel itself.
+    """
+    pointer = "ptr" if types[0] == "ptr" else "i64*"
+    lines, values = [f"define i32 @{symbol}({pointer} %args) {{"], []
+    for i, kind in enumerate(types):
+        lines += [f"  %p{i} = getelementptr i64, {pointer} %args, i64 {i}",
+                  f"  %i{i} = load i64, {pointer} %p{i}, align 1"]  # fmt: skip
+        if kind != "i64":
+            cast = "bitcast" if kind == "double" else "inttoptr"
+            lines.append(f"  %v{i} = {cast} i64 %i{i} to {kind}")
+        values.append(f"{kind} %{'i' if kind == 'i64' else 'v'}{i}")
+    lines += [f'  %status = call i32 @"{inner}"({", ".join(values)})', "  ret i32 %status", "}"]
+    return "\n".join(["", *lines, ""])
 
 
 def _keep(name: str, content: bytes) -> None:

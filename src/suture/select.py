@@ -424,6 +424,8 @@ class _Local:
         self.spare = block
         self.inside = np.zeros((models, block.size + 1), np.uint32)
         self.found = np.zeros((models + 1, 2), np.int64)
+        self.bins = np.zeros(2048, np.int64)
+        self.rank = np.zeros(3, np.int64)
         self.lows = np.zeros(models, np.int64)
         self.widths = np.zeros(models, np.int64)
 
@@ -440,7 +442,7 @@ class _Counting(Visitor[_Local]):
     def see(self, local: _Local, block: Block) -> None:
         group, offset = self.selector.where[block.name]
         if group.size == block.count and (group.blocks == 1 or not group.size):
-            group.limits = _direct(group, block)
+            group.limits = _direct(group, block, local)
             return
         if local.group is not group:
             self._leave(local)
@@ -508,20 +510,14 @@ class _Counting(Visitor[_Local]):
             self.selector.resolve(group, local.spare)
 
 
-def _direct(group: _Group, block: Block) -> Limits:
-    """The limits of a group that is one block: by sorting it."""
+def _direct(group: _Group, block: Block, local: _Local) -> Limits:
+    """The limits of a group that is one block: by looking at all of it."""
     limits = _empty_limits(group.models)
-    for model, wanted in enumerate(group.wanted):
-        keys = block.rows[model, : block.count].view(np.uint32) & 0x7FFFFFFF
-        if wanted == 0 or not keys.size:
-            limits.keys[model] = _NOTHING
-            continue
-        key = int(np.partition(keys, keys.size - wanted)[keys.size - wanted])
-        over = int((keys > key).sum())
-        ties = np.flatnonzero(keys == key)
-        need = wanted - over
-        limits.keys[model], limits.tied[model] = key, ties.size
-        limits.kept[model] = over if key == 0 else wanted
-        if key:
-            limits.cuts[model] = group.size if need >= ties.size else int(ties[need])
+    if block.count:
+        kernels.find_limits(
+            block.rows, block.count, np.array(group.wanted, np.int64), *limits,
+            local.bins, local.rank, local.inside[0],
+        )  # fmt: skip
+    else:
+        limits.keys[:] = _NOTHING
     return limits

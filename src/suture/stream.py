@@ -405,6 +405,8 @@ def sweep(
         raise ValueError(f"a block is a power of two from 8 to {PIECE}, not {block}")
     queue = _Queue(tasks)
     number = max(1, min(threads or cores(), len(tasks)))
+    if number > 1 and _interpreted(tasks):
+        number = 1
     if number == 1:
         _work(sources, queue, visitor, block, progress)
     else:
@@ -427,6 +429,16 @@ def sweep(
             raise
     if queue.error is not None:
         raise queue.error
+
+
+_TINY = 1 << 13
+"""Elements in a piece below which the interpreter has more to do than the processor."""
+
+
+def _interpreted(tasks: list[list[Piece]]) -> bool:
+    """Whether threads would only wait for the interpreter: most pieces are tiny."""
+    pieces = sum(len(task) for task in tasks)
+    return pieces > 1000 and sum(p.stop - p.start for t in tasks for p in t) < _TINY * pieces
 
 
 def _work(

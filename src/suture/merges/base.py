@@ -11,6 +11,7 @@ import math
 import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import Annotated, Any, Generic, Literal, TypeVar, get_args, get_origin, get_type_hints
 
 import numpy as np
@@ -53,7 +54,14 @@ class PerModel:
 
     def row(self, block: Block) -> Array:
         """The same as float32[models], for the tensor of a block."""
-        return np.array(self.at(block.name, block.models), np.float32)
+        return _row(self.at(block.name, block.models))
+
+
+@lru_cache(maxsize=4096)
+def _row(values: tuple[float, ...]) -> Array:
+    found = np.array(values, np.float32)
+    found.flags.writeable = False  # it is shared
+    return found
 
 
 def each(value: float) -> PerModel:
