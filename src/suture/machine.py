@@ -117,9 +117,9 @@ def _look_at(value: Any) -> tuple[weakref.ref[Any], tuple[str, int], tuple[int, 
     facts = value.__array_interface__
     if facts["strides"] is not None:
         raise TypeError("a kernel was given an array that is not contiguous")
-    dtype = value.dtype
-    flat = (0, 0, value.size, dtype.itemsize, facts["data"][0], *value.shape, *value.strides)
-    found = (weakref.ref(value), (dtype.kind + str(dtype.itemsize), value.ndim), flat)
+    address, kind = facts["data"][0], facts["typestr"]
+    flat = (0, 0, value.size, value.itemsize, address, *value.shape, *value.strides)
+    found = (weakref.ref(value), (kind[1:], value.ndim), flat)
     if len(_arrays) > 4096:
         _arrays.clear()
     _arrays[id(value)] = found

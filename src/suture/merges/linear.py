@@ -12,7 +12,7 @@ from suture.merges.base import Array, Choice, Context, Merge, Number, Scalar, Sc
 from suture.stream import WEIGHT, Block, Combine, sweep, tasks_of
 from suture.vector import Gram
 
-Normalize = Annotated[bool, Choice("divide by the sum of the weights")]
+Normalize = Annotated[bool, Choice("divide by the sum of the weights, unless that is 0")]
 
 
 def normalized(weights: Array, normalize: bool) -> Array:
