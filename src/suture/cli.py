@@ -273,9 +273,8 @@ def merge(
 
 
 def _intention(plan: Any) -> str:
-    job = plan.job
     return (f"merging {len(plan.recipe.models)} model(s) by {plan.recipe.method.name}: "
-            f"{len(job.names)} tensors merged, {len(job.specs) - len(job.names)} copied, "
+            f"{plan.merged} tensors merged, {len(plan.specs) - plan.merged} copied, "
             f"{readable(plan.nbytes)} to {plan.out}")  # fmt: skip
 
 

@@ -162,6 +162,12 @@ def role_of(name: str) -> Role:
     return Role(next(kind for pattern, kind in _TABLE if pattern.search(name)), layer)
 
 
+def layer_parts(name: str) -> tuple[str, int, str] | None:
+    """What stands before the number of a tensor's layer, the number, and what stands after it."""
+    found = _BLOCK.search(name) if len(name) <= NAME_LIMIT else None
+    return (name[: found.start(1)], int(found[1]), name[found.end(1) :]) if found else None
+
+
 def layer_key(name: str) -> str:
     """The block a tensor belongs to, as the prefix of its name; its role outside of blocks.
 
