@@ -380,12 +380,7 @@ class _Reader:
         found = {}
         for key, same in self.kit.own.items():
             if same.name:
-                value = self.value(
-                    key,
-                    same,
-                    scopes,
-                    f"{i.where}.parameters" if i.where != "base_model" else i.where,
-                )
+                value = self.value(key, same, scopes, f"{i.where}: {i.path}")
                 if value is not None:
                     found[same.name] = value
         return found

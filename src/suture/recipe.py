@@ -45,6 +45,8 @@ RECIPE_LIMIT = 1 << 20
 """Bytes a recipe may have; sixteen times that with what was made of it, as JSON."""
 NODE_LIMIT = 100_000
 """Values a recipe may have, aliases written out."""
+STAGE_LIMIT = 1000
+"""Documents a recipe may have."""
 
 
 class _Loader(yaml.SafeLoader):
@@ -87,26 +89,98 @@ def _unfolded(node: yaml.Node | None, known: dict[int, int]) -> int:
     return known[id(node)]
 
 
-def parse_yaml(text: str, where: str) -> dict[str, Any]:
-    """Read a YAML mapping.
+class Lines:
+    """On which line of a YAML file each part of a recipe stands, by its place.
+
+    A place is written as messages write it: ``models[0].parameters.weight``.
+    """
+
+    def __init__(self, node: yaml.Node | None = None) -> None:
+        self.known: dict[str, int] = {}
+        waiting: list[tuple[str, yaml.Node | None]] = [("", node)]
+        while waiting:
+            place, at = waiting.pop()
+            if isinstance(at, yaml.MappingNode):
+                for key, value in at.value:
+                    inner = f"{place}.{key.value}" if place else str(key.value)
+                    self.known.setdefault(inner, key.start_mark.line + 1)
+                    waiting.append((inner, value))
+            elif isinstance(at, yaml.SequenceNode):
+                for number, value in enumerate(at.value):
+                    inner = f"{place}[{number}]"
+                    self.known.setdefault(inner, value.start_mark.line + 1)
+                    waiting.append((inner, value))
+
+    def of(self, text: str) -> int | None:
+        """The line of what a message speaks of; ``None`` where that cannot be told."""
+        place = _PLACE.match(text)
+        where = place[1] if place else ""
+        # `parameters: ties has no 'densty'` speaks of what is quoted rather than of the section.
+        quoted = re.search(r"(?:key|has no|no model) '([^']*)'", text)
+        word = re.search(r"\['([^']*)'\]:", text)
+        for found in (word, quoted):
+            if found is not None:
+                inner = f"{where}.{found[1]}" if where else found[1]
+                if inner in self.known:
+                    return self.known[inner]
+        while where and where not in self.known:
+            where = _LAST.sub("", where)
+        return self.known.get(where)
+
+    def locate(self, text: str) -> str:
+        """The message, with its line before it."""
+        line = self.of(text)
+        return text if line is None or text.startswith("line ") else f"line {line}: {text}"
+
+
+_PLACE = re.compile(r"([\w-]+(?:\.[\w*/-]+|\[\d+\])*)(?:\['[^']*'\](?:\[\d+\])?)?: ")
+_LAST = re.compile(r"(^|\.)[^.\[\]]*$|\[\d+\]$")
+
+
+def parse_yaml(text: str, where: str, lines: list[Lines] | None = None) -> dict[str, Any]:
+    """Read a YAML mapping; ``lines`` takes where its parts stand.
 
     Raises:
         RecipeError: it is not YAML, not a mapping, or a key stands twice.
     """
+    found = parse_documents(text, where, lines)
+    if len(found) > 1:
+        raise RecipeError(f"{where}: not valid YAML: expected a single document in the stream")
+    return found[0]
+
+
+def parse_documents(
+    text: str, where: str, lines: list[Lines] | None = None
+) -> list[dict[str, Any]]:
+    """Read the mappings of a YAML file; ``lines`` takes where the parts of each stand.
+
+    Raises:
+        RecipeError: it is not YAML, not mappings, or a key stands twice.
+    """
+    found: list[Any] = []
     try:
         loader = _Loader(text)
-        node = loader.get_single_node()
-        if _unfolded(node, {}) > NODE_LIMIT:
-            raise RecipeError("its aliases unfold to far more than a recipe holds")
-        found = None if node is None else loader.construct_document(node)
+        while loader.check_node():
+            node = loader.get_node()
+            if _unfolded(node, {}) > NODE_LIMIT:
+                raise RecipeError("its aliases unfold to far more than a recipe holds")
+            found.append(loader.construct_document(node))
+            if lines is not None:
+                lines.append(Lines(node))
+            if len(found) > STAGE_LIMIT:
+                raise RecipeError(f"more than {STAGE_LIMIT} documents")
     except RecipeError as error:
         raise RecipeError(f"{where}: {error}") from None
     except (yaml.YAMLError, RecursionError, ValueError) as error:
         deep = isinstance(error, RecursionError)
         reason = "nested too deeply" if deep else " ".join(str(error).split())
         raise RecipeError(f"{where}: not valid YAML: {reason}") from None
-    if not isinstance(found, dict) or not all(isinstance(k, str) for k in found):
-        raise RecipeError(f"{where}: a recipe is a mapping with keys such as base, models, method")
+    found = [raw for raw in found if raw is not None] or [None]
+    for raw in found:
+        if not isinstance(raw, dict) or not all(isinstance(k, str) for k in raw):
+            raise RecipeError(
+                f"{where}: a recipe is a mapping with keys such as base, models, method"
+            )
     return found
 
 
@@ -155,7 +229,10 @@ def _from_file(source: Path, folder: Path, problems: Problems) -> Recipe | None:
         raise RecipeError(f"{source}: not a text file") from None
     if source.suffix == ".json":
         return _from_provenance(text, source, folder, problems)
-    return _from_raw(parse_yaml(text, str(source)), folder, problems)
+    lines: list[Lines] = []
+    raw = parse_yaml(text, str(source), lines)
+    problems.locate = lines[0].locate
+    return _from_raw(raw, folder, problems)
 
 
 def _from_provenance(text: str, source: Path, folder: Path, problems: Problems) -> Recipe | None:
