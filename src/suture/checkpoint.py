@@ -220,7 +220,7 @@ class Checkpoint(Mapping[str, Array]):
         self._close = weakref.finalize(self, _close_all, self._descriptors)
         headers = self._read_headers()
         self.config = self._read_config()
-        if _ties(self.config):
+        if ties_embeddings(self.config):
             self.aliases = tied_to(self.specs.keys())
             self._aliased = {a: (self.specs.pop(a), self.places.pop(a)) for a in self.aliases}
         self.identity = [
@@ -426,7 +426,8 @@ def _torch_dtype(name: str) -> torch.dtype:
     return found
 
 
-def _ties(config: Mapping[str, Any]) -> bool:
+def ties_embeddings(config: Mapping[str, Any]) -> bool:
+    """Whether a configuration says that embedding and head are one tensor."""
     inner = config.get("text_config")
     return config.get("tie_word_embeddings") is True or (
         isinstance(inner, dict) and inner.get("tie_word_embeddings") is True

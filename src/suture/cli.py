@@ -280,6 +280,10 @@ def _intention(plan: Any) -> str:
 
 def _show_plan(found: dict[str, Any]) -> None:
     _tell(f"method   {found['method']} " + json.dumps(found["parameters"]))
+    for name, row in found["stages"].items():
+        _tell(f"stage    {name}: {row['method']}, {row['tensors']} tensors, "
+              f"{readable(row['bytes'])}, {'there already' if row['kept'] else 'to be made'} in "
+              f"{row['path']}")  # fmt: skip
     for label, row in found["inputs"].items():
         _tell(f"input    {label}: {row['path']}, {row['tensors']} tensors, "
               f"{readable(row['bytes'])}, {row['files']} file(s)")  # fmt: skip

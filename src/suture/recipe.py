@@ -97,6 +97,8 @@ class Lines:
 
     def __init__(self, node: yaml.Node | None = None) -> None:
         self.known: dict[str, int] = {}
+        self.words: dict[str, int] = {}
+        """The lines of values: a message about a model begins with its path."""
         waiting: list[tuple[str, yaml.Node | None]] = [("", node)]
         while waiting:
             place, at = waiting.pop()
@@ -110,6 +112,9 @@ class Lines:
                     inner = f"{place}[{number}]"
                     self.known.setdefault(inner, value.start_mark.line + 1)
                     waiting.append((inner, value))
+            elif isinstance(at, yaml.ScalarNode):
+                line = at.start_mark.line + 1
+                self.words[at.value] = min(line, self.words.get(at.value, line))
 
     def of(self, text: str) -> int | None:
         """The line of what a message speaks of; ``None`` where that cannot be told."""
@@ -125,7 +130,7 @@ class Lines:
                     return self.known[inner]
         while where and where not in self.known:
             where = _LAST.sub("", where)
-        return self.known.get(where)
+        return self.known.get(where) or self.words.get(text.partition(": ")[0])
 
     def locate(self, text: str) -> str:
         """The message, with its line before it."""
@@ -230,9 +235,100 @@ def _from_file(source: Path, folder: Path, problems: Problems) -> Recipe | None:
     if source.suffix == ".json":
         return _from_provenance(text, source, folder, problems)
     lines: list[Lines] = []
-    raw = parse_yaml(text, str(source), lines)
+    documents = parse_documents(text, str(source), lines)
+    if len(documents) > 1:
+        return _from_documents(documents, lines, folder, problems)
     problems.locate = lines[0].locate
-    return _from_raw(raw, folder, problems)
+    documents[0].pop("name", None)
+    return _from_raw(documents[0], folder, problems)
+
+
+def _from_documents(
+    documents: list[dict[str, Any]], lines: list[Lines], folder: Path, problems: Problems
+) -> Recipe | None:
+    """Several merges of one file: those with a name are stages, which others may name as models."""
+    last = [n for n, raw in enumerate(documents) if "name" not in raw] or [len(documents) - 1]
+    if len(last) > 1:
+        where = lines[last[0]].known.get("merge_method") or lines[last[0]].known.get("method")
+        problems.add(
+            RecipeError,
+            f"name: {len(last)} documents have none (one begins near line {where}); only the last "
+            "merge may go without",
+        )
+        return None
+    stages: dict[str, tuple[dict[str, Any], Lines]] = {}
+    for number, raw in enumerate(documents):
+        name = raw.pop("name", None)
+        if number == last[0]:
+            continue
+        line = lines[number].known.get("name")
+        if not isinstance(name, str) or not name.isprintable() or not name:
+            problems.add(RecipeError, f"line {line}: name: a word, not {brief(name)}")
+        elif name in stages:
+            problems.add(
+                RecipeError, f"line {line}: name: {name!r} is the name of another document"
+            )
+        else:
+            stages[name] = (raw, lines[number])
+    problems.locate = lines[last[0]].locate
+    recipe = _from_raw(documents[last[0]], folder, problems)
+    return _with_stages(recipe, stages, folder, problems)
+
+
+def _with_stages(
+    recipe: Recipe, raw: Mapping[str, tuple[dict[str, Any], Lines]], folder: Path,
+    problems: Problems,
+) -> Recipe:  # fmt: skip
+    """The recipe with the merges that it needs first, in the order in which they can be done."""
+    stages = {name: _stage(name, *one, folder, problems) for name, one in raw.items()}
+    order: dict[str, Recipe] = {}
+
+    def visit(name: str, path: tuple[str, ...]) -> None:
+        if name in path:
+            circle = [*path[path.index(name) :], name]
+            what = f"{name} names itself" if len(circle) == 2 else " needs ".join(circle)
+            line = raw[name][1].known.get("name")
+            problems.add(
+                RecipeError,
+                f"{f'line {line}: ' if line else ''}stages: {what}; one must come first",
+            )
+        elif name not in order and name in stages:
+            for inner in stages[name].paths:
+                if inner in stages:
+                    visit(inner, (*path, name))
+            order[name] = stages[name]
+
+    for path in recipe.paths:
+        if path in stages:
+            visit(path, ())
+    unused = sorted(stages.keys() - order.keys())
+    notes = [f"stage {name}: the last merge does not need it, so it is left out" for name in unused]
+    return replace(recipe, stages=order, notes=(*recipe.notes, *notes))
+
+
+def _stage(
+    name: str, raw: dict[str, Any], lines: Lines, folder: Path, problems: Problems
+) -> Recipe:
+    """One of the merges that come first; what is wrong with it is noted with its name."""
+    own = Problems()
+    own.locate = lines.locate
+    recipe = Recipe(UNKNOWN, {}, folder=folder)
+    with own.collecting():
+        recipe = _from_raw(raw, folder, own)
+    try:
+        own.raise_if_any()
+    except RecipeError as error:
+        for text in getattr(error, "problems", ()):
+            problems.add(RecipeError, _told(name, text))
+    return recipe
+
+
+def _told(stage: str, text: str) -> str:
+    """A problem of a stage, with its line first and its name after that."""
+    line, _, rest = text.partition(": ")
+    return (
+        f"{line}: stage {stage}: {rest}" if line.startswith("line ") else f"stage {stage}: {text}"
+    )
 
 
 def _from_provenance(text: str, source: Path, folder: Path, problems: Problems) -> Recipe | None:
@@ -267,7 +363,9 @@ def _from_raw(raw: dict[str, Any], folder: Path, problems: Problems) -> Recipe:
     return _native(raw, problems, folder)
 
 
-KEYS = ("base", "models", "method", "parameters", "slices", "space", "policy", "output")
+KEYS = (
+    "base", "models", "method", "parameters", "slices", "space", "policy", "output", "stages",
+)  # fmt: skip
 
 
 def _native(raw: dict[str, Any], problems: Problems, folder: Path) -> Recipe:
@@ -307,7 +405,13 @@ def _native(raw: dict[str, Any], problems: Problems, folder: Path) -> Recipe:
         settings(found, cut.parameters, own, problems, f"{where}.parameters",
                  f"{where}.sources.{{}}")  # fmt: skip
         check_slice(recipe, cut, where, f"`{cut.base}`", problems)
-    return recipe
+    inner = section(raw, "stages", problems)
+    for name in [n for n, stage in inner.items() if not isinstance(stage, Mapping)]:
+        problems.add(RecipeError, f"stages.{name}: a recipe, not {brief(inner.pop(name))}")
+    if not inner:
+        return recipe
+    stages = {name: (dict(stage), Lines()) for name, stage in inner.items()}
+    return _with_stages(recipe, stages, folder, problems)
 
 
 def _dtype(word: object) -> str | None:

@@ -102,6 +102,12 @@ class Recipe:
         """The slices, or one that takes every model whole."""
         return self.slices or (Slice({name: Source() for name in self.models}),)
 
+    @property
+    def paths(self) -> list[str]:
+        """What is merged, as the recipe calls it."""
+        own = [entry.path for entry in self.models.values()]
+        return own if self.base is None else [self.base, *own]
+
     def rows(self, cut: Slice) -> list[str]:
         """The models that are merged in a slice, in the order of rows.
 

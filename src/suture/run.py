@@ -18,7 +18,14 @@ from typing import Any
 
 import suture
 from suture.card import carried_files, config_text, model_card
-from suture.checkpoint import Checkpoint, is_from_hub, open_checkpoint, refuse_uncomputable
+from suture.checkpoint import (
+    JSON_LIMIT,
+    Checkpoint,
+    is_from_hub,
+    open_checkpoint,
+    read_json,
+    refuse_uncomputable,
+)
 from suture.engine import (
     Job,
     Outcome,
@@ -50,13 +57,14 @@ from suture.spec import (
     WORD_OF,
     Piece,
     TensorSpec,
+    cache_folder,
     dtype_named,
     listed,
     readable,
 )
-from suture.stream import BLOCK, Block, Sources, Visitor, cores, sweep, tasks_of
+from suture.stream import BLOCK, Block, Progress, Sources, Visitor, cores, sweep, tasks_of
 from suture.vector import TaskVector, align
-from suture.views import View
+from suture.views import Planned, View
 from suture.writer import SHARD_SIZE, Writer, plan_shards, staging_of
 
 
@@ -85,6 +93,19 @@ class Plan:
     config: Mapping[str, Any]
     """The ``config.json`` of the output, but for its dtype."""
     notes: tuple[str, ...] = ()
+    stages: Mapping[str, Plan] = field(default_factory=dict)
+    """The merges that come first, in order."""
+    made: Mapping[str, str] = field(default_factory=dict)
+    """The keys of those inputs that are outputs of stages, by label."""
+    ordered: Mapping[str, Plan] = field(default_factory=dict)
+    """The stages that were done."""
+    told: tuple[str, ...] = ()
+    """What was done for this run only, and is no part of the record."""
+
+    @property
+    def ready(self) -> bool:
+        """Whether every input is there, and none has to be made first."""
+        return not any(isinstance(c, Planned) for c in self.inputs.values())
 
     @property
     def lead(self) -> Checkpoint:
@@ -304,7 +325,51 @@ def make_plan(
         SutureError: all problems at once.
     """
     problems = problems or Problems()
-    inputs = _opened(recipe, problems) if opened is None else opened
+    stages = _stages(recipe, options, problems)
+    made = {label: _stage_key(stages[path]) for label, path in _paths(recipe).items()
+            if path in stages}  # fmt: skip
+    return _planned(recipe, out, options, opened, problems, stages, made)
+
+
+def _stages(recipe: Recipe, options: Options, problems: Problems) -> dict[str, Plan]:
+    """The plans of what must be made first; what one of them lacks is noted."""
+    found: dict[str, Plan] = {}
+    for name, stage in recipe.stages.items():
+        own = Problems()
+        try:
+            if all(path in found for path in stage.paths if path in recipe.stages):
+                made = {label: _stage_key(found[path]) for label, path in _paths(stage).items()
+                        if path in found}  # fmt: skip
+                plan = _planned(stage, None, options, None, own, found, made)
+                folder = _stage_folder(plan)
+                if not folder.exists():
+                    _check_free(folder, folder, options, own)
+                    _check_room(folder, plan, own)
+                own.raise_if_any()
+                found[name] = plan
+        except SutureError as error:
+            for text in getattr(error, "problems", (str(error),)):
+                problems.add(type(error), f"stage {name}: {text}")
+    return found
+
+
+def _stage_key(plan: Plan) -> str:
+    """What a stage's output is: the recipe, the inputs, and the version that makes it."""
+    places = {label: plan.made.get(label) or str(c.path) for label, c in plan.inputs.items()}
+    text = json.dumps([_key(plan), places])
+    return hashlib.sha256(text.encode()).hexdigest()[:40]
+
+
+def _stage_folder(plan: Plan) -> Path:
+    """Where the output of a stage is kept: it can always be made again."""
+    return cache_folder().resolve() / "stages" / _stage_key(plan)
+
+
+def _planned(
+    recipe: Recipe, out: Path | None, options: Options, opened: dict[str, Checkpoint] | None,
+    problems: Problems, stages: Mapping[str, Plan], made: Mapping[str, str],
+) -> Plan:  # fmt: skip
+    inputs = _opened(recipe, problems, stages) if opened is None else opened
     if out is not None:
         _check_place(out, inputs, options, problems)
     parts: list[_Part] = []
@@ -319,22 +384,44 @@ def make_plan(
     _check_required(recipe, jobs, parts, problems)
     config = _config(recipe, parts, inputs)
     told = tuple(dict.fromkeys((*recipe.notes, *notes)))
-    plan = Plan(recipe, tuple(jobs), inputs, out, options, config, told)
+    plan = Plan(recipe, tuple(jobs), inputs, out, options, config, told,
+                {name: stages[name] for name in recipe.stages}, made)  # fmt: skip
     if out is not None:
         _check_room(out, plan, problems)
     problems.raise_if_any()
     return plan
 
 
-def _opened(recipe: Recipe, problems: Problems) -> dict[str, Checkpoint]:
+def _paths(recipe: Recipe) -> dict[str, str]:
+    """What every input is called in the recipe, by label."""
     paths = {} if recipe.base is None else {"base": recipe.base}
-    paths |= {name: entry.path for name, entry in recipe.models.items()}
-    found = {}
-    for label, path in paths.items():
+    return paths | {name: entry.path for name, entry in recipe.models.items()}
+
+
+def _opened(
+    recipe: Recipe, problems: Problems, stages: Mapping[str, Plan]
+) -> dict[str, Checkpoint]:
+    found: dict[str, Checkpoint] = {}
+    for label, path in _paths(recipe).items():
+        if path in recipe.stages and path not in stages:
+            continue  # why it cannot be made is told already
         with problems.collecting():
+            if path in stages:
+                found[label] = _output_of(path, stages[path])
+                continue
             checkpoint = open_checkpoint(path, recipe.folder)
             found[label] = checkpoint
             refuse_uncomputable(checkpoint)
+    return found
+
+
+def _output_of(name: str, plan: Plan) -> Checkpoint:
+    """What a stage made, or what is known of what it will make."""
+    folder = _stage_folder(plan)
+    if not folder.exists():
+        return Planned(name, folder, plan.specs, plan.config)
+    found = open_checkpoint(folder)
+    found.label = name
     return found
 
 
@@ -636,9 +723,11 @@ def check_contents(plan: Plan) -> None:
         MismatchError: the models' integer tensors differ, or a config ties two that differ.
     """
     problems = Problems()
-    _check_buffers(plan, problems)
-    with problems.collecting():
-        check_ties(plan.inputs)
+    for one in (*plan.stages.values(), plan):
+        if one.ready:
+            _check_buffers(one, problems)
+            with problems.collecting():
+                check_ties(one.inputs)
     problems.raise_if_any()
 
 
@@ -694,6 +783,8 @@ def execute(plan: Plan, stage: Stage | None = None) -> MergeReport:
     """
     assert plan.out is not None
     check_contents(plan)
+    if plan.stages:
+        return execute(_after_stages(plan, stage), stage)
     out = plan.out.resolve()
     begun = time.perf_counter()
     writer = Writer(
@@ -722,8 +813,34 @@ def execute(plan: Plan, stage: Stage | None = None) -> MergeReport:
     return MergeReport(
         plan.out, plan.recipe.method.name, outcome.fingerprints["output"], len(plan.specs),
         plan.merged, plan.reads, plan.nbytes, outcome.seconds, outcome.writeback_loss,
-        sum(outcome.moved.values()), outcome.facts, outcome.resumed, plan.notes,
+        sum(outcome.moved.values()), outcome.facts, outcome.resumed, (*plan.notes, *plan.told),
     )  # fmt: skip
+
+
+def _after_stages(plan: Plan, stage: Stage | None) -> Plan:
+    """Make what is not there yet, and plan anew with it."""
+    told = []
+    for name in plan.stages:
+        stages = _stages(plan.recipe, plan.options, problems := Problems())
+        problems.raise_if_any()
+        one = stages[name]
+        folder = _stage_folder(one)
+        if folder.exists():
+            told.append(f"stage {name}: taken from {folder}, where it was made before")
+            continue
+        folder.parent.mkdir(parents=True, exist_ok=True)
+
+        def named(what: str, nbytes: int, name: str = name) -> Progress | None:
+            return None if stage is None else stage(f"{name}: {what}", nbytes)
+
+        try:
+            execute(replace(one, out=folder, stages={}), named)
+        except SutureError as error:
+            error.add_note(f"in stage {name}")
+            raise
+        told.append(f"stage {name}: made, and kept in {folder}")
+    made = make_plan(plan.recipe, plan.out, plan.options)
+    return replace(made, told=tuple(told), stages={}, ordered=plan.stages)
 
 
 def _key(plan: Plan) -> str:
@@ -733,7 +850,7 @@ def _key(plan: Plan) -> str:
         "recipe": plan.recipe.resolved() | {"output": None},
         "order": [list(job.models) for job in plan.jobs],
         "nonfinite": plan.options.allow_nonfinite,
-        "inputs": {label: c.identity for label, c in plan.inputs.items()},
+        "inputs": {label: plan.made.get(label, c.identity) for label, c in plan.inputs.items()},
         "shards": [[s.name, s.size, hashlib.sha256(s.header).hexdigest()]
                    for s in plan_shards(plan.specs, plan.recipe.shard_size)],
     }  # fmt: skip
@@ -750,6 +867,13 @@ def _check_fingerprints(plan: Plan, outcome: Outcome) -> None:
                 MismatchError,
                 f"{label}: {plan.inputs[label].label} is not the model that was merged then "
                 f"(fingerprint {found}, not {expected})",
+            )
+    for label in plan.made:
+        folder = plan.inputs[label].path
+        kept = read_json(folder / "suture.json", JSON_LIMIT).get("output")
+        if not isinstance(kept, dict) or kept.get("fingerprint") != outcome.fingerprints[label]:
+            problems.add(
+                MismatchError, f"{label}: {folder} was changed since it was made; remove it"
             )
     problems.raise_if_any()
 
@@ -783,11 +907,9 @@ def _main_dtype(specs: Mapping[str, TensorSpec]) -> str | None:
 def provenance(plan: Plan, outcome: Outcome, out: Path) -> dict[str, Any]:
     """What ``suture.json`` holds: enough to make the same tensors again, and to know it."""
     recipe = plan.recipe.resolved()
-    paths = {label: _portable(c, out) for label, c in plan.inputs.items()}
-    if recipe["base"] is not None:
-        recipe["base"] = paths["base"]
-    for name, entry in recipe["models"].items():
-        entry["path"] = paths[name]
+    paths = _place_inputs(recipe, plan, out)
+    for name, stage in plan.ordered.items():
+        _place_inputs(recipe["stages"][name], stage, out)
     dtypes: dict[str, int] = {}
     for spec in plan.specs.values():
         word = WORD_OF.get(spec.dtype, spec.dtype)
@@ -817,6 +939,20 @@ def provenance(plan: Plan, outcome: Outcome, out: Path) -> dict[str, Any]:
         },
         "notes": list(plan.notes),
     }  # fmt: skip
+
+
+def _place_inputs(recipe: dict[str, Any], plan: Plan, out: Path) -> dict[str, str]:
+    """Write into a recipe where its models are, seen from the output; stages keep their names."""
+    told = _paths(plan.recipe)
+    paths = {
+        label: told[label] if label in plan.made else _portable(c, out)
+        for label, c in plan.inputs.items()
+    }
+    if recipe["base"] is not None:
+        recipe["base"] = paths["base"]
+    for name, entry in recipe["models"].items():
+        entry["path"] = paths[name]
+    return paths
 
 
 def _portable(checkpoint: Checkpoint, out: Path) -> str:
@@ -853,6 +989,12 @@ def describe(plan: Plan) -> dict[str, Any]:
         "peak_memory": peak_memory(plan.jobs),
         "seconds": estimate(plan),
         "notes": list(plan.notes),
+        "stages": {
+            name: {"method": one.recipe.method.name, "tensors": len(one.specs),
+                   "bytes": one.nbytes, "path": str(_stage_folder(one)),
+                   "kept": _stage_folder(one).exists()}
+            for name, one in plan.stages.items()
+        },
     }  # fmt: skip
 
 
@@ -874,7 +1016,7 @@ def estimate(plan: Plan) -> float:
             break
         sample.append(task)
         room -= size
-    if not sample:
+    if not sample or not plan.ready:
         return plan.nbytes / 5e8
     small = Block(job.sources, job.block)  # compiles the kernels outside of the measure
     small.load(sample[0][0].name, 0, min(8, sample[0][0].stop))

@@ -38,7 +38,8 @@ METHODS: dict[str, Method] = {
         Method(dare_ties, "DARE with TIES", "Yu et al. 2024, arXiv:2311.03099", random=True),
         Method(consensus, "Consensus (TALL masks)", "Wang et al. 2024, arXiv:2405.07813"),
         Method(stitch, "Localize-and-Stitch, dataless", "He et al. 2025, arXiv:2408.13656"),
-        Method(passthrough, "Passthrough", "no paper: layers are copied", needs_base=False, most=1),
+        Method(passthrough, "Passthrough", "Goddard et al. 2024, arXiv:2403.13257",
+               needs_base=False, most=1),
         Method(slerp, "SLERP", "Shoemake 1985, doi:10.1145/325165.325242", needs_base=False,
                least=2, most=2, ordered=True),
     )
