@@ -494,3 +494,98 @@ def _number(value: object) -> Any:
         except ValueError:
             return value
     return value
+
+
+REASONS: dict[tuple[str, object], str] = {
+    ("scope", "tensor"): "mergekit trims every tensor to its density; in the paper, and in Suture "
+    "unless told otherwise, entries compete over the whole model, so that a layer which hardly "
+    "changed keeps little",
+    (
+        "rounding",
+        "floor",
+    ): "mergekit rounds density * n down (and keeps at least one entry); Suture "
+    "rounds to the nearest count",
+    ("aggregate", "weighted_mean"): "mergekit divides by the weights that agree (normalize: true), "
+    "so weights of 0.5 and 0.5 give what 1 and 1 give; Suture takes the mean of the weighted "
+    "entries, as the paper does, where the size of a weight counts",
+    ("aggregate", "sum"): "mergekit adds the entries that agree (normalize: false); Suture takes "
+    "their mean, as the papers of TIES do",
+    (
+        "zero_sign",
+        "positive",
+    ): "where the votes cancel exactly, mergekit elects plus; Suture elects "
+    "no sign and leaves the base",
+    (
+        "rescale",
+        "l1",
+    ): "mergekit restores each tensor's sum of magnitudes after dropping; the paper, "
+    "and Suture, divide by the density, which keeps the expected value of every entry",
+    (
+        "rescale",
+        "none",
+    ): "the recipe asks for no rescaling (rescale: false); Suture divides what is "
+    "kept by the density, as the paper does",
+    (
+        "normalize",
+        True,
+    ): "the recipe divides by the sum of the weights; Suture adds task vectors as they are",
+    ("normalize", False): "the recipe takes the weights as they are; Suture divides by their sum",
+}
+"""Why a parameter of a translated recipe is not the one that Suture would take."""
+
+
+def differences(recipe: Recipe) -> list[str]:
+    """What Suture would do otherwise by its own defaults, and why, a sentence each."""
+    found = []
+    if recipe.space == ParamSpace((), ()):
+        found.append(
+            "space: mergekit merges everything; Suture leaves token embeddings and output heads as "
+            "they are in the base, because their rows belong to single tokens"
+        )
+    known = recipe.method.parameters
+    given = {**recipe.parameters}
+    for cut in recipe.slices:
+        given |= {k: v for k, v in cut.parameters.items() if k not in given}
+    for key, value in given.items():
+        reason = REASONS.get((key, value)) if isinstance(value, str | bool) else None
+        if reason is not None and key in known and value != known[key].default:
+            found.append(f"{key}: {reason}")
+    kit = recipe.kit or {}
+    word = str(kit.get("dtype"))
+    if kit.get("dtype") is None:
+        found.append(
+            "output.dtype: mergekit writes the widest dtype among the models of each tensor; "
+            "Suture keeps that of the base"
+        )
+    elif word.removeprefix("torch.") != "float32":
+        found.append(
+            f"dtype: mergekit casts the models to {word} and computes in it, rounding at every "
+            "step (linear and slerp excepted); Suture computes in float32 and rounds once, here, too"
+        )
+    if recipe.method.random:
+        found.append(
+            "seed: mergekit draws from one generator for the whole run, so that threads and other "
+            "tensors decide which entries are dropped; Suture draws by seed, model, tensor and "
+            "position, here, too: density and statistics agree, single entries do not"
+        )
+    return found
+
+
+def native(recipe: Recipe) -> dict[str, Any]:
+    """The same merge as a recipe of Suture's own, with nothing in it that is a default."""
+    whole = recipe.resolved()
+    known = recipe.method.parameters
+    found: dict[str, Any] = {"base": whole["base"]} if recipe.base is not None else {}
+    found["models"] = {n: e["path"] if len(e) == 1 else e for n, e in whole["models"].items()}
+    found["method"] = whole["method"]
+    shared = {k: v for k, v in recipe.parameters.items() if v != known[k].default}
+    for key, value in (("parameters", shared), ("slices", whole.get("slices"))):
+        if value:
+            found[key] = value
+    if recipe.space == ParamSpace((), ()):
+        found["space"] = {"exclude": []}
+    if recipe.dtype is not None:
+        found["output"] = {"dtype": whole["output"]["dtype"]}
+    if recipe.stages:
+        found["stages"] = {name: native(stage) for name, stage in recipe.stages.items()}
+    return found

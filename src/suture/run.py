@@ -46,6 +46,7 @@ from suture.errors import (
     SutureError,
 )
 from suture.layers import Stretch, cut, depth_of, depths, sliced_config, stack_of
+from suture.mergekit import differences, native
 from suture.merges import PerModel, Scalar, method
 from suture.recipe import SCHEMA, parse_recipe, read_recipe
 from suture.recipe_types import ModelEntry, Policy, Recipe, Slice
@@ -998,6 +999,24 @@ def describe(plan: Plan) -> dict[str, Any]:
     }  # fmt: skip
 
 
+def explain(recipe: Path | Mapping[str, Any]) -> dict[str, Any]:
+    """What a recipe means in Suture's terms, and where Suture's defaults would differ.
+
+    Raises:
+        RecipeError: everything that is wrong with it, at once; models are not opened.
+    """
+    found = read_recipe(recipe)
+    merges = {**found.stages, "": found}
+    return {
+        "mergekit": found.kit is not None or any(s.kit for s in found.stages.values()),
+        "differences": {
+            name: differences(one) for name, one in merges.items() if one.kit is not None
+        },
+        "native": native(found),
+        "notes": [note for one in merges.values() for note in one.notes],
+    }
+
+
 class _Nothing(Visitor[None]):
     """Reads and widens, to see how long that takes."""
 
@@ -1058,6 +1077,7 @@ __all__ = [
     "Plan",
     "describe",
     "execute",
+    "explain",
     "make_plan",
     "merge",
     "merged",
