@@ -8,12 +8,12 @@ what stands before their numbers, such as ``model.layers.``.
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 from suture.checkpoint import Checkpoint
 from suture.errors import RecipeError
-from suture.roles import layer_parts, role_of
+from suture.roles import layer_parts, role_of, tied_to
 from suture.views import Lens, Same, View
 
 COUNTS = ("num_hidden_layers", "n_layer", "num_layers", "n_layers", "num_decoder_layers")
@@ -86,13 +86,15 @@ def stack_of(model: Checkpoint) -> tuple[str, int]:
     return next(iter(found.items()))
 
 
-def cut(model: Checkpoint, part: Stretch, untie: bool) -> tuple[View, dict[str, str]]:
+def cut(
+    model: Checkpoint, part: Stretch, heads: Collection[str] = ()
+) -> tuple[View, dict[str, str]]:
     """A stretch of a model as a checkpoint of its own.
 
     Args:
         model: the whole one.
         part: which layers, and where they go.
-        untie: whether second names of tied tensors become tensors of their own.
+        heads: names of heads that it must have, its embedding's values where it ties them.
 
     Returns:
         The view, and the model's own name of each of its tensors.
@@ -114,8 +116,10 @@ def cut(model: Checkpoint, part: Stretch, untie: bool) -> tuple[View, dict[str, 
                 names[f"{parts[0]}{parts[1] - part.start + part.at}{parts[2]}"] = name
         elif part.first if below(name) else part.last:
             names[name] = name
-    if untie and part.last:
-        names |= {a: n for a, n in model.aliases.items() if not below(a)}
+    for head in heads if part.last else ():
+        tied = tied_to({head, *model.specs}).get(head)
+        if head not in names and tied is not None:
+            names[head] = tied
     lenses: dict[str, Lens] = {new: Same(model, old) for new, old in names.items()}
     return View(model, lenses), names
 

@@ -560,7 +560,7 @@ def differences(recipe: Recipe) -> list[str]:
     elif word.removeprefix("torch.") != "float32":
         found.append(
             f"dtype: mergekit casts the models to {word} and computes in it, rounding at every "
-            "step (linear and slerp excepted); Suture computes in float32 and rounds once, here, too"
+            "step (but in linear and slerp); Suture computes in float32 and rounds once, here, too"
         )
     if recipe.method.random:
         found.append(

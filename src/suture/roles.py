@@ -156,10 +156,22 @@ def role_of(name: str) -> Role:
     if len(name) > NAME_LIMIT:
         return Role("other", None)
     found = _BLOCK.search(name)
-    layer = int(found[1]) if found else None
+    return Role(_kind(_NUMBER.sub(_same_width, name)), int(found[1]) if found else None)
+
+
+_NUMBER = re.compile(r"(?<=\.)\d+(?=\.)")
+"""A part of a name that only counts: no pattern asks for more than whether it has one digit."""
+
+
+def _same_width(found: re.Match[str]) -> str:
+    return "0" if len(found[0]) == 1 else "00"
+
+
+@lru_cache(maxsize=1 << 16)
+def _kind(name: str) -> str:
     if not _SOME.search(name):
-        return Role("other", layer)
-    return Role(next(kind for pattern, kind in _TABLE if pattern.search(name)), layer)
+        return "other"
+    return next(kind for pattern, kind in _TABLE if pattern.search(name))
 
 
 def layer_parts(name: str) -> tuple[str, int, str] | None:

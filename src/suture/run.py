@@ -25,6 +25,7 @@ from suture.checkpoint import (
     open_checkpoint,
     read_json,
     refuse_uncomputable,
+    ties_embeddings,
 )
 from suture.engine import (
     Job,
@@ -50,7 +51,7 @@ from suture.mergekit import differences, native
 from suture.merges import PerModel, Scalar, method
 from suture.recipe import SCHEMA, parse_recipe, read_recipe
 from suture.recipe_types import ModelEntry, Policy, Recipe, Slice
-from suture.roles import ParamSpace, check_selectors, layer_parts, selects
+from suture.roles import ParamSpace, check_selectors, layer_parts, selects, tied_to
 from suture.spec import (
     DTYPES,
     PIECE,
@@ -123,12 +124,12 @@ class Plan:
         """How many tensors are merged; the others are copied."""
         return sum(len(job.names) for job in self.jobs)
 
-    @property
+    @cached_property
     def nbytes(self) -> int:
         """Bytes of the output's tensors."""
         return sum(spec.nbytes for spec in self.specs.values())
 
-    @property
+    @cached_property
     def reads(self) -> int:
         """Bytes that will be read, all passes together."""
         return sum(
@@ -325,7 +326,7 @@ def make_plan(
     Raises:
         SutureError: all problems at once.
     """
-    problems = problems or Problems()
+    problems = Problems() if problems is None else problems
     stages = _stages(recipe, options, problems)
     made = {label: _stage_key(stages[path]) for label, path in _paths(recipe).items()
             if path in stages}  # fmt: skip
@@ -463,7 +464,7 @@ def _parts(recipe: Recipe, inputs: Mapping[str, Checkpoint], problems: Problems)
         return [_Part(recipe.cuts[0], whole, rows, base, lead)]
     found = []
     at = 0
-    tied = {bool(c.aliases) for c in inputs.values()}
+    heads = _heads(inputs)
     for number, one in enumerate(recipe.slices):
         first, last = number == 0, number == len(recipe.slices) - 1
         rows = tuple(recipe.rows(one))
@@ -478,15 +479,22 @@ def _parts(recipe: Recipe, inputs: Mapping[str, Checkpoint], problems: Problems)
                 continue
             stretch = Stretch(*layers, at, first, last)
             try:
-                views[label], known[label] = cut(inputs[label], stretch, len(tied) > 1)
+                views[label], known[label] = cut(inputs[label], stretch, heads)
             except RecipeError as error:
                 problems.add(RecipeError, f"{one.sources[label].where}: {error}")
         if stretch is not None:
             at += stretch.stop - stretch.start
-        if len(views) == len(labels) and views:
-            lead = base if base is not None else next(n for n in one.sources if n in views)
+        lead = base if base is not None else next((n for n in one.sources if n in views), "")
+        if len(views) == len(labels) and lead in views:
             found.append(_Part(one, views, rows, base, lead, known, stretch))
     return found
+
+
+def _heads(inputs: Mapping[str, Checkpoint]) -> set[str]:
+    """The heads that some models have and others tie to their embedding."""
+    tied = [c for c in inputs.values() if ties_embeddings(c.config)]
+    own = [c for c in inputs.values() if not ties_embeddings(c.config)]
+    return {n for c in own for n in tied_to(c.specs.keys())} if tied else set()
 
 
 def _check_fit(
@@ -628,7 +636,7 @@ def _config(
         number = stack_of(model)[1]
         origins += [(model.config, layer, number) for layer in range(*layers)]
     config = sliced_config(config, stack_of(lead)[1], origins)
-    if len({bool(c.aliases) for c in inputs.values()}) > 1:  # each head is a tensor of its own now
+    if _heads(inputs):  # each head is a tensor of its own now
         config["tie_word_embeddings"] = False
     return config
 
@@ -1027,14 +1035,7 @@ def estimate(plan: Plan) -> float:
         job.specs[n].numel * 2 * (job.merge.passes + 1) for job in plan.jobs for n in job.names
     )
     job = max(plan.jobs, key=lambda job: len(job.names))
-    sample: list[list[Piece]] = []
-    room = 16 * PIECE
-    for task in tasks_of(job.names, job.specs):
-        size = sum(p.stop - p.start for p in task)
-        if sample and size > room:
-            break
-        sample.append(task)
-        room -= size
+    sample = _sample(job)
     if not sample or not plan.ready:
         return plan.nbytes / 5e8
     small = Block(job.sources, job.block)  # compiles the kernels outside of the measure
@@ -1045,6 +1046,25 @@ def estimate(plan: Plan) -> float:
     taken = sum((p.stop - p.start) for task in sample for p in task) or 1
     # Counting or combining costs about as much again as reading; then the output is written.
     return took / taken * total + plan.nbytes / 5e8
+
+
+def _sample(job: Job) -> list[list[Piece]]:
+    """The first tasks of a job, with 16 pieces or fewer."""
+    names, most = [], 0
+    for name in job.names:
+        names.append(name)
+        most += job.specs[name].numel
+        if most >= 16 * PIECE:
+            break
+    found: list[list[Piece]] = []
+    room = 16 * PIECE
+    for task in tasks_of(names, job.specs):
+        size = sum(p.stop - p.start for p in task)
+        if found and size > room:
+            break
+        found.append(task)
+        room -= size
+    return found
 
 
 def report_lines(report: MergeReport) -> Iterator[str]:
