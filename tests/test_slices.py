@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import textwrap
 from pathlib import Path
 from typing import Any
 
@@ -416,6 +417,143 @@ def test_without_a_dtype_the_widest_is_written(here: Path) -> None:
 
     assert {t.dtype for t in made.values()} == {"F32"}
     assert json.loads((here / "out" / "config.json").read_text())["torch_dtype"] == "float32"
+
+
+# ----------------------------------------------------------------------------- forms of a recipe
+
+FORMS: dict[str, str] = {
+    "gradients by filter": """
+        slices:
+          - sources:
+              - model: ./math
+                layer_range: [0, 4]
+              - model: ./code
+                layer_range: [0, 4]
+        merge_method: slerp
+        base_model: ./math
+        parameters:
+          t:
+            - filter: self_attn
+              value: [0, 0.5, 0.3, 0.7, 1]
+            - filter: mlp
+              value: [1, 0.5, 0.7, 0.3, 0]
+            - value: 0.5 # what is left
+        dtype: float16
+        """,
+    "weights and densities by layer": """
+        models:
+          - model: ./base # no parameters
+          - model: ./math
+            parameters:
+              density: [1, 0.7, 0.1]
+              weight: 1.0
+          - model: ./code
+            parameters:
+              density: 0.33
+              weight:
+                - filter: mlp
+                  value: 0.5
+                - value: 0
+        merge_method: ties
+        base_model: ./base
+        parameters:
+          normalize: true
+          int8_mask: true
+        dtype: float16
+        """,
+    "a taller model": """
+        slices:
+        - sources:
+          - {model: ./math, layer_range: [0, 3]}
+        - sources:
+          - {model: ./code, layer_range: [1, 4]}
+        merge_method: passthrough
+        dtype: bfloat16
+        """,
+    "a layer that adds nothing": """
+        merge_method: passthrough
+        slices:
+          - sources: [{model: ./math, layer_range: [0, 2]}]
+          - sources:
+              - model: ./math
+                layer_range: [1, 2]
+                parameters:
+                  scale:
+                    - {filter: o_proj, value: 0.0}
+                    - {filter: down_proj, value: 0.0}
+                    - value: 1.0
+          - sources: [{model: ./math, layer_range: [2, 4]}]
+        """,
+    "the long form of a model": """
+        merge_method: linear
+        models:
+          - model: {model: {path: ./math}}
+            parameters: {weight: 1.0}
+          - model: {path: ./code}
+            parameters: {weight: '0.3'}
+        tokenizer_source: base
+        out_dtype: bfloat16
+        dtype: float32
+        """,
+    "scientific notation": """
+        merge_method: dare_linear
+        base_model: ./base
+        models: [{model: ./math, parameters: {weight: 1e-1, density: 5.e-1}}]
+        parameters: {lambda: 1, rescale: yes}
+        tokenizer: {source: base}
+        """,
+    "a module": """
+        merge_method: linear
+        modules:
+          default:
+            parameters: {weight: 0.5}
+            models: [{model: ./math}, {model: ./code, parameters: {weight: [0, 1]}}]
+        """,
+    "several documents": """
+        name: calm
+        merge_method: task_arithmetic
+        base_model: ./base
+        models: [{model: ./math, parameters: {weight: 0.5}}]
+        ---
+        name: unused
+        merge_method: linear
+        models: [{model: calm, parameters: {weight: 1}}]
+        ---
+        name: last but one
+        merge_method: slerp
+        base_model: calm
+        models: [{model: calm}, {model: ./code}]
+        parameters: {t: 0.4}
+        ---
+        merge_method: passthrough
+        slices:
+          - sources: [{model: last but one, layer_range: [0, 2]}]
+          - sources: [{model: calm, layer_range: [0, 4]}]
+        """,
+}
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_every_form_of_a_mergekit_recipe_is_followed(here: Path, form: str) -> None:
+    """From YAML to a folder whose tensors are finite, with the layers that were asked for."""
+    (here / "recipe.yaml").write_text(textwrap.dedent(FORMS[form]))
+    merge(here / "recipe.yaml", here / "out")
+
+    made = read_model(here / "out")
+    config = json.loads((here / "out" / "config.json").read_text())
+    layers = {"a taller model": 6, "a layer that adds nothing": 5, "several documents": 6}
+    assert stacks(made) == {"model.layers.": layers.get(form, LAYERS)}
+    assert config["num_hidden_layers"] == layers.get(form, LAYERS)
+    for name, tensor in numbers_of(made).items():
+        assert np.isfinite(tensor).all(), name
+
+
+def numbers_of(tensors: Tensors) -> dict[str, Any]:
+    """The numbers of a model, float16 included."""
+    return {
+        n: np.frombuffer(t.data, "<f2") if t.dtype == "F16" else t.values
+        for n, t in tensors.items()
+    }
 
 
 # --------------------------------------------------------------------------------- wrong recipes
