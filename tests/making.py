@@ -306,3 +306,9 @@ def _open_files(under: Path) -> list[str]:
         with suppress(FileNotFoundError):
             found.append(str(link.readlink()))
     return sorted(path for path in found if path.startswith(f"{under}/"))
+
+
+def record_inputs(folder: Path) -> dict[str, str]:
+    """The fingerprints of the inputs that an output's record names."""
+    record = json.loads((folder / "suture.json").read_text())
+    return {label: entry["fingerprint"] for label, entry in record["inputs"].items()}

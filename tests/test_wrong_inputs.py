@@ -122,17 +122,13 @@ RECIPES: dict[str, Case] = {
         with_(models={"math": "./maths", "code": "./code"}), ("./maths", "no such", "did you mean 'math'?")
     ),
     "a path that is nothing": Case(with_(models={"math": "", "code": "./code"}), ("no path",)),
-    "mergekit's slices": Case(
-        {"merge_method": "ties", "base_model": "./base", "slices": []}, ("slices", "not supported")
+    "mergekit's layers beyond the model": Case(
+        {"merge_method": "passthrough", "slices": [{"sources": [{"model": "./math", "layer_range": [0, 9]}]}]},
+        ("slices[0].sources[0].layer_range", "has 2 layers", "[0, 2] are all"),
     ),
-    "mergekit's gradients": Case(
-        {"merge_method": "linear", "models": [{"model": "./math", "parameters": {"weight": [0, 1]}}]},
-        ("weight", "gradient", "not supported"),
-    ),
-    "mergekit's filters": Case(
-        {"merge_method": "slerp", "base_model": "./base", "models": [{"model": "./math"}],
-         "parameters": {"t": [{"filter": "mlp", "value": 0.1}, {"value": 0.5}]}},
-        ("parameters.t", "filter", "not supported"),
+    "mergekit's words in a gradient": Case(
+        {"merge_method": "linear", "models": [{"model": "./math", "parameters": {"weight": [0, "x"]}}]},
+        ("models[0].parameters.weight[1]", "'x' is not a number"),
     ),
     "mergekit's tokenizer union": Case(
         {"merge_method": "linear", "tokenizer_source": "union",

@@ -122,7 +122,10 @@ def _public(recipe: Mapping[str, Any], donors: Sequence[Checkpoint]) -> dict[str
         for name, entry in recipe["models"].items()
     }
     base = recipe["base"]
-    return {**recipe, "base": None if base is None else Path(base).name, "models": models}
+    found = {**recipe, "base": None if base is None else Path(base).name, "models": models}
+    if "stages" in recipe:
+        found["stages"] = {n: _public(stage, donors) for n, stage in recipe["stages"].items()}
+    return found
 
 
 def _licence(checkpoint: Checkpoint) -> str | None:

@@ -8,13 +8,15 @@ its name in it, never a crash or a read outside the tensor's bytes.
 from __future__ import annotations
 
 import json
+import math
 import os
 import re
 import stat
+import sys
 import threading
 import weakref
 from collections.abc import Iterator, Mapping
-from functools import cached_property
+from functools import cached_property, lru_cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple
 
@@ -141,6 +143,7 @@ def read_header(path: Path) -> Header:
     spans: list[tuple[int, int, str]] = []
     for name, entry in raw.items():
         spec, start, end = _entry(path, name, entry)
+        name = sys.intern(name)  # models of one family share their names
         specs[name] = spec
         spans.append((start, end, name))
     _check_spans(path, spans, size - 8 - length)
@@ -159,33 +162,33 @@ def _entry(path: Path, name: str, entry: object) -> tuple[TensorSpec, int, int]:
         raise CheckpointError(f"{path}: {name!r} has the unknown dtype {brief(dtype)}")
     if not _counts(shape) or not _counts(span) or len(span) != 2:
         raise CheckpointError(f"{path}: {name!r} has a shape or offsets that are no whole numbers")
-    if len(shape) > RANK_LIMIT or _absurd(shape):
+    spec, nbytes = _spec(dtype, tuple(shape))
+    if spec is None:
         raise CheckpointError(f"{path}: {name!r} has the absurd shape {brief(shape)}")
-    spec = TensorSpec(dtype, tuple(shape))
     start, end = span
-    if end - start != spec.nbytes:
+    if end - start != nbytes:
         raise CheckpointError(
-            f"{path}: {name!r} is {spec} and needs {spec.nbytes} bytes, but its offsets "
+            f"{path}: {name!r} is {spec} and needs {nbytes} bytes, but its offsets "
             f"{brief(start)} to {brief(end)} hold {brief(end - start)}"
         )
     return spec, start, end
 
 
-def _absurd(shape: list[int]) -> bool:
+@lru_cache(maxsize=1 << 14)
+def _spec(dtype: str, shape: tuple[int, ...]) -> tuple[TensorSpec | None, int]:
+    """One value for all tensors of a shape, and its bytes; ``None`` where the shape is absurd."""
     # Sizes of zero count as one here: beside them the others may not be absurd either.
-    size = 1
-    for extent in shape:
-        size *= min(extent, 1 << 60) or 1
-    return size >= 1 << 60
+    if len(shape) > RANK_LIMIT or math.prod(max(1, min(s, 1 << 60)) for s in shape) >= 1 << 60:
+        return None, 0
+    spec = TensorSpec(dtype, shape)
+    return spec, spec.nbytes
 
 
 def _counts(values: object) -> bool:
-    if not isinstance(values, list):
-        return False
-    for value in values:  # noqa: SIM110  all() takes twice as long, and there are many of these
-        if type(value) is not int or value < 0:
-            return False
-    return True
+    # No generator: this is asked twice for every tensor of a model.
+    return (
+        isinstance(values, list) and {*map(type, values)} <= {int} and min(values, default=0) >= 0
+    )
 
 
 def _check_spans(path: Path, spans: list[tuple[int, int, str]], size: int) -> None:
@@ -217,7 +220,9 @@ class Checkpoint(Mapping[str, Array]):
     checkpoint gives a ``TaskVector``; adding two is an error.
     """
 
-    def __init__(self, where: Path, label: str, files: list[Path]) -> None:
+    def __init__(
+        self, where: Path, label: str, files: list[Path], index: Mapping[str, str] | None = None
+    ) -> None:
         self.path = where
         """The file or folder."""
         self.label = label
@@ -231,9 +236,9 @@ class Checkpoint(Mapping[str, Array]):
         self._descriptors: dict[int, int] = {}
         self._lock = threading.Lock()
         self._close = weakref.finalize(self, _close_all, self._descriptors)
-        headers = self._read_headers()
+        headers = self._read_headers(index)
         self.config = self._read_config()
-        if _ties(self.config):
+        if ties_embeddings(self.config):
             self.aliases = tied_to(self.specs.keys())
             self._aliased = {a: (self.specs.pop(a), self.places.pop(a)) for a in self.aliases}
         self.identity = [
@@ -242,18 +247,22 @@ class Checkpoint(Mapping[str, Array]):
         ]
         """What tells cheaply whether the files are still the same: name, size, time, header."""
 
-    def _read_headers(self) -> list[Header]:
+    def _read_headers(self, index: Mapping[str, str] | None) -> list[Header]:
         problems = Problems()
         headers: list[Header] = []
+        held: dict[int, dict[str, TensorSpec]] = {}
         for number, file in enumerate(self.files):
             with problems.collecting():
                 header = read_header(file)
                 headers.append(header)
+                held[number] = header.specs
                 twice = [name for name in header.specs if name in self.specs]
                 if twice:
                     raise CheckpointError(f"{file}: {listed(twice)} also stand in another shard")
                 self.specs.update(header.specs)
                 self.places.update({n: Place(number, o) for n, o in header.offsets.items()})
+        if index is not None:
+            _check_index(index, held, self.folder, problems)
         problems.raise_if_any()
         return headers
 
@@ -439,7 +448,8 @@ def _torch_dtype(name: str) -> torch.dtype:
     return found
 
 
-def _ties(config: Mapping[str, Any]) -> bool:
+def ties_embeddings(config: Mapping[str, Any]) -> bool:
+    """Whether a configuration says that embedding and head are one tensor."""
     inner = config.get("text_config")
     return config.get("tie_word_embeddings") is True or (
         isinstance(inner, dict) and inner.get("tie_word_embeddings") is True
@@ -474,7 +484,7 @@ def open_checkpoint(model: str | os.PathLike[str], near: Path | None = None) -> 
     else:
         raise CheckpointError(f"{text}: no such file or folder{_nearby(path)}")
     if where.is_dir():
-        return Checkpoint(where, text, _files_of(where, text))
+        return Checkpoint(where, text, *_files_of(where, text))
     if where.suffix != ".safetensors":
         raise CheckpointError(f"{text}: {_remedy(where.suffix)}")
     return Checkpoint(where, text, [where])
@@ -530,11 +540,12 @@ def _inside(path: Path, folder: Path) -> Path:
     return target
 
 
-def _files_of(folder: Path, label: str) -> list[Path]:
+def _files_of(folder: Path, label: str) -> tuple[list[Path], Mapping[str, str] | None]:
+    """The files of a model, and the index that says which tensor is in which."""
     if (folder / INDEX).exists():
         return _from_index(folder, label)
     if (folder / WEIGHTS).exists():
-        return [_inside(folder / WEIGHTS, folder)]
+        return [_inside(folder / WEIGHTS, folder)], None
     found = sorted(p for p in folder.glob("*.safetensors") if p.is_file())
     if (folder / "adapter_config.json").exists():
         raise CheckpointError(
@@ -542,9 +553,9 @@ def _files_of(folder: Path, label: str) -> list[Path]:
             "PeftModel.from_pretrained(...).merge_and_unload().save_pretrained(folder)"
         )
     if len(found) == 1:
-        return [_inside(found[0], folder)]
+        return [_inside(found[0], folder)], None
     if found:
-        return _numbered(found, folder, label)
+        return _numbered(found, folder, label), None
     others = sorted({p.suffix for p in folder.iterdir() if p.suffix in (*PICKLES, ".gguf")})
     if others:
         raise CheckpointError(f"{label}: no .safetensors file in it; {_remedy(others[0])}")
@@ -561,7 +572,7 @@ def _numbered(found: list[Path], folder: Path, label: str) -> list[Path]:
     )
 
 
-def _from_index(folder: Path, label: str) -> list[Path]:
+def _from_index(folder: Path, label: str) -> tuple[list[Path], Mapping[str, str]]:
     index = read_json(_inside(folder / INDEX, folder), JSON_LIMIT)
     where = index.get("weight_map")
     listed_well = isinstance(where, dict) and all(isinstance(v, str) for v in where.values())
@@ -587,30 +598,29 @@ def _from_index(folder: Path, label: str) -> list[Path]:
                 )
             files.append(_inside(folder / name, folder))
     problems.raise_if_any()
-    _check_index(where, files, folder)
-    return files
+    return files, where
 
 
-def _check_index(where: Mapping[str, str], files: list[Path], folder: Path) -> None:
-    problems = Problems()
-    held: dict[str, set[str]] = {}
-    names = sorted(set(where.values()))
-    for name, file in zip(names, files, strict=True):
-        with problems.collecting():
-            held[name] = set(read_header(file).specs)
-    for name, there in held.items():
-        said = {tensor for tensor, file in where.items() if file == name}
-        if said - there:
-            missing = listed(sorted(said - there))
+def _check_index(
+    where: Mapping[str, str], held: Mapping[int, Mapping[str, TensorSpec]], folder: Path,
+    problems: Problems,
+) -> None:  # fmt: skip
+    """Note where an index and the headers of its files, by their number, do not agree."""
+    said: dict[str, set[str]] = {}
+    for tensor, name in where.items():
+        said.setdefault(name, set()).add(tensor)
+    for number, name in enumerate(sorted(said)):
+        if number not in held:
+            continue
+        missing, extra = said[name] - held[number].keys(), held[number].keys() - said[name]
+        if missing:
+            told = listed(sorted(missing))
+            problems.add(CheckpointError, f"{folder / name}: the index promises {told}, not there")
+        if extra:
+            told = listed(sorted(extra))
             problems.add(
-                CheckpointError, f"{folder / name}: the index promises {missing}, not there"
+                CheckpointError, f"{folder / name}: holds {told}, which the index does not list"
             )
-        if there - said:
-            extra = listed(sorted(there - said))
-            problems.add(
-                CheckpointError, f"{folder / name}: holds {extra}, which the index does not list"
-            )
-    problems.raise_if_any()
 
 
 def _from_hub(text: str, path: Path) -> Path:

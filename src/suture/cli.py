@@ -234,8 +234,17 @@ def merge(
     recipe: Annotated[
         Path, typer.Argument(help="A recipe (YAML), also mergekit's, or a suture.json.")
     ],
-    out: Annotated[Path, typer.Option("--out", "-o", help="The folder to write.")],
+    out: Annotated[
+        Path | None, typer.Option("--out", "-o", help="The folder to write.", show_default=False)
+    ] = None,
     threads: Threads = None,
+    explain: Annotated[
+        bool,
+        typer.Option(
+            "--explain",
+            help="Say what a mergekit recipe means here, and where Suture's defaults differ.",
+        ),
+    ] = False,
     dry_run: Annotated[
         bool, typer.Option("--dry-run", help="Check everything and say what would be done.")
     ] = False,
@@ -258,6 +267,12 @@ def merge(
     with _errors(as_json), Bars(as_json) as bars:
         from suture import machine, run
 
+        if explain:
+            told = run.explain(recipe)
+            _print(told) if as_json else _show_explanation(told)
+            return
+        if out is None:
+            raise SutureError("where to? name the folder to write: -o OUT")
         machine.announce = lambda: _say("compiling for this processor (once, some ten seconds)")
         how = run.Options(threads=threads, overwrite=overwrite, resume=not no_resume,
                           allow_nonfinite=allow_nonfinite)  # fmt: skip
@@ -278,15 +293,45 @@ def merge(
             _tell(line)
 
 
+def _show_explanation(found: dict[str, Any]) -> None:
+    import yaml
+
+    if not found["mergekit"]:
+        _tell("# A recipe of Suture's own; without what is a default it reads:\n")
+    else:
+        _tell("# With mergekit's meaning, which this recipe keeps, Suture's defaults differ in:\n#")
+    for stage, sentences in found["differences"].items():
+        if stage:
+            _tell(f"# stage {stage}:")
+        for text in sentences or ["nothing"]:
+            _tell(_comment(text))
+    for note in found["notes"]:
+        _tell(_comment(f"note: {note}"))
+    if found["mergekit"]:
+        _tell("#\n# The same merge as a recipe of Suture's own:\n")
+    _tell(yaml.safe_dump(found["native"], sort_keys=False, default_flow_style=None, width=100,
+                         allow_unicode=True).rstrip())  # fmt: skip
+
+
+def _comment(text: str) -> str:
+    """A sentence as an item of a YAML comment."""
+    from textwrap import fill
+
+    return fill(text, 98, initial_indent="# - ", subsequent_indent="#   ")
+
+
 def _intention(plan: Any) -> str:
-    job = plan.job
     return (f"merging {len(plan.recipe.models)} model(s) by {plan.recipe.method.name}: "
-            f"{len(job.names)} tensors merged, {len(job.specs) - len(job.names)} copied, "
+            f"{plan.merged} tensors merged, {len(plan.specs) - plan.merged} copied, "
             f"{readable(plan.nbytes)} to {plan.out}")  # fmt: skip
 
 
 def _show_plan(found: dict[str, Any]) -> None:
     _tell(f"method   {found['method']} " + json.dumps(found["parameters"]))
+    for name, row in found["stages"].items():
+        _tell(f"stage    {name}: {row['method']}, {row['tensors']} tensors, "
+              f"{readable(row['bytes'])}, {'there already' if row['kept'] else 'to be made'} in "
+              f"{row['path']}")  # fmt: skip
     for label, row in found["inputs"].items():
         _tell(f"input    {label}: {row['path']}, {row['tensors']} tensors, "
               f"{readable(row['bytes'])}, {row['files']} file(s)")  # fmt: skip

@@ -8,7 +8,7 @@ of everything that passes while it is in the cache.
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -19,7 +19,17 @@ from suture.checkpoint import Checkpoint
 from suture.errors import NonFiniteError
 from suture.merges import Context, Merge
 from suture.roles import role_of
-from suture.spec import DTYPES, F64, PIECE, WORD_OF, Piece, TensorSpec, pieces_of
+from suture.spec import (
+    DTYPES,
+    F64,
+    PIECE,
+    PROMOTED,
+    WORD_OF,
+    Piece,
+    TensorSpec,
+    pieces_of,
+    promoted,
+)
 from suture.stream import (
     BLOCK,
     DELTA,
@@ -37,6 +47,7 @@ from suture.stream import (
     tasks_of,
     tensor_fingerprint,
 )
+from suture.views import Same, View
 from suture.writer import Writer
 
 Array = np.ndarray[Any, Any]
@@ -44,7 +55,7 @@ Array = np.ndarray[Any, Any]
 
 @dataclass(frozen=True)
 class Job:
-    """What is merged, how, and into which tensors."""
+    """What is merged, how, and into which tensors; a merge of slices is one job for each."""
 
     sources: Sources
     models: tuple[str, ...]
@@ -53,7 +64,7 @@ class Job:
     names: tuple[str, ...]
     """The tensors that are merged, sorted; all others are copied from the reference."""
     specs: Mapping[str, TensorSpec]
-    """Every tensor of the output."""
+    """The tensors of the output that this job makes."""
     equal_buffers: bool = True
     """Whether integer and boolean tensors must be the same in all models."""
     threads: int | None = None
@@ -65,14 +76,19 @@ class Job:
         return self.models if self.sources.base is None else ("base", *self.models)
 
 
-def output_specs(reference: Checkpoint, dtype: str | None) -> dict[str, TensorSpec]:
+def output_specs(
+    reference: Checkpoint, dtype: str | None, models: Sequence[Checkpoint] = ()
+) -> dict[str, TensorSpec]:
     """The tensors of the output: those of the reference, in another floating dtype if asked."""
-    return {
-        name: TensorSpec(dtype, spec.shape)
-        if dtype is not None and DTYPES[spec.dtype].computable and role_of(name).kind != "buffer"
-        else spec
-        for name, spec in reference.specs.items()
-    }
+    if dtype is None:
+        return dict(reference.specs)
+    found = {}
+    for name, spec in reference.specs.items():
+        if DTYPES[spec.dtype].computable and role_of(name).kind != "buffer":
+            own = [c.specs[name].dtype for c in (reference, *models) if name in c.specs]
+            spec = TensorSpec(promoted(own) if dtype == PROMOTED else dtype, spec.shape)
+        found[name] = spec
+    return found
 
 
 @dataclass
@@ -102,8 +118,7 @@ class Outcome:
 class _Done:
     """What the journal holds: digests and counts of every finished piece."""
 
-    def __init__(self, inputs: int) -> None:
-        self.inputs = inputs
+    def __init__(self) -> None:
         self.pieces: dict[tuple[str, int], tuple[list[str], int, int]] = {}
 
     def add(self, entry: Sequence[Any]) -> None:
@@ -125,17 +140,10 @@ class _Done:
                 if hashers.take()[0] != noted[0][-1]:
                     del self.pieces[name, piece.number]
 
-    def fingerprint(
-        self, which: int, specs: Mapping[str, TensorSpec]
-    ) -> tuple[str, dict[str, str]]:
-        """The fingerprint of input ``which`` (-1: the output), and of its tensors."""
-        tensors = {}
-        for name, spec in specs.items():
-            pieces = pieces_of(name, spec.numel)
-            if all((name, p.number) in self.pieces for p in pieces):
-                digests = [self.pieces[name, p.number][0][which] for p in pieces]
-                tensors[name] = tensor_fingerprint(digests)
-        return fingerprint(specs, tensors), tensors
+    def tensor(self, which: int, name: str, spec: TensorSpec) -> str | None:
+        """The fingerprint of a tensor in input ``which`` of its job (-1: in the output)."""
+        found = [self.pieces.get((name, p.number)) for p in pieces_of(name, spec.numel)]
+        return tensor_fingerprint([p[0][which] for p in found if p]) if all(found) else None
 
 
 class _Local:
@@ -236,41 +244,65 @@ def bytes_read(job: Job, names: Iterable[str]) -> int:
     return sum(c.specs[n].nbytes for n in names for c in job.sources.all if n in c.specs)
 
 
-def apply(job: Job, writer: Writer, stage: Stage = _silent) -> Outcome:
+def apply(
+    jobs: Sequence[Job], writer: Writer, inputs: Mapping[str, Checkpoint], stage: Stage = _silent
+) -> Outcome:
     """Merge into the writer's staging folder; the caller adds its files and publishes.
+
+    Args:
+        jobs: what makes the output's tensors, each of them one.
+        writer: where they go.
+        inputs: the models by label, whose fingerprints are taken.
+        stage: told of each stage.
 
     Raises:
         SutureError: an input or the output is at fault; what was finished stays for a later run.
     """
     begun = time.perf_counter()
-    done = _Done(len(job.sources.all))
+    done = _Done()
     if writer.resumed:
         for line in writer.journal():
             for entry in line:
                 done.add(entry)
-        done.verify(writer, job.specs)
+        done.verify(writer, writer.specs)
     resumed = len(done.pieces)
-    tasks = [
-        todo
-        for task in tasks_of(_in_file_order(job), job.specs)
-        if (todo := [p for p in task if (p.name, p.number) not in done.pieces])
+    work = [_left(job, done) for job in jobs]
+    ahead = stage("prepare", sum(bytes_read(j, j.names) * j.merge.passes for j in jobs))
+    states = [
+        job.merge.prepare(
+            Context(job.sources, job.names, job.models, job.threads, job.block, ahead)
+        )
+        if tasks or job.merge.passes
+        else None
+        for job, tasks in zip(jobs, work, strict=True)
     ]
-    state = None
-    if tasks or job.merge.passes:
-        ahead = stage("prepare", bytes_read(job, job.names) * job.merge.passes)
-        context = Context(job.sources, job.names, job.models, job.threads, job.block, ahead)
-        state = job.merge.prepare(context)
     prepared = time.perf_counter()
-    merging = _Merging(job, state, writer, done)
-    left = sum(_nbytes(job, piece) for task in tasks for piece in task)
-    sweep(job.sources, tasks, merging, threads=job.threads, block=job.block,
-          progress=stage("merge", left))  # fmt: skip
-    outcome = _outcome(job, done, state, resumed)
+    left = sum(
+        _nbytes(job, piece)
+        for job, tasks in zip(jobs, work, strict=True)
+        for task in tasks
+        for piece in task
+    )
+    progress = stage("merge", left)
+    for job, tasks, state in zip(jobs, work, states, strict=True):
+        merging = _Merging(job, state, writer, done)
+        sweep(job.sources, tasks, merging, threads=job.threads, block=job.block,
+              progress=progress)  # fmt: skip
+    outcome = _outcome(jobs, done, states, inputs, writer.specs, resumed)
     outcome.seconds = {
         "prepare": prepared - begun,
         "merge": time.perf_counter() - prepared,
     }
     return outcome
+
+
+def _left(job: Job, done: _Done) -> list[list[Piece]]:
+    """The pieces of a job that are still to do, in tasks."""
+    return [
+        todo
+        for task in tasks_of(_in_file_order(job), job.specs)
+        if (todo := [p for p in task if (p.name, p.number) not in done.pieces])
+    ]
 
 
 def _nbytes(job: Job, piece: Piece) -> int:
@@ -287,22 +319,59 @@ def _in_file_order(job: Job) -> list[str]:
     return sorted(job.specs, key=lambda name: places[name])
 
 
-def _outcome(job: Job, done: _Done, state: Any, resumed: int) -> Outcome:
+def _outcome(
+    jobs: Sequence[Job], done: _Done, states: Sequence[Any], inputs: Mapping[str, Checkpoint],
+    specs: Mapping[str, TensorSpec], resumed: int,
+) -> Outcome:  # fmt: skip
+    seen = _seen(jobs, done, list(inputs.values()))
     prints = {}
-    for number, (label, checkpoint) in enumerate(zip(job.labels, job.sources.all, strict=True)):
-        shared = {n: s for n, s in checkpoint.specs.items() if n in job.specs}
-        _, tensors = done.fingerprint(number, shared)
-        beyond = {n: s for n, s in checkpoint.specs.items() if n not in job.specs}
-        tensors |= tensor_fingerprints(checkpoint, list(beyond)) if beyond else {}
+    for label, checkpoint in inputs.items():
+        tensors = seen[checkpoint]
+        beyond = [name for name in checkpoint.specs if name not in tensors]
+        tensors |= tensor_fingerprints(checkpoint, beyond) if beyond else {}
         prints[label] = fingerprint(checkpoint.specs, tensors)
-    prints["output"], tensors = done.fingerprint(-1, job.specs)
+    made = {name: found for name, spec in specs.items() if (found := done.tensor(-1, name, spec))}
+    prints["output"] = fingerprint(specs, made)
     moved: dict[str, int] = {}
     lost: dict[str, int] = {}
     for (name, _), (_, more, less) in done.pieces.items():
         moved[name] = moved.get(name, 0) + more
         lost[name] = lost.get(name, 0) + less
-    facts = job.merge.facts(state) if state is not None else {}
-    return Outcome(prints, tensors, moved, lost, facts, resumed)
+    facts = [
+        {} if state is None else job.merge.facts(state)
+        for job, state in zip(jobs, states, strict=True)
+    ]
+    told = facts[0] if len(facts) == 1 else {"slices": facts} if any(facts) else {}
+    return Outcome(prints, made, moved, lost, told, resumed)
+
+
+def _seen(
+    jobs: Sequence[Job], done: _Done, inputs: Sequence[Checkpoint]
+) -> dict[Checkpoint, dict[str, str]]:
+    """The fingerprints of the inputs' tensors that the jobs read, under their own names."""
+    found: dict[Checkpoint, dict[str, str]] = {checkpoint: {} for checkpoint in inputs}
+    for job in jobs:
+        for number, source in enumerate(job.sources.all):
+            for name in job.specs:
+                place = _home(source, name, found) if name in source.specs else None
+                if place is None or place[1] in found[place[0]]:
+                    continue
+                print_ = done.tensor(number, name, source.specs[name])
+                if print_ is not None:
+                    found[place[0]][place[1]] = print_
+    return found
+
+
+def _home(
+    source: Checkpoint, name: str, inputs: Collection[Checkpoint]
+) -> tuple[Checkpoint, str] | None:
+    """The tensor of an input that a view shows under this name, as it is."""
+    while source not in inputs:
+        lens = source.lenses[name] if isinstance(source, View) else None
+        if not isinstance(lens, Same):
+            return None
+        source, name = lens.origin
+    return source, name
 
 
 class _Hashing(Visitor[Hashers]):
@@ -342,16 +411,24 @@ def checkpoint_fingerprint(checkpoint: Checkpoint, progress: Progress | None = N
     )
 
 
-def peak_memory(job: Job) -> int:
+def peak_memory(jobs: Sequence[Job]) -> int:
     """Bytes that a merge holds at most, above the interpreter and the compiled kernels."""
+    journal = sum(
+        max(1, -(-spec.numel // PIECE)) * 200 * (len(job.sources.all) + 2)
+        for job in jobs
+        for spec in job.specs.values()
+    )
+    return max(_buffers(job) for job in jobs) + journal
+
+
+def _buffers(job: Job) -> int:
     models, inputs = len(job.sources.models), len(job.sources.all)
     threads = job.threads or 1
     blocks = job.block * (4 * models + 3 * 4) + span_of(job.block) * 8 * (inputs + 1)
     counting = models * (2 * 4 * kernels.BINS + 4 * select.WIDTH)
     shared = models * 8 * select.WIDTH
     per_thread = 2 * blocks + (counting if job.merge.passes else 0)
-    journal = sum(max(1, -(-s.numel // PIECE)) for s in job.specs.values()) * 200 * (inputs + 2)
-    return threads * per_thread + shared + journal
+    return threads * per_thread + shared
 
 
 __all__ = [

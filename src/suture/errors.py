@@ -13,7 +13,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from difflib import get_close_matches
 from reprlib import repr as brief
@@ -56,6 +56,8 @@ class Problems:
     def __init__(self, limit: int = 20) -> None:
         self._found: list[tuple[type[SutureError], str]] = []
         self._limit = limit
+        self.locate: Callable[[str], str] = str
+        """Puts before a problem where in a file it stands, if that can be told from its text."""
 
     def add(self, kind: type[SutureError], text: str) -> None:
         """Note one problem; the same one is noted once."""
@@ -80,10 +82,10 @@ class Problems:
         """Raise one error that lists every problem; its class is that of the first."""
         if not self._found:
             return
-        kind, first = self._found[0]
-        texts = [text for _, text in self._found]
+        kind = self._found[0][0]
+        texts = [self.locate(text) for _, text in self._found]
         if len(texts) == 1:
-            error = kind(first)
+            error = kind(texts[0])
         else:
             shown = "".join(f"\n  - {_indented(text)}" for text in texts[: self._limit])
             more = (

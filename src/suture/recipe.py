@@ -1,7 +1,7 @@
 """Recipes: YAML read once into frozen types, every fault found before anything is opened.
 
 Two languages are read. Suture's own has ``method`` at the top; one with ``merge_method`` is a
-mergekit recipe, which is translated into the other with mergekit's own per-tensor semantics.
+mergekit recipe, which ``suture.mergekit`` translates.
 """
 
 from __future__ import annotations
@@ -9,16 +9,34 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import yaml
 
+from suture import mergekit
 from suture.errors import Problems, RecipeError, brief, did_you_mean
-from suture.merges import METHODS, Method, method, settings
-from suture.roles import DEFAULT_SPACE, ParamSpace
-from suture.spec import WORD_OF, bytes_from, dtype_named
+from suture.merges import method, settings
+from suture.recipe_types import (
+    POLICIES,
+    TAKEN,
+    UNKNOWN,
+    ModelEntry,
+    Policy,
+    Recipe,
+    Slice,
+    Source,
+    check_slice,
+    checked,
+    layer_range,
+    once,
+    refuse_unknown,
+    section,
+    short,
+)
+from suture.roles import ParamSpace
+from suture.spec import PROMOTED, bytes_from, dtype_named
 from suture.writer import SHARD_SIZE
 
 SCHEMA = 1
@@ -27,83 +45,8 @@ RECIPE_LIMIT = 1 << 20
 """Bytes a recipe may have; sixteen times that with what was made of it, as JSON."""
 NODE_LIMIT = 100_000
 """Values a recipe may have, aliases written out."""
-
-
-@dataclass(frozen=True)
-class Policy:
-    """What to do where the models do not hold the same tensors."""
-
-    missing: str = "error"
-    """A model lacks a tensor: ``error``, or ``base`` to take it from the base."""
-    extra: str = "error"
-    """A model has one more: ``error``, or ``drop``."""
-    buffers: str = "equal"
-    """Integer and boolean tensors: ``equal`` in all models, or those of the ``base``."""
-
-
-POLICIES = {
-    "missing": ("error", "base"),
-    "extra": ("error", "drop"),
-    "buffers": ("equal", "base"),
-}
-
-
-@dataclass(frozen=True)
-class ModelEntry:
-    """One model of a recipe."""
-
-    path: str
-    parameters: Mapping[str, Any] = field(default_factory=dict)
-
-
-@dataclass(frozen=True)
-class Recipe:
-    """A merge, as data: after ``read_recipe`` every key is known and every value checked."""
-
-    method: Method
-    models: Mapping[str, ModelEntry]
-    base: str | None = None
-    parameters: Mapping[str, Any] = field(default_factory=dict)
-    space: ParamSpace = DEFAULT_SPACE
-    policy: Policy = Policy()
-    dtype: str | None = None
-    """The dtype of floating tensors of the output; ``None`` keeps that of the base."""
-    shard_size: int = SHARD_SIZE
-    folder: Path = Path()
-    """Where relative paths start."""
-    notes: tuple[str, ...] = ()
-    """What a reader of the recipe should know: options that were accepted and do nothing, ..."""
-    fingerprints: Mapping[str, str] = field(default_factory=dict)
-    """What the inputs must have, when the recipe is the provenance of an earlier output."""
-
-    @property
-    def settings(self) -> dict[str, Any]:
-        """The parameters in the types that the method asks for."""
-        problems = Problems()
-        found = settings(self.method, self.parameters, self._own, problems)
-        problems.raise_if_any()
-        return found
-
-    @property
-    def _own(self) -> list[tuple[str, Mapping[str, Any]]]:
-        return [(name, entry.parameters) for name, entry in self.models.items()]
-
-    def resolved(self) -> dict[str, Any]:
-        """The recipe with every default written out, as plain data that can be read again."""
-        known = self.method.parameters
-        shared = {n: self.parameters.get(n, p.default) for n, p in known.items()}
-        return {
-            "base": self.base,
-            "models": {n: {"path": e.path, **e.parameters} for n, e in self.models.items()},
-            "method": self.method.name,
-            "parameters": shared,
-            "space": {"include": list(self.space.include), "exclude": list(self.space.exclude)},
-            "policy": {k: getattr(self.policy, k) for k in POLICIES},
-            "output": {
-                "dtype": None if self.dtype is None else WORD_OF[self.dtype],
-                "shard_size": self.shard_size,
-            },
-        }
+STAGE_LIMIT = 1000
+"""Documents a recipe may have."""
 
 
 class _Loader(yaml.SafeLoader):
@@ -146,26 +89,103 @@ def _unfolded(node: yaml.Node | None, known: dict[int, int]) -> int:
     return known[id(node)]
 
 
-def parse_yaml(text: str, where: str) -> dict[str, Any]:
-    """Read a YAML mapping.
+class Lines:
+    """On which line of a YAML file each part of a recipe stands, by its place.
+
+    A place is written as messages write it: ``models[0].parameters.weight``.
+    """
+
+    def __init__(self, node: yaml.Node | None = None) -> None:
+        self.known: dict[str, int] = {}
+        self.words: dict[str, int] = {}
+        """The lines of values: a message about a model begins with its path."""
+        waiting: list[tuple[str, yaml.Node | None]] = [("", node)]
+        while waiting:
+            place, at = waiting.pop()
+            if isinstance(at, yaml.MappingNode):
+                for key, value in at.value:
+                    inner = f"{place}.{key.value}" if place else str(key.value)
+                    self.known.setdefault(inner, key.start_mark.line + 1)
+                    waiting.append((inner, value))
+            elif isinstance(at, yaml.SequenceNode):
+                for number, value in enumerate(at.value):
+                    inner = f"{place}[{number}]"
+                    self.known.setdefault(inner, value.start_mark.line + 1)
+                    waiting.append((inner, value))
+            elif isinstance(at, yaml.ScalarNode):
+                line = at.start_mark.line + 1
+                self.words[at.value] = min(line, self.words.get(at.value, line))
+
+    def of(self, text: str) -> int | None:
+        """The line of what a message speaks of; ``None`` where that cannot be told."""
+        place = _PLACE.match(text)
+        where = place[1] if place else ""
+        # `parameters: ties has no 'densty'` speaks of what is quoted rather than of the section.
+        quoted = re.search(r"(?:key|has no|no model) '([^']*)'", text)
+        word = re.search(r"\['([^']*)'\]:", text)
+        for found in (word, quoted):
+            if found is not None:
+                inner = f"{where}.{found[1]}" if where else found[1]
+                if inner in self.known:
+                    return self.known[inner]
+        while where and where not in self.known:
+            where = _LAST.sub("", where)
+        return self.known.get(where) or self.words.get(text.partition(": ")[0])
+
+    def locate(self, text: str) -> str:
+        """The message, with its line before it."""
+        line = self.of(text)
+        return text if line is None or text.startswith("line ") else f"line {line}: {text}"
+
+
+_PLACE = re.compile(r"([\w-]+(?:\.[\w*/-]+|\[\d+\])*)(?:\['[^']*'\](?:\[\d+\])?)?: ")
+_LAST = re.compile(r"(^|\.)[^.\[\]]*$|\[\d+\]$")
+
+
+def parse_yaml(text: str, where: str, lines: list[Lines] | None = None) -> dict[str, Any]:
+    """Read a YAML mapping; ``lines`` takes where its parts stand.
 
     Raises:
         RecipeError: it is not YAML, not a mapping, or a key stands twice.
     """
+    found = parse_documents(text, where, lines)
+    if len(found) > 1:
+        raise RecipeError(f"{where}: not valid YAML: expected a single document in the stream")
+    return found[0]
+
+
+def parse_documents(
+    text: str, where: str, lines: list[Lines] | None = None
+) -> list[dict[str, Any]]:
+    """Read the mappings of a YAML file; ``lines`` takes where the parts of each stand.
+
+    Raises:
+        RecipeError: it is not YAML, not mappings, or a key stands twice.
+    """
+    found: list[Any] = []
     try:
         loader = _Loader(text)
-        node = loader.get_single_node()
-        if _unfolded(node, {}) > NODE_LIMIT:
-            raise RecipeError("its aliases unfold to far more than a recipe holds")
-        found = None if node is None else loader.construct_document(node)
+        while loader.check_node():
+            node = loader.get_node()
+            if _unfolded(node, {}) > NODE_LIMIT:
+                raise RecipeError("its aliases unfold to far more than a recipe holds")
+            found.append(loader.construct_document(node))
+            if lines is not None:
+                lines.append(Lines(node))
+            if len(found) > STAGE_LIMIT:
+                raise RecipeError(f"more than {STAGE_LIMIT} documents")
     except RecipeError as error:
         raise RecipeError(f"{where}: {error}") from None
     except (yaml.YAMLError, RecursionError, ValueError) as error:
         deep = isinstance(error, RecursionError)
         reason = "nested too deeply" if deep else " ".join(str(error).split())
         raise RecipeError(f"{where}: not valid YAML: {reason}") from None
-    if not isinstance(found, dict) or not all(isinstance(k, str) for k in found):
-        raise RecipeError(f"{where}: a recipe is a mapping with keys such as base, models, method")
+    found = [raw for raw in found if raw is not None] or [None]
+    for raw in found:
+        if not isinstance(raw, dict) or not all(isinstance(k, str) for k in raw):
+            raise RecipeError(
+                f"{where}: a recipe is a mapping with keys such as base, models, method"
+            )
     return found
 
 
@@ -214,7 +234,101 @@ def _from_file(source: Path, folder: Path, problems: Problems) -> Recipe | None:
         raise RecipeError(f"{source}: not a text file") from None
     if source.suffix == ".json":
         return _from_provenance(text, source, folder, problems)
-    return _from_raw(parse_yaml(text, str(source)), folder, problems)
+    lines: list[Lines] = []
+    documents = parse_documents(text, str(source), lines)
+    if len(documents) > 1:
+        return _from_documents(documents, lines, folder, problems)
+    problems.locate = lines[0].locate
+    documents[0].pop("name", None)
+    return _from_raw(documents[0], folder, problems)
+
+
+def _from_documents(
+    documents: list[dict[str, Any]], lines: list[Lines], folder: Path, problems: Problems
+) -> Recipe | None:
+    """Several merges of one file: those with a name are stages, which others may name as models."""
+    last = [n for n, raw in enumerate(documents) if "name" not in raw] or [len(documents) - 1]
+    if len(last) > 1:
+        where = lines[last[0]].known.get("merge_method") or lines[last[0]].known.get("method")
+        problems.add(
+            RecipeError,
+            f"name: {len(last)} documents have none (one begins near line {where}); only the last "
+            "merge may go without",
+        )
+        return None
+    stages: dict[str, tuple[dict[str, Any], Lines]] = {}
+    for number, raw in enumerate(documents):
+        name = raw.pop("name", None)
+        if number == last[0]:
+            continue
+        line = lines[number].known.get("name")
+        if not isinstance(name, str) or not name.isprintable() or not name:
+            problems.add(RecipeError, f"line {line}: name: a word, not {brief(name)}")
+        elif name in stages:
+            problems.add(
+                RecipeError, f"line {line}: name: {name!r} is the name of another document"
+            )
+        else:
+            stages[name] = (raw, lines[number])
+    problems.locate = lines[last[0]].locate
+    recipe = _from_raw(documents[last[0]], folder, problems)
+    return _with_stages(recipe, stages, folder, problems)
+
+
+def _with_stages(
+    recipe: Recipe, raw: Mapping[str, tuple[dict[str, Any], Lines]], folder: Path,
+    problems: Problems,
+) -> Recipe:  # fmt: skip
+    """The recipe with the merges that it needs first, in the order in which they can be done."""
+    stages = {name: _stage(name, *one, folder, problems) for name, one in raw.items()}
+    order: dict[str, Recipe] = {}
+
+    def visit(name: str, path: tuple[str, ...]) -> None:
+        if name in path:
+            circle = [*path[path.index(name) :], name]
+            what = f"{name} names itself" if len(circle) == 2 else " needs ".join(circle)
+            line = raw[name][1].known.get("name")
+            problems.add(
+                RecipeError,
+                f"{f'line {line}: ' if line else ''}stages: {what}; one must come first",
+            )
+        elif name not in order and name in stages:
+            for inner in stages[name].paths:
+                if inner in stages:
+                    visit(inner, (*path, name))
+            order[name] = stages[name]
+
+    for path in recipe.paths:
+        if path in stages:
+            visit(path, ())
+    unused = sorted(stages.keys() - order.keys())
+    notes = [f"stage {name}: the last merge does not need it, so it is left out" for name in unused]
+    return replace(recipe, stages=order, notes=(*recipe.notes, *notes))
+
+
+def _stage(
+    name: str, raw: dict[str, Any], lines: Lines, folder: Path, problems: Problems
+) -> Recipe:
+    """One of the merges that come first; what is wrong with it is noted with its name."""
+    own = Problems()
+    own.locate = lines.locate
+    recipe = Recipe(UNKNOWN, {}, folder=folder)
+    with own.collecting():
+        recipe = _from_raw(raw, folder, own)
+    try:
+        own.raise_if_any()
+    except RecipeError as error:
+        for text in getattr(error, "problems", ()):
+            problems.add(RecipeError, _told(name, text))
+    return recipe
+
+
+def _told(stage: str, text: str) -> str:
+    """A problem of a stage, with its line first and its name after that."""
+    line, _, rest = text.partition(": ")
+    return (
+        f"{line}: stage {stage}: {rest}" if line.startswith("line ") else f"stage {stage}: {text}"
+    )
 
 
 def _from_provenance(text: str, source: Path, folder: Path, problems: Problems) -> Recipe | None:
@@ -245,26 +359,17 @@ def _from_provenance(text: str, source: Path, folder: Path, problems: Problems) 
 
 def _from_raw(raw: dict[str, Any], folder: Path, problems: Problems) -> Recipe:
     if "merge_method" in raw:
-        return _Mergekit(raw, problems).recipe(folder)
+        return mergekit.translated(raw, folder, problems)
     return _native(raw, problems, folder)
 
 
-def _checked(recipe: Recipe, problems: Problems) -> Recipe:
-    """The recipe, with its parameters and models held against what its method asks for."""
-    settings(recipe.method, recipe.parameters, recipe._own, problems)
-    _check_models(recipe, problems)
-    return recipe
-
-
-_UNKNOWN = METHODS["linear"]
-"""Stands in a recipe whose method does not exist, until that is reported."""
-
-
-KEYS = ("base", "models", "method", "parameters", "space", "policy", "output")
+KEYS = (
+    "base", "models", "method", "parameters", "slices", "space", "policy", "output", "stages",
+)  # fmt: skip
 
 
 def _native(raw: dict[str, Any], problems: Problems, folder: Path) -> Recipe:
-    _known(raw, KEYS, "", problems)
+    refuse_unknown(raw, KEYS, "", problems)
     found = None
     name = raw.get("method")
     if not isinstance(name, str):
@@ -276,43 +381,102 @@ def _native(raw: dict[str, Any], problems: Problems, folder: Path) -> Recipe:
     if base is not None and not isinstance(base, str):
         problems.add(RecipeError, f"base: a path or hub id, not {brief(base)}")
     models = _models(raw.get("models"), problems)
-    parameters = _section(raw, "parameters", problems)
-    space = _space(_section(raw, "space", problems), problems)
-    policy = _policy(_section(raw, "policy", problems), problems)
-    output = _section(raw, "output", problems)
-    _known(output, ("dtype", "shard_size"), "output: ", problems)
+    parameters = section(raw, "parameters", problems)
+    space = _space(section(raw, "space", problems), problems)
+    policy = _policy(section(raw, "policy", problems), problems)
+    output = section(raw, "output", problems)
+    refuse_unknown(output, ("dtype", "shard_size"), "output: ", problems)
     dtype, shard_size = None, SHARD_SIZE
     with problems.collecting():
-        dtype = None if output.get("dtype") is None else dtype_named(str(output["dtype"]))
+        dtype = _dtype(output.get("dtype"))
     with problems.collecting():
         shard_size = bytes_from(output.get("shard_size", SHARD_SIZE))
     base = base if isinstance(base, str) else None
-    recipe = Recipe(_UNKNOWN, models, base, {}, space, policy, dtype, shard_size, folder)
+    labels = [*models, *([] if base is None else ["base"])]
+    slices = _slices(raw.get("slices"), labels, problems)
+    recipe = Recipe(UNKNOWN, models, base, {}, space, policy, dtype, shard_size, folder,
+                    slices=slices)  # fmt: skip
     if found is None:
         return recipe
-    return _checked(replace(recipe, method=found, parameters=parameters), problems)
+    recipe = checked(replace(recipe, method=found, parameters=parameters), problems)
+    for number, cut in enumerate(slices):
+        where = f"slices[{number}]"
+        own = [(n, s.parameters) for n, s in cut.sources.items()]
+        settings(found, cut.parameters, own, problems, f"{where}.parameters",
+                 f"{where}.sources.{{}}")  # fmt: skip
+        check_slice(recipe, cut, where, f"`{cut.base}`", problems)
+    inner = section(raw, "stages", problems)
+    for name in [n for n, stage in inner.items() if not isinstance(stage, Mapping)]:
+        problems.add(RecipeError, f"stages.{name}: a recipe, not {brief(inner.pop(name))}")
+    if not inner:
+        return recipe
+    stages = {name: (dict(stage), Lines()) for name, stage in inner.items()}
+    return _with_stages(recipe, stages, folder, problems)
 
 
-def _known(raw: Mapping[str, Any], keys: Sequence[str], where: str, problems: Problems) -> None:
-    for key in raw:
-        if key not in keys:
-            problems.add(RecipeError, f"{where}unknown key {key!r}; {did_you_mean(str(key), keys)}")
+def _dtype(word: object) -> str | None:
+    if word is None or word == PROMOTED:
+        return PROMOTED if word else None
+    return dtype_named(str(word))
 
 
-def _section(raw: Mapping[str, Any], key: str, problems: Problems) -> dict[str, Any]:
-    found = raw.get(key)
-    if found is None:
+def _slices(raw: object, labels: Sequence[str], problems: Problems) -> tuple[Slice, ...]:
+    if raw is None:
+        return ()
+    if not isinstance(raw, list) or not raw:
+        problems.add(RecipeError, f"slices: a list of slices, with at least one, not {brief(raw)}")
+        return ()
+    found = []
+    for number, entry in enumerate(raw):
+        where = f"slices[{number}]"
+        if not isinstance(entry, Mapping):
+            problems.add(RecipeError, f"{where}: a mapping with sources, not {brief(entry)}")
+            continue
+        refuse_unknown(entry, ("sources", "parameters", "base"), f"{where}: ", problems)
+        base = entry.get("base", "base")
+        if "base" in entry and base not in labels:
+            hint = did_you_mean(str(base), labels) if labels else "name a model"
+            problems.add(RecipeError, f"{where}.base: no model {brief(base)}; {hint}")
+        sources = _sources(entry.get("sources"), labels, f"{where}.sources", problems)
+        shared = section(entry, "parameters", problems, f"{where}.")
+        if sources:
+            found.append(Slice(sources, shared, str(base)))
+    used = {name for cut in found for name in cut.sources}
+    for name in labels if len(found) == len(raw) else ():
+        if name not in used and name != "base":
+            problems.add(RecipeError, f"models.{name}: no slice has layers of it; remove it")
+    return tuple(found)
+
+
+def _sources(
+    raw: object, labels: Sequence[str], where: str, problems: Problems
+) -> dict[str, Source]:
+    if not isinstance(raw, Mapping) or not raw:
+        problems.add(
+            RecipeError, f"{where}: a mapping from models to layers, such as {{math: [0, 16]}}"
+        )
         return {}
-    if not isinstance(found, Mapping):
-        problems.add(RecipeError, f"{key}: a mapping, not {brief(found)}")
-        return {}
-    return {str(k): v for k, v in found.items()}
+    found = {}
+    for key, entry in raw.items():
+        name, place = str(key), f"{where}.{key}"
+        if name not in labels:
+            hint = did_you_mean(name, labels) if labels else "name a model"
+            problems.add(RecipeError, f"{where}: no model {name!r}; {hint}")
+        entry = entry if isinstance(entry, Mapping) else {"layers": entry}
+        if "layers" not in entry:
+            problems.add(RecipeError, f"{place}: no layers; write `layers: [0, 16]`")
+            continue
+        layers = layer_range(entry["layers"], f"{place}.layers", problems)
+        own = {str(k): v for k, v in entry.items() if k != "layers"}
+        if layers is not None:
+            found[name] = Source(layers, own, f"{place}.layers")
+    return found
 
 
 def _models(raw: object, problems: Problems) -> dict[str, ModelEntry]:
     if isinstance(raw, list) and all(isinstance(m, str) for m in raw):
-        _once(raw, problems)
-        raw = {_short(path, raw): path for path in raw}
+        once(raw, problems)
+        raw = {short(path, raw): path for path in raw}
     if not isinstance(raw, Mapping) or not raw:
         problems.add(RecipeError, "models: a mapping from names to paths, with at least one model")
         return {}
@@ -324,34 +488,11 @@ def _models(raw: object, problems: Problems) -> dict[str, ModelEntry]:
                 RecipeError, f"models.{name}: a path, or a mapping with a path, not {brief(entry)}"
             )
             continue
-        if str(name) in found or str(name) in _TAKEN or not str(name).isprintable():
+        if str(name) in found or str(name) in TAKEN or not str(name).isprintable():
             problems.add(RecipeError, f"models: {name!r} cannot be the name of a model")
         own = {str(k): v for k, v in entry.items() if k != "path"}
         found[str(name)] = ModelEntry(entry["path"], own)
     return found
-
-
-_TAKEN = ("base", "output")
-"""Names that reports use for other things than models."""
-
-
-def _once(paths: Sequence[str], problems: Problems) -> None:
-    for path in sorted({p for p in paths if paths.count(p) > 1}):
-        problems.add(RecipeError, f"models: {path} stands twice; give the model one larger weight")
-
-
-def _short(path: str, all_paths: Sequence[str]) -> str:
-    """A name for a model that has only a path: as many last parts as tell it from the others."""
-    for number in range(1, len(Path(path).parts) + 1):
-        name = _end(path, number)
-        if name not in _TAKEN and [_end(p, number) for p in all_paths].count(name) == 1:
-            return name
-    return path
-
-
-def _end(path: str, number: int) -> str:
-    whole = Path(path.partition("@")[0])
-    return "/".join(whole.relative_to(whole.anchor).parts[-number:])
 
 
 def _words(value: object, where: str, problems: Problems) -> tuple[str, ...]:
@@ -363,7 +504,7 @@ def _words(value: object, where: str, problems: Problems) -> tuple[str, ...]:
 
 
 def _space(raw: dict[str, Any], problems: Problems) -> ParamSpace:
-    _known(raw, ("include", "exclude"), "space: ", problems)
+    refuse_unknown(raw, ("include", "exclude"), "space: ", problems)
     default = ParamSpace()
     include = _words(raw.get("include", list(default.include)), "space.include", problems)
     exclude = _words(raw.get("exclude", list(default.exclude)), "space.exclude", problems)
@@ -371,199 +512,9 @@ def _space(raw: dict[str, Any], problems: Problems) -> ParamSpace:
 
 
 def _policy(raw: dict[str, Any], problems: Problems) -> Policy:
-    _known(raw, list(POLICIES), "policy: ", problems)
+    refuse_unknown(raw, list(POLICIES), "policy: ", problems)
     for key, choices in POLICIES.items():
         if key in raw and raw[key] not in choices:
             hint = did_you_mean(str(raw[key]), choices)
             problems.add(RecipeError, f"policy.{key}: {brief(raw[key])} is not known; {hint}")
     return Policy(**{k: v for k, v in raw.items() if k in POLICIES and v in POLICIES[k]})
-
-
-def _check_models(recipe: Recipe, problems: Problems) -> None:
-    how, number = recipe.method, len(recipe.models)
-    if how.needs_base and recipe.base is None:
-        problems.add(RecipeError, f"base: {how.name} works on differences to a base; name one")
-    if recipe.models and number < how.least:
-        problems.add(RecipeError, f"models: {how.name} takes {how.least}, not {number}")
-    if how.most is not None and number > how.most:
-        problems.add(RecipeError, f"models: {how.name} takes {how.most}, not {number}")
-    if recipe.policy.missing == "base" and recipe.base is None:
-        problems.add(RecipeError, "policy.missing: base needs a base")
-
-
-_MERGEKIT_LATER = (
-    "slices", "modules", "tokenizer", "tokenizer_source", "chat_template",
-)  # fmt: skip
-_MERGEKIT_KEYS = ("models", "merge_method", "base_model", "dtype", "out_dtype", "parameters")
-_MERGEKIT_METHODS = {
-    "linear": {"weight", "normalize"},
-    "task_arithmetic": {"weight", "normalize", "lambda"},
-    "ties": {"weight", "density", "normalize", "lambda", "rescale"},
-    "dare_linear": {"weight", "density", "normalize", "lambda", "rescale"},
-    "dare_ties": {"weight", "density", "normalize", "lambda", "rescale"},
-    "slerp": {"t"},
-}
-_MERGEKIT_LATER_METHODS = (
-    "nuslerp", "multislerp", "karcher", "nearswap", "breadcrumbs", "breadcrumbs_ties", "della",
-    "della_linear", "sce", "model_stock", "ram", "ramplus_tl", "arcee_fusion", "passthrough",
-)  # fmt: skip
-_OWN = ("weight", "density")
-
-
-class _Mergekit:
-    """Translates a mergekit recipe; what is not supported yet is refused by name."""
-
-    def __init__(self, raw: dict[str, Any], problems: Problems) -> None:
-        self.raw, self.problems = raw, problems
-        self.notes: list[str] = []
-        name = raw["merge_method"]
-        self.name = name if isinstance(name, str) else str(name)
-
-    def refuse(self, text: str) -> None:
-        self.problems.add(RecipeError, text)
-
-    def recipe(self, folder: Path) -> Recipe:
-        """The recipe in Suture's terms."""
-        for key in self.raw:
-            if key in _MERGEKIT_LATER and not (
-                key == "tokenizer_source" and self.raw[key] in ("base", None)
-            ):
-                self.refuse(f"{key}: mergekit's {key} is not supported yet")
-        _known({k: v for k, v in self.raw.items() if k not in _MERGEKIT_LATER}, _MERGEKIT_KEYS, "",
-               self.problems)  # fmt: skip
-        if self.name not in _MERGEKIT_METHODS:
-            if self.name in _MERGEKIT_LATER_METHODS:
-                self.refuse(f"merge_method: mergekit's {self.name} is not supported yet")
-            else:
-                hint = did_you_mean(self.name, [*_MERGEKIT_METHODS, *_MERGEKIT_LATER_METHODS])
-                self.refuse(f"merge_method: no method {self.name!r}; {hint}")
-        shared = self._parameters(_section(self.raw, "parameters", self.problems), "parameters")
-        entries = self._entries()
-        base = (
-            self._path(self.raw["base_model"], "base_model") if self.raw.get("base_model") else None
-        )
-        dtype = None
-        with self.problems.collecting():
-            word = self.raw.get("out_dtype") or self.raw.get("dtype")
-            dtype = None if word is None else dtype_named(str(word))
-        return self._translated(base, entries, shared, dtype, folder)
-
-    def _path(self, value: object, where: str) -> str:
-        if isinstance(value, Mapping):  # mergekit's long form: {model: {path: ..., revision: ...}}
-            inner = value.get("model", value)
-            if isinstance(inner, Mapping) and isinstance(inner.get("path"), str):
-                revision = inner.get("revision")
-                return f"{inner['path']}@{revision}" if revision else str(inner["path"])
-        if not isinstance(value, str):
-            self.refuse(f"{where}: a path or hub id, not {brief(value)}")
-            return ""
-        if "+" in value and not Path(value).exists():
-            self.refuse(f"{where}: {value!r}: base+lora models are not supported yet")
-        return value
-
-    def _entries(self) -> list[tuple[str, dict[str, Any]]]:
-        raw = self.raw.get("models")
-        if not isinstance(raw, list) or not raw:
-            if "slices" not in self.raw and "modules" not in self.raw:
-                self.refuse("models: a list of models, with at least one")
-            return []
-        found = []
-        for number, entry in enumerate(raw):
-            where = f"models[{number}]"
-            if not isinstance(entry, Mapping) or "model" not in entry:
-                self.refuse(f"{where}: a mapping with a model, not {brief(entry)}")
-                continue
-            _known(entry, ("model", "parameters"), f"{where}: ", self.problems)
-            own = self._parameters(
-                _section(entry, "parameters", self.problems), f"{where}.parameters"
-            )
-            found.append((self._path(entry["model"], f"{where}.model"), own))
-        return found
-
-    def _parameters(self, raw: dict[str, Any], where: str) -> dict[str, Any]:
-        known = _MERGEKIT_METHODS.get(self.name, set(raw))
-        found = {}
-        for key, value in raw.items():
-            if key == "int8_mask":
-                self.notes.append("int8_mask changes nothing here: masks are never stored")
-            elif key not in known:
-                hint = did_you_mean(key, sorted(known))
-                self.refuse(f"{where}: {self.name} has no {key!r}; {hint}")
-            elif isinstance(value, list | Mapping):
-                kind = "a gradient" if isinstance(value, list) else "a filter"
-                if isinstance(value, list) and any(isinstance(v, Mapping) for v in value):
-                    kind = "a filter"
-                self.refuse(f"{where}.{key}: {kind} is not supported yet; give one number")
-            else:
-                found[key] = value
-        return found
-
-    def _translated(
-        self,
-        base: str | None,
-        entries: list[tuple[str, dict[str, Any]]],
-        shared: dict[str, Any],
-        dtype: str | None,
-        folder: Path,
-    ) -> Recipe:
-        paths = [path for path, _ in entries]
-        if self.name not in _MERGEKIT_METHODS:
-            models = {_short(path, paths): ModelEntry(path) for path in paths}
-            return Recipe(_UNKNOWN, models, base, folder=folder)
-        how = method(self.name)
-        if how.needs_base or self.name == "slerp":
-            entries = [(path, own) for path, own in entries if path != base]
-        if self.name == "slerp":
-            entries = [(base or "", {}), *entries]
-            if base is None:
-                self.refuse("base_model: slerp starts from the base model; name one")
-        _once([path for path, _ in entries], self.problems)
-        models = {
-            _short(path, paths): ModelEntry(path, self._own(path, own, shared))
-            for path, own in entries
-        }
-        parameters = self._shared(shared)
-        recipe = Recipe(
-            how, models, base if how.needs_base else None, parameters, ParamSpace((), ()), Policy(),
-            dtype, SHARD_SIZE, folder, tuple(dict.fromkeys(self.notes)),
-        )  # fmt: skip
-        return _checked(recipe, self.problems)
-
-    def _own(self, path: str, own: dict[str, Any], shared: dict[str, Any]) -> dict[str, Any]:
-        both = {**shared, **own}
-        for key in own:
-            if key not in _OWN:
-                self.refuse(f"models: {path}: {key!r} belongs under the recipe's parameters")
-        if self.name == "slerp":
-            return {}
-        if "weight" not in both:
-            self.refuse(f"models: {path}: mergekit's {self.name} needs a weight")
-        known = _MERGEKIT_METHODS[self.name] & set(_OWN)
-        defaults = {"weight": 1.0, "density": 1.0}
-        return {key: both.get(key, defaults[key]) for key in sorted(known)}
-
-    def _shared(self, shared: dict[str, Any]) -> dict[str, Any]:
-        normalize = shared.get("normalize", self.name in ("linear", "ties"))
-        rescale = shared.get("rescale", self.name.startswith("dare"))
-        for key, value in (("normalize", normalize), ("rescale", rescale)):
-            if value not in (True, False):
-                self.refuse(f"parameters.{key}: true or false, not {brief(value)}")
-        found: dict[str, Any] = {}
-        if "lambda" in shared:
-            found["scale"] = shared["lambda"]
-        if self.name == "slerp":
-            if "t" not in shared:
-                self.refuse("parameters.t: slerp needs a t")
-            return {"t": shared.get("t", 0.5)}
-        if self.name in ("linear", "task_arithmetic", "dare_linear"):
-            found["normalize"] = bool(normalize)
-        else:
-            found["aggregate"] = "weighted_mean" if normalize else "sum"
-            found["zero_sign"] = "positive"
-        if self.name == "ties":
-            found |= {"scope": "tensor", "rounding": "floor"}
-            if rescale:
-                self.refuse("parameters.rescale: rescaling after trimming is not supported yet")
-        elif self.name.startswith("dare"):
-            found["rescale"] = "l1" if rescale else "none"
-        return found

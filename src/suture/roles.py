@@ -156,18 +156,28 @@ def role_of(name: str) -> Role:
     if len(name) > NAME_LIMIT:
         return Role("other", None)
     found = _BLOCK.search(name)
-    return Role(_kind_of(_NUMBER.sub(".0.", name)), int(found[1]) if found else None)
+    return Role(_kind(_NUMBER.sub(_same_width, name)), int(found[1]) if found else None)
 
 
-_NUMBER = re.compile(r"\.\d+\.")
-"""A number between dots: which layer or which expert it is tells nothing of the kind."""
+_NUMBER = re.compile(r"(?<=\.)\d+(?=\.)")
+"""A part of a name that only counts: no pattern asks for more than whether it has one digit."""
 
 
-@lru_cache(maxsize=1 << 14)
-def _kind_of(name: str) -> str:
+def _same_width(found: re.Match[str]) -> str:
+    return "0" if len(found[0]) == 1 else "00"
+
+
+@lru_cache(maxsize=1 << 16)
+def _kind(name: str) -> str:
     if not _SOME.search(name):
         return "other"
     return next(kind for pattern, kind in _TABLE if pattern.search(name))
+
+
+def layer_parts(name: str) -> tuple[str, int, str] | None:
+    """What stands before the number of a tensor's layer, the number, and what stands after it."""
+    found = _BLOCK.search(name) if len(name) <= NAME_LIMIT else None
+    return (name[: found.start(1)], int(found[1]), name[found.end(1) :]) if found else None
 
 
 def layer_key(name: str) -> str:

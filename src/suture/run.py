@@ -10,14 +10,23 @@ import json
 import os
 import shutil
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 import suture
 from suture.card import carried_files, config_text, model_card
-from suture.checkpoint import Checkpoint, is_from_hub, open_checkpoint, refuse_uncomputable
+from suture.checkpoint import (
+    JSON_LIMIT,
+    Checkpoint,
+    is_from_hub,
+    open_checkpoint,
+    read_json,
+    refuse_uncomputable,
+    ties_embeddings,
+)
 from suture.engine import (
     Job,
     Outcome,
@@ -37,12 +46,27 @@ from suture.errors import (
     RecipeError,
     SutureError,
 )
-from suture.merges import method
-from suture.recipe import SCHEMA, ModelEntry, Policy, Recipe, parse_recipe, read_recipe
-from suture.roles import ParamSpace, check_selectors
-from suture.spec import DTYPES, PIECE, WORD_OF, Piece, dtype_named, listed, readable
-from suture.stream import BLOCK, Block, Sources, Visitor, cores, sweep, tasks_of
+from suture.layers import Stretch, cut, depth_of, depths, sliced_config, stack_of
+from suture.mergekit import differences, native
+from suture.merges import PerModel, Scalar, method
+from suture.recipe import SCHEMA, parse_recipe, read_recipe
+from suture.recipe_types import ModelEntry, Policy, Recipe, Slice
+from suture.roles import ParamSpace, check_selectors, layer_parts, selects, tied_to
+from suture.spec import (
+    DTYPES,
+    PIECE,
+    PROMOTED,
+    WORD_OF,
+    Piece,
+    TensorSpec,
+    cache_folder,
+    dtype_named,
+    listed,
+    readable,
+)
+from suture.stream import BLOCK, Block, Progress, Sources, Visitor, cores, sweep, tasks_of
 from suture.vector import TaskVector, align
+from suture.views import Planned, View
 from suture.writer import SHARD_SIZE, Writer, plan_shards, staging_of
 
 
@@ -62,22 +86,56 @@ class Plan:
     """A merge whose every input was opened and checked; nothing was read but headers."""
 
     recipe: Recipe
-    job: Job
+    jobs: tuple[Job, ...]
+    """One, or one for each slice; each makes some tensors of the output."""
     inputs: Mapping[str, Checkpoint]
     """The checkpoints by label, the base first."""
     out: Path | None
     options: Options
+    config: Mapping[str, Any]
+    """The ``config.json`` of the output, but for its dtype."""
+    notes: tuple[str, ...] = ()
+    stages: Mapping[str, Plan] = field(default_factory=dict)
+    """The merges that come first, in order."""
+    made: Mapping[str, str] = field(default_factory=dict)
+    """The keys of those inputs that are outputs of stages, by label."""
+    ordered: Mapping[str, Plan] = field(default_factory=dict)
+    """The stages that were done."""
+    told: tuple[str, ...] = ()
+    """What was done for this run only, and is no part of the record."""
 
     @property
+    def ready(self) -> bool:
+        """Whether every input is there, and none has to be made first."""
+        return not any(isinstance(c, Planned) for c in self.inputs.values())
+
+    @property
+    def lead(self) -> Checkpoint:
+        """The model that stands for the output: the base, or else the first."""
+        return self.inputs[str(_reference_label(self.recipe))]
+
+    @cached_property
+    def specs(self) -> dict[str, TensorSpec]:
+        """Every tensor of the output."""
+        return {name: spec for job in self.jobs for name, spec in job.specs.items()}
+
+    @property
+    def merged(self) -> int:
+        """How many tensors are merged; the others are copied."""
+        return sum(len(job.names) for job in self.jobs)
+
+    @cached_property
     def nbytes(self) -> int:
         """Bytes of the output's tensors."""
-        return sum(spec.nbytes for spec in self.job.specs.values())
+        return sum(spec.nbytes for spec in self.specs.values())
 
-    @property
+    @cached_property
     def reads(self) -> int:
         """Bytes that will be read, all passes together."""
-        merged = bytes_read(self.job, self.job.names) * self.job.merge.passes
-        return merged + bytes_read(self.job, self.job.specs)
+        return sum(
+            bytes_read(job, job.names) * job.merge.passes + bytes_read(job, job.specs)
+            for job in self.jobs
+        )
 
 
 @dataclass(frozen=True)
@@ -270,37 +328,105 @@ def make_plan(
     Raises:
         SutureError: all problems at once.
     """
-    problems = problems or Problems()
-    inputs = _opened(recipe, problems) if opened is None else opened
+    problems = Problems() if problems is None else problems
+    stages = _stages(recipe, options, problems)
+    made = {label: _stage_key(stages[path]) for label, path in _paths(recipe).items()
+            if path in stages}  # fmt: skip
+    return _planned(recipe, out, options, opened, problems, stages, made)
+
+
+def _stages(recipe: Recipe, options: Options, problems: Problems) -> dict[str, Plan]:
+    """The plans of what must be made first; what one of them lacks is noted."""
+    found: dict[str, Plan] = {}
+    for name, stage in recipe.stages.items():
+        own = Problems()
+        try:
+            if all(path in found for path in stage.paths if path in recipe.stages):
+                made = {label: _stage_key(found[path]) for label, path in _paths(stage).items()
+                        if path in found}  # fmt: skip
+                plan = _planned(stage, None, options, None, own, found, made)
+                folder = _stage_folder(plan)
+                if not folder.exists():
+                    _check_free(folder, folder, options, own)
+                    _check_room(folder, plan, own)
+                own.raise_if_any()
+                found[name] = plan
+        except SutureError as error:
+            for text in getattr(error, "problems", (str(error),)):
+                problems.add(type(error), f"stage {name}: {text}")
+    return found
+
+
+def _stage_key(plan: Plan) -> str:
+    """What a stage's output is: the recipe, the inputs, and the version that makes it."""
+    places = {label: plan.made.get(label) or str(c.path) for label, c in plan.inputs.items()}
+    text = json.dumps([_key(plan), places])
+    return hashlib.sha256(text.encode()).hexdigest()[:40]
+
+
+def _stage_folder(plan: Plan) -> Path:
+    """Where the output of a stage is kept: it can always be made again."""
+    return cache_folder().resolve() / "stages" / _stage_key(plan)
+
+
+def _planned(
+    recipe: Recipe, out: Path | None, options: Options, opened: dict[str, Checkpoint] | None,
+    problems: Problems, stages: Mapping[str, Plan], made: Mapping[str, str],
+) -> Plan:  # fmt: skip
+    inputs = _opened(recipe, problems, stages) if opened is None else opened
     if out is not None:
         _check_place(out, inputs, options, problems)
+    parts: list[_Part] = []
+    notes: list[str] = []
     if _reference_label(recipe) in inputs:
-        _check_fit(recipe, inputs, problems)
+        parts = _parts(recipe, inputs, problems)
+        _check_fit(recipe, parts, problems, notes)
     with problems.collecting():
         carried_files(list(inputs.values()))
     problems.raise_if_any()
-    job = _job(recipe, inputs, options)
+    jobs = [_job(recipe, part, options) for part in parts]
+    _check_required(recipe, jobs, parts, problems)
+    config = _config(recipe, parts, inputs)
+    told = tuple(dict.fromkeys((*recipe.notes, *notes)))
+    plan = Plan(recipe, tuple(jobs), inputs, out, options, config, told,
+                {name: stages[name] for name in recipe.stages}, made)  # fmt: skip
     if out is not None:
-        _check_room(out, job, options, problems)
+        _check_room(out, plan, problems)
     problems.raise_if_any()
-    return Plan(recipe, job, inputs, out, options)
+    return plan
 
 
-def _opened(recipe: Recipe, problems: Problems) -> dict[str, Checkpoint]:
+def _paths(recipe: Recipe) -> dict[str, str]:
+    """What every input is called in the recipe, by label."""
     paths = {} if recipe.base is None else {"base": recipe.base}
-    paths |= {name: entry.path for name, entry in recipe.models.items()}
-    found = {}
-    for label, path in paths.items():
+    return paths | {name: entry.path for name, entry in recipe.models.items()}
+
+
+def _opened(
+    recipe: Recipe, problems: Problems, stages: Mapping[str, Plan]
+) -> dict[str, Checkpoint]:
+    found: dict[str, Checkpoint] = {}
+    for label, path in _paths(recipe).items():
+        if path in recipe.stages and path not in stages:
+            continue  # why it cannot be made is told already
         with problems.collecting():
+            if path in stages:
+                found[label] = _output_of(path, stages[path])
+                continue
             checkpoint = open_checkpoint(path, recipe.folder)
             found[label] = checkpoint
             refuse_uncomputable(checkpoint)
     return found
 
 
-def _row_names(recipe: Recipe) -> list[str]:
-    """The models in the order of rows: sorted, so that the recipe's order changes no byte."""
-    return list(recipe.models) if recipe.method.ordered else sorted(recipe.models)
+def _output_of(name: str, plan: Plan) -> Checkpoint:
+    """What a stage made, or what is known of what it will make."""
+    folder = _stage_folder(plan)
+    if not folder.exists():
+        return Planned(name, folder, plan.specs, plan.config)
+    found = open_checkpoint(folder)
+    found.label = name
+    return found
 
 
 def _reference_label(recipe: Recipe) -> str | None:
@@ -308,45 +434,237 @@ def _reference_label(recipe: Recipe) -> str | None:
     return "base" if recipe.base is not None else next(iter(recipe.models), None)
 
 
-def _check_fit(recipe: Recipe, inputs: Mapping[str, Checkpoint], problems: Problems) -> None:
+@dataclass(frozen=True)
+class _Part:
+    """A slice with its models cut to it; or all of them whole."""
+
+    cut: Slice
+    views: Mapping[str, Checkpoint]
+    """What is read, by label: the base first, then the models in the order of rows."""
+    rows: tuple[str, ...]
+    base: str | None
+    lead: str
+    """Whose names and shapes count."""
+    known: Mapping[str, Mapping[str, str]] = field(default_factory=dict)
+    """The models' own names of the tensors, where they have others in the output."""
+    stretch: Stretch | None = None
+
+    @property
+    def reference(self) -> Checkpoint:
+        """The checkpoint whose names and shapes count."""
+        return self.views[self.lead]
+
+
+def _parts(recipe: Recipe, inputs: Mapping[str, Checkpoint], problems: Problems) -> list[_Part]:
+    """The models, cut as the slices say; slices that do not fit are noted and left out."""
+    if not recipe.slices:
+        rows = tuple(name for name in recipe.rows(recipe.cuts[0]) if name in inputs)
+        base = "base" if recipe.base is not None else None
+        lead = str(_reference_label(recipe))
+        whole = {label: c for label, c in inputs.items() if label == base}
+        whole |= {name: inputs[name] for name in rows}
+        return [_Part(recipe.cuts[0], whole, rows, base, lead)]
+    found = []
+    at = 0
+    heads = _heads(inputs)
+    for number, one in enumerate(recipe.slices):
+        first, last = number == 0, number == len(recipe.slices) - 1
+        rows = tuple(recipe.rows(one))
+        base = one.base if recipe.method.needs_base else None
+        labels = [n for n in (base, *rows) if n is not None and n in one.sources]
+        views: dict[str, Checkpoint] = {}
+        known: dict[str, dict[str, str]] = {}
+        stretch: Stretch | None = None
+        for label in labels:
+            layers = one.sources[label].layers
+            if layers is None or label not in inputs:
+                continue
+            stretch = Stretch(*layers, at, first, last)
+            try:
+                views[label], known[label] = cut(inputs[label], stretch, heads)
+            except RecipeError as error:
+                problems.add(RecipeError, f"{one.sources[label].where}: {error}")
+        if stretch is not None:
+            at += stretch.stop - stretch.start
+        lead = base if base is not None else next((n for n in one.sources if n in views), "")
+        if len(views) == len(labels) and lead in views:
+            found.append(_Part(one, views, rows, base, lead, known, stretch))
+    return found
+
+
+def _heads(inputs: Mapping[str, Checkpoint]) -> set[str]:
+    """The heads that some models have and others tie to their embedding."""
+    tied = [c for c in inputs.values() if ties_embeddings(c.config)]
+    own = [c for c in inputs.values() if not ties_embeddings(c.config)]
+    return {n for c in own for n in tied_to(c.specs.keys())} if tied else set()
+
+
+def _check_fit(
+    recipe: Recipe, parts: Sequence[_Part], problems: Problems, notes: list[str]
+) -> None:
     """Note where the models do not fit each other, or the recipe's patterns fit no tensor."""
-    reference = inputs[str(_reference_label(recipe))]
-    for checkpoint in inputs.values():
-        if checkpoint is not reference:
-            align(reference, checkpoint, problems, recipe.policy.missing == "base",
-                  recipe.policy.extra == "drop")  # fmt: skip
+    for part in parts:
+        for checkpoint in part.views.values():
+            if checkpoint is not part.reference:
+                align(part.reference, checkpoint, problems, recipe.policy.missing == "base",
+                      recipe.policy.extra == "drop")  # fmt: skip
+    if recipe.slices:
+        _check_stacking(parts, problems)
+    if len(parts) < len(recipe.cuts):
+        return
+    names = {name for part in parts for name in part.reference.specs}
     for key in ("include", "exclude"):
         with problems.collecting():
-            check_selectors(getattr(recipe.space, key), reference.specs, f"space.{key}")
-    _check_patterns(recipe, reference, problems)
-    if not recipe.space.names(reference.specs):
+            check_selectors(getattr(recipe.space, key), names, f"space.{key}")
+    names |= {old for part in parts for own in part.known.values() for old in own.values()}
+    _check_patterns(recipe, names, problems, notes)
+    if not any(recipe.space.names(part.reference.specs) for part in parts):
         problems.add(RecipeError, "space: no tensor is left to merge")
 
 
-def _job(recipe: Recipe, inputs: Mapping[str, Checkpoint], options: Options) -> Job:
-    names = _row_names(recipe)
-    reference = inputs[str(_reference_label(recipe))]
-    merged_names = tuple(recipe.space.names(reference.specs))
-    ordered = replace(recipe, models={name: recipe.models[name] for name in names})
-    how = recipe.method.make(**ordered.settings)
+def _check_stacking(parts: Sequence[_Part], problems: Problems) -> None:
+    """Note where layers of different shapes, or a foreign head, would stand in one model."""
+    seen: dict[str, tuple[tuple[int, ...], Checkpoint]] = {}
+    rows = next((n for part in parts if (n := part.reference.vocabulary)), None)
+    for part in parts:
+        mine = part.reference
+        for name, spec in mine.specs.items():
+            place = layer_parts(name)
+            if place is None:
+                if name.endswith("lm_head.weight") and rows not in (None, spec.shape[0]):
+                    problems.add(
+                        MismatchError,
+                        f"{mine.label}: {name} has {spec.shape[0]} rows, the embedding below has "
+                        f"{rows}; take both from models of one vocabulary",
+                    )
+                continue
+            shape, whose = seen.setdefault(place[2], (spec.shape, mine))
+            if shape != spec.shape and whose.path != mine.path:
+                problems.add(
+                    MismatchError,
+                    f"{mine.label} on {whose.label}: {place[2]} is {list(spec.shape)}, not "
+                    f"{list(shape)}; one model cannot hold both",
+                )
+                break
+
+
+def _job(recipe: Recipe, part: _Part, options: Options) -> Job:
+    reference = part.reference
+    how = recipe.method.make(**_bound(recipe.settings_of(part.cut, part.rows), part))
+    merged_names = tuple(n for n in recipe.space.names(reference.specs) if not how.keeps(n))
     raw = frozenset(reference.specs.keys() - set(merged_names))
-    base = inputs["base"] if recipe.base is not None else None
-    models = tuple(inputs[name] for name in names)
+    base = None if part.base is None else part.views[part.base]
+    models = tuple(part.views[name] for name in part.rows)
     sources = Sources(models, base, how.how, raw, options.allow_nonfinite, lead=reference)
     return Job(
-        sources, tuple(names), how, merged_names, output_specs(reference, recipe.dtype),
+        sources, part.rows, how, merged_names, output_specs(reference, recipe.dtype, models),
         recipe.policy.buffers == "equal", options.threads or cores(), options.block,
     )  # fmt: skip
 
 
-def _check_patterns(recipe: Recipe, reference: Checkpoint, problems: Problems) -> None:
-    sections = [("parameters", recipe.parameters)]
-    sections += [(f"models.{n}", e.parameters) for n, e in recipe.models.items()]
-    for where, section in sections:
+def _bound(found: Mapping[str, Any], part: _Part) -> dict[str, Any]:
+    """The parameters with a number for every tensor where they depend on depth or on old names."""
+    depth: Callable[[str], float]
+    if part.stretch is None:
+        depth = depths(part.reference.specs).__getitem__ if _curved(found) else lambda name: 0.0
+    else:
+        at, layers = part.stretch.at, part.stretch.stop - part.stretch.start
+
+        def depth(name: str) -> float:
+            place = layer_parts(name)
+            return 0.0 if place is None else depth_of(place[1] - at, layers)
+
+    def bound(scalar: Scalar, known: Mapping[str, str] | None) -> Scalar:
+        if not scalar.curved and not (known and scalar.rules):
+            return scalar
+        names = part.reference.specs
+        return scalar.bound((n, known.get(n, n) if known else n, depth(n)) for n in names)
+
+    made = dict(found)
+    for key, value in found.items():
+        if isinstance(value, Scalar):
+            made[key] = bound(value, None)
+        elif isinstance(value, PerModel):
+            made[key] = PerModel(tuple(
+                bound(scalar, part.known.get(row))
+                for scalar, row in zip(value.scalars, part.rows, strict=True)
+            ))  # fmt: skip
+    return made
+
+
+def _curved(found: Mapping[str, Any]) -> bool:
+    scalars = [v for v in found.values() if isinstance(v, Scalar)]
+    scalars += [s for v in found.values() if isinstance(v, PerModel) for s in v.scalars]
+    return any(scalar.curved for scalar in scalars)
+
+
+def _check_required(
+    recipe: Recipe, jobs: Sequence[Job], parts: Sequence[_Part], problems: Problems
+) -> None:
+    """Note tensors for which no condition gives a number that must be given."""
+    for job, part in zip(jobs, parts, strict=True):
+        found = recipe.settings_of(part.cut, part.rows) if recipe.required else {}
+        for key in recipe.required:
+            value = found[key]
+            scalars = value.scalars if isinstance(value, PerModel) else (value,)
+            rows = part.rows if isinstance(value, PerModel) else ("",)
+            for scalar, row in zip(scalars, rows, strict=True):
+                known = part.known.get(row, {})
+                without = [] if not scalar.rules else [
+                    n for n in job.names
+                    if not any(selects(p, known.get(n, n)) for p, _ in scalar.rules)
+                ]  # fmt: skip
+                if without:
+                    problems.add(
+                        RecipeError,
+                        f"{f'models.{row}.' if row else ''}{key}: no condition fits "
+                        f"{listed(without, 3)}; add one without a filter, such as {{value: 1.0}}",
+                    )
+
+
+def _config(
+    recipe: Recipe, parts: Sequence[_Part], inputs: Mapping[str, Checkpoint]
+) -> dict[str, Any]:
+    """The configuration of the output: the lead's, with the layers that there are now."""
+    lead = inputs[str(_reference_label(recipe))]
+    config = dict(lead.config)
+    if not recipe.slices or not config:
+        return config
+    origins = []
+    for part in parts:
+        layers = part.cut.sources[part.lead].layers
+        assert layers is not None
+        model = inputs[part.lead]
+        number = stack_of(model)[1]
+        origins += [(model.config, layer, number) for layer in range(*layers)]
+    config = sliced_config(config, stack_of(lead)[1], origins)
+    if _heads(inputs):  # each head is a tensor of its own now
+        config["tie_word_embeddings"] = False
+    return config
+
+
+def _check_patterns(
+    recipe: Recipe, names: Collection[str], problems: Problems, notes: list[str]
+) -> None:
+    """Note patterns of names that fit none; in a mergekit recipe they are legal, and told."""
+    places = [("parameters", recipe.parameters)]
+    places += [(f"models.{n}", e.parameters) for n, e in recipe.models.items()]
+    for number, one in enumerate(recipe.slices):
+        places.append((f"slices[{number}].parameters", one.parameters))
+        places += [(f"slices[{number}].sources.{n}", s.parameters) for n, s in one.sources.items()]
+    for where, section in places:
         for key, value in section.items():
-            if isinstance(value, Mapping):
-                with problems.collecting():
-                    check_selectors([str(p) for p in value], reference.specs, f"{where}.{key}")
+            if not isinstance(value, Mapping):
+                continue
+            try:
+                check_selectors([str(p) for p in value], names, f"{where}.{key}")
+            except RecipeError as error:
+                if recipe.kit is None:
+                    problems.add(RecipeError, str(error))
+                else:
+                    unused = [str(p) for p in value if not any(selects(str(p), n) for n in names)]
+                    words = ", ".join(p.strip("*") for p in unused)
+                    notes.append(f"{key}: the filter {words} fits no tensor")
 
 
 def _check_place(
@@ -408,16 +726,16 @@ def _writable(folder: Path) -> bool:
         return True
 
 
-def _check_room(out: Path, job: Job, options: Options, problems: Problems) -> None:
+def _check_room(out: Path, plan: Plan, problems: Problems) -> None:
     parent = out.resolve().parent
     staged = 0
     folder = staging_of(out.resolve()) / "model"
-    if options.resume and folder.is_dir():
+    if plan.options.resume and folder.is_dir():
         staged = sum(p.stat().st_blocks * 512 for p in folder.iterdir())
     while not parent.exists():
         parent = parent.parent
     free = shutil.disk_usage(parent).free
-    needed = sum(s.nbytes for s in job.specs.values()) - staged
+    needed = plan.nbytes - staged
     if needed > free:
         problems.add(
             OutputError, f"{out}: needs {readable(needed)} of disk, {readable(free)} are free"
@@ -431,9 +749,11 @@ def check_contents(plan: Plan) -> None:
         MismatchError: the models' integer tensors differ, or a config ties two that differ.
     """
     problems = Problems()
-    _check_buffers(plan, problems)
-    with problems.collecting():
-        check_ties(plan.inputs)
+    for one in (*plan.stages.values(), plan):
+        if one.ready:
+            _check_buffers(one, problems)
+            with problems.collecting():
+                check_ties(one.inputs)
     problems.raise_if_any()
 
 
@@ -455,21 +775,29 @@ def check_ties(inputs: Mapping[str, Checkpoint]) -> None:
 
 
 def _check_buffers(plan: Plan, problems: Problems) -> None:
-    if not plan.job.equal_buffers:
-        return
-    reference = plan.job.sources.reference
-    whose = next(label for label, c in plan.inputs.items() if c is reference)
-    names = [n for n, s in reference.specs.items() if not DTYPES[s.dtype].computable]
-    mine = tensor_fingerprints(reference, names)
-    for label, checkpoint in plan.inputs.items():
-        theirs = tensor_fingerprints(checkpoint, [n for n in names if n in checkpoint.specs])
-        different = sorted(n for n, found in theirs.items() if found != mine[n])
-        if different:
-            problems.add(
-                MismatchError,
-                f"{label} against {whose}: {listed(different)}: integer tensors differ; "
-                f"`policy: {{buffers: base}}` takes those of {whose}",
-            )
+    for job in plan.jobs:
+        if not job.equal_buffers:
+            continue
+        reference = job.sources.reference
+        names = [n for n, s in reference.specs.items() if not DTYPES[s.dtype].computable]
+        others = [c for c in job.sources.all if c is not reference]
+        mine = tensor_fingerprints(reference, names) if others else {}
+        for checkpoint in others:
+            theirs = tensor_fingerprints(checkpoint, [n for n in names if n in checkpoint.specs])
+            different = sorted(n for n, found in theirs.items() if found != mine[n])
+            if different:
+                whose, label = _label(plan, reference), _label(plan, checkpoint)
+                problems.add(
+                    MismatchError,
+                    f"{label} against {whose}: {listed(different)}: integer tensors differ; "
+                    f"`policy: {{buffers: base}}` takes those of {whose}",
+                )
+
+
+def _label(plan: Plan, checkpoint: Checkpoint) -> str:
+    """How the recipe calls a model, or the one that a slice was cut from."""
+    origins = checkpoint.origins if isinstance(checkpoint, View) else []
+    return next(n for n, c in plan.inputs.items() if c is checkpoint or c in origins)
 
 
 def execute(plan: Plan, stage: Stage | None = None) -> MergeReport:
@@ -481,14 +809,16 @@ def execute(plan: Plan, stage: Stage | None = None) -> MergeReport:
     """
     assert plan.out is not None
     check_contents(plan)
+    if plan.stages:
+        return execute(_after_stages(plan, stage), stage)
     out = plan.out.resolve()
     begun = time.perf_counter()
     writer = Writer(
-        out, plan.job.specs, key=_key(plan), shard_size=plan.recipe.shard_size,
+        out, plan.specs, key=_key(plan), shard_size=plan.recipe.shard_size,
         overwrite=plan.options.overwrite, resume=plan.options.resume,
     )  # fmt: skip
     try:
-        outcome = apply(plan.job, writer, stage or (lambda name, nbytes: None))
+        outcome = apply(plan.jobs, writer, plan.inputs, stage or (lambda name, nbytes: None))
         for checkpoint in plan.inputs.values():
             checkpoint.check_unchanged()
         _check_fingerprints(plan, outcome)
@@ -507,10 +837,36 @@ def execute(plan: Plan, stage: Stage | None = None) -> MergeReport:
     outcome.seconds["publish"] = time.perf_counter() - synced
     outcome.seconds["total"] = time.perf_counter() - begun
     return MergeReport(
-        plan.out, plan.recipe.method.name, outcome.fingerprints["output"], len(plan.job.specs),
-        len(plan.job.names), plan.reads, plan.nbytes, outcome.seconds, outcome.writeback_loss,
-        sum(outcome.moved.values()), outcome.facts, outcome.resumed, plan.recipe.notes,
+        plan.out, plan.recipe.method.name, outcome.fingerprints["output"], len(plan.specs),
+        plan.merged, plan.reads, plan.nbytes, outcome.seconds, outcome.writeback_loss,
+        sum(outcome.moved.values()), outcome.facts, outcome.resumed, (*plan.notes, *plan.told),
     )  # fmt: skip
+
+
+def _after_stages(plan: Plan, stage: Stage | None) -> Plan:
+    """Make what is not there yet, and plan anew with it."""
+    told = []
+    for name in plan.stages:
+        stages = _stages(plan.recipe, plan.options, problems := Problems())
+        problems.raise_if_any()
+        one = stages[name]
+        folder = _stage_folder(one)
+        if folder.exists():
+            told.append(f"stage {name}: taken from {folder}, where it was made before")
+            continue
+        folder.parent.mkdir(parents=True, exist_ok=True)
+
+        def named(what: str, nbytes: int, name: str = name) -> Progress | None:
+            return None if stage is None else stage(f"{name}: {what}", nbytes)
+
+        try:
+            execute(replace(one, out=folder, stages={}), named)
+        except SutureError as error:
+            error.add_note(f"in stage {name}")
+            raise
+        told.append(f"stage {name}: made, and kept in {folder}")
+    made = make_plan(plan.recipe, plan.out, plan.options)
+    return replace(made, told=tuple(told), stages={}, ordered=plan.stages)
 
 
 def _key(plan: Plan) -> str:
@@ -518,11 +874,11 @@ def _key(plan: Plan) -> str:
     facts = {
         "version": suture.__version__,
         "recipe": plan.recipe.resolved() | {"output": None},
-        "order": list(plan.job.models),
+        "order": [list(job.models) for job in plan.jobs],
         "nonfinite": plan.options.allow_nonfinite,
-        "inputs": {label: c.identity for label, c in plan.inputs.items()},
+        "inputs": {label: plan.made.get(label, c.identity) for label, c in plan.inputs.items()},
         "shards": [[s.name, s.size, hashlib.sha256(s.header).hexdigest()]
-                   for s in plan_shards(plan.job.specs, plan.recipe.shard_size)],
+                   for s in plan_shards(plan.specs, plan.recipe.shard_size)],
     }  # fmt: skip
     # Not sorted: of the patterns of a parameter, the first that fits counts.
     return hashlib.sha256(json.dumps(facts).encode()).hexdigest()
@@ -538,34 +894,50 @@ def _check_fingerprints(plan: Plan, outcome: Outcome) -> None:
                 f"{label}: {plan.inputs[label].label} is not the model that was merged then "
                 f"(fingerprint {found}, not {expected})",
             )
+    for label in plan.made:
+        folder = plan.inputs[label].path
+        kept = read_json(folder / "suture.json", JSON_LIMIT).get("output")
+        if not isinstance(kept, dict) or kept.get("fingerprint") != outcome.fingerprints[label]:
+            problems.add(
+                MismatchError, f"{label}: {folder} was changed since it was made; remove it"
+            )
     problems.raise_if_any()
 
 
 def _add_files(plan: Plan, writer: Writer, outcome: Outcome, out: Path) -> None:
-    reference = plan.job.sources.reference
-    donors = [reference, *(c for c in plan.inputs.values() if c is not reference)]
+    lead = plan.lead
+    donors = [lead, *(c for c in plan.inputs.values() if c is not lead)]
     for name, path in carried_files(donors).items():
         try:
             writer.add_file(name, path.read_bytes())
         except OSError as error:
             raise CheckpointError(f"{path}: {error.strerror}") from None
-    if reference.config:
-        writer.add_file("config.json", config_text(reference.config, plan.recipe.dtype))
+    if plan.config:
+        dtype = plan.recipe.dtype
+        dtype = _main_dtype(plan.specs) if dtype == PROMOTED or plan.recipe.slices else dtype
+        writer.add_file("config.json", config_text(plan.config, dtype))
     record = provenance(plan, outcome, out)
     writer.add_file("suture.json", json.dumps(record, indent=2, ensure_ascii=False) + "\n")
     writer.add_file("README.md", model_card(record, plan.recipe.method, donors, out.name))
 
 
+def _main_dtype(specs: Mapping[str, TensorSpec]) -> str | None:
+    """The floating dtype that most elements have."""
+    sizes: dict[str, int] = {}
+    for spec in specs.values():
+        if DTYPES[spec.dtype].computable:
+            sizes[spec.dtype] = sizes.get(spec.dtype, 0) + spec.numel
+    return max(sizes, key=lambda d: sizes[d], default=None)
+
+
 def provenance(plan: Plan, outcome: Outcome, out: Path) -> dict[str, Any]:
     """What ``suture.json`` holds: enough to make the same tensors again, and to know it."""
     recipe = plan.recipe.resolved()
-    paths = {label: _portable(c, out) for label, c in plan.inputs.items()}
-    if recipe["base"] is not None:
-        recipe["base"] = paths["base"]
-    for name, entry in recipe["models"].items():
-        entry["path"] = paths[name]
+    paths = _place_inputs(recipe, plan, out)
+    for name, stage in plan.ordered.items():
+        _place_inputs(recipe["stages"][name], stage, out)
     dtypes: dict[str, int] = {}
-    for spec in plan.job.specs.values():
+    for spec in plan.specs.values():
         word = WORD_OF.get(spec.dtype, spec.dtype)
         dtypes[word] = dtypes.get(word, 0) + spec.numel
     return {
@@ -580,19 +952,33 @@ def provenance(plan: Plan, outcome: Outcome, out: Path) -> dict[str, Any]:
         },
         "output": {
             "fingerprint": outcome.fingerprints["output"],
-            "tensors": len(plan.job.specs),
+            "tensors": len(plan.specs),
             "bytes": plan.nbytes,
             "dtypes": dtypes,
         },
         "results": {
-            "merged_tensors": len(plan.job.names),
-            "copied_tensors": len(plan.job.specs) - len(plan.job.names),
+            "merged_tensors": plan.merged,
+            "copied_tensors": len(plan.specs) - plan.merged,
             "moved": sum(outcome.moved.values()),
             "writeback_loss": outcome.writeback_loss,
             **outcome.facts,
         },
-        "notes": list(plan.recipe.notes),
+        "notes": list(plan.notes),
     }  # fmt: skip
+
+
+def _place_inputs(recipe: dict[str, Any], plan: Plan, out: Path) -> dict[str, str]:
+    """Write into a recipe where its models are, seen from the output; stages keep their names."""
+    told = _paths(plan.recipe)
+    paths = {
+        label: told[label] if label in plan.made else _portable(c, out)
+        for label, c in plan.inputs.items()
+    }
+    if recipe["base"] is not None:
+        recipe["base"] = paths["base"]
+    for name, entry in recipe["models"].items():
+        entry["path"] = paths[name]
+    return paths
 
 
 def _portable(checkpoint: Checkpoint, out: Path) -> str:
@@ -604,8 +990,8 @@ def _portable(checkpoint: Checkpoint, out: Path) -> str:
 
 def describe(plan: Plan) -> dict[str, Any]:
     """What a plan will do, as plain data: inputs, output, bytes, memory, time, notes."""
-    job = plan.job
-    elements = sum(job.specs[n].numel for n in job.names)
+    elements = sum(job.specs[n].numel for job in plan.jobs for n in job.names)
+    passes = [job.merge.passes + 1 for job in plan.jobs]
     return {
         "method": plan.recipe.method.name,
         "parameters": plan.recipe.resolved()["parameters"],
@@ -616,20 +1002,44 @@ def describe(plan: Plan) -> dict[str, Any]:
         },
         "output": {
             "path": None if plan.out is None else str(plan.out),
-            "tensors": len(job.specs),
-            "merged": len(job.names),
+            "tensors": len(plan.specs),
+            "merged": plan.merged,
             "merged_elements": elements,
-            "copied": len(job.specs) - len(job.names),
+            "copied": len(plan.specs) - plan.merged,
             "bytes": plan.nbytes,
-            "shards": len(plan_shards(job.specs, plan.recipe.shard_size)),
+            "shards": len(plan_shards(plan.specs, plan.recipe.shard_size)),
         },
         "bytes_read": plan.reads,
-        "passes": job.merge.passes + 1,
-        "threads": job.threads,
-        "peak_memory": peak_memory(job),
+        "passes": max(passes),
+        "threads": plan.jobs[0].threads,
+        "peak_memory": peak_memory(plan.jobs),
         "seconds": estimate(plan),
-        "notes": list(plan.recipe.notes),
+        "notes": list(plan.notes),
+        "stages": {
+            name: {"method": one.recipe.method.name, "tensors": len(one.specs),
+                   "bytes": one.nbytes, "path": str(_stage_folder(one)),
+                   "kept": _stage_folder(one).exists()}
+            for name, one in plan.stages.items()
+        },
     }  # fmt: skip
+
+
+def explain(recipe: Path | Mapping[str, Any]) -> dict[str, Any]:
+    """What a recipe means in Suture's terms, and where Suture's defaults would differ.
+
+    Raises:
+        RecipeError: everything that is wrong with it, at once; models are not opened.
+    """
+    found = read_recipe(recipe)
+    merges = {**found.stages, "": found}
+    return {
+        "mergekit": found.kit is not None or any(s.kit for s in found.stages.values()),
+        "differences": {
+            name: differences(one) for name, one in merges.items() if one.kit is not None
+        },
+        "native": native(found),
+        "notes": [note for one in merges.values() for note in one.notes],
+    }
 
 
 class _Nothing(Visitor[None]):
@@ -641,26 +1051,40 @@ class _Nothing(Visitor[None]):
 
 def estimate(plan: Plan) -> float:
     """Seconds that the merge will take, from reading a little of it (at most 64 MB a model)."""
-    job = plan.job
-    sample: list[list[Piece]] = []
-    room = 16 * PIECE
-    for task in tasks_of(job.names, job.specs):
-        size = sum(p.stop - p.start for p in task)
-        if sample and size > room:
-            break
-        sample.append(task)
-        room -= size
-    if not sample:
-        return 0.0
+    total = sum(
+        job.specs[n].numel * 2 * (job.merge.passes + 1) for job in plan.jobs for n in job.names
+    )
+    job = max(plan.jobs, key=lambda job: len(job.names))
+    sample = _sample(job)
+    if not sample or not plan.ready:
+        return plan.nbytes / 5e8
     small = Block(job.sources, job.block)  # compiles the kernels outside of the measure
     small.load(sample[0][0].name, 0, min(8, sample[0][0].stop))
     begun = time.perf_counter()
     sweep(job.sources, sample, _Nothing(), threads=job.threads, block=job.block)
     took = time.perf_counter() - begun
     taken = sum((p.stop - p.start) for task in sample for p in task) or 1
-    total = sum(job.specs[n].numel for n in job.names)
     # Counting or combining costs about as much again as reading; then the output is written.
-    return took / taken * total * 2 * (job.merge.passes + 1) + plan.nbytes / 5e8
+    return took / taken * total + plan.nbytes / 5e8
+
+
+def _sample(job: Job) -> list[list[Piece]]:
+    """The first tasks of a job, with 16 pieces or fewer."""
+    names, most = [], 0
+    for name in job.names:
+        names.append(name)
+        most += job.specs[name].numel
+        if most >= 16 * PIECE:
+            break
+    found: list[list[Piece]] = []
+    room = 16 * PIECE
+    for task in tasks_of(names, job.specs):
+        size = sum(p.stop - p.start for p in task)
+        if found and size > room:
+            break
+        found.append(task)
+        room -= size
+    return found
 
 
 def report_lines(report: MergeReport) -> Iterator[str]:
@@ -693,6 +1117,7 @@ __all__ = [
     "Plan",
     "describe",
     "execute",
+    "explain",
     "make_plan",
     "merge",
     "merged",

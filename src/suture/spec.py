@@ -79,6 +79,17 @@ DTYPE_WORDS = {
 WORD_OF = {"F64": "float64", "F32": "float32", "F16": "float16", "BF16": "bfloat16"}
 
 
+PROMOTED = "promoted"
+"""In the place of a dtype: for each tensor the narrowest that holds the values of every model."""
+
+
+def promoted(dtypes: Iterable[str]) -> str:
+    """The narrowest floating dtype that holds the values of all of these."""
+    found = set(dtypes)
+    wide = max(found, key=lambda d: DTYPES[d].bits)
+    return "F32" if found == {"BF16", "F16"} else wide
+
+
 def dtype_named(word: str) -> str:
     """The safetensors name of the dtype a recipe calls ``word``.
 

@@ -9,11 +9,13 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any, Protocol
 
 import numpy as np
 
-from suture.checkpoint import Checkpoint, Place
+from suture.checkpoint import Checkpoint, Place, ties_embeddings
+from suture.roles import tied_to
 from suture.spec import TensorSpec
 
 Array = np.ndarray[Any, Any]
@@ -125,4 +127,35 @@ class View(Checkpoint):
         return [a for a in self.origins[0].untied() if a in self.aliases]
 
 
-__all__ = ["Lens", "Same", "View"]
+class Planned(Checkpoint):
+    """A checkpoint that is still to be made: its header is known, its values are not.
+
+    Args:
+        name: what the recipe calls it.
+        folder: where it will be.
+        specs: its tensors.
+        config: its ``config.json``.
+    """
+
+    def __init__(
+        self, name: str, folder: Path, specs: Mapping[str, TensorSpec], config: Mapping[str, Any]
+    ) -> None:
+        self.path, self.label, self.folder, self.files = folder, name, folder, []
+        self.config = dict(config)
+        self.aliases = tied_to(specs.keys()) if ties_embeddings(self.config) else {}
+        self.specs = {n: spec for n, spec in specs.items() if n not in self.aliases}
+        self.places = {n: Place(0, 0) for n in self.specs}
+        self.identity = []
+        self._descriptors = {}
+        self._lock = threading.Lock()
+
+    def read_into(self, name: str, start: int, raw: Array) -> None:
+        """Nothing of it can be read yet."""
+        raise AssertionError(f"{self.label}: {name} was read before it was made")
+
+    def untied(self) -> list[str]:
+        """Nothing is known of its values."""
+        return []
+
+
+__all__ = ["Lens", "Planned", "Same", "View"]

@@ -5,15 +5,26 @@ from __future__ import annotations
 from importlib.metadata import entry_points
 
 from suture.errors import RecipeError, did_you_mean
-from suture.merges.base import Context, Merge, Method, Parameter, PerModel, Scalar, each, settings
+from suture.merges.base import (
+    Context,
+    Curve,
+    Merge,
+    Method,
+    Parameter,
+    PerModel,
+    Scalar,
+    Value,
+    each,
+    settings,
+)
 from suture.merges.consensus import consensus
 from suture.merges.dare import dare_linear, dare_ties
-from suture.merges.linear import linear, slerp, task_arithmetic
+from suture.merges.linear import linear, passthrough, slerp, task_arithmetic
 from suture.merges.ties import stitch, ties
 
 __all__ = [
-    "METHODS", "Context", "Merge", "Method", "Parameter", "PerModel", "Scalar", "each", "method",
-    "settings",
+    "METHODS", "Context", "Curve", "Merge", "Method", "Parameter", "PerModel", "Scalar", "Value",
+    "each", "method", "settings",
 ]  # fmt: skip
 
 METHODS: dict[str, Method] = {
@@ -27,6 +38,8 @@ METHODS: dict[str, Method] = {
         Method(dare_ties, "DARE with TIES", "Yu et al. 2024, arXiv:2311.03099", random=True),
         Method(consensus, "Consensus (TALL masks)", "Wang et al. 2024, arXiv:2405.07813"),
         Method(stitch, "Localize-and-Stitch, dataless", "He et al. 2025, arXiv:2408.13656"),
+        Method(passthrough, "Passthrough", "Goddard et al. 2024, arXiv:2403.13257",
+               needs_base=False, most=1),
         Method(slerp, "SLERP", "Shoemake 1985, doi:10.1145/325165.325242", needs_base=False,
                least=2, most=2, ordered=True),
     )

@@ -9,8 +9,8 @@ from __future__ import annotations
 import inspect
 import math
 import re
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from functools import lru_cache
 from typing import Annotated, Any, Generic, Literal, TypeVar, get_args, get_origin, get_type_hints
 
@@ -25,20 +25,65 @@ S = TypeVar("S")
 
 
 @dataclass(frozen=True)
-class Scalar:
-    """A number that may differ from tensor to tensor: the first rule that fits counts."""
+class Curve:
+    """A number that changes with depth: the points are spread evenly from first to last layer."""
 
-    default: float
-    rules: tuple[tuple[str, float], ...] = ()
+    points: tuple[float, ...]
+
+    def at(self, depth: float) -> float:
+        """The value at a depth from 0 to 1, linear between the two nearest points."""
+        place = depth * (len(self.points) - 1)
+        before = int(place)
+        after = min(before + 1, len(self.points) - 1)
+        share = place - before
+        return (1 - share) * self.points[before] + share * self.points[after]
+
+
+Value = float | Curve
+
+
+@dataclass(frozen=True)
+class Scalar:
+    """A number that may differ from tensor to tensor: the first rule that fits counts.
+
+    Where a curve is among the values, ``bound`` makes numbers of it before anything asks.
+    """
+
+    default: Value
+    rules: tuple[tuple[str, Value], ...] = ()
+    table: Mapping[str, float] = field(default_factory=dict)
+    """The numbers of tensors that are settled; they stand above the rules."""
+
+    @property
+    def curved(self) -> bool:
+        """Whether it depends on depth."""
+        return any(isinstance(v, Curve) for v in (self.default, *(v for _, v in self.rules)))
 
     def at(self, name: str) -> float:
         """The number for one tensor."""
+        if name in self.table:
+            return self.table[name]
+        value = self.rule(name) if self.rules else self.default
+        assert not isinstance(value, Curve), f"{name}: the depth of a curve was not settled"
+        return value
+
+    def rule(self, name: str) -> Value:
+        """The number or curve that the rules give a tensor of this name."""
         return next((v for p, v in self.rules if selects(p, name)), self.default)
 
-    @property
-    def values(self) -> tuple[float, ...]:
-        """Every number it can be."""
-        return (self.default, *(v for _, v in self.rules))
+    def bound(self, names: Iterable[tuple[str, str, float]]) -> Scalar:
+        """The same, with a number for each tensor.
+
+        Args:
+            names: of each tensor its name, the name by which the rules know it, and its depth.
+        """
+        if not self.rules and not isinstance(self.default, Curve):
+            return self
+        found = {}
+        for name, known, depth in names:
+            value = self.rule(known)
+            found[name] = value.at(depth) if isinstance(value, Curve) else value
+        return replace(self, table=found)
 
 
 @dataclass(frozen=True)
@@ -181,6 +226,10 @@ def _no_facts(state: Any) -> dict[str, Any]:
     return {}
 
 
+def _never(name: str) -> bool:
+    return False
+
+
 @dataclass(frozen=True)
 class Merge(Generic[S]):
     """How several models become one.
@@ -199,6 +248,8 @@ class Merge(Generic[S]):
     """How often ``prepare`` reads the models, for estimates."""
     facts: Callable[[S], dict[str, Any]] = _no_facts
     """What the report tells of the state: densities reached, ties, ..."""
+    keeps: Callable[[str], bool] = _never
+    """Whether a tensor comes out as it is in the first model, so that it can simply be copied."""
 
 
 @dataclass(frozen=True)
@@ -252,6 +303,8 @@ def settings(
     given: Mapping[str, Any],
     per_model: Sequence[tuple[str, Mapping[str, Any]]],
     problems: Problems,
+    shared: str = "parameters",
+    own: str = "models.{}",
 ) -> dict[str, Any]:
     """Check the parameters of a recipe and give them the types that the method asks for.
 
@@ -260,30 +313,32 @@ def settings(
         given: parameters for all models; a number may be a mapping from patterns to numbers.
         per_model: name and own parameters of each model, in the order of rows.
         problems: takes one note for every fault.
+        shared: what messages call the place of the parameters for all models.
+        own: what they call the place of those of one model, with ``{}`` for its name.
     """
     known = method.parameters
     for key in given:
         if key == "seed" and key not in known:  # said for every method, used by those that draw
-            _check(Parameter(key, Seed, 0), given[key], f"parameters.{key}", problems)
+            _check(Parameter(key, Seed, 0), given[key], f"{shared}.{key}", problems)
         elif key not in known:
             hint = did_you_mean(key, list(known))
-            problems.add(RecipeError, f"parameters: {method.name} has no {key!r}; {hint}")
-    own = [p for p in known.values() if p.per_model]
+            problems.add(RecipeError, f"{shared}: {method.name} has no {key!r}; {hint}")
+    theirs = [p for p in known.values() if p.per_model]
     for model, mine in per_model:
         for key in mine:
-            if key not in {p.name for p in own}:
-                hint = did_you_mean(key, ["path", *(p.name for p in own)])
-                problems.add(RecipeError, f"models.{model}: unknown key {key!r}; {hint}")
+            if key not in {p.name for p in theirs}:
+                hint = did_you_mean(key, ["path", *(p.name for p in theirs)])
+                problems.add(RecipeError, f"{own.format(model)}: unknown key {key!r}; {hint}")
     found: dict[str, Any] = {}
     for name, parameter in known.items():
         if parameter.per_model:
-            values = [(f"models.{m}.{name}", v[name]) if name in v else
-                      (f"parameters.{name}", given.get(name, parameter.default))
+            values = [(f"{own.format(m)}.{name}", v[name]) if name in v else
+                      (f"{shared}.{name}", given.get(name, parameter.default))
                       for m, v in per_model]  # fmt: skip
             found[name] = PerModel(tuple(_scalar(parameter, v, w, problems) for w, v in values))
         else:
             value = given.get(name, parameter.default)
-            where = f"parameters.{name}"
+            where = f"{shared}.{name}"
             if parameter.per_tensor:
                 found[name] = _scalar(parameter, value, where, problems)
             else:
@@ -302,10 +357,21 @@ def _check(parameter: Parameter, value: object, where: str, problems: Problems) 
 
 def _scalar(parameter: Parameter, value: object, where: str, problems: Problems) -> Scalar:
     if not isinstance(value, Mapping):
-        return Scalar(float(value)) if _check(parameter, value, where, problems) else Scalar(1.0)  # type: ignore[arg-type]
-    rules = []
-    for pattern, number in value.items():
-        if _check(parameter, number, f"{where}[{pattern!r}]", problems):
-            rules.append((str(pattern), float(number)))
+        return Scalar(_value(parameter, value, where, problems))
+    rules = tuple(
+        (str(pattern), _value(parameter, number, f"{where}[{pattern!r}]", problems))
+        for pattern, number in value.items()
+    )
     default = next((v for p, v in rules if p == "*"), parameter.default)
-    return Scalar(float(default), tuple(rules))
+    return Scalar(default if isinstance(default, Curve) else float(default), rules)
+
+
+def _value(parameter: Parameter, value: object, where: str, problems: Problems) -> Value:
+    if not isinstance(value, list):
+        return float(value) if _check(parameter, value, where, problems) else 1.0  # type: ignore[arg-type]
+    if not value:
+        problems.add(
+            RecipeError, f"{where}: an empty list; give one number or more, in order of depth"
+        )
+    fine = [_check(parameter, v, f"{where}[{i}]", problems) for i, v in enumerate(value)]
+    return Curve(tuple(map(float, value))) if value and all(fine) else 1.0
