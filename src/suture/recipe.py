@@ -252,8 +252,8 @@ def _from_documents(
     if len(last) > 1:
         begin = ", ".join(str(min(lines[n].known.values(), default=1)) for n in last)
         raise RecipeError(
-            f"{source}: {len(last)} documents have no name (they begin on lines {begin}); give each "
-            "but the last merge a `name`"
+            f"{source}: {len(last)} documents have no name (they begin on lines {begin}); give "
+            "each but the last merge a `name`"
         )
     stages: dict[str, tuple[dict[str, Any], Lines]] = {}
     for number, raw in enumerate(documents):
