@@ -788,3 +788,19 @@ def test_quantised_models_are_refused(
 
     with pytest.raises(CheckpointError, match="dequantise"):
         checkpoint.refuse_uncomputable(model)
+
+
+def test_planning_reads_every_header_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """However many shards a model has: the index is held against what was read anyway."""
+    tensors = {f"model.layers.{i}.w": packed([float(i)]) for i in range(12)}
+    folder = save_model(tmp_path / "model", tensors, shards=6)
+    read: list[Path] = []
+    plain = checkpoint.read_header
+    monkeypatch.setattr(checkpoint, "read_header", lambda path: read.append(path) or plain(path))
+
+    opened = open_checkpoint(folder)
+
+    assert len(opened) == 12
+    assert sorted(p.name for p in read) == [
+        f"model-{i:05}-of-00006.safetensors" for i in range(1, 7)
+    ]

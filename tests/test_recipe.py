@@ -241,7 +241,7 @@ TEXTS: dict[str, tuple[str, str]] = {
     "a word": ("ties", "a recipe is a mapping"),
     "a number": ("5", "a recipe is a mapping"),
     "null": ("~", "a recipe is a mapping"),
-    "two documents": ("a: 1\n---\nb: 2\n", "not valid YAML"),
+    "two documents": ("a: 1\n---\nb: 2\n", "2 documents have no name (they begin on lines 1, 3)"),
     "no YAML": ("base: [1, 2\nmodels: }", "not valid YAML"),
     "a tab": ("base:\n\t- x", "not valid YAML"),
     "an unknown alias": ("base: *x", "not valid YAML"),
@@ -306,7 +306,33 @@ VALUE = st.recursive(
     max_leaves=6,
 )
 KEYS = ["base", "models", "method", "parameters", "space", "policy", "output",
-        "merge_method", "base_model", "dtype", "out_dtype", "tokenizer_source", "slices"]  # fmt: skip
+        "merge_method", "base_model", "dtype", "out_dtype", "tokenizer_source", "slices",
+        "modules", "stages"]  # fmt: skip
+
+
+WORDS = ["sources", "models", "model", "layer_range", "layers", "parameters", "weight", "density", "t",
+         "scale", "lambda", "filter", "value", "base_model", "base", "a", "path"]  # fmt: skip
+DEEP = st.recursive(
+    PLAIN | st.lists(st.integers(-1, 5), min_size=2, max_size=2),
+    lambda v: st.lists(v, max_size=3) | st.dictionaries(st.sampled_from(WORDS), v, max_size=4),
+    max_leaves=12,
+)
+
+
+@given(
+    slices=DEEP, models=DEEP, parameters=DEEP, method=st.sampled_from([*METHODS]), kit=st.booleans()
+)
+def test_any_slices_are_a_recipe_or_refused(
+    slices: Any, models: Any, parameters: Any, method: str, kit: bool
+) -> None:
+    """Whatever is nested in slices, models and parameters, of the right words: no crash."""
+    raw = {"slices": [slices], "models": models, "parameters": parameters}
+    raw |= {"merge_method": method, "base_model": "b"} if kit else {"method": method, "base": "b"}
+    for what in (raw, {**raw, "models": None}, {**raw, "slices": None}):
+        try:
+            assert isinstance(read_recipe(what), Recipe)
+        except RecipeError as error:
+            assert len(str(error)) < 20_000
 
 
 @given(

@@ -634,7 +634,7 @@ WRONG: dict[str, tuple[str, int, list[str]]] = {
     "two stages of one name": (f"name: a\n{LINEAR}---\nname: a\n{LINEAR}---\n{LINEAR.replace('./math', 'a')}", 8,
                                ["name of another document"]),
     "a stage that is none": (f"name: a\n{LINEAR}---\n{LINEAR.replace('./math', 'aa')}", 10, ["aa: no such file"]),
-    "two last merges": (f"{LINEAR}---\n{LINEAR}", 0, ["2 documents have none"]),
+    "two last merges": (f"{LINEAR}---\n{LINEAR}", 0, ["2 documents have no name"]),
     "a mistake in a stage": (f"name: a\n{LINEAR}dtpye: 1\n---\n{LINEAR.replace('./math', 'a')}", 7,
                              ["stage a", "'dtpye'"]),
     "a missing model of a stage": (f"name: a\n{LINEAR.replace('./math', './no')}---\n{LINEAR.replace('./math', 'a')}", 0,

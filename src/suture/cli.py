@@ -272,7 +272,9 @@ def merge(
             _print(told) if as_json else _show_explanation(told)
             return
         if out is None:
-            raise SutureError("where to? name the folder to write: -o OUT")
+            raise typer.BadParameter(
+                "name the folder to write: -o OUT", param_hint="'--out' / '-o'"
+            )
         machine.announce = lambda: _say("compiling for this processor (once, some ten seconds)")
         how = run.Options(threads=threads, overwrite=overwrite, resume=not no_resume,
                           allow_nonfinite=allow_nonfinite)  # fmt: skip

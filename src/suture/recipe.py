@@ -45,7 +45,7 @@ RECIPE_LIMIT = 1 << 20
 """Bytes a recipe may have; sixteen times that with what was made of it, as JSON."""
 NODE_LIMIT = 100_000
 """Values a recipe may have, aliases written out."""
-STAGE_LIMIT = 1000
+STAGE_LIMIT = 100
 """Documents a recipe may have."""
 
 
@@ -237,25 +237,24 @@ def _from_file(source: Path, folder: Path, problems: Problems) -> Recipe | None:
     lines: list[Lines] = []
     documents = parse_documents(text, str(source), lines)
     if len(documents) > 1:
-        return _from_documents(documents, lines, folder, problems)
+        return _from_documents(documents, lines, source, folder, problems)
     problems.locate = lines[0].locate
     documents[0].pop("name", None)
     return _from_raw(documents[0], folder, problems)
 
 
 def _from_documents(
-    documents: list[dict[str, Any]], lines: list[Lines], folder: Path, problems: Problems
-) -> Recipe | None:
+    documents: list[dict[str, Any]], lines: list[Lines], source: Path, folder: Path,
+    problems: Problems,
+) -> Recipe:  # fmt: skip
     """Several merges of one file: those with a name are stages, which others may name as models."""
     last = [n for n, raw in enumerate(documents) if "name" not in raw] or [len(documents) - 1]
     if len(last) > 1:
-        where = lines[last[0]].known.get("merge_method") or lines[last[0]].known.get("method")
-        problems.add(
-            RecipeError,
-            f"name: {len(last)} documents have none (one begins near line {where}); only the last "
-            "merge may go without",
+        begin = ", ".join(str(min(lines[n].known.values(), default=1)) for n in last)
+        raise RecipeError(
+            f"{source}: {len(last)} documents have no name (they begin on lines {begin}); give "
+            "each but the last merge a `name`"
         )
-        return None
     stages: dict[str, tuple[dict[str, Any], Lines]] = {}
     for number, raw in enumerate(documents):
         name = raw.pop("name", None)
