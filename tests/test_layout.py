@@ -19,8 +19,8 @@ ROOT = Path(suture.__file__).parent
 
 ORDER = [
     "errors", "spec", "roles", "loops", "machine", "kernels", "checkpoint", "views", "writer",
-    "stream", "vector", "profile", "select", "mask", "merges", "engine", "recipe", "card", "models", "data",
-    "tune", "evals", "report", "run", "demo_tasks", "demo", "cli", "__main__",
+    "stream", "vector", "profile", "select", "mask", "patchfile", "patch", "gather", "merges", "engine",
+    "recipe", "card", "models", "data", "tune", "evals", "report", "run", "patching", "demo_tasks", "demo", "cli", "__main__",
 ]  # fmt: skip
 """The way of a tensor, top to bottom."""
 

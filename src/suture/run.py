@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import suture
-from suture.card import carried_files, config_text, model_card
+from suture.card import carried_files, config_text, is_restricted, model_card
 from suture.checkpoint import Checkpoint, is_from_hub, open_checkpoint, refuse_uncomputable
 from suture.engine import (
     Job,
@@ -38,6 +38,8 @@ from suture.errors import (
     SutureError,
 )
 from suture.merges import method
+from suture.patch import Patch
+from suture.patchfile import is_patch
 from suture.recipe import SCHEMA, ModelEntry, Policy, Recipe, parse_recipe, read_recipe
 from suture.roles import ParamSpace, check_selectors
 from suture.spec import DTYPES, PIECE, WORD_OF, Piece, dtype_named, listed, readable
@@ -291,9 +293,20 @@ def _opened(recipe: Recipe, problems: Problems) -> dict[str, Checkpoint]:
     for label, path in paths.items():
         with problems.collecting():
             checkpoint = open_checkpoint(path, recipe.folder)
+            if is_patch(checkpoint):
+                checkpoint = _patched(checkpoint, found.get("base"))
             found[label] = checkpoint
             refuse_uncomputable(checkpoint)
     return found
+
+
+def _patched(file: Checkpoint, base: Checkpoint | None) -> Checkpoint:
+    """A patch that a recipe names as a model: the base with the patch on it."""
+    if base is None:
+        raise RecipeError(f"{file.label}: a patch stands for a model only beside its base; name it")
+    view = Patch.load(file.path).apply(base)
+    view.path, view.label = file.path, file.label
+    return view
 
 
 def _row_names(recipe: Recipe) -> list[str]:
@@ -555,6 +568,7 @@ def provenance(plan: Plan, outcome: Outcome, out: Path) -> dict[str, Any]:
         "suture": suture.__version__,
         "schema": SCHEMA,
         "kind": "merge",
+        **({"restricted": True} if any(map(is_restricted, plan.inputs.values())) else {}),
         "recipe": recipe,
         "inputs": {
             label: {"path": paths[label], "fingerprint": outcome.fingerprints[label],
