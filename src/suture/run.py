@@ -289,7 +289,7 @@ def make_plan(
 def _opened(recipe: Recipe, problems: Problems) -> dict[str, Checkpoint]:
     paths = {} if recipe.base is None else {"base": recipe.base}
     paths |= {name: entry.path for name, entry in recipe.models.items()}
-    found = {}
+    found: dict[str, Checkpoint] = {}
     for label, path in paths.items():
         with problems.collecting():
             checkpoint = open_checkpoint(path, recipe.folder)
