@@ -8,7 +8,6 @@ something reads it. ``suture.patching`` writes such views to folders.
 from __future__ import annotations
 
 import os
-import shutil
 import threading
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -292,19 +291,6 @@ class StoredPatch(Patch):
         found = self.file.facts.get("provenance")
         return dict(found) if isinstance(found, dict) else {}
 
-    def save(self, path: str | os.PathLike[str], *, overwrite: bool = False) -> StoredPatch:
-        """Copy the file and open the copy."""
-        out = Path(path)
-        check_free(out, overwrite)
-        if out.resolve() != self.path.resolve():
-            fresh = out.with_name(f".{out.name}.part")
-            try:
-                shutil.copyfile(self.path, fresh)
-                fresh.replace(out)
-            except OSError as error:
-                raise OutputError(f"{out}: {error.strerror}") from None
-        return Patch.load(out)
-
 
 def _delta(some: Entries, dtype: str) -> Array:
     return subtract(some.old, some.new, dtype) if some.delta is None else some.delta
@@ -418,13 +404,13 @@ class Composed(Patch):
         first = np.flatnonzero(np.diff(joined.at.astype(np.int64), prepend=-1))
         if first.size == joined.at.size:
             return joined
-        return self._settled(name, joined, first)
+        return self._settled(name, number * PIECE, joined, first)
 
-    def _settled(self, name: str, joined: Entries, first: Array) -> Entries:
-        dtype, place = self.specs[name].dtype, int(joined.at[first[np.argmax(np.diff(first) > 1)]])
-        claims = np.diff(first, append=joined.at.size)
-        many = int((claims > 1).sum())
+    def _settled(self, name: str, start: int, joined: Entries, first: Array) -> Entries:
+        """The entries of which some stand in several patches; ``first`` of each position."""
+        dtype, claims = self.specs[name].dtype, np.diff(first, append=joined.at.size)
         if self.on_overlap == "error":
+            many, place = int((claims > 1).sum()), start + int(joined.at[first[claims > 1][0]])
             raise MismatchError(
                 f"{name}: {many} entries near element {place} stand in more than one patch of "
                 f"{self.label}; say what becomes of them: --on-overlap last or mean"
