@@ -16,7 +16,21 @@ from hypothesis import strategies as st
 
 import suture
 import toy
-from making import WIDTHS, Raw, Tensors, packed, quick_disk, read_file, save_model, staging, tree
+from making import (
+    CONFIG,
+    WIDTHS,
+    Raw,
+    Tensors,
+    invoke,
+    lines_of,
+    packed,
+    quick_disk,
+    read_file,
+    save_model,
+    staging,
+    tree,
+)
+from making import family as llamas
 from slow import patches as slow
 from slow import topk
 from suture import Mask, Patch, apply_patches, make_patch, revert_patch
@@ -791,3 +805,88 @@ def test_every_fault_of_the_user_is_a_suture_error(models: Any) -> None:
         patch.delta("nonesuch")
     with pytest.raises(SutureError):
         Patch.load(models.family.base_path)
+
+
+# ------------------------------------------------------------------------------- the command line
+
+
+@pytest.fixture
+def here(tmp_path: Path) -> Path:
+    """A base and two models near it, in folders."""
+    return llamas(tmp_path, "math", "code", config=CONFIG)
+
+
+def test_the_commands_from_end_to_end(here: Path) -> None:
+    """make, show, apply, revert; --json is one object on standard output."""
+    patch, out = here / "m.patch.safetensors", here / "out"
+    made = invoke("patch", "make", here / "base", here / "math", "--density", 0.1, "-o", patch)
+    assert made.code == 0
+    lines_of(made.out, "entries of", "% of their size")
+    shown = invoke("patch", "show", patch, "--json").json
+    assert shown["provenance"]["density"] == 0.1
+    assert sum(row["entries"] for row in shown["tensors"].values()) == shown["entries"]
+    text = invoke("patch", "show", patch).out
+    lines_of(text, shown["digest"], shown["base"], shown["result"], "layers.0.mlp.up_proj.weight")
+    applied = invoke("patch", "apply", here / "base", patch, "-o", out, "--json").json
+    assert applied["fingerprint"] == shown["result"]
+    assert applied["entries"] == shown["entries"]
+    undone = invoke("patch", "revert", out, out / UNDO, "-o", here / "back")
+    assert undone.code == 0
+    lines_of(undone.out, shown["base"])
+    assert bytes_of(stored(here / "back")) == bytes_of(stored(here / "base"))
+    said = invoke("patch", "apply", here / "base", patch, "-o", here / "half", "--scale", 0.5)
+    lines_of(said.out, "to undo it: suture patch revert", UNDO)
+    code = here / "c.patch.safetensors"
+    invoke("patch", "make", here / "base", here / "code", "-o", code, "--restricted")
+    both = invoke(
+        "patch", "apply", here / "base", patch, code, "-o", here / "both", "--on-overlap", "mean"
+    )
+    lines_of(both.out, "restricted")
+    lines_of(invoke("patch", "show", code).out, "restricted")
+
+
+WRONG: list[tuple[tuple[str, ...], str]] = [
+    (("make", "base", "nothing", "-o", "x.safetensors"), "nothing: no such file"),
+    (("make", "base", "base", "-o", "x.safetensors"), "no entry differs"),
+    (("make", "base", "math", "-o", "x.bin"), "is a safetensors file"),
+    (("make", "base", "math", "-o", "p.safetensors"), "--overwrite"),
+    (("make", "base", "math", "-o", "x.safetensors", "--density", "0"), "density is the share"),
+    (("make", "base", "math", "-o", "x.safetensors", "--density", "nan"), "density is the share"),
+    (
+        ("make", "base", "math", "-o", "x.safetensors", "--scope", "tensors"),
+        "did you mean 'tensor'",
+    ),
+    (("make", "base", "math", "-o", "x.safetensors", "--mask", "p.safetensors"), "not a mask"),
+    (("make", "p.safetensors", "math", "-o", "x.safetensors"), "lacks at:"),
+    (("apply", "base", "base/model.safetensors", "-o", "out"), "not a patch"),
+    (("apply", "base", "nothing", "other", "-o", "out"), "2 problems"),
+    (("apply", "code", "p.safetensors", "-o", "out"), "not what"),
+    (("apply", "base", "p.safetensors", "p.safetensors", "-o", "out"), "more than one patch"),
+    (("apply", "base", "p.safetensors", "-o", "base"), "holds the input"),
+    (("apply", "base", "p.safetensors", "-o", "out", "--scale", "nan"), "a finite number"),
+    (("apply", "base", "p.safetensors", "-o", "out", "--on-overlap", "sum"), "no policy 'sum'"),
+    (("apply", "base", "cut.safetensors", "-o", "out"), "cut short"),
+    (("apply", "base", "flipped.safetensors", "-o", "out"), "fetch or make it again"),
+    (("revert", "base", "p.safetensors", "-o", "out"), UNDO),
+    (("revert", "math", "flipped.safetensors", "-o", "out"), "fetch or make it again"),
+    (("show", "base"), "is not a file"),
+    (("show", "flipped.safetensors"), "digest"),
+]
+
+
+def test_wrong_input_on_the_command_line(here: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Exit code 2, a message with the place and the cause, no traceback; nothing is written."""
+    monkeypatch.chdir(here)
+    invoke("patch", "make", "base", "math", "-o", "p.safetensors")
+    content = Path("p.safetensors").read_bytes()
+    Path("cut.safetensors").write_bytes(content[:-9])
+    Path("flipped.safetensors").write_bytes(content[:-9] + bytes([content[-9] ^ 4]) + content[-8:])
+    before = tree(here)
+    for arguments, words in WRONG:
+        said = invoke("patch", *arguments)
+        assert said.code == 2, (arguments, said)
+        assert words in said.err, (arguments, said.err)
+        assert said.out == ""
+        told = invoke("patch", *arguments, "--json")
+        assert words in told.json["error"]
+        assert tree(here) == before, arguments

@@ -145,15 +145,14 @@ def patch_card(record: Mapping[str, Any], model: Checkpoint, name: str) -> str:
 
 
 def is_restricted(checkpoint: Checkpoint) -> bool:
-    """Whether a model must not be passed on: it is known, or the record beside it says so.
-
-    Raises:
-        CheckpointError: there is a record, and it cannot be read.
-    """
+    """Whether a model must not be passed on: it is known, or the record beside it says so."""
     record = checkpoint.folder / "suture.json"
     if checkpoint.restricted or not checkpoint.path.is_dir() or not record.is_file():
         return checkpoint.restricted
-    return read_json(_inside(record, checkpoint.folder)).get("restricted") is True
+    try:
+        return read_json(_inside(record, checkpoint.folder)).get("restricted") is True
+    except CheckpointError:  # some other file of that name: it says nothing
+        return False
 
 
 def model_name(checkpoint: Checkpoint) -> str:

@@ -386,11 +386,10 @@ def patch_apply(
     """
     with _errors(as_json), Bars(as_json) as bars:
         from suture import patching
-        from suture.patch import Patch
         from suture.run import open_model
 
         report = patching.apply_patches(
-            open_model(model), [Patch.load(p) for p in patch], out, scale=scale,
+            open_model(model), patching.load_patches(patch), out, scale=scale,
             on_overlap=on_overlap, force=force, stage=bars.stage, threads=threads,
             overwrite=overwrite, resume=not no_resume,
         )  # fmt: skip
@@ -449,8 +448,8 @@ def patch_show(
     _tell(f"{found['path']}: {found['entries']:,} entries in {len(found['tensors'])} tensors "
           f"({found['density']:.3%}), {readable(found['bytes'])}, {found['share']:.2%} of their "
           "size")  # fmt: skip
-    for key in ("base", "result", "digest"):
-        _tell(f"  {key:<8} {found[key] or 'not known'}")
+    for key, what in (("base", "base"), ("result", "result"), ("digest", "file")):
+        _tell(f"  fingerprint of the {what:<7} {found[key] or 'not known'}")
     if found["restricted"]:
         _tell("  restricted: must not be passed on, nor what is made with it")
     for key, value in found["provenance"].items():

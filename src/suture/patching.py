@@ -59,6 +59,20 @@ def _silent(stage: str, nbytes: int) -> Progress | None:
     return None
 
 
+def load_patches(paths: Sequence[Path]) -> list[StoredPatch]:
+    """Open patches and check every byte of them.
+
+    Raises:
+        CheckpointError: what is wrong with any of them, at once.
+    """
+    problems, found = Problems(), []
+    for path in paths:
+        with problems.collecting():
+            found.append(Patch.load(path))
+    problems.raise_if_any()
+    return found
+
+
 def make_patch(
     base: Checkpoint,
     tuned: Checkpoint,
@@ -469,6 +483,7 @@ __all__ = [
     "PatchReport",
     "apply_patches",
     "describe",
+    "load_patches",
     "make_patch",
     "report_lines",
     "revert_patch",
