@@ -73,7 +73,7 @@ def model_card(
 ) -> str:
     """The README of a merged model: front matter for the hub, then what was done, in words."""
     front: dict[str, Any] = {"tags": ["merge", "suture"], "library_name": "transformers"}
-    front["base_model"] = list(dict.fromkeys(_shown(c) for c in donors))
+    front["base_model"] = list(dict.fromkeys(model_name(c) for c in donors))
     front["base_model_relation"] = "merge"
     licence = next((x for c in donors if (x := _licence(c))), None)
     if licence:
@@ -110,7 +110,52 @@ def model_card(
     return "\n".join(lines)
 
 
-def _shown(checkpoint: Checkpoint) -> str:
+def patch_card(record: Mapping[str, Any], model: Checkpoint, name: str) -> str:
+    """The README of a patched model: front matter for the hub, then what was done, in words."""
+    front: dict[str, Any] = {"tags": ["patch", "suture"], "library_name": "transformers"}
+    front["base_model"] = [model_name(model)]
+    if licence := _licence(model):
+        front["license"] = licence
+    rows = "\n".join(
+        f"| {Path(p['path']).name} | {p['entries']:,} | {readable(p['bytes'])} | `{p['digest']}` |"
+        for p in record["patches"]
+    )
+    reverted = record["action"] == "revert"
+    what = "taken off" if reverted else "put on"
+    notes = []
+    if record["restricted"]:
+        notes.append("**Restricted: it was made from something that must not be passed on.**\n")
+    if record["forced"]:
+        notes.append(f"Forced: {len(record['forced'])} tensors were not those of the base.\n")
+    if not reverted:
+        notes.append(f"- scale {record['scale']:g}, overlaps: {record['on_overlap']}")
+        notes.append(
+            "- to undo it, bit for bit: `suture patch revert . undo.patch.safetensors -o BACK`"
+        )
+    lines = [
+        f"---\n{yaml.safe_dump(front, sort_keys=False)}---\n",
+        f"# {name}\n",
+        f"A model with patches {what} it by Suture {record['suture']}.\n",
+        f"| patch | entries | size | digest |\n|---|---|---|---|\n{rows}\n",
+        *notes,
+        f"- input `{record['inputs']['model']['fingerprint']}`",
+        f"- output `{record['output']['fingerprint']}`\n",
+    ]
+    return "\n".join(lines)
+
+
+def is_restricted(checkpoint: Checkpoint) -> bool:
+    """Whether a model must not be passed on: it is known, or the record beside it says so."""
+    record = checkpoint.folder / "suture.json"
+    if checkpoint.restricted or not checkpoint.path.is_dir() or not record.is_file():
+        return checkpoint.restricted
+    try:
+        return read_json(_inside(record, checkpoint.folder)).get("restricted") is True
+    except CheckpointError:  # some other file of that name: it says nothing
+        return False
+
+
+def model_name(checkpoint: Checkpoint) -> str:
     """How a card names a model: its hub id, or the last part of its path, never a whole path."""
     hub = is_from_hub(checkpoint)
     return checkpoint.label.partition("@")[0] if hub else checkpoint.path.name
@@ -146,4 +191,12 @@ def _licence(checkpoint: Checkpoint) -> str | None:
     return None
 
 
-__all__ = ["carried_files", "config_text", "model_card", "read_json"]
+__all__ = [
+    "carried_files",
+    "config_text",
+    "is_restricted",
+    "model_card",
+    "model_name",
+    "patch_card",
+    "read_json",
+]

@@ -231,6 +231,8 @@ class Checkpoint(Mapping[str, Array]):
         self.folder = where if where.is_dir() else where.parent
         self.specs: dict[str, TensorSpec] = {}
         self.places: dict[str, Place] = {}
+        self.restricted = False
+        """Whether it is known to be made from something that must not be passed on."""
         self.aliases: dict[str, str] = {}
         """Second names of tied tensors, which are not in ``specs``, and what they are tied to."""
         self._descriptors: dict[int, int] = {}

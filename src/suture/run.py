@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 import suture
-from suture.card import carried_files, config_text, model_card
+from suture.card import carried_files, config_text, is_restricted, model_card
 from suture.checkpoint import (
     JSON_LIMIT,
     Checkpoint,
@@ -49,6 +49,8 @@ from suture.errors import (
 from suture.layers import Stretch, cut, depth_of, depths, sliced_config, stack_of
 from suture.mergekit import differences, native
 from suture.merges import PerModel, Scalar, method
+from suture.patch import Patch
+from suture.patchfile import is_patch
 from suture.recipe import SCHEMA, parse_recipe, read_recipe
 from suture.recipe_types import ModelEntry, Policy, Recipe, Slice
 from suture.roles import ParamSpace, check_selectors, layer_parts, selects, tied_to
@@ -348,7 +350,7 @@ def _stages(recipe: Recipe, options: Options, problems: Problems) -> dict[str, P
                 folder = _stage_folder(plan)
                 if not folder.exists():
                     _check_free(folder, folder, options, own)
-                    _check_room(folder, plan, own)
+                    _check_room(folder, plan.nbytes, plan.options.resume, own)
                 own.raise_if_any()
                 found[name] = plan
         except SutureError as error:
@@ -391,7 +393,7 @@ def _planned(
     plan = Plan(recipe, tuple(jobs), inputs, out, options, config, told,
                 {name: stages[name] for name in recipe.stages}, made)  # fmt: skip
     if out is not None:
-        _check_room(out, plan, problems)
+        _check_room(out, plan.nbytes, options.resume, problems)
     problems.raise_if_any()
     return plan
 
@@ -414,6 +416,8 @@ def _opened(
                 found[label] = _output_of(path, stages[path])
                 continue
             checkpoint = open_checkpoint(path, recipe.folder)
+            if is_patch(checkpoint):
+                checkpoint = _patched(checkpoint, found.get("base"))
             found[label] = checkpoint
             refuse_uncomputable(checkpoint)
     return found
@@ -427,6 +431,15 @@ def _output_of(name: str, plan: Plan) -> Checkpoint:
     found = open_checkpoint(folder)
     found.label = name
     return found
+
+
+def _patched(file: Checkpoint, base: Checkpoint | None) -> Checkpoint:
+    """A patch that a recipe names as a model: the base with the patch on it."""
+    if base is None:
+        raise RecipeError(f"{file.label}: a patch stands for a model only beside its base; name it")
+    view = Patch.load(file.path).apply(base)
+    view.path, view.label = file.path, file.label
+    return view
 
 
 def _reference_label(recipe: Recipe) -> str | None:
@@ -726,16 +739,16 @@ def _writable(folder: Path) -> bool:
         return True
 
 
-def _check_room(out: Path, plan: Plan, problems: Problems) -> None:
+def _check_room(out: Path, nbytes: int, resume: bool, problems: Problems) -> None:
     parent = out.resolve().parent
     staged = 0
     folder = staging_of(out.resolve()) / "model"
-    if plan.options.resume and folder.is_dir():
+    if resume and folder.is_dir():
         staged = sum(p.stat().st_blocks * 512 for p in folder.iterdir())
     while not parent.exists():
         parent = parent.parent
     free = shutil.disk_usage(parent).free
-    needed = plan.nbytes - staged
+    needed = nbytes - staged
     if needed > free:
         problems.add(
             OutputError, f"{out}: needs {readable(needed)} of disk, {readable(free)} are free"
@@ -944,6 +957,7 @@ def provenance(plan: Plan, outcome: Outcome, out: Path) -> dict[str, Any]:
         "suture": suture.__version__,
         "schema": SCHEMA,
         "kind": "merge",
+        **({"restricted": True} if any(map(is_restricted, plan.inputs.values())) else {}),
         "recipe": recipe,
         "inputs": {
             label: {"path": paths[label], "fingerprint": outcome.fingerprints[label],

@@ -84,6 +84,7 @@ class View(Checkpoint):
             dict.fromkeys([origin, *(s for n in lenses for s in lenses[n].sources)])
         )
         """Every checkpoint that is read, the one it is named after first."""
+        self.restricted = any(checkpoint.restricted for checkpoint in self.origins)
         self.specs = {name: lens.spec for name, lens in self.lenses.items()}
         starts: dict[Checkpoint, int] = {}
         self.files = []

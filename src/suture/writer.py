@@ -271,6 +271,10 @@ class Writer:
         except OSError as error:
             raise OutputError(f"{self._model / name}: {error.strerror}") from None
 
+    def beside(self, name: str) -> Path:
+        """Where a large file beside the weights is written, synced, before ``publish``."""
+        return self._model / name
+
     def publish(self) -> None:
         """Sync everything and make the folder appear under its name, whole, in one step.
 
