@@ -361,6 +361,10 @@ class Checkpoint(Mapping[str, Array]):
         """Elements of all tensors."""
         return sum(spec.numel for spec in self.specs.values())
 
+    def stored(self, name: str) -> str:
+        """The dtype of a tensor in its file, which a view may have widened."""
+        return self.specs[name].dtype
+
     @property
     def vocabulary(self) -> int | None:
         """Rows of the token embedding; ``None`` where there is none."""

@@ -67,8 +67,8 @@ class Job:
 def output_specs(reference: Checkpoint, dtype: str | None) -> dict[str, TensorSpec]:
     """The tensors of the output: those of the reference, in another floating dtype if asked."""
     return {
-        name: TensorSpec(dtype, spec.shape)
-        if dtype is not None and DTYPES[spec.dtype].computable and role_of(name).kind != "buffer"
+        name: TensorSpec(dtype or reference.stored(name), spec.shape)
+        if DTYPES[spec.dtype].computable and role_of(name).kind != "buffer"
         else spec
         for name, spec in reference.specs.items()
     }

@@ -15,10 +15,12 @@ from typing import Any
 
 import yaml
 
+from suture.chat import read_chat_template
 from suture.errors import Problems, RecipeError, brief, did_you_mean
 from suture.merges import METHODS, Method, method, settings
 from suture.roles import DEFAULT_SPACE, ParamSpace
 from suture.spec import WORD_OF, bytes_from, dtype_named
+from suture.vocabulary import Wanted, from_mergekit, read_wanted
 from suture.writer import SHARD_SIZE
 
 SCHEMA = 1
@@ -39,12 +41,16 @@ class Policy:
     """A model has one more: ``error``, or ``drop``."""
     buffers: str = "equal"
     """Integer and boolean tensors: ``equal`` in all models, or those of the ``base``."""
+    vocabulary: str = "error"
+    """Token embeddings of different size: ``error``, rows shared by id (``shared-rows``), or
+    matched by token to the vocabulary of the ``base`` or to the ``union`` of all."""
 
 
 POLICIES = {
     "missing": ("error", "base"),
     "extra": ("error", "drop"),
     "buffers": ("equal", "base"),
+    "vocabulary": ("error", "shared-rows", "base", "union"),
 }
 
 
@@ -71,6 +77,9 @@ class Recipe:
     shard_size: int = SHARD_SIZE
     folder: Path = Path()
     """Where relative paths start."""
+    tokenizer: Wanted | None = None
+    """The tokenizer of the output, to which embeddings are matched; ``None``: the base's own."""
+    chat_template: str | None = None
     notes: tuple[str, ...] = ()
     """What a reader of the recipe should know: options that were accepted and do nothing, ..."""
     fingerprints: Mapping[str, str] = field(default_factory=dict)
@@ -92,6 +101,11 @@ class Recipe:
         """The recipe with every default written out, as plain data that can be read again."""
         known = self.method.parameters
         shared = {n: self.parameters.get(n, p.default) for n, p in known.items()}
+        more: dict[str, Any] = {}
+        if self.tokenizer is not None:
+            more["tokenizer"] = self.tokenizer.plain()
+        if self.chat_template is not None:
+            more["chat_template"] = self.chat_template
         return {
             "base": self.base,
             "models": {n: {"path": e.path, **e.parameters} for n, e in self.models.items()},
@@ -103,6 +117,7 @@ class Recipe:
                 "dtype": None if self.dtype is None else WORD_OF[self.dtype],
                 "shard_size": self.shard_size,
             },
+            **more,
         }
 
 
@@ -260,7 +275,8 @@ _UNKNOWN = METHODS["linear"]
 """Stands in a recipe whose method does not exist, until that is reported."""
 
 
-KEYS = ("base", "models", "method", "parameters", "space", "policy", "output")
+KEYS = ("base", "models", "method", "parameters", "space", "policy", "tokenizer", "chat_template",
+        "output")  # fmt: skip
 
 
 def _native(raw: dict[str, Any], problems: Problems, folder: Path) -> Recipe:
@@ -287,7 +303,13 @@ def _native(raw: dict[str, Any], problems: Problems, folder: Path) -> Recipe:
     with problems.collecting():
         shard_size = bytes_from(output.get("shard_size", SHARD_SIZE))
     base = base if isinstance(base, str) else None
-    recipe = Recipe(_UNKNOWN, models, base, {}, space, policy, dtype, shard_size, folder)
+    tokenizer = read_wanted(raw.get("tokenizer"), problems, "base" if base is not None else None,
+                            next(iter(models), None))  # fmt: skip
+    if tokenizer is not None and policy.vocabulary != "error":
+        problems.add(RecipeError, "policy.vocabulary and tokenizer: give one of them")
+    template = read_chat_template(raw.get("chat_template"), problems)
+    recipe = Recipe(_UNKNOWN, models, base, {}, space, policy, dtype, shard_size, folder,
+                    tokenizer, template)  # fmt: skip
     if found is None:
         return recipe
     return _checked(replace(recipe, method=found, parameters=parameters), problems)
@@ -391,10 +413,9 @@ def _check_models(recipe: Recipe, problems: Problems) -> None:
         problems.add(RecipeError, "policy.missing: base needs a base")
 
 
-_MERGEKIT_LATER = (
-    "slices", "modules", "tokenizer", "tokenizer_source", "chat_template",
-)  # fmt: skip
-_MERGEKIT_KEYS = ("models", "merge_method", "base_model", "dtype", "out_dtype", "parameters")
+_MERGEKIT_LATER = ("slices", "modules")
+_MERGEKIT_KEYS = ("models", "merge_method", "base_model", "dtype", "out_dtype", "parameters",
+                  "tokenizer", "tokenizer_source", "chat_template")  # fmt: skip
 _MERGEKIT_METHODS = {
     "linear": {"weight", "normalize"},
     "task_arithmetic": {"weight", "normalize", "lambda"},
@@ -425,9 +446,7 @@ class _Mergekit:
     def recipe(self, folder: Path) -> Recipe:
         """The recipe in Suture's terms."""
         for key in self.raw:
-            if key in _MERGEKIT_LATER and not (
-                key == "tokenizer_source" and self.raw[key] in ("base", None)
-            ):
+            if key in _MERGEKIT_LATER:
                 self.refuse(f"{key}: mergekit's {key} is not supported yet")
         _known({k: v for k, v in self.raw.items() if k not in _MERGEKIT_LATER}, _MERGEKIT_KEYS, "",
                self.problems)  # fmt: skip
@@ -523,9 +542,17 @@ class _Mergekit:
             for path, own in entries
         }
         parameters = self._shared(shared)
+        names = {entry.path: name for name, entry in models.items()}
+        if base is not None and how.needs_base:
+            names[base] = "base"
+        tokenizer = from_mergekit(
+            self.raw, self.problems, names.get(base or "", base), next(iter(models), None),
+            lambda value, where: names.get(path := self._path(value, where), path),
+        )  # fmt: skip
+        template = read_chat_template(self.raw.get("chat_template"), self.problems)
         recipe = Recipe(
             how, models, base if how.needs_base else None, parameters, ParamSpace((), ()), Policy(),
-            dtype, SHARD_SIZE, folder, tuple(dict.fromkeys(self.notes)),
+            dtype, SHARD_SIZE, folder, tokenizer, template, tuple(dict.fromkeys(self.notes)),
         )  # fmt: skip
         return _checked(recipe, self.problems)
 

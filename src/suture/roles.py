@@ -162,6 +162,19 @@ def role_of(name: str) -> Role:
     return Role(next(kind for pattern, kind in _TABLE if pattern.search(name)), layer)
 
 
+_OF_TOKENS = re.compile(
+    r"(?:^|\.)(lm_head(\.decoder)?(\.weight|\.bias)|(embed_out|output|proj_out)\.(weight|bias)"
+    r"|(cls\.)?predictions(\.decoder\.weight|\.decoder\.bias|\.bias)|vocab_projector\.(weight|bias)"
+    r"|generator_lm_head\.(weight|bias)|final_logits_bias)$"
+)
+"""Heads with a row for every token; those of classifiers have one for every class."""
+
+
+def has_vocabulary(name: str) -> bool:
+    """Whether a tensor of this name has, or may have, a row for every token."""
+    return role_of(name).kind == "embedding" or _OF_TOKENS.search(name) is not None
+
+
 def layer_key(name: str) -> str:
     """The block a tensor belongs to, as the prefix of its name; its role outside of blocks.
 

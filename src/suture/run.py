@@ -16,8 +16,9 @@ from pathlib import Path
 from typing import Any
 
 import suture
-from suture.card import carried_files, config_text, model_card
+from suture.card import carried_files, carried_tokenizer, config_text, model_card
 from suture.checkpoint import Checkpoint, is_from_hub, open_checkpoint, refuse_uncomputable
+from suture.embeddings import Aligned, by_id, by_token, same_heads, templated
 from suture.engine import (
     Job,
     Outcome,
@@ -43,6 +44,7 @@ from suture.roles import ParamSpace, check_selectors
 from suture.spec import DTYPES, PIECE, WORD_OF, Piece, dtype_named, listed, readable
 from suture.stream import BLOCK, Block, Sources, Visitor, cores, sweep, tasks_of
 from suture.vector import TaskVector, align
+from suture.vocabulary import TOKENIZER, UNION, Wanted
 from suture.writer import SHARD_SIZE, Writer, plan_shards, staging_of
 
 
@@ -67,6 +69,8 @@ class Plan:
     """The checkpoints by label, the base first."""
     out: Path | None
     options: Options
+    files: Mapping[str, bytes] | None = None
+    """The tokenizer files of the output, where they are not those of an input."""
 
     @property
     def nbytes(self) -> int:
@@ -272,7 +276,11 @@ def make_plan(
     inputs = _opened(recipe, problems) if opened is None else opened
     if out is not None:
         _check_place(out, inputs, options, problems)
+    files = None
     if _reference_label(recipe) in inputs:
+        aligned = _aligned(recipe, inputs, problems)
+        inputs, files = aligned.inputs, aligned.files
+        recipe = replace(recipe, notes=(*recipe.notes, *aligned.notes))
         _check_fit(recipe, inputs, problems)
     with problems.collecting():
         carried_files(list(inputs.values()))
@@ -281,7 +289,7 @@ def make_plan(
     if out is not None:
         _check_room(out, job, options, problems)
     problems.raise_if_any()
-    return Plan(recipe, job, inputs, out, options)
+    return Plan(recipe, job, inputs, out, options, files)
 
 
 def _opened(recipe: Recipe, problems: Problems) -> dict[str, Checkpoint]:
@@ -304,6 +312,31 @@ def _row_names(recipe: Recipe) -> list[str]:
 def _reference_label(recipe: Recipe) -> str | None:
     """Which input's names and shapes count: the base, or else the first model."""
     return "base" if recipe.base is not None else next(iter(recipe.models), None)
+
+
+def _aligned(recipe: Recipe, inputs: dict[str, Checkpoint], problems: Problems) -> Aligned:
+    """The models brought to the vocabulary and the tied heads that the output will have."""
+    lead = str(_reference_label(recipe))
+    if len(inputs) < len(recipe.models) + (recipe.base is not None):
+        return Aligned(inputs)  # some could not be opened, which is a problem already
+    heads = same_heads(inputs, lead, recipe.space)
+    policy, wanted = recipe.policy.vocabulary, recipe.tokenizer
+    if policy in ("base", "union"):
+        source = lead if policy == "base" else "union"
+        wanted = Wanted(source, lead, keep_rows=True)
+    found = heads
+    if wanted is not None:
+        found = by_token(heads.inputs, lead, wanted, recipe.folder, problems)
+    elif policy == "shared-rows":
+        found = by_id(heads.inputs, lead, problems)
+    found = found._replace(notes=(*heads.notes, *(found.notes if found is not heads else ())))
+    with problems.collecting():
+        donors = [inputs[lead], *(c for c in inputs.values() if c is not inputs[lead])]
+        return templated(
+            found, recipe.chat_template,
+            lambda: next((files for c in donors if (files := carried_tokenizer(c))), {}),
+        )  # fmt: skip
+    return found
 
 
 def _check_fit(recipe: Recipe, inputs: Mapping[str, Checkpoint], problems: Problems) -> None:
@@ -527,11 +560,16 @@ def _check_fingerprints(plan: Plan, outcome: Outcome) -> None:
 def _add_files(plan: Plan, writer: Writer, outcome: Outcome, out: Path) -> None:
     reference = plan.job.sources.reference
     donors = [reference, *(c for c in plan.inputs.values() if c is not reference)]
+    made = plan.files or {}
     for name, path in carried_files(donors).items():
+        if plan.files is not None and (name in TOKENIZER or name in made):
+            continue
         try:
             writer.add_file(name, path.read_bytes())
         except OSError as error:
             raise CheckpointError(f"{path}: {error.strerror}") from None
+    for name, content in made.items():
+        writer.add_file(name, content)
     if reference.config:
         writer.add_file("config.json", config_text(reference.config, plan.recipe.dtype))
     record = provenance(plan, outcome, out)
@@ -547,6 +585,10 @@ def provenance(plan: Plan, outcome: Outcome, out: Path) -> dict[str, Any]:
         recipe["base"] = paths["base"]
     for name, entry in recipe["models"].items():
         entry["path"] = paths[name]
+    tokenizer = plan.recipe.tokenizer
+    if tokenizer is not None and tokenizer.source not in (UNION, *plan.inputs):
+        folder = plan.recipe.folder / Path(tokenizer.source).expanduser()
+        recipe["tokenizer"]["source"] = os.path.relpath(folder.resolve(), out)
     dtypes: dict[str, int] = {}
     for spec in plan.job.specs.values():
         word = WORD_OF.get(spec.dtype, spec.dtype)

@@ -93,7 +93,9 @@ class View(Checkpoint):
             checkpoint, inner = lens.origin
             place = checkpoint.places[inner]
             self.places[name] = Place(starts[checkpoint] + place.file, place.offset)
-        self.aliases = {a: n for a, n in origin.aliases.items() if n in self.specs}
+        self.aliases = {
+            a: n for a, n in origin.aliases.items() if n in self.specs and a not in self.specs
+        }
         self.config = dict(origin.config if config is None else config)
         self.identity = [
             *(i for checkpoint in self.origins for i in checkpoint.identity),
@@ -122,7 +124,13 @@ class View(Checkpoint):
 
     def untied(self) -> list[str]:
         """Aliases of the origin whose bytes differ from the tensor they should be tied to."""
-        return [a for a in self.origins[0].untied() if a in self.aliases]
+        origin = self.origins[0]
+        return [a for a in origin.untied() if origin.aliases[a] in self.specs]
+
+    def stored(self, name: str) -> str:
+        """The dtype in the file that a tensor mainly comes from."""
+        checkpoint, inner = self.lenses[name].origin
+        return checkpoint.stored(inner)
 
 
 __all__ = ["Lens", "Same", "View"]

@@ -263,11 +263,15 @@ class Writer:
     def add_file(self, name: str, content: bytes | str) -> None:
         """Put a small file beside the weights."""
         data = content.encode() if isinstance(content, str) else content
+        path = self._model / name
         try:
-            with (self._model / name).open("wb") as file:
+            path.parent.mkdir(exist_ok=True)
+            with path.open("wb") as file:
                 file.write(data)
                 file.flush()
                 os.fsync(file.fileno())
+            if path.parent != self._model:
+                _sync_folder(path.parent)
         except OSError as error:
             raise OutputError(f"{self._model / name}: {error.strerror}") from None
 
