@@ -313,7 +313,7 @@ def test_a_head_that_only_one_of_two_ties(here: Path, tied: str, stored: bool) -
     shutil.rmtree(here / which)
     save_model(here / which, tensors, config={**CONFIG, "tie_word_embeddings": True})
 
-    assert invoke("merge", here / "recipe.yaml", "-o", here / "out").code == 0
+    assert invoke("merge", write_recipe(here), "-o", here / "out").code == 0
 
     out = read_model(here / "out")
     config = json.loads((here / "out" / "config.json").read_text())

@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from suture.checkpoint import _inside
+from suture.checkpoint import _inside, read_json
 from suture.errors import CheckpointError, Problems, RecipeError, brief, did_you_mean
 
 TOKENIZER = (
