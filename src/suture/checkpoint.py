@@ -430,11 +430,18 @@ def _torch_dtype(name: str) -> torch.dtype:
     return found
 
 
+_TIED_BY_DEFAULT = frozenset((
+    "albert", "bart", "bert", "bloom", "distilbert", "electra", "gemma", "gemma2", "gemma3",
+    "gemma3_text", "gpt2", "mbart", "opt", "roberta", "t5", "whisper", "xlm-roberta",
+))  # fmt: skip
+"""Architectures whose config says nothing of their ties when they have the usual ones."""
+
+
 def _ties(config: Mapping[str, Any]) -> bool:
     inner = config.get("text_config")
-    return config.get("tie_word_embeddings") is True or (
-        isinstance(inner, dict) and inner.get("tie_word_embeddings") is True
-    )
+    sections = [config, *([inner] if isinstance(inner, dict) else [])]
+    said = [s["tie_word_embeddings"] for s in sections if "tie_word_embeddings" in s]
+    return True in said or (not said and config.get("model_type") in _TIED_BY_DEFAULT)
 
 
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*(@[\w./-]+)?")
