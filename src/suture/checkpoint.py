@@ -151,7 +151,7 @@ def read_header(path: Path) -> Header:
 def _entry(path: Path, name: str, entry: object) -> tuple[TensorSpec, int, int]:
     if not isinstance(entry, dict) or not entry.keys() >= {"dtype", "shape", "data_offsets"}:
         raise CheckpointError(f"{path}: {name!r} has no dtype, shape and data_offsets")
-    if any("\ud800" <= letter <= "\udfff" for letter in name):
+    if not name.isascii() and any("\ud800" <= letter <= "\udfff" for letter in name):
         raise CheckpointError(f"{path}: the name {brief(name)} is not valid text")
     dtype, shape, span = entry["dtype"], entry["shape"], entry["data_offsets"]
     if not isinstance(dtype, str) or dtype not in DTYPES:

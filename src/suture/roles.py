@@ -168,10 +168,18 @@ def role_of(name: str) -> Role:
     if len(name) > NAME_LIMIT:
         return Role("other", None)
     found = _BLOCK.search(name)
-    layer = int(found[1]) if found else None
+    return Role(_kind(_NUMBER.sub("0", name)), int(found[1]) if found else None)
+
+
+_NUMBER = re.compile(r"(?<=\.)\d+(?=\.)")
+"""The number of a block or an expert; no role depends on it, so that names of all are told alike."""
+
+
+@lru_cache(maxsize=1 << 16)
+def _kind(name: str) -> str:
     if not _SOME.search(name):
-        return Role("other", layer)
-    return Role(next(kind for pattern, kind in _TABLE if pattern.search(name)), layer)
+        return "other"
+    return next(kind for pattern, kind in _TABLE if pattern.search(name))
 
 
 _OF_TOKENS = re.compile(
