@@ -628,6 +628,8 @@ def _from_hub(text: str, path: Path) -> Path:
                     "*.model",
                     "*.txt",
                     "README.md",
+                    "LICENSE*",
+                    "*.py",
                 ],
             )
         )

@@ -172,7 +172,7 @@ def role_of(name: str) -> Role:
 
 
 _NUMBER = re.compile(r"(?<=\.)\d+(?=\.)")
-"""The number of a block or an expert; no role depends on it, so that names of all are told alike."""
+"""The number of a block or an expert; no role depends on it, so all are told alike."""
 
 
 @lru_cache(maxsize=1 << 16)
