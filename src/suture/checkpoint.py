@@ -365,6 +365,10 @@ class Checkpoint(Mapping[str, Array]):
         """The dtype of a tensor in its file, which a view may have widened."""
         return self.specs[name].dtype
 
+    def as_stored(self, name: str) -> bool:
+        """Whether a tensor is read just as its file has it, under its own name."""
+        return True
+
     @property
     def vocabulary(self) -> int | None:
         """Rows of the token embedding; ``None`` where there is none."""

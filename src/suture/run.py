@@ -10,14 +10,20 @@ import json
 import os
 import shutil
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 import suture
 from suture.card import carried_files, carried_tokenizer, config_text, model_card
-from suture.checkpoint import Checkpoint, is_from_hub, open_checkpoint, refuse_uncomputable
+from suture.checkpoint import (
+    Checkpoint,
+    is_from_hub,
+    open_checkpoint,
+    read_header,
+    refuse_uncomputable,
+)
 from suture.embeddings import Aligned, by_id, by_token, same_heads, templated
 from suture.engine import (
     Job,
@@ -45,7 +51,7 @@ from suture.spec import DTYPES, PIECE, WORD_OF, Piece, dtype_named, listed, read
 from suture.stream import BLOCK, Block, Sources, Visitor, cores, sweep, tasks_of
 from suture.vector import TaskVector, align
 from suture.vocabulary import TOKENIZER, UNION, Wanted
-from suture.writer import SHARD_SIZE, Writer, plan_shards, staging_of
+from suture.writer import SHARD_SIZE, Shard, Writer, plan_shards, staging_of
 
 
 @dataclass(frozen=True)
@@ -57,6 +63,8 @@ class Options:
     overwrite: bool = False
     resume: bool = True
     allow_nonfinite: bool = False
+    link: bool = False
+    """Whether files of the output that would be copies of an input's may be links to it."""
 
 
 @dataclass(frozen=True)
@@ -71,6 +79,9 @@ class Plan:
     options: Options
     files: Mapping[str, bytes] | None = None
     """The tokenizer files of the output, where they are not those of an input."""
+
+    whole: tuple[Shard, ...] = ()
+    """Files of the reference that the output has byte for byte, where they may be linked."""
 
     @property
     def nbytes(self) -> int:
@@ -286,10 +297,11 @@ def make_plan(
         carried_files(list(inputs.values()))
     problems.raise_if_any()
     job = _job(recipe, inputs, options)
+    whole = _whole(job) if options.link else ()
     if out is not None:
-        _check_room(out, job, options, problems)
+        _check_room(out, job, options, whole, problems)
     problems.raise_if_any()
-    return Plan(recipe, job, inputs, out, options, files)
+    return Plan(recipe, job, inputs, out, options, files, whole)
 
 
 def _opened(recipe: Recipe, problems: Problems) -> dict[str, Checkpoint]:
@@ -370,6 +382,29 @@ def _job(recipe: Recipe, inputs: Mapping[str, Checkpoint], options: Options) -> 
     )  # fmt: skip
 
 
+def _whole(job: Job) -> tuple[Shard, ...]:
+    """The files of the reference of which every tensor is copied as it is."""
+    lead = job.sources.reference
+    held: dict[int, list[str]] = {}
+    for name, place in lead.places.items():
+        held.setdefault(place.file, []).append(name)
+    found = []
+    for number, names in sorted(held.items()):
+        if not all(
+            n in job.sources.raw and job.specs.get(n) == lead.specs[n] and lead.as_stored(n)
+            for n in names
+        ):
+            continue
+        path = lead.files[number]
+        header = read_header(path)
+        if header.specs.keys() != set(names):  # it holds a second name of a tied tensor, too
+            continue
+        with path.open("rb") as file:
+            text = file.read(min(header.offsets.values()))
+        found.append(Shard("", text, header.offsets, path.stat().st_size, path))
+    return tuple(found)
+
+
 def _check_patterns(recipe: Recipe, reference: Checkpoint, problems: Problems) -> None:
     sections = [("parameters", recipe.parameters)]
     sections += [(f"models.{n}", e.parameters) for n, e in recipe.models.items()]
@@ -424,7 +459,9 @@ def _writable(folder: Path) -> bool:
         return True
 
 
-def _check_room(out: Path, job: Job, options: Options, problems: Problems) -> None:
+def _check_room(
+    out: Path, job: Job, options: Options, whole: Sequence[Shard], problems: Problems
+) -> None:
     parent = out.resolve().parent
     staged = 0
     folder = staging_of(out.resolve()) / "model"
@@ -433,7 +470,9 @@ def _check_room(out: Path, job: Job, options: Options, problems: Problems) -> No
     while not parent.exists():
         parent = parent.parent
     free = shutil.disk_usage(parent).free
-    needed = sum(s.nbytes for s in job.specs.values()) - staged
+    here = parent.stat().st_dev
+    linked = sum(s.size for s in whole if s.source is not None and s.source.stat().st_dev == here)
+    needed = sum(s.nbytes for s in job.specs.values()) - max(staged, linked)
     if needed > free:
         problems.add(
             OutputError, f"{out}: needs {readable(needed)} of disk, {readable(free)} are free"
@@ -501,7 +540,7 @@ def execute(plan: Plan, stage: Stage | None = None) -> MergeReport:
     begun = time.perf_counter()
     writer = Writer(
         out, plan.job.specs, key=_key(plan), shard_size=plan.recipe.shard_size,
-        overwrite=plan.options.overwrite, resume=plan.options.resume,
+        overwrite=plan.options.overwrite, resume=plan.options.resume, whole=plan.whole,
     )  # fmt: skip
     try:
         outcome = apply(plan.job, writer, stage or (lambda name, nbytes: None))
@@ -525,8 +564,19 @@ def execute(plan: Plan, stage: Stage | None = None) -> MergeReport:
     return MergeReport(
         plan.out, plan.recipe.method.name, outcome.fingerprints["output"], len(plan.job.specs),
         len(plan.job.names), plan.reads, plan.nbytes, outcome.seconds, outcome.writeback_loss,
-        sum(outcome.moved.values()), outcome.facts, outcome.resumed, plan.recipe.notes,
+        sum(outcome.moved.values()), outcome.facts, outcome.resumed,
+        (*plan.recipe.notes, *_linked(plan, writer)),
     )  # fmt: skip
+
+
+def _linked(plan: Plan, writer: Writer) -> list[str]:
+    if not plan.options.link:
+        return []
+    if not writer.linked:
+        return ["no file could be linked: each has a tensor that changes, or is on another disk"]
+    return [
+        f"{len(writer.linked)} files are links to those of an input: never change either in place"
+    ]
 
 
 def _key(plan: Plan) -> str:
@@ -536,9 +586,10 @@ def _key(plan: Plan) -> str:
         "recipe": plan.recipe.resolved() | {"output": None},
         "order": list(plan.job.models),
         "nonfinite": plan.options.allow_nonfinite,
+        "link": plan.options.link,
         "inputs": {label: c.identity for label, c in plan.inputs.items()},
         "shards": [[s.name, s.size, hashlib.sha256(s.header).hexdigest()]
-                   for s in plan_shards(plan.job.specs, plan.recipe.shard_size)],
+                   for s in plan_shards(plan.job.specs, plan.recipe.shard_size, plan.whole)],
     }  # fmt: skip
     # Not sorted: of the patterns of a parameter, the first that fits counts.
     return hashlib.sha256(json.dumps(facts).encode()).hexdigest()
@@ -646,7 +697,7 @@ def describe(plan: Plan) -> dict[str, Any]:
             "merged_elements": elements,
             "copied": len(job.specs) - len(job.names),
             "bytes": plan.nbytes,
-            "shards": len(plan_shards(job.specs, plan.recipe.shard_size)),
+            "shards": len(plan_shards(job.specs, plan.recipe.shard_size, plan.whole)),
         },
         "bytes_read": plan.reads,
         "passes": job.merge.passes + 1,

@@ -132,5 +132,11 @@ class View(Checkpoint):
         checkpoint, inner = self.lenses[name].origin
         return checkpoint.stored(inner)
 
+    def as_stored(self, name: str) -> bool:
+        """Whether a tensor is read just as its file has it, under its own name."""
+        lens = self.lenses[name]
+        checkpoint, inner = lens.origin
+        return isinstance(lens, Same) and inner == name and checkpoint.as_stored(name)
+
 
 __all__ = ["Lens", "Same", "View"]
