@@ -13,6 +13,9 @@ import torch
 import transformers
 from hypothesis import given
 from hypothesis import strategies as st
+from tokenizers import AddedToken, Tokenizer
+from tokenizers.models import BPE, Unigram, WordLevel, WordPiece
+from tokenizers.pre_tokenizers import Whitespace
 
 import suture
 import talk
@@ -20,7 +23,7 @@ import toy
 from suture.chat import CHAT_TEMPLATES
 from suture.embeddings import Rows
 from suture.errors import Problems, RecipeError, SutureError
-from suture.vocabulary import Vocabulary, read_vocabulary, read_wanted, union
+from suture.vocabulary import Vocabulary, read_vocabulary, read_wanted, union, written
 
 EMBEDDING, HEAD = "model.embed_tokens.weight", "lm_head.weight"
 EVERYTHING = {"exclude": []}
@@ -138,6 +141,44 @@ def test_a_sentencepiece_model_alone_is_refused_with_the_remedy(tmp_path: Path) 
     (tmp_path / "tokenizer.model").write_bytes(b"\x0a\x01x")
     with pytest.raises(suture.CheckpointError, match=r"save_pretrained\(folder\)"):
         read_vocabulary(tmp_path)
+
+
+@pytest.mark.parametrize("kind", ["WordPiece", "WordLevel", "Unigram", "rebuilt GPT-2"])
+def test_unions_of_every_kind_of_tokenizer_load(kind: str, tmp_path: Path) -> None:
+    """The edited files give the tokens of both under the ids that the rows have."""
+    words = [*"abc", "[UNK]", "the", "sea"]
+    ids = {w: n for n, w in enumerate(words)}
+    made = {
+        "WordPiece": lambda: WordPiece(ids, unk_token="[UNK]"),
+        "WordLevel": lambda: WordLevel(ids, unk_token="[UNK]"),
+        "Unigram": lambda: Unigram([(w, -float(n)) for n, w in enumerate(words)], unk_id=3),
+        "rebuilt GPT-2": lambda: BPE(ids, [], unk_token="[UNK]"),
+    }[kind]
+    for name, more in (("one", ["<|x|>"]), ("two", ["<|y|>", "zebra"])):
+        inner = Tokenizer(made())
+        inner.pre_tokenizer = Whitespace()
+        inner.add_tokens([AddedToken(t, special=t.startswith("<")) for t in more])
+        whole = transformers.PreTrainedTokenizerFast(tokenizer_object=inner, unk_token="[UNK]")
+        whole.save_pretrained(tmp_path / name)
+    config = settings(tmp_path / "one", "tokenizer_config.json")
+    if kind == "rebuilt GPT-2":  # a class that reads added tokens from its configuration alone
+        config |= {"tokenizer_class": "GPT2Tokenizer", "added_tokens_decoder": {
+            "6": {"content": "<|x|>", "special": True}, "3": {"content": "[UNK]"}}}  # fmt: skip
+        (tmp_path / "one" / "tokenizer_config.json").write_text(json.dumps(config))
+    one, two = read_vocabulary(tmp_path / "one"), read_vocabulary(tmp_path / "two")
+    assert one is not None
+    assert two is not None
+    out = union(one, [two])
+    (tmp_path / "out").mkdir()
+    for name, content in written(tmp_path / "one", one, out).items():
+        (tmp_path / "out" / name).write_bytes(content)
+    found = talk.loaded(tmp_path / "out")
+
+    assert {t: i for t, i in found.get_vocab().items() if t in out.ids} == out.ids
+    assert out.ids["<|x|>"] == 6
+    assert found.convert_tokens_to_ids(["zebra", "<|y|>"]) == [out.ids["zebra"], out.ids["<|y|>"]]
+    assert found("<|y|>zebra", add_special_tokens=False)["input_ids"] == [
+        out.ids["<|y|>"], out.ids["zebra"]]  # fmt: skip
 
 
 # --------------------------------------------------------------------------------------- which row
