@@ -19,9 +19,10 @@ ROOT = Path(suture.__file__).parent
 
 ORDER = [
     "errors", "spec", "roles", "loops", "machine", "kernels", "checkpoint", "views", "layers",
-    "writer", "stream", "vector", "profile", "select", "mask", "patchfile", "patch", "gather",
-    "merges", "engine", "recipe_types", "mergekit", "recipe", "card", "models", "data", "tune",
-    "evals", "report", "run", "patching", "demo_tasks", "demo", "cli", "__main__",
+    "vocabulary", "chat", "embeddings", "writer", "stream", "vector", "profile", "select", "mask",
+    "patchfile", "patch", "gather", "merges", "engine", "recipe_types", "mergekit", "recipe",
+    "card", "models", "data", "tune", "evals", "report", "run", "patching", "demo_tasks", "demo",
+    "cli", "__main__",
 ]  # fmt: skip
 """The way of a tensor, top to bottom."""
 

@@ -412,8 +412,6 @@ def test_options_that_change_nothing_become_notes() -> None:
 
 LATER: dict[str, tuple[dict[str, Any], list[str]]] = {
     "a slice of nothing": (kit(models=None, slices=[{"sources": []}]), ["slices[0].sources", "at least one"]),
-    "tokenizer_source union": (kit(tokenizer_source="union"), ["tokenizer_source", "not supported yet"]),
-    "chat_template": (kit(chat_template="chatml"), ["chat_template", "not supported yet"]),
     "della": (kit(merge_method="della"), ["della", "not supported yet"]),
     "an unknown method": (kit(merge_method="tiess"), ["no method 'tiess'", "'ties'"]),
     "a gradient of no numbers": (kit(parameters={"density": []}, models=[

@@ -109,6 +109,47 @@ FAMILIES = {
         "mlp.down": "mlp.experts.7.down_proj.w mlp.shared_expert.down_proj.w"}}),
     "Gemma": Family(ENDS, {"model.layers.N.": {
         **LLAMA, "norm": "pre_feedforward_layernorm.w post_feedforward_layernorm.w"}}),
+    "DeepSeek-V3": Family(ENDS, {"model.layers.N.": {
+        "router": "mlp.gate.w mlp.gate.e_score_correction_bias",
+        "mlp.up": "mlp.experts.255.up_proj.w mlp.shared_experts.up_proj.w",
+        "mlp.down": "mlp.experts.255.down_proj.w mlp.shared_experts.down_proj.w",
+        "embedding": "embed_tokens.w", "norm": "enorm.w hnorm.w shared_head.norm.w",
+        "head": "shared_head.head.w", "other": "eh_proj.w"}}),
+    "gpt-oss": Family(ENDS, {"model.layers.N.": {
+        **LLAMA, "router": "mlp.router.wb", "other": "self_attn.sinks",
+        "mlp.gate_up": "mlp.experts.gate_up_proj", "mlp.down": "mlp.experts.down_proj",
+        "mlp.gate": "", "mlp.up": "",
+        "bias": "mlp.experts.gate_up_proj_bias mlp.experts.down_proj_bias"}}),
+    "Llama 4": Family({"embedding": "language_model.model.embed_tokens.w",
+                       "head": "language_model.lm_head.w"}, {"language_model.model.layers.N.": {
+        **ATTENTION, "router": "feed_forward.router.w",
+        "mlp.gate_up": "feed_forward.experts.gate_up_proj",
+        "mlp.gate": "feed_forward.shared_expert.gate_proj.w",
+        "mlp.down": "feed_forward.experts.down_proj feed_forward.shared_expert.down_proj.w"}}),
+    "Granite-MoE": Family(ENDS, {"model.layers.N.": {
+        "router": "block_sparse_moe.router.layer.w", "mlp.gate_up": "block_sparse_moe.input_linear.w",
+        "mlp.down": "block_sparse_moe.output_linear.w"}}),
+    "MiniMax": Family(ENDS, {"model.layers.N.": {
+        "router": "block_sparse_moe.gate.w block_sparse_moe.e_score_correction_bias"}}),
+    "Qwen-VL": Family({
+        "patch": "model.visual.patch_embed.proj.wb", "position": "model.visual.pos_embed.w",
+        "norm": "model.visual.merger.norm.wb visual.merger.ln_q.w",
+        "other": "visual.merger.mlp.0.w model.visual.merger.linear_fc1.w"}, {
+        "model.visual.blocks.N.": {
+            "qkv": "attn.qkv.w", "o": "attn.proj.w", "norm": "norm1.wb norm2.wb",
+            "mlp.up": "mlp.linear_fc1.w", "mlp.down": "mlp.linear_fc2.w"}}),
+    "LLaVA, Pixtral": Family({
+        "patch": "vision_tower.patch_conv.w vision_tower.vision_model.embeddings.patch_embedding.wb",
+        "norm": "vision_tower.ln_pre.w multi_modal_projector.norm.w",
+        "other": "multi_modal_projector.linear_1.w image_newline"}, {
+        "vision_tower.vision_model.encoder.layers.N.": CLIP,
+        "vision_tower.transformer.layers.N.": {
+            "q": "attention.q_proj.w", "o": "attention.o_proj.w", "norm": "attention_norm.w",
+            "mlp.gate": "feed_forward.gate_proj.w"}}),
+    "Wav2Vec2": Family({"position": "wav2vec2.encoder.pos_conv_embed.conv.weight_g",
+                        "other": "wav2vec2.feature_extractor.conv_layers.0.conv.w"},
+                       {"wav2vec2.encoder.layers.N.": {
+                           "q": "attention.q_proj.w", "o": "attention.out_proj.w"}}),
     "Mixtral": Family(ENDS, {"model.layers.N.": {
         **ATTENTION, "router": "block_sparse_moe.gate.w",
         "mlp.gate": "block_sparse_moe.experts.3.w1.w", "mlp.up": "block_sparse_moe.experts.3.w3.w",
@@ -170,7 +211,12 @@ FAMILIES = {
             **BERT, "q": "attention.self.query_proj.w", "k": "attention.self.key_proj.w",
             "v": "attention.self.value_proj.w", "bias": "attention.self.query_proj.b"}}),
     "ALBERT": Family({**called("albert", EMBEDDINGS), "head":
-                      "predictions.bias predictions.dense.wb predictions.decoder.wb"}, {}),
+                      "predictions.bias predictions.dense.wb predictions.decoder.wb",
+                      "pooler": "albert.pooler.wb",
+                      "other": "albert.encoder.embedding_hidden_mapping_in.w",
+                      "mlp.up": "albert.encoder.albert_layer_groups.0.albert_layers.0.ffn.w",
+                      "mlp.down": "albert.encoder.albert_layer_groups.0.albert_layers.0.ffn_output.w"},
+                     {}),
     "T5": Family({"embedding": "shared.w encoder.embed_tokens.w decoder.embed_tokens.w",
                   "norm": "encoder.final_layer_norm.w decoder.final_layer_norm.w",
                   "head": "lm_head.w"}, {
@@ -369,9 +415,30 @@ def test_selectors_are_roles_patterns_or_names() -> None:
         ("decoder.embed_tokens.weight", "shared.weight"),
         ("cls.predictions.decoder.weight", "bert.embeddings.word_embeddings.weight"),
         ("lm_head.decoder.weight", "roberta.embeddings.word_embeddings.weight"),
+        ("lm_head.weight", "model.shared.weight"),
+        ("lm_head.weight", "model.language_model.embed_tokens.weight"),
+        ("language_model.lm_head.weight", "language_model.model.embed_tokens.weight"),
+        ("proj_out.weight", "model.decoder.embed_tokens.weight"),
+        ("embed_out.weight", "gpt_neox.embed_in.weight"),
+        ("vocab_projector.weight", "distilbert.embeddings.word_embeddings.weight"),
+        ("predictions.decoder.weight", "albert.embeddings.word_embeddings.weight"),
+        ("predictions.decoder.bias", "predictions.bias"),
     ],
 )
 def test_second_names_of_tied_tensors(copy: str, original: str) -> None:
     """The output head is a second name of the embedding, and only where both are there."""
     assert tied_to([copy, original, "other"]) == {copy: original}
     assert tied_to([copy]) == tied_to([original]) == {}
+
+
+def test_every_tensor_of_a_large_mixture_of_experts_is_told() -> None:
+    """61 layers of 256 experts, 45,000 names: no block tensor is without a role, in a few seconds."""
+    begun = time.process_time()
+    parts = [f"mlp.experts.{e}.{p}_proj.weight" for e in range(256) for p in ("gate", "up", "down")]
+    parts += ["mlp.gate.weight", "mlp.gate.e_score_correction_bias", "self_attn.o_proj.weight"]
+    names = [f"model.layers.{n}.{part}" for n in range(61) for part in parts]
+    kinds = {role_of(name).kind for name in names}
+
+    assert len(names) > 45_000
+    assert kinds == {"mlp.gate", "mlp.up", "mlp.down", "router", "o"}
+    assert time.process_time() - begun < 10  # seconds; it takes one

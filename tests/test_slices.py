@@ -491,7 +491,6 @@ FORMS: dict[str, str] = {
             parameters: {weight: 1.0}
           - model: {path: ./code}
             parameters: {weight: '0.3'}
-        tokenizer_source: base
         out_dtype: bfloat16
         dtype: float32
         """,
@@ -500,7 +499,6 @@ FORMS: dict[str, str] = {
         base_model: ./base
         models: [{model: ./math, parameters: {weight: 1e-1, density: 5.e-1}}]
         parameters: {lambda: 1, rescale: yes}
-        tokenizer: {source: base}
         """,
     "a module": """
         merge_method: linear
@@ -616,7 +614,7 @@ WRONG: dict[str, tuple[str, int, list[str]]] = {
     "a flag that is a list": (LINEAR + "parameters: {normalize: [true]}\n", 6, ["true or false"]),
     "two modules": ("merge_method: linear\nmodules:\n  a: {models: []}\n  b: {models: []}\n", 2, ["one module is read"]),
     "a missing model": (LINEAR.replace("./math", "./maths"), 3, ["no such file", "did you mean 'math'?"]),
-    "a tokenizer that is not read": (LINEAR + "tokenizer: {source: union}\n", 6, ["tokenizer", "not supported yet"]),
+    "a tokenizer that is not there": (LINEAR + "tokenizer: {source: union}\n", 3, ["./math", "has no tokenizer"]),
     "ours: a model that is none": (OURS + "  - sources: {maths: [0, 1]}\n", 5, ["no model 'maths'", "'math'"]),
     "ours: a model in no slice": (OURS.replace(", code: [2, 4]", ""), 2, ["models.code", "no slice"]),
     "ours: layers beyond": (OURS.replace("[2, 4]", "[4, 6]"), 4, ["sources.code.layers", "has 4 layers"]),

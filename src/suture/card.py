@@ -13,39 +13,83 @@ from suture.checkpoint import Checkpoint, _inside, is_from_hub, read_json
 from suture.errors import CheckpointError
 from suture.merges import Method
 from suture.spec import WORD_OF, readable
+from suture.vocabulary import FILE_LIMIT, tokenizer_files
 
-TOKENIZER = (
-    "tokenizer.json", "tokenizer_config.json", "tokenizer.model", "special_tokens_map.json",
-    "added_tokens.json", "vocab.json", "vocab.txt", "merges.txt", "spiece.model",
-    "sentencepiece.bpe.model", "chat_template.jinja", "chat_template.json",
-)  # fmt: skip
 BESIDE = (
     "generation_config.json", "preprocessor_config.json", "processor_config.json",
     "image_processor_config.json", "video_preprocessor_config.json",
+    "feature_extractor_config.json", "normalizer.json",
 )  # fmt: skip
-FILE_LIMIT = 200_000_000
-"""Bytes of a file beside the weights that will be carried over."""
+SENTENCES = (
+    "modules.json", "sentence_bert_config.json", "config_sentence_transformers.json",
+    "sentence_xlnet_config.json", "sentence_roberta_config.json",
+)  # fmt: skip
+"""What sentence-transformers reads beside the files of a model."""
+_STEP_SUFFIXES = (".json", ".safetensors", ".txt", ".model")
 
 
 def carried_files(donors: Sequence[Checkpoint]) -> dict[str, Path]:
-    """Tokenizer, generation and processor files of the first donor that has any of each kind.
+    """Tokenizer, processor and pipeline files of the first donor that has any of each kind.
+
+    Names may have a folder before them (``1_Pooling/config.json``); none leads out of it.
+
+    Raises:
+        CheckpointError: one of them is a link out of its folder, or a pipeline names such a place.
+    """
+    found: dict[str, Path] = {}
+    for group in (carried_tokenizer, _beside, _pipeline, _templates):
+        for donor in donors:
+            mine = group(donor) if donor.path.is_dir() else {}
+            if mine:
+                found |= mine
+                break
+    if donors and donors[0].path.is_dir() and isinstance(donors[0].config.get("auto_map"), dict):
+        names = [p.name for p in sorted(donors[0].folder.glob("*.py"))]
+        found |= _files(donors[0], names)  # text only: whoever loads the model decides to run it
+    return found
+
+
+def carried_tokenizer(donor: Checkpoint) -> dict[str, Path]:
+    """The tokenizer files of a checkpoint.
 
     Raises:
         CheckpointError: one of them is a link out of its folder.
     """
-    found: dict[str, Path] = {}
-    for group in (TOKENIZER, BESIDE):
-        for donor in donors:
-            mine = _files(donor, group)
-            if mine:
-                found |= mine
-                break
+    return tokenizer_files(donor.folder) if donor.path.is_dir() else {}
+
+
+def _beside(donor: Checkpoint) -> dict[str, Path]:
+    return _files(donor, BESIDE)
+
+
+def _templates(donor: Checkpoint) -> dict[str, Path]:
+    folder = donor.folder / "additional_chat_templates"
+    return _files(donor, [f"{folder.name}/{p.name}" for p in sorted(folder.glob("*.jinja"))])
+
+
+def _pipeline(donor: Checkpoint) -> dict[str, Path]:
+    """The files of a sentence-transformers model, those of its steps included."""
+    found = _files(donor, SENTENCES)
+    if "modules.json" not in found:
+        return found
+    try:
+        steps = json.loads(found["modules.json"].read_bytes())
+    except (ValueError, RecursionError) as error:
+        raise CheckpointError(f"{donor.folder / 'modules.json'}: not valid JSON: {error}") from None
+    for step in steps if isinstance(steps, list) else []:
+        where = step.get("path") if isinstance(step, dict) else None
+        if not isinstance(where, str) or not where:
+            continue
+        if where != Path(where).name or where == "..":
+            raise CheckpointError(
+                f"{donor.folder / 'modules.json'}: {where!r} is not a folder of this model"
+            )
+        inside = sorted((donor.folder / where).glob("*"))
+        found |= _files(donor, [f"{where}/{p.name}" for p in inside if p.suffix in _STEP_SUFFIXES])
     return found
 
 
 def _files(donor: Checkpoint, names: Sequence[str]) -> dict[str, Path]:
-    if not donor.path.is_dir():
-        return {}
     found = {}
     for name in names:
         path = donor.folder / name
@@ -59,13 +103,19 @@ def config_text(config: Mapping[str, Any], dtype: str | None) -> str:
     new = dict(config)
     new.pop("_name_or_path", None)
     if dtype is not None:
-        for section in (new, new.get("text_config"), new.get("vision_config")):
-            if not isinstance(section, dict):
-                continue
-            key = "torch_dtype" if "torch_dtype" in section else "dtype"
-            if key in section or section is new:
-                section[key] = WORD_OF[dtype]
+        new = _with_dtype(new, WORD_OF[dtype])
+        if "torch_dtype" not in new:
+            new["dtype"] = WORD_OF[dtype]
     return json.dumps(new, indent=2, ensure_ascii=False) + "\n"
+
+
+def _with_dtype(config: Mapping[str, Any], word: str) -> dict[str, Any]:
+    """A config, and those of its parts, with another dtype wherever one is named."""
+    return {
+        key: _with_dtype(value, word) if isinstance(value, dict)
+        else word if key in ("dtype", "torch_dtype") else value
+        for key, value in config.items()
+    }  # fmt: skip
 
 
 def model_card(
@@ -75,9 +125,10 @@ def model_card(
     front: dict[str, Any] = {"tags": ["merge", "suture"], "library_name": "transformers"}
     front["base_model"] = list(dict.fromkeys(model_name(c) for c in donors))
     front["base_model_relation"] = "merge"
-    licence = next((x for c in donors if (x := _licence(c))), None)
-    if licence:
-        front["license"] = licence
+    licences = {model_name(c): found for c in donors if (found := licence_of(c))}
+    if licences:
+        one = len(set(licences.values())) == 1
+        front["license"] = next(iter(licences.values())) if one else "other"
     results = record["results"]
     loss = results["writeback_loss"]
     recipe = yaml.safe_dump(_public(record["recipe"], donors), sort_keys=False, allow_unicode=True)
@@ -93,6 +144,7 @@ def model_card(
         f"{method.equation}\n",
         f"## Inputs\n\n| | model | tensors | size | fingerprint |\n|---|---|---|---|---|\n{rows}\n",
         f"## Recipe\n\n```yaml\n{recipe}```\n",
+        *_licence_lines(licences, [model_name(c) for c in donors]),
         "## Result\n",
         f"- output fingerprint `{record['output']['fingerprint']}`",
         f"- {results['merged_tensors']} tensors merged, {results['copied_tensors']} copied",
@@ -114,7 +166,7 @@ def patch_card(record: Mapping[str, Any], model: Checkpoint, name: str) -> str:
     """The README of a patched model: front matter for the hub, then what was done, in words."""
     front: dict[str, Any] = {"tags": ["patch", "suture"], "library_name": "transformers"}
     front["base_model"] = [model_name(model)]
-    if licence := _licence(model):
+    if licence := licence_of(model):
         front["license"] = licence
     rows = "\n".join(
         f"| {Path(p['path']).name} | {p['entries']:,} | {readable(p['bytes'])} | `{p['digest']}` |"
@@ -173,28 +225,74 @@ def _public(recipe: Mapping[str, Any], donors: Sequence[Checkpoint]) -> dict[str
     return found
 
 
-def _licence(checkpoint: Checkpoint) -> str | None:
-    """The licence that a model's own card or configuration states."""
-    card = checkpoint.folder / "README.md"
-    if checkpoint.path.is_dir() and card.is_file() and card.stat().st_size < 1 << 22:
+def _licence_lines(licences: Mapping[str, str], names: Sequence[str]) -> list[str]:
+    """What the parents' licences are, and whether they agree."""
+    if not licences:
+        return []
+    rows = "\n".join(f"- {n}: {licences.get(n, 'none stated')}" for n in dict.fromkeys(names))
+    agree = len(set(licences.values())) == 1
+    more = "" if agree else "\n\nThey differ: check that all of them allow what you want to do."
+    return [f"## Licences of the parents\n\n{rows}{more}\n"]
+
+
+_TEXTS = (
+    ("Apache License", "apache-2.0"), ("MIT License", "mit"),
+    ("GNU AFFERO GENERAL PUBLIC LICENSE", "agpl-3.0"),
+    ("GNU LESSER GENERAL PUBLIC LICENSE", "lgpl-3.0"),
+    ("GNU GENERAL PUBLIC LICENSE", "gpl-3.0"), ("LLAMA 3.3 COMMUNITY LICENSE", "llama3.3"),
+    ("LLAMA 3.2 COMMUNITY LICENSE", "llama3.2"), ("LLAMA 3.1 COMMUNITY LICENSE", "llama3.1"),
+    ("META LLAMA 3 COMMUNITY LICENSE", "llama3"), ("LLAMA 2 COMMUNITY LICENSE", "llama2"),
+    ("Gemma Terms of Use", "gemma"), ("BSD 3-Clause", "bsd-3-clause"),
+    ("Attribution-NonCommercial 4.0", "cc-by-nc-4.0"), ("Attribution 4.0", "cc-by-4.0"),
+)  # fmt: skip
+"""How the usual licences begin, and what the hub calls them."""
+
+
+def licence_of(checkpoint: Checkpoint) -> str | None:
+    """The licence that a model's own card states, or that its licence file is."""
+    return _stated(checkpoint) or _recognised(checkpoint)
+
+
+def _stated(checkpoint: Checkpoint) -> str | None:
+    text = _text(checkpoint, "README.md")
+    if text is not None and text.startswith("---\n") and "\n---" in text[4 : 1 << 16]:
         try:
-            text = _inside(card, checkpoint.folder).read_text(encoding="utf-8", errors="replace")
-        except (CheckpointError, OSError):
+            front = yaml.safe_load(text[4 : text.index("\n---", 4)])
+        except (yaml.YAMLError, RecursionError, ValueError):  # ValueError: no such day, ...
             return None
-        if text.startswith("---\n") and "\n---" in text[4 : 1 << 16]:
-            try:
-                front = yaml.safe_load(text[4 : text.index("\n---", 4)])
-            except (yaml.YAMLError, RecursionError, ValueError):  # ValueError: no such day, ...
-                return None
-            if isinstance(front, dict) and isinstance(front.get("license"), str):
-                return str(front["license"])
+        if isinstance(front, dict) and isinstance(front.get("license"), str):
+            name = front.get("license_name")
+            other = front["license"] == "other" and isinstance(name, str)
+            return str(name) if other else str(front["license"])
     return None
+
+
+def _recognised(checkpoint: Checkpoint) -> str | None:
+    for name in ("LICENSE", "LICENSE.txt", "LICENSE.md"):
+        text = _text(checkpoint, name)
+        if text is not None:
+            head = " ".join(text[:2000].split()).lower()
+            return next((word for start, word in _TEXTS if start.lower() in head), "other")
+    return None
+
+
+def _text(checkpoint: Checkpoint, name: str) -> str | None:
+    """A text file beside the weights; ``None`` where there is none that may be read."""
+    path = checkpoint.folder / name
+    if not (checkpoint.path.is_dir() and path.is_file() and path.stat().st_size < 1 << 22):
+        return None
+    try:
+        return _inside(path, checkpoint.folder).read_text(encoding="utf-8", errors="replace")
+    except (CheckpointError, OSError):
+        return None
 
 
 __all__ = [
     "carried_files",
+    "carried_tokenizer",
     "config_text",
     "is_restricted",
+    "licence_of",
     "model_card",
     "model_name",
     "patch_card",

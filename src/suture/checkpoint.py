@@ -385,6 +385,14 @@ class Checkpoint(Mapping[str, Array]):
         """Elements of all tensors."""
         return sum(spec.numel for spec in self.specs.values())
 
+    def stored(self, name: str) -> str:
+        """The dtype of a tensor in its file, which a view may have widened."""
+        return self.specs[name].dtype
+
+    def as_stored(self, name: str) -> bool:
+        """Whether a tensor is read just as its file has it, under its own name."""
+        return True
+
     @cached_property
     def vocabulary(self) -> int | None:
         """Rows of the token embedding; ``None`` where there is none."""
@@ -450,12 +458,19 @@ def _torch_dtype(name: str) -> torch.dtype:
     return found
 
 
+_TIED_BY_DEFAULT = frozenset((
+    "albert", "bart", "bert", "bloom", "distilbert", "electra", "gemma", "gemma2", "gemma3",
+    "gemma3_text", "gpt2", "mbart", "opt", "roberta", "t5", "whisper", "xlm-roberta",
+))  # fmt: skip
+"""Architectures whose config says nothing of their ties when they have the usual ones."""
+
+
 def ties_embeddings(config: Mapping[str, Any]) -> bool:
     """Whether a configuration says that embedding and head are one tensor."""
     inner = config.get("text_config")
-    return config.get("tie_word_embeddings") is True or (
-        isinstance(inner, dict) and inner.get("tie_word_embeddings") is True
-    )
+    sections = [config, *([inner] if isinstance(inner, dict) else [])]
+    said = [s["tie_word_embeddings"] for s in sections if "tie_word_embeddings" in s]
+    return True in said or (not said and config.get("model_type") in _TIED_BY_DEFAULT)
 
 
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*(@[\w./-]+)?")
@@ -642,6 +657,8 @@ def _from_hub(text: str, path: Path) -> Path:
                     "*.model",
                     "*.txt",
                     "README.md",
+                    "LICENSE*",
+                    "*.py",
                 ],
             )
         )

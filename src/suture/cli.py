@@ -261,6 +261,9 @@ def merge(
     allow_nonfinite: Annotated[
         bool, typer.Option("--allow-nonfinite", help="Go on where weights are NaN or infinite.")
     ] = False,
+    link: Annotated[
+        bool, typer.Option("--link", help="Link files that stay as they are, instead of copying.")
+    ] = False,
     as_json: Json = False,
 ) -> None:
     """Merge models by a recipe into a new folder; interrupted, the same command goes on."""
@@ -277,7 +280,7 @@ def merge(
             )
         machine.announce = lambda: _say("compiling for this processor (once, some ten seconds)")
         how = run.Options(threads=threads, overwrite=overwrite, resume=not no_resume,
-                          allow_nonfinite=allow_nonfinite)  # fmt: skip
+                          allow_nonfinite=allow_nonfinite, link=link)  # fmt: skip
         plan = run.plan_recipe(recipe, out, how)
         if dry_run:
             run.check_contents(plan)

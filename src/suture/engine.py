@@ -80,13 +80,12 @@ def output_specs(
     reference: Checkpoint, dtype: str | None, models: Sequence[Checkpoint] = ()
 ) -> dict[str, TensorSpec]:
     """The tensors of the output: those of the reference, in another floating dtype if asked."""
-    if dtype is None:
-        return dict(reference.specs)
     found = {}
     for name, spec in reference.specs.items():
         if DTYPES[spec.dtype].computable and role_of(name).kind != "buffer":
-            own = [c.specs[name].dtype for c in (reference, *models) if name in c.specs]
-            spec = TensorSpec(promoted(own) if dtype == PROMOTED else dtype, spec.shape)
+            own = [c.stored(name) for c in (reference, *models) if name in c.specs]
+            new = own[0] if dtype is None else promoted(own) if dtype == PROMOTED else dtype
+            spec = TensorSpec(new, spec.shape) if new != spec.dtype else spec
         found[name] = spec
     return found
 

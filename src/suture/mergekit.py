@@ -14,6 +14,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from suture.chat import read_chat_template
 from suture.errors import Problems, RecipeError, brief, did_you_mean
 from suture.merges import METHODS, Parameter
 from suture.recipe_types import (
@@ -33,6 +34,7 @@ from suture.recipe_types import (
 )
 from suture.roles import ParamSpace
 from suture.spec import PROMOTED, dtype_named
+from suture.vocabulary import from_mergekit
 
 REQUIRED = None
 """In the place of a default: mergekit has none."""
@@ -134,26 +136,6 @@ def translated(raw: Mapping[str, Any], folder: Path, problems: Problems) -> Reci
     return _Reader(raw, folder, problems).recipe()
 
 
-def tokenizer_keys(raw: Mapping[str, Any], problems: Problems) -> None:
-    """Look at ``tokenizer``, ``tokenizer_source`` and ``chat_template``.
-
-    The base's tokenizer is what an output gets anyway; everything else is refused.
-    """
-    inner = raw.get("tokenizer")
-    if raw.get("tokenizer_source") is not None and inner is not None:
-        problems.add(RecipeError, "tokenizer: tokenizer_source says the same; keep one of them")
-    if raw.get("tokenizer_source") not in ("base", None):
-        problems.add(RecipeError, "tokenizer_source: mergekit's tokenizer_source is not supported "
-                     "yet, but for `base`")  # fmt: skip
-    if inner is not None and inner not in ({"source": "base"}, {"source": "base", "tokens": {}}):
-        problems.add(
-            RecipeError,
-            "tokenizer: mergekit's tokenizer is not supported yet, but for source: base",
-        )
-    if raw.get("chat_template") is not None:
-        problems.add(RecipeError, "chat_template: mergekit's chat_template is not supported yet")
-
-
 class _Reader:
     def __init__(self, raw: Mapping[str, Any], folder: Path, problems: Problems) -> None:
         self.raw, self.folder, self.problems = raw, folder, problems
@@ -170,7 +152,6 @@ class _Reader:
     def recipe(self) -> Recipe:
         """The recipe in Suture's terms."""
         refuse_unknown(self.raw, KEYS, "", self.problems)
-        tokenizer_keys(self.raw, self.problems)
         if self.kit is None and self.name in LATER:
             self.refuse(f"merge_method: mergekit's {self.name} is not supported yet")
         elif self.kit is None:
@@ -330,6 +311,12 @@ class _Reader:
         labels = {path: short(path, paths) for path in paths}
         if difference and base is not None:
             labels[base] = "base"
+        tokenizer = from_mergekit(
+            self.raw, self.problems, labels.get(base or "", base),
+            next((n for n in labels.values() if n != "base"), None),
+            lambda value, where: labels.get(path := self.path(value, where), path),
+        )  # fmt: skip
+        template = read_chat_template(self.raw.get("chat_template"), self.problems)
         if self.kit.base == "first" and base is None and all(cut.base is None for cut in cuts):
             self.refuse(f"base_model: {self.name} starts from the base model; name one")
         if cuts and not cuts[0].where:
@@ -339,7 +326,7 @@ class _Reader:
             recipe, method=method, base=base if difference else None, space=ParamSpace((), ()),
             models={n: ModelEntry(path) for path, n in labels.items() if n != "base"},
             policy=Policy(), required=tuple(sorted(self.incomplete)),
-            notes=tuple(dict.fromkeys(self.notes)),
+            notes=tuple(dict.fromkeys(self.notes)), tokenizer=tokenizer, chat_template=template,
         )  # fmt: skip
         recipe = self.placed(recipe, cuts, slices)
         check_models(recipe, self.problems)

@@ -36,7 +36,7 @@ from suture.patch import ON_OVERLAP, UNDO, Patch, StoredPatch, check_free
 from suture.patchfile import Spool, write_patch
 from suture.recipe import SCHEMA
 from suture.roles import DEFAULT_SPACE
-from suture.run import Options, _check_place, _check_room, _portable, check_ties
+from suture.run import Options, _check_place, _portable, check_room, check_ties
 from suture.select import SCOPES, Selection, select
 from suture.spec import TensorSpec, listed, readable
 from suture.stream import DELTA, RAW, Block, Progress, Sources, cores, fingerprint, sweep, tasks_of
@@ -322,7 +322,7 @@ def _run(
         Sources((view,), how=RAW, allow_nonfinite=True), ("patched",), Merge(_no_merge), (),
         view.specs, False, how.threads or cores(),
     )  # fmt: skip
-    _check_room(place, view.nbytes, how.resume, problems)
+    check_room(place, view.nbytes, how.resume, problems)
     problems.raise_if_any()
     with _spooling(place.resolve().parent) as spool:
         nbytes = 2 * sum(view.specs[n].nbytes for n in patch.specs)

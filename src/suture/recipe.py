@@ -16,6 +16,7 @@ from typing import Any
 import yaml
 
 from suture import mergekit
+from suture.chat import read_chat_template
 from suture.errors import Problems, RecipeError, brief, did_you_mean
 from suture.merges import method, settings
 from suture.recipe_types import (
@@ -37,6 +38,7 @@ from suture.recipe_types import (
 )
 from suture.roles import ParamSpace
 from suture.spec import PROMOTED, bytes_from, dtype_named
+from suture.vocabulary import read_wanted
 from suture.writer import SHARD_SIZE
 
 SCHEMA = 1
@@ -363,7 +365,8 @@ def _from_raw(raw: dict[str, Any], folder: Path, problems: Problems) -> Recipe:
 
 
 KEYS = (
-    "base", "models", "method", "parameters", "slices", "space", "policy", "output", "stages",
+    "base", "models", "method", "parameters", "slices", "space", "policy", "tokenizer",
+    "chat_template", "output", "stages",
 )  # fmt: skip
 
 
@@ -393,8 +396,13 @@ def _native(raw: dict[str, Any], problems: Problems, folder: Path) -> Recipe:
     base = base if isinstance(base, str) else None
     labels = [*models, *([] if base is None else ["base"])]
     slices = _slices(raw.get("slices"), labels, problems)
+    tokenizer = read_wanted(raw.get("tokenizer"), problems, "base" if base is not None else None,
+                            next(iter(models), None))  # fmt: skip
+    if tokenizer is not None and policy.vocabulary != "error":
+        problems.add(RecipeError, "policy.vocabulary and tokenizer: give one of them")
+    template = read_chat_template(raw.get("chat_template"), problems)
     recipe = Recipe(UNKNOWN, models, base, {}, space, policy, dtype, shard_size, folder,
-                    slices=slices)  # fmt: skip
+                    slices=slices, tokenizer=tokenizer, chat_template=template)  # fmt: skip
     if found is None:
         return recipe
     recipe = checked(replace(recipe, method=found, parameters=parameters), problems)

@@ -11,6 +11,7 @@ from suture.errors import Problems, RecipeError, brief, did_you_mean
 from suture.merges import METHODS, Method, settings
 from suture.roles import DEFAULT_SPACE, ParamSpace
 from suture.spec import WORD_OF
+from suture.vocabulary import Wanted
 from suture.writer import SHARD_SIZE
 
 
@@ -24,12 +25,16 @@ class Policy:
     """A model has one more: ``error``, or ``drop``."""
     buffers: str = "equal"
     """Integer and boolean tensors: ``equal`` in all models, or those of the ``base``."""
+    vocabulary: str = "error"
+    """Token embeddings of different size: ``error``, rows shared by id (``shared-rows``), or
+    matched by token to the vocabulary of the ``base`` or to the ``union`` of all."""
 
 
 POLICIES = {
     "missing": ("error", "base"),
     "extra": ("error", "drop"),
     "buffers": ("equal", "base"),
+    "vocabulary": ("error", "shared-rows", "base", "union"),
 }
 
 
@@ -89,6 +94,9 @@ class Recipe:
     """Parameters that must be given for every tensor, default or not."""
     stages: Mapping[str, Recipe] = field(default_factory=dict)
     """Merges that come first; this one and each other may name them as models."""
+    tokenizer: Wanted | None = None
+    """The tokenizer of the output, to which embeddings are matched; ``None``: the base's own."""
+    chat_template: str | None = None
     kit: Mapping[str, Any] | None = None
     """The mergekit recipe that this one was translated from."""
 
@@ -155,6 +163,10 @@ class Recipe:
                  **({"base": cut.base} if self.method.needs_base else {})}
                 for cut in self.slices
             ]  # fmt: skip
+        if self.tokenizer is not None:
+            found["tokenizer"] = self.tokenizer.plain()
+        if self.chat_template is not None:
+            found["chat_template"] = self.chat_template
         if self.stages:
             found["stages"] = {name: stage.resolved() for name, stage in self.stages.items()}
         return found

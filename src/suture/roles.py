@@ -60,7 +60,11 @@ _LLAMA = (  # Llama, Mistral, Mixtral, Qwen, Gemma, Phi, SmolLM, OLMo, DeepSeek
     (r"self_attn\.v_proj\.weight$", "v"),
     (r"self_attn\.(qkv|kv_[ab])_proj(_with_mqa)?\.weight$", "qkv"),
     (r"self_attn\.(o_proj|out_proj|dense)\.weight$", "o"),
-    (r"(mlp|block_sparse_moe)\.(gate|router|shared_expert_gate)\.weight$", "router"),
+    (r"(mlp|block_sparse_moe)\.(gate|shared_expert_gate)\.\w+$", "router"),
+    (r"(mlp|feed_forward|ffn|block_sparse_moe)\.router(\.layer)?\.\w+$", "router"),
+    (r"e_score_correction_bias$", "router"),  # DeepSeek-V3 and its kin: no gradient, but it chooses
+    (r"block_sparse_moe\.input_linear\.weight$", "mlp.gate_up"),
+    (r"block_sparse_moe\.output_linear\.weight$", "mlp.down"),
     (r"(gate_up_proj)(\.weight)?$", "mlp.gate_up"),
     (r"(gate_proj|experts\.\d+\.w1)\.weight$", "mlp.gate"),
     (r"(up_proj|fc1|experts\.\d+\.w3)\.weight$", "mlp.up"),
@@ -84,14 +88,18 @@ _NEOX = (  # GPT-NeoX, Pythia, BLOOM, Falcon
     (r"layers\.\d+\.attention\.bias$", "buffer"),  # the causal mask of old files
 )
 _VISION = (  # ViT, CLIP, DINOv2; before BERT, whose names they share
-    (r"patch_embeddings\.projection\.\w+$|patch_embedding\.\w+$|patch_embed\.proj\.\w+$", "patch"),
+    (r"patch_embeddings\.projection\.\w+$|patch_embedding(\.linear)?\.\w+$", "patch"),
+    (r"patch_embed\.proj\.\w+$|patch_conv\.\w+$", "patch"),
     (r"(cls_token|mask_token|distillation_token|class_embedding|register_tokens)$", "position"),
-    (r"(position_embeddings?(\.weight)?|positional_embedding|pos_embed)$", "position"),
+    (r"(position_embeddings?|pos_embed)(\.weight)?$|positional_embedding\w*$", "position"),
+    (r"pos_conv_embed(\.\w+)*$", "position"),  # Wav2Vec2
     (r"(token_embedding)\.weight$", "embedding"),
     (r"(layer_scale\d?\.lambda1|lambda_[12]|ls[12]\.gamma)$", "scale"),
     (r"norm[12]\.\w+$|layernorm_(before|after)\.\w+$|layer_norm[12]\.\w+$|layrnorm\.\w+$", "norm"),
     (r"attn\.qkv\.weight$|in_proj_weight$", "qkv"),
     (r"attn\.proj\.weight$|attn\.out_proj\.weight$", "o"),
+    (r"mlp\.linear_fc1\.weight$", "mlp.up"),  # Qwen3-VL
+    (r"mlp\.linear_fc2\.weight$", "mlp.down"),
     (r"in_proj_bias$", "bias"),
     (r"(visual_projection|text_projection)(\.weight)?$|logit_scale$", "head"),
 )  # fmt: skip
@@ -105,8 +113,12 @@ _BERT = (  # BERT, RoBERTa, DistilBERT, MiniLM, ViT (encoder.layer.N....)
     (r"attention(\.self|\.attention)?\.(key|k_lin|k_proj|key_proj)\.weight$", "k"),
     (r"attention(\.self|\.attention)?\.(value|v_lin|v_proj|value_proj)\.weight$", "v"),
     (r"attention\.(output\.dense|out_lin|o_proj)\.weight$", "o"),
-    (r"(intermediate\.dense|ffn\.lin1|mlp\.fc1)\.weight$", "mlp.up"),
-    (r"(output\.dense|ffn\.lin2|mlp\.fc2)\.weight$", "mlp.down"),
+    (r"(intermediate\.dense|ffn\.lin1|mlp\.fc1|albert_layers\.\d+\.ffn)\.weight$", "mlp.up"),
+    (r"(output\.dense|ffn\.lin2|mlp\.fc2|ffn_output)\.weight$", "mlp.down"),
+    (
+        r"embedding_hidden_mapping_in\.weight$",
+        "other",
+    ),  # ALBERT: from the width of words to its own
 )
 _T5 = (
     (r"shared\.weight$", "embedding"),
@@ -156,15 +168,11 @@ def role_of(name: str) -> Role:
     if len(name) > NAME_LIMIT:
         return Role("other", None)
     found = _BLOCK.search(name)
-    return Role(_kind(_NUMBER.sub(_same_width, name)), int(found[1]) if found else None)
+    return Role(_kind(_NUMBER.sub("0", name)), int(found[1]) if found else None)
 
 
 _NUMBER = re.compile(r"(?<=\.)\d+(?=\.)")
-"""A part of a name that only counts: no pattern asks for more than whether it has one digit."""
-
-
-def _same_width(found: re.Match[str]) -> str:
-    return "0" if len(found[0]) == 1 else "00"
+"""The number of a block or an expert; no role depends on it, so all are told alike."""
 
 
 @lru_cache(maxsize=1 << 16)
@@ -178,6 +186,19 @@ def layer_parts(name: str) -> tuple[str, int, str] | None:
     """What stands before the number of a tensor's layer, the number, and what stands after it."""
     found = _BLOCK.search(name) if len(name) <= NAME_LIMIT else None
     return (name[: found.start(1)], int(found[1]), name[found.end(1) :]) if found else None
+
+
+_OF_TOKENS = re.compile(
+    r"(?:^|\.)(lm_head(\.decoder)?(\.weight|\.bias)|(embed_out|output|proj_out)\.(weight|bias)"
+    r"|(cls\.)?predictions(\.decoder\.weight|\.decoder\.bias|\.bias)|vocab_projector\.(weight|bias)"
+    r"|generator_lm_head\.(weight|bias)|final_logits_bias)$"
+)
+"""Heads with a row for every token; those of classifiers have one for every class."""
+
+
+def has_vocabulary(name: str) -> bool:
+    """Whether a tensor of this name has, or may have, a row for every token."""
+    return role_of(name).kind == "embedding" or _OF_TOKENS.search(name) is not None
 
 
 def layer_key(name: str) -> str:
@@ -246,9 +267,21 @@ def check_selectors(words: Iterable[str], names: Collection[str], where: str) ->
 
 _TIES = (
     ("lm_head.weight", ("model.embed_tokens.weight", "transformer.wte.weight", "wte.weight",
-                        "shared.weight", "model.language_model.embed_tokens.weight",
+                        "shared.weight", "model.shared.weight",
+                        "model.language_model.embed_tokens.weight",
+                        "language_model.model.embed_tokens.weight",
+                        "model.text_model.embed_tokens.weight",
                         "model.decoder.embed_tokens.weight",
-                        "roberta.embeddings.word_embeddings.weight")),
+                        "roberta.embeddings.word_embeddings.weight",
+                        "transformer.word_embeddings.weight", "word_embeddings.weight")),
+    ("language_model.lm_head.weight", ("language_model.model.embed_tokens.weight",)),
+    ("proj_out.weight", ("model.decoder.embed_tokens.weight",)),
+    ("embed_out.weight", ("gpt_neox.embed_in.weight",)),
+    ("vocab_projector.weight", ("distilbert.embeddings.word_embeddings.weight",)),
+    ("predictions.decoder.weight", ("albert.embeddings.word_embeddings.weight",)),
+    ("predictions.decoder.bias", ("predictions.bias",)),
+    ("cls.predictions.decoder.bias", ("cls.predictions.bias",)),
+    ("lm_head.decoder.bias", ("lm_head.bias",)),
     ("encoder.embed_tokens.weight", ("shared.weight",)),
     ("decoder.embed_tokens.weight", ("shared.weight",)),
     ("model.encoder.embed_tokens.weight", ("model.shared.weight",)),

@@ -17,16 +17,18 @@ from pathlib import Path
 from typing import Any
 
 import suture
-from suture.card import carried_files, config_text, is_restricted, model_card
+from suture.card import carried_files, carried_tokenizer, config_text, is_restricted, model_card
 from suture.checkpoint import (
     JSON_LIMIT,
     Checkpoint,
     is_from_hub,
     open_checkpoint,
+    read_header,
     read_json,
     refuse_uncomputable,
     ties_embeddings,
 )
+from suture.embeddings import Aligned, by_id, by_token, same_heads, templated
 from suture.engine import (
     Job,
     Outcome,
@@ -53,7 +55,7 @@ from suture.patch import Patch
 from suture.patchfile import is_patch
 from suture.recipe import SCHEMA, parse_recipe, read_recipe
 from suture.recipe_types import ModelEntry, Policy, Recipe, Slice
-from suture.roles import ParamSpace, check_selectors, layer_parts, selects, tied_to
+from suture.roles import EVERYTHING, ParamSpace, check_selectors, layer_parts, selects, tied_to
 from suture.spec import (
     DTYPES,
     PIECE,
@@ -69,7 +71,8 @@ from suture.spec import (
 from suture.stream import BLOCK, Block, Progress, Sources, Visitor, cores, sweep, tasks_of
 from suture.vector import TaskVector, align
 from suture.views import Planned, View
-from suture.writer import SHARD_SIZE, Writer, plan_shards, staging_of
+from suture.vocabulary import TOKENIZER, UNION, Wanted
+from suture.writer import SHARD_SIZE, Shard, Writer, plan_shards, staging_of
 
 
 @dataclass(frozen=True)
@@ -81,6 +84,8 @@ class Options:
     overwrite: bool = False
     resume: bool = True
     allow_nonfinite: bool = False
+    link: bool = False
+    """Whether files of the output that would be copies of an input's may be links to it."""
 
 
 @dataclass(frozen=True)
@@ -105,6 +110,12 @@ class Plan:
     """The stages that were done."""
     told: tuple[str, ...] = ()
     """What was done for this run only, and is no part of the record."""
+    views: Mapping[str, Checkpoint] = field(default_factory=dict)
+    """The inputs as they are read, by label: brought to one vocabulary and one kind of head."""
+    files: Mapping[str, bytes] | None = None
+    """The tokenizer files of the output, where they are not those of an input."""
+    whole: tuple[Shard, ...] = ()
+    """Files of the reference that the output has byte for byte, where they may be linked."""
 
     @property
     def ready(self) -> bool:
@@ -350,7 +361,7 @@ def _stages(recipe: Recipe, options: Options, problems: Problems) -> dict[str, P
                 folder = _stage_folder(plan)
                 if not folder.exists():
                     _check_free(folder, folder, options, own)
-                    _check_room(folder, plan.nbytes, plan.options.resume, own)
+                    _check_room(folder, plan, own)
                 own.raise_if_any()
                 found[name] = plan
         except SutureError as error:
@@ -380,20 +391,24 @@ def _planned(
         _check_place(out, inputs, options, problems)
     parts: list[_Part] = []
     notes: list[str] = []
+    aligned = Aligned(inputs)
     if _reference_label(recipe) in inputs:
-        parts = _parts(recipe, inputs, problems)
+        aligned = _aligned(recipe, inputs, problems)
+        notes += aligned.notes
+        parts = _parts(recipe, aligned.inputs, problems)
         _check_fit(recipe, parts, problems, notes)
     with problems.collecting():
         carried_files(list(inputs.values()))
     problems.raise_if_any()
-    jobs = [_job(recipe, part, options) for part in parts]
+    jobs = tuple(_job(recipe, part, options) for part in parts)
     _check_required(recipe, jobs, parts, problems)
-    config = _config(recipe, parts, inputs)
+    config = _config(recipe, parts, aligned.inputs)
     told = tuple(dict.fromkeys((*recipe.notes, *notes)))
-    plan = Plan(recipe, tuple(jobs), inputs, out, options, config, told,
-                {name: stages[name] for name in recipe.stages}, made)  # fmt: skip
+    plan = Plan(recipe, jobs, inputs, out, options, config, told,
+                {name: stages[name] for name in recipe.stages}, made, views=aligned.inputs,
+                files=aligned.files, whole=_whole(jobs) if options.link else ())  # fmt: skip
     if out is not None:
-        _check_room(out, plan.nbytes, options.resume, problems)
+        _check_room(out, plan, problems)
     problems.raise_if_any()
     return plan
 
@@ -445,6 +460,32 @@ def _patched(file: Checkpoint, base: Checkpoint | None) -> Checkpoint:
 def _reference_label(recipe: Recipe) -> str | None:
     """Which input's names and shapes count: the base, or else the first model."""
     return "base" if recipe.base is not None else next(iter(recipe.models), None)
+
+
+def _aligned(recipe: Recipe, inputs: dict[str, Checkpoint], problems: Problems) -> Aligned:
+    """The models brought to the vocabulary and the tied heads that the output will have."""
+    lead = str(_reference_label(recipe))
+    if len(inputs) < len(recipe.models) + (recipe.base is not None):
+        return Aligned(inputs)  # some could not be opened, which is a problem already
+    # Where layers are stacked anew, embedding and head may come from two models, edited or not.
+    heads = same_heads(inputs, lead, EVERYTHING if recipe.slices else recipe.space)
+    policy, wanted = recipe.policy.vocabulary, recipe.tokenizer
+    if policy in ("base", "union"):
+        source = lead if policy == "base" else "union"
+        wanted = Wanted(source, lead, keep_rows=True)
+    found = heads
+    if wanted is not None:
+        found = by_token(heads.inputs, lead, wanted, recipe.folder, problems)
+    elif policy == "shared-rows":
+        found = by_id(heads.inputs, lead, problems)
+    found = found._replace(notes=(*heads.notes, *(found.notes if found is not heads else ())))
+    with problems.collecting():
+        donors = [inputs[lead], *(c for c in inputs.values() if c is not inputs[lead])]
+        return templated(
+            found, recipe.chat_template,
+            lambda: next((files for c in donors if (files := carried_tokenizer(c))), {}),
+        )  # fmt: skip
+    return found
 
 
 @dataclass(frozen=True)
@@ -575,6 +616,32 @@ def _job(recipe: Recipe, part: _Part, options: Options) -> Job:
     )  # fmt: skip
 
 
+def _whole(jobs: Sequence[Job]) -> tuple[Shard, ...]:
+    """The files of the reference of which every tensor is copied as it is."""
+    if len(jobs) != 1:
+        return ()  # layers that were stacked anew stand in no file as they are
+    job = jobs[0]
+    lead = job.sources.reference
+    held: dict[int, list[str]] = {}
+    for name, place in lead.places.items():
+        held.setdefault(place.file, []).append(name)
+    found = []
+    for number, names in sorted(held.items()):
+        if not all(
+            n in job.sources.raw and job.specs.get(n) == lead.specs[n] and lead.as_stored(n)
+            for n in names
+        ):
+            continue
+        path = lead.files[number]
+        header = read_header(path)
+        if header.specs.keys() != set(names):  # it holds a second name of a tied tensor, too
+            continue
+        with path.open("rb") as file:
+            text = file.read(min(header.offsets.values()))
+        found.append(Shard("", text, header.offsets, path.stat().st_size, path))
+    return tuple(found)
+
+
 def _bound(found: Mapping[str, Any], part: _Part) -> dict[str, Any]:
     """The parameters with a number for every tensor where they depend on depth or on old names."""
     depth: Callable[[str], float]
@@ -651,8 +718,8 @@ def _config(
         number = stack_of(model)[1]
         origins += [(model.config, layer, number) for layer in range(*layers)]
     config = sliced_config(config, stack_of(lead)[1], origins)
-    if _heads(inputs):  # each head is a tensor of its own now
-        config["tie_word_embeddings"] = False
+    if ties_embeddings(config) and any(tied_to(c.specs.keys()) for c in inputs.values()):
+        config["tie_word_embeddings"] = False  # each head is a tensor of its own now
     return config
 
 
@@ -739,20 +806,41 @@ def _writable(folder: Path) -> bool:
         return True
 
 
-def _check_room(out: Path, nbytes: int, resume: bool, problems: Problems) -> None:
-    parent = out.resolve().parent
+def _check_room(out: Path, plan: Plan, problems: Problems) -> None:
+    parent = existing(out)
+    here = parent.stat().st_dev
+    linked = sum(s.size for s in plan.whole if s.source and s.source.stat().st_dev == here)
+    check_room(out, plan.nbytes, plan.options.resume, problems, linked)
+
+
+def check_room(out: Path, nbytes: int, resume: bool, problems: Problems, spared: int = 0) -> None:
+    """Note where a disk has too little room for an output.
+
+    Args:
+        out: the folder that will be.
+        nbytes: of its tensors.
+        resume: whether what an interrupted run left is used again.
+        problems: takes the note.
+        spared: bytes that are not written, because they are links.
+    """
     staged = 0
     folder = staging_of(out.resolve()) / "model"
     if resume and folder.is_dir():
-        staged = sum(p.stat().st_blocks * 512 for p in folder.iterdir())
-    while not parent.exists():
-        parent = parent.parent
-    free = shutil.disk_usage(parent).free
-    needed = nbytes - staged
+        staged = sum(p.stat().st_blocks * 512 for p in folder.iterdir() if p.is_file())
+    free = shutil.disk_usage(existing(out)).free
+    needed = nbytes - max(staged, spared)
     if needed > free:
         problems.add(
             OutputError, f"{out}: needs {readable(needed)} of disk, {readable(free)} are free"
         )
+
+
+def existing(path: Path) -> Path:
+    """The nearest folder above a path that exists."""
+    parent = path.resolve().parent
+    while not parent.exists():
+        parent = parent.parent
+    return parent
 
 
 def check_contents(plan: Plan) -> None:
@@ -828,7 +916,7 @@ def execute(plan: Plan, stage: Stage | None = None) -> MergeReport:
     begun = time.perf_counter()
     writer = Writer(
         out, plan.specs, key=_key(plan), shard_size=plan.recipe.shard_size,
-        overwrite=plan.options.overwrite, resume=plan.options.resume,
+        overwrite=plan.options.overwrite, resume=plan.options.resume, whole=plan.whole,
     )  # fmt: skip
     try:
         outcome = apply(plan.jobs, writer, plan.inputs, stage or (lambda name, nbytes: None))
@@ -852,7 +940,8 @@ def execute(plan: Plan, stage: Stage | None = None) -> MergeReport:
     return MergeReport(
         plan.out, plan.recipe.method.name, outcome.fingerprints["output"], len(plan.specs),
         plan.merged, plan.reads, plan.nbytes, outcome.seconds, outcome.writeback_loss,
-        sum(outcome.moved.values()), outcome.facts, outcome.resumed, (*plan.notes, *plan.told),
+        sum(outcome.moved.values()), outcome.facts, outcome.resumed,
+        (*plan.notes, *plan.told, *_linked(plan, writer)),
     )  # fmt: skip
 
 
@@ -882,6 +971,16 @@ def _after_stages(plan: Plan, stage: Stage | None) -> Plan:
     return replace(made, told=tuple(told), stages={}, ordered=plan.stages)
 
 
+def _linked(plan: Plan, writer: Writer) -> list[str]:
+    if not plan.options.link:
+        return []
+    if not writer.linked:
+        return ["no file could be linked: each has a tensor that changes, or is on another disk"]
+    return [
+        f"{len(writer.linked)} files are links to those of an input: never change either in place"
+    ]
+
+
 def _key(plan: Plan) -> str:
     """What a staging folder is for: everything that decides the bytes of the output."""
     facts = {
@@ -889,9 +988,15 @@ def _key(plan: Plan) -> str:
         "recipe": plan.recipe.resolved() | {"output": None},
         "order": [list(job.models) for job in plan.jobs],
         "nonfinite": plan.options.allow_nonfinite,
+        "link": plan.options.link,
         "inputs": {label: plan.made.get(label, c.identity) for label, c in plan.inputs.items()},
+        "computed": [[label, name, lens.identity] for label, c in plan.views.items()
+                     if isinstance(c, View) for name, lens in c.lenses.items()
+                     if lens.identity is not None],
+        "files": {name: hashlib.sha256(content).hexdigest()
+                  for name, content in (plan.files or {}).items()},
         "shards": [[s.name, s.size, hashlib.sha256(s.header).hexdigest()]
-                   for s in plan_shards(plan.specs, plan.recipe.shard_size)],
+                   for s in plan_shards(plan.specs, plan.recipe.shard_size, plan.whole)],
     }  # fmt: skip
     # Not sorted: of the patterns of a parameter, the first that fits counts.
     return hashlib.sha256(json.dumps(facts).encode()).hexdigest()
@@ -920,11 +1025,16 @@ def _check_fingerprints(plan: Plan, outcome: Outcome) -> None:
 def _add_files(plan: Plan, writer: Writer, outcome: Outcome, out: Path) -> None:
     lead = plan.lead
     donors = [lead, *(c for c in plan.inputs.values() if c is not lead)]
+    made = plan.files or {}
     for name, path in carried_files(donors).items():
+        if plan.files is not None and (name in TOKENIZER or name in made):
+            continue
         try:
             writer.add_file(name, path.read_bytes())
         except OSError as error:
             raise CheckpointError(f"{path}: {error.strerror}") from None
+    for name, content in made.items():
+        writer.add_file(name, content)
     if plan.config:
         dtype = plan.recipe.dtype
         dtype = _main_dtype(plan.specs) if dtype == PROMOTED or plan.recipe.slices else dtype
@@ -949,6 +1059,10 @@ def provenance(plan: Plan, outcome: Outcome, out: Path) -> dict[str, Any]:
     paths = _place_inputs(recipe, plan, out)
     for name, stage in plan.ordered.items():
         _place_inputs(recipe["stages"][name], stage, out)
+    tokenizer = plan.recipe.tokenizer
+    if tokenizer is not None and tokenizer.source not in (UNION, *plan.inputs):
+        folder = plan.recipe.folder / Path(tokenizer.source).expanduser()
+        recipe["tokenizer"]["source"] = os.path.relpath(folder.resolve(), out)
     dtypes: dict[str, int] = {}
     for spec in plan.specs.values():
         word = WORD_OF.get(spec.dtype, spec.dtype)
@@ -1021,7 +1135,7 @@ def describe(plan: Plan) -> dict[str, Any]:
             "merged_elements": elements,
             "copied": len(plan.specs) - plan.merged,
             "bytes": plan.nbytes,
-            "shards": len(plan_shards(plan.specs, plan.recipe.shard_size)),
+            "shards": len(plan_shards(plan.specs, plan.recipe.shard_size, plan.whole)),
         },
         "bytes_read": plan.reads,
         "passes": max(passes),

@@ -58,7 +58,8 @@ def align(
         problems.add(
             MismatchError,
             f"{who}: vocabularies of {rows[0]} and {rows[1]} tokens ({listed(different, 2)} differ "
-            "in shape); models must share their tokenizer, resize one of them first",
+            "in shape); match them by tokenizer with `policy: {vocabulary: union}` (or base), or "
+            "row by row with `policy: {vocabulary: shared-rows}`",
         )
         return
     for name in different[:10]:

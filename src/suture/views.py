@@ -96,7 +96,9 @@ class View(Checkpoint):
             checkpoint, inner = lens.origin
             place = checkpoint.places[inner]
             self.places[name] = Place(starts[checkpoint] + place.file, place.offset)
-        self.aliases = {a: n for a, n in origin.aliases.items() if n in self.specs}
+        self.aliases = {
+            a: n for a, n in origin.aliases.items() if n in self.specs and a not in self.specs
+        }
         self.config = dict(origin.config if config is None else config)
         self.identity = [
             *(i for checkpoint in self.origins for i in checkpoint.identity),
@@ -125,7 +127,19 @@ class View(Checkpoint):
 
     def untied(self) -> list[str]:
         """Aliases of the origin whose bytes differ from the tensor they should be tied to."""
-        return [a for a in self.origins[0].untied() if a in self.aliases]
+        origin = self.origins[0]
+        return [a for a in origin.untied() if origin.aliases[a] in self.specs]
+
+    def stored(self, name: str) -> str:
+        """The dtype in the file that a tensor mainly comes from."""
+        checkpoint, inner = self.lenses[name].origin
+        return checkpoint.stored(inner)
+
+    def as_stored(self, name: str) -> bool:
+        """Whether a tensor is read just as its file has it, under its own name."""
+        lens = self.lenses[name]
+        checkpoint, inner = lens.origin
+        return isinstance(lens, Same) and inner == name and checkpoint.as_stored(name)
 
 
 class Planned(Checkpoint):
@@ -142,6 +156,7 @@ class Planned(Checkpoint):
         self, name: str, folder: Path, specs: Mapping[str, TensorSpec], config: Mapping[str, Any]
     ) -> None:
         self.path, self.label, self.folder, self.files = folder, name, folder, []
+        self.restricted = False
         self.config = dict(config)
         self.aliases = tied_to(specs.keys()) if ties_embeddings(self.config) else {}
         self.specs = {n: spec for n, spec in specs.items() if n not in self.aliases}

@@ -4,6 +4,7 @@ Everything is written into a staging folder beside the output, ``.NAME.suture``:
 
     model/     the folder to be, shards at their full size from the start
     journal    one line a finished task, with the digests of what it wrote
+    linked     the shards that are links to files of an input, and are never written to
     key        what this staging is for: another recipe or changed inputs start anew
     lock       held by the process that writes
 
@@ -18,7 +19,7 @@ import json
 import os
 import shutil
 import threading
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -37,7 +38,7 @@ except ImportError:  # Windows: two processes on one output are not told apart t
 Array = np.ndarray[Any, Any]
 SHARD_SIZE = 5 * 10**9
 _FLUSH = 256 << 20
-_OURS = {"model", "journal", "key", "key.new", "lock", "old"}
+_OURS = {"model", "journal", "key", "key.new", "linked", "lock", "old"}
 """What a staging folder holds; one with anything else in it is somebody's, and left alone."""
 
 
@@ -48,28 +49,32 @@ class Shard(NamedTuple):
     header: bytes
     offsets: dict[str, int]
     size: int
+    source: Path | None = None
+    """A file with the very bytes that this one will have, which may be linked instead."""
 
 
-def plan_shards(specs: Mapping[str, TensorSpec], limit: int = SHARD_SIZE) -> list[Shard]:
+def plan_shards(
+    specs: Mapping[str, TensorSpec], limit: int = SHARD_SIZE, whole: Sequence[Shard] = ()
+) -> list[Shard]:
     """Lay tensors out in shards of at most ``limit`` bytes (a larger tensor stands alone).
 
     The order is that of names whatever the order of ``specs``, wider dtypes first in each shard so
-    that every tensor is aligned.
+    that every tensor is aligned. Files that go over as a ``whole`` follow, laid out as they are.
     """
     groups: list[list[str]] = [[]]
     room = limit
-    for name in sorted(specs):
+    for name in sorted(specs.keys() - {name for shard in whole for name in shard.offsets}):
         if groups[-1] and specs[name].nbytes > room:
             groups.append([])
             room = limit
         groups[-1].append(name)
         room -= specs[name].nbytes
-    total = len(groups)
-    return [
-        _shard("model.safetensors" if total == 1 else f"model-{i:05}-of-{total:05}.safetensors",
-               names, specs)
-        for i, names in enumerate(groups, 1)
-    ]  # fmt: skip
+    groups = groups if groups[0] or not whole else []
+    total = len(groups) + len(whole)
+    names = [f"model-{i:05}-of-{total:05}.safetensors" for i in range(1, total + 1)]
+    names = names if total > 1 else ["model.safetensors"]
+    shards = [_shard(name, group, specs) for name, group in zip(names, groups, strict=False)]
+    return shards + [s._replace(name=n) for n, s in zip(names[len(groups) :], whole, strict=True)]
 
 
 def _shard(file: str, names: list[str], specs: Mapping[str, TensorSpec]) -> Shard:
@@ -118,10 +123,13 @@ class Writer:
         shard_size: int = SHARD_SIZE,
         overwrite: bool = False,
         resume: bool = True,
+        whole: Sequence[Shard] = (),
     ) -> None:
         self.out = out
         self.specs = specs
-        self.shards = plan_shards(specs, shard_size)
+        self.shards = plan_shards(specs, shard_size, whole)
+        self.linked: frozenset[str] = frozenset()
+        """Files that are links to those of an input, and are never opened for writing."""
         self.overwrite = overwrite
         self._staging = staging_of(out)
         self._model = self._staging / "model"
@@ -175,7 +183,8 @@ class Writer:
                     if size != shard.size or file.read(len(shard.header)) != shard.header:
                         return False
             _remove(p for p in self._model.iterdir() if p.name not in {s.name for s in self.shards})
-        except OSError:
+            self.linked = frozenset(json.loads((self._staging / "linked").read_bytes()))
+        except (OSError, ValueError):
             return False
         return True
 
@@ -184,10 +193,16 @@ class Writer:
         (self._staging / "journal").unlink(missing_ok=True)
         shutil.rmtree(self._model, ignore_errors=True)
         self._model.mkdir()
+        linked = []
         for shard in self.shards:
-            with (self._model / shard.name).open("wb") as file:
+            if shard.source is not None and _link(shard.source, self._model / shard.name):
+                linked.append(shard.name)
+                continue
+            with (self._model / shard.name).open("xb") as file:
                 file.write(shard.header)
                 file.truncate(shard.size)
+        self.linked = frozenset(linked)
+        (self._staging / "linked").write_text(json.dumps(linked))
         # The key is written last and in one step: with it, the shards are known to be laid out.
         fresh = self._staging / "key.new"
         fresh.write_bytes(key.encode())
@@ -195,7 +210,8 @@ class Writer:
 
     def _open(self) -> None:
         for shard in self.shards:
-            flags = os.O_RDWR | getattr(os, "O_BINARY", 0)
+            access = os.O_RDONLY if shard.name in self.linked else os.O_RDWR
+            flags = access | getattr(os, "O_BINARY", 0)
             self._descriptors.append(os.open(self._model / shard.name, flags))
         self._journal = os.open(
             self._staging / "journal", os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644
@@ -220,8 +236,13 @@ class Writer:
             raise OutputError(f"{self._staging / 'journal'}: {error.strerror}") from None
 
     def write(self, name: str, start: int, raw: Array) -> None:
-        """Write the bytes ``raw`` (uint8) from element ``start`` of a tensor."""
+        """Write the bytes ``raw`` (uint8) from element ``start`` of a tensor.
+
+        In a file that is a link they stand already.
+        """
         file, offset = self._places[name]
+        if self.shards[file].name in self.linked:
+            return
         offset += start * DTYPES[self.specs[name].dtype].itemsize
         done = 0
         try:
@@ -263,11 +284,15 @@ class Writer:
     def add_file(self, name: str, content: bytes | str) -> None:
         """Put a small file beside the weights."""
         data = content.encode() if isinstance(content, str) else content
+        path = self._model / name
         try:
-            with (self._model / name).open("wb") as file:
+            path.parent.mkdir(exist_ok=True)
+            with path.open("wb") as file:
                 file.write(data)
                 file.flush()
                 os.fsync(file.fileno())
+            if path.parent != self._model:
+                _sync_folder(path.parent)
         except OSError as error:
             raise OutputError(f"{self._model / name}: {error.strerror}") from None
 
@@ -339,6 +364,26 @@ class Writer:
                 os.close(descriptor)
         self._descriptors = []
         self._journal = -1
+
+
+_CLONE = 0x40049409
+"""Linux: the request that makes a file share another one's blocks until it changes."""
+
+
+def _link(source: Path, place: Path) -> bool:
+    """Make ``place`` the same as ``source`` without copying: sharing blocks, else a hard link."""
+    if fcntl is not None:
+        with suppress(OSError):
+            with source.open("rb") as old, place.open("xb") as new:
+                fcntl.ioctl(new.fileno(), _CLONE, old.fileno())
+                os.fsync(new.fileno())
+            return True
+        place.unlink(missing_ok=True)
+    try:
+        place.hardlink_to(source.resolve())
+    except OSError:  # another disk, or a file system without links
+        return False
+    return True
 
 
 def _locked(descriptor: int) -> bool:
