@@ -350,7 +350,8 @@ def peak_memory(job: Job) -> int:
     shared = models * 8 * select.WIDTH
     per_thread = 2 * blocks + (counting if job.merge.passes else 0)
     journal = sum(max(1, -(-s.numel // PIECE)) for s in job.specs.values()) * 200 * (inputs + 2)
-    return threads * per_thread + shared + journal
+    whole = max((job.merge.memory(job.specs[n], models) for n in job.names), default=0)
+    return threads * per_thread + shared + journal + whole
 
 
 __all__ = [

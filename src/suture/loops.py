@@ -763,7 +763,7 @@ def vote_and_merge(
                     agrees = row[j] * vote[j] > 0
                     total[j] += weight * row[j] if agrees else np.float32(0)
                     share[j] += part if agrees else np.float32(0)
-        if aggregate == MEAN or aggregate == WEIGHTED_MEAN:
+        if aggregate in (MEAN, WEIGHTED_MEAN):
             for j in range(count):
                 parts = share[j] if share[j] != 0 else np.float32(1)
                 total[j] = total[j] / parts
@@ -794,9 +794,9 @@ def variances(rows: Array, count: int, out: Array) -> None:
 def rank_rows(row: Array, start: int, number: int, width: int, ranks: Array, spare: Array) -> None:
     """The rank of every magnitude within its row, from 0 for the smallest; ties by position.
 
-    ``number`` rows of ``width`` elements begin at ``start`` of ``row``; ``ranks`` (uint32) is filled
-    at the same places. ``spare`` is uint32[3 * width + 6144]. A sort by three digits of 11 bits,
-    whose time does not depend on the values.
+    ``number`` rows of ``width`` elements begin at ``start`` of ``row``; ``ranks`` (uint32) is
+    filled at the same places. ``spare`` is uint32[3 * width + 6144]. A sort by three digits of 11
+    bits, whose time does not depend on the values.
     """
     keys = spare[:width]
     one = spare[width : 2 * width]
@@ -921,7 +921,10 @@ def column_dots(rows: Array, count: int, first: int, sums: Array) -> None:
 
 @_kernel
 def sum_by_column(rows: Array, factors: Array, count: int, first: int, out: Array) -> None:
-    """``out = sum_i factors[i, c] * rows[i]``; element i has column ``c = (first + i) % columns``."""
+    """``out = sum_i factors[i, c] * rows[i]``, with ``c`` the column of each element.
+
+    Element j has column ``(first + j) % columns``.
+    """
     columns = factors.shape[1]
     for model in range(rows.shape[0]):
         place = first % columns
@@ -954,9 +957,7 @@ def count_overlaps(rows: Array, keys: Array, count: int, found: Array, scratch: 
         for model in range(rows.shape[0]):
             row = rows[model][first : first + much]
             for j in range(much):
-                chosen[j] += np.float32(
-                    (_as_bits(row[j]) & np.uint32(0x7FFFFFFF)) >= keys[model]
-                )
+                chosen[j] += np.float32((_as_bits(row[j]) & np.uint32(0x7FFFFFFF)) >= keys[model])
         for model in range(rows.shape[0]):
             row = rows[model][first : first + much]
             shared = np.uint32(0)

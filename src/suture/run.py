@@ -278,6 +278,8 @@ def make_plan(
         carried_files(list(inputs.values()))
     problems.raise_if_any()
     job = _job(recipe, inputs, options)
+    for problem in job.merge.check(job.names, job.models):
+        problems.add(RecipeError, f"{recipe.method.name}: {problem}")
     if out is not None:
         _check_room(out, job, options, problems)
     problems.raise_if_any()
@@ -324,13 +326,15 @@ def _check_fit(recipe: Recipe, inputs: Mapping[str, Checkpoint], problems: Probl
 def _job(recipe: Recipe, inputs: Mapping[str, Checkpoint], options: Options) -> Job:
     names = _row_names(recipe)
     reference = inputs[str(_reference_label(recipe))]
-    merged_names = tuple(recipe.space.names(reference.specs))
     ordered = replace(recipe, models={name: recipe.models[name] for name in names})
     how = recipe.method.make(**ordered.settings)
+    merged_names = tuple(n for n in recipe.space.names(reference.specs) if not how.copies(n))
     raw = frozenset(reference.specs.keys() - set(merged_names))
     base = inputs["base"] if recipe.base is not None else None
     models = tuple(inputs[name] for name in names)
-    sources = Sources(models, base, how.how, raw, options.allow_nonfinite, lead=reference)
+    sources = Sources(
+        models, base, how.rows(base is not None), raw, options.allow_nonfinite, lead=reference
+    )
     return Job(
         sources, tuple(names), how, merged_names, output_specs(reference, recipe.dtype),
         recipe.policy.buffers == "equal", options.threads or cores(), options.block,

@@ -6,7 +6,7 @@ from typing import Annotated
 
 from suture import kernels
 from suture.merges.base import Merge, Number, PerModel, Scalar, Scale, Weight, each
-from suture.merges.ties import scaled
+from suture.merges.votes import scaled
 from suture.stream import Block
 
 Bound = Annotated[

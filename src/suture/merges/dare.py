@@ -28,7 +28,7 @@ from suture.merges.base import (
     each,
 )
 from suture.merges.linear import Normalize, normalized
-from suture.merges.ties import AGGREGATE, ELECT, Aggregate, Elect, scaled
+from suture.merges.votes import AGGREGATE, ELECT, Aggregate, Elect, Sign, scaled
 from suture.spec import Piece
 from suture.stream import Block, Visitor, sweep, tasks_of
 
@@ -38,7 +38,6 @@ Rescale = Annotated[
         "divide what is kept by the density, or restore each tensor's sum of magnitudes, or not"
     ),
 ]
-Sign = Annotated[Literal["zero", "positive"], Choice("the sign elected where the vote is 0")]
 
 
 @lru_cache(maxsize=1 << 16)
