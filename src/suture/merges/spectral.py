@@ -136,9 +136,9 @@ def _svd(matrix: Tensor) -> tuple[Tensor, Tensor, Tensor]:
 
 
 def _polar(matrix: Tensor) -> Tensor:
-    """The nearest matrix with orthonormal rows or columns."""
-    left, _, right = _svd(matrix)
-    return left @ right
+    """The nearest matrix with orthonormal rows or columns; in float64, for stacks near singular."""
+    left, _, right = _svd(matrix.double())
+    return (left @ right).float()
 
 
 def _flat(values: Tensor, isotropy: float) -> Tensor:
