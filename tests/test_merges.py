@@ -65,6 +65,7 @@ def at(value: float | Mapping[str, float], name: str, default: float) -> float:
 TWINS: dict[str, Callable[[slow.Vectors, Case], dict[str, Array]]] = {
     "linear": lambda v, c: slow.linear(v, c.each("weight", 1.0), **c.options("normalize")),
     "slerp": lambda v, c: slow.slerp(v, c.number("t", 0.5)),
+    "passthrough": lambda v, c: slow.linear(v, c.each("scale", 1.0), normalize=False),
     "task_arithmetic": lambda v, c: slow.task_arithmetic(
         v, c.each("weight", 1.0), c.number("scale", 1.0), **c.options("normalize")
     ),
@@ -107,6 +108,8 @@ CASES = [
     Case("linear", {"normalize": False}, WEIGHTS),
     Case("linear", {"weight": {"*.mlp.*": 2.0, "*": 0.5}}, {"bob": {"weight": 0.1173}}),
     Case("linear", {"weight": -1.1371}, {"bob": {"weight": -3.2913}}),
+    Case("passthrough", models=MODELS[:1]),
+    Case("passthrough", {"scale": {"*.mlp.*": 0.6137, "*": 1.0}}, models=MODELS[:1]),
     Case("slerp", models=MODELS[:2]),
     Case("slerp", {"t": 0.2}, models=("bob", "ada")),
     Case("slerp", {"t": PATTERNS}, models=("cyd", "ada")),
@@ -278,7 +281,7 @@ def test_a_merge_is_its_twin_in_every_dtype(
     method: str, flavour: str, family: Any, merged: Merged
 ) -> None:
     """In 16 bits within one step of the exact result, and almost always equal to it."""
-    case = Case(method, models=MODELS[:2] if method == "slerp" else MODELS)
+    case = Case(method, models=MODELS[: suture.METHODS[method].most])
     models = family(flavour)
 
     check(follow(case, models, merged), case, models, models.names)
@@ -464,7 +467,7 @@ def test_no_input_is_touched(family: Any, merged: Merged) -> None:
     before = toy.files_digest(*places)
 
     for method in suture.METHODS:
-        chosen = MODELS[:2] if method == "slerp" else MODELS
+        chosen = MODELS[: suture.METHODS[method].most]
         follow(Case(method, models=chosen), models, merged)
 
     assert toy.files_digest(*places) == before
@@ -800,7 +803,7 @@ def test_float32_experts_of_a_bfloat16_base_keep_their_digits(
 def test_odd_tensors_survive(method: str, family: Any, merged: Merged) -> None:
     """T18: integer and boolean buffers bit for bit; scalars, empty and all-zero tensors, too."""
     models = family("mixed")
-    chosen = MODELS[:2] if method == "slerp" else MODELS
+    chosen = MODELS[: suture.METHODS[method].most]
 
     out = follow(Case(method, models=chosen), models, merged)
 

@@ -17,6 +17,7 @@ import yaml
 
 from suture.errors import Problems, RecipeError, brief, did_you_mean
 from suture.merges import METHODS, Method, method, settings
+from suture.merges.kits import KITS, REQUIRED, Kit
 from suture.roles import DEFAULT_SPACE, ParamSpace
 from suture.spec import WORD_OF, bytes_from, dtype_named
 from suture.writer import SHARD_SIZE
@@ -395,19 +396,6 @@ _MERGEKIT_LATER = (
     "slices", "modules", "tokenizer", "tokenizer_source", "chat_template",
 )  # fmt: skip
 _MERGEKIT_KEYS = ("models", "merge_method", "base_model", "dtype", "out_dtype", "parameters")
-_MERGEKIT_METHODS = {
-    "linear": {"weight", "normalize"},
-    "task_arithmetic": {"weight", "normalize", "lambda"},
-    "ties": {"weight", "density", "normalize", "lambda", "rescale"},
-    "dare_linear": {"weight", "density", "normalize", "lambda", "rescale"},
-    "dare_ties": {"weight", "density", "normalize", "lambda", "rescale"},
-    "slerp": {"t"},
-}
-_MERGEKIT_LATER_METHODS = (
-    "nuslerp", "multislerp", "karcher", "nearswap", "breadcrumbs", "breadcrumbs_ties", "della",
-    "della_linear", "sce", "model_stock", "ram", "ramplus_tl", "arcee_fusion", "passthrough",
-)  # fmt: skip
-_OWN = ("weight", "density")
 
 
 class _Mergekit:
@@ -431,12 +419,9 @@ class _Mergekit:
                 self.refuse(f"{key}: mergekit's {key} is not supported yet")
         _known({k: v for k, v in self.raw.items() if k not in _MERGEKIT_LATER}, _MERGEKIT_KEYS, "",
                self.problems)  # fmt: skip
-        if self.name not in _MERGEKIT_METHODS:
-            if self.name in _MERGEKIT_LATER_METHODS:
-                self.refuse(f"merge_method: mergekit's {self.name} is not supported yet")
-            else:
-                hint = did_you_mean(self.name, [*_MERGEKIT_METHODS, *_MERGEKIT_LATER_METHODS])
-                self.refuse(f"merge_method: no method {self.name!r}; {hint}")
+        if self.name not in KITS:
+            hint = did_you_mean(self.name, list(KITS))
+            self.refuse(f"merge_method: no method {self.name!r}; {hint}")
         shared = self._parameters(_section(self.raw, "parameters", self.problems), "parameters")
         entries = self._entries()
         base = (
@@ -481,7 +466,8 @@ class _Mergekit:
         return found
 
     def _parameters(self, raw: dict[str, Any], where: str) -> dict[str, Any]:
-        known = _MERGEKIT_METHODS.get(self.name, set(raw))
+        kit = KITS.get(self.name)
+        known = set(raw) if kit is None else {*kit.own, *kit.shared, *kit.flags}
         found = {}
         for key, value in raw.items():
             if key == "int8_mask":
@@ -507,63 +493,56 @@ class _Mergekit:
         folder: Path,
     ) -> Recipe:
         paths = [path for path, _ in entries]
-        if self.name not in _MERGEKIT_METHODS:
+        kit = KITS.get(self.name)
+        if kit is None:
             models = {_short(path, paths): ModelEntry(path) for path in paths}
             return Recipe(_UNKNOWN, models, base, folder=folder)
-        how = method(self.name)
-        if how.needs_base or self.name == "slerp":
+        if kit.base != "more":
             entries = [(path, own) for path, own in entries if path != base]
-        if self.name == "slerp":
+        elif base is not None and base not in paths:
+            entries = [*entries, (base, {})]
+        if kit.base == "first":
             entries = [(base or "", {}), *entries]
             if base is None:
-                self.refuse("base_model: slerp starts from the base model; name one")
+                self.refuse(f"base_model: {self.name} starts from the base model; name one")
         _once([path for path, _ in entries], self.problems)
+        paths = list(dict.fromkeys([*paths, *(path for path, _ in entries)]))
         models = {
-            _short(path, paths): ModelEntry(path, self._own(path, own, shared))
+            _short(path, paths): ModelEntry(path, self._own(kit, path, own, shared))
             for path, own in entries
         }
-        parameters = self._shared(shared)
         recipe = Recipe(
-            how, models, base if how.needs_base else None, parameters, ParamSpace((), ()), Policy(),
-            dtype, SHARD_SIZE, folder, tuple(dict.fromkeys(self.notes)),
+            method(self.name), models, base if kit.base == "difference" else None,
+            self._shared(kit, shared), ParamSpace((), ()), Policy(), dtype, SHARD_SIZE, folder,
+            tuple(dict.fromkeys(self.notes)),
         )  # fmt: skip
         return _checked(recipe, self.problems)
 
-    def _own(self, path: str, own: dict[str, Any], shared: dict[str, Any]) -> dict[str, Any]:
-        both = {**shared, **own}
+    def _own(
+        self, kit: Kit, path: str, own: dict[str, Any], shared: dict[str, Any]
+    ) -> dict[str, Any]:
         for key in own:
-            if key not in _OWN:
+            if key not in kit.own:
                 self.refuse(f"models: {path}: {key!r} belongs under the recipe's parameters")
-        if self.name == "slerp":
-            return {}
-        if "weight" not in both:
-            self.refuse(f"models: {path}: mergekit's {self.name} needs a weight")
-        known = _MERGEKIT_METHODS[self.name] & set(_OWN)
-        defaults = {"weight": 1.0, "density": 1.0}
-        return {key: both.get(key, defaults[key]) for key in sorted(known)}
+        found = {}
+        for key, same in kit.own.items():
+            value = own.get(key, shared.get(key, same.default))
+            if value is REQUIRED:
+                self.refuse(f"models: {path}: mergekit's {self.name} needs a {key}")
+            elif same.name:
+                found[same.name] = value
+        return found
 
-    def _shared(self, shared: dict[str, Any]) -> dict[str, Any]:
-        normalize = shared.get("normalize", self.name in ("linear", "ties"))
-        rescale = shared.get("rescale", self.name.startswith("dare"))
-        for key, value in (("normalize", normalize), ("rescale", rescale)):
+    def _shared(self, kit: Kit, shared: dict[str, Any]) -> dict[str, Any]:
+        found = {}
+        for key, same in kit.shared.items():
+            value = shared.get(key, same.default)
+            if value is REQUIRED:
+                self.refuse(f"parameters.{key}: {self.name} needs a {key}")
+            elif same.name:
+                found[same.name] = value
+        flags = {key: shared.get(key, default) for key, default in kit.flags.items()}
+        for key, value in flags.items():
             if value not in (True, False):
                 self.refuse(f"parameters.{key}: true or false, not {brief(value)}")
-        found: dict[str, Any] = {}
-        if "lambda" in shared:
-            found["scale"] = shared["lambda"]
-        if self.name == "slerp":
-            if "t" not in shared:
-                self.refuse("parameters.t: slerp needs a t")
-            return {"t": shared.get("t", 0.5)}
-        if self.name in ("linear", "task_arithmetic", "dare_linear"):
-            found["normalize"] = bool(normalize)
-        else:
-            found["aggregate"] = "weighted_mean" if normalize else "sum"
-            found["zero_sign"] = "positive"
-        if self.name == "ties":
-            found |= {"scope": "tensor", "rounding": "floor"}
-            if rescale:
-                self.refuse("parameters.rescale: rescaling after trimming is not supported yet")
-        elif self.name.startswith("dare"):
-            found["rescale"] = "l1" if rescale else "none"
-        return found
+        return {**found, **kit.fixed(flags)}

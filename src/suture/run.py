@@ -328,7 +328,7 @@ def _job(recipe: Recipe, inputs: Mapping[str, Checkpoint], options: Options) -> 
     reference = inputs[str(_reference_label(recipe))]
     ordered = replace(recipe, models={name: recipe.models[name] for name in names})
     how = recipe.method.make(**ordered.settings)
-    merged_names = tuple(n for n in recipe.space.names(reference.specs) if not how.copies(n))
+    merged_names = tuple(n for n in recipe.space.names(reference.specs) if not how.keeps(n))
     raw = frozenset(reference.specs.keys() - set(merged_names))
     base = inputs["base"] if recipe.base is not None else None
     models = tuple(inputs[name] for name in names)

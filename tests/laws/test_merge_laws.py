@@ -102,11 +102,6 @@ each_variant = pytest.mark.parametrize(
 each_method = pytest.mark.parametrize("method", sorted(METHODS))
 
 
-def copies_for(method: str, path: Path) -> dict[str, Path]:
-    """One model under two names, or under one where the method takes no more."""
-    return {name: path for name in ("a", "b")[: METHODS[method].most]}
-
-
 def models_for(method: str, family: Any, names: Sequence[str] = ("ada", "bob", "cyd")) -> Any:
     """As many models as the method takes."""
     return family.some(*names[: METHODS[method].most])
@@ -155,7 +150,7 @@ def test_zero_vectors_give_the_base(
 ) -> None:
     """Where no model differs from the base, the base comes back bit for bit."""
     models = family(flavour)
-    copies = copies_for(method, models.base_path)
+    copies = dict.fromkeys(("a", "b")[: METHODS[method].most], models.base_path)
     if method == "passthrough":
         parameters = {}
 
@@ -175,7 +170,9 @@ def test_negative_zeros_stay(method: str, tmp_path: Path, merged: Merged) -> Non
     place = toy.folder(tmp_path / "base", base)
     needs = METHODS[method].needs_base
 
-    out = merged(method, copies_for(method, place), place if needs else None)
+    copies = dict.fromkeys(("a", "b")[: METHODS[method].most], place)
+
+    out = merged(method, copies, place if needs else None)
 
     if needs:
         assert toy.same_bytes(out, base) == []
@@ -398,7 +395,8 @@ def test_a_number_for_one_tensor_changes_that_tensor_only(
     mapping = {ONE: usual * 0.6, "*": usual}
     if method == "linear":  # where all weights change alike an average stays
         mapping, usual = {ONE: 3.0, "*": usual}, usual
-    own = {"bob": {key: mapping}} if METHODS[method].parameters[key].per_model else {}
+    last = list(models_for(method, models))[-1:] if METHODS[method].most else ["bob"]
+    own = {last[0]: {key: mapping}} if METHODS[method].parameters[key].per_model else {}
     shared = {**parameters, key: usual if own else mapping}
 
     plain = follow(method, models, merged, {**parameters, key: usual})

@@ -8,9 +8,9 @@ from suture.errors import RecipeError, did_you_mean
 from suture.merges.base import Context, Merge, Method, Parameter, PerModel, Scalar, each, settings
 from suture.merges.consensus import consensus
 from suture.merges.dare import dare_linear, dare_ties
-from suture.merges.linear import linear, slerp, task_arithmetic
+from suture.merges.linear import linear, passthrough, slerp, task_arithmetic
 from suture.merges.overlap import ram, ramplus_tl, sce
-from suture.merges.pairs import arcee_fusion, nearswap, passthrough
+from suture.merges.pairs import arcee_fusion, nearswap
 from suture.merges.sparse import breadcrumbs, breadcrumbs_ties, della, della_linear
 from suture.merges.spectral import iso_c, iso_cts, tsv_merge
 from suture.merges.sphere import karcher, multislerp, nuslerp
@@ -33,6 +33,8 @@ METHODS: dict[str, Method] = {
         Method(dare_ties, "DARE with TIES", "Yu et al. 2024, arXiv:2311.03099", random=True),
         Method(consensus, "Consensus (TALL masks)", "Wang et al. 2024, arXiv:2405.07813"),
         Method(stitch, "Localize-and-Stitch, dataless", "He et al. 2025, arXiv:2408.13656"),
+        Method(passthrough, "Passthrough", "Goddard et al. 2024, arXiv:2403.13257",
+               needs_base=False, most=1),
         Method(breadcrumbs, "Model Breadcrumbs", "Davari and Belilovsky 2024, arXiv:2312.06795"),
         Method(breadcrumbs_ties, "Model Breadcrumbs with TIES",
                "Davari and Belilovsky 2024, arXiv:2312.06795"),
@@ -55,7 +57,6 @@ METHODS: dict[str, Method] = {
         Method(nearswap, "NearSwap",
                "https://huggingface.co/alchemonaut/QuartetAnemoi-70B-t0.0001", most=1),
         Method(arcee_fusion, "Arcee Fusion", "https://arcee.ai", most=1),
-        Method(passthrough, "One model, as it is", "no paper", needs_base=False, most=1),
         Method(tsv_merge, "TSV-Merge (task singular vectors)",
                "Gargiulo et al. 2025, arXiv:2412.00081", tensorwise=True),
         Method(iso_c, "Iso-C (isotropic merging)", "Marczak et al. 2025, arXiv:2502.04959",

@@ -178,7 +178,7 @@ def _no_problems(names: Sequence[str], models: Sequence[str]) -> Iterable[str]:
     return ()
 
 
-def _no_copies(name: str) -> bool:
+def _never(name: str) -> bool:
     return False
 
 
@@ -207,10 +207,10 @@ class Merge(Generic[S]):
     """How often ``prepare`` reads the models, for estimates."""
     facts: Callable[[S], dict[str, Any]] = _no_facts
     """What the report tells of the state: densities reached, ties, ..."""
+    keeps: Callable[[str], bool] = _never
+    """Whether a tensor comes out as it is in the first model, so that it can simply be copied."""
     check: Callable[[Sequence[str], Sequence[str]], Iterable[str]] = _no_problems
     """What is wrong with the parameters for these tensors and models, before anything is read."""
-    copies: Callable[[str], bool] = _no_copies
-    """Whether a tensor is taken as it is from the base, or from the only model."""
     memory: Callable[[TensorSpec, int], int] = _no_memory
     """Bytes held for one tensor of so many models, beyond blocks."""
 

@@ -8,7 +8,18 @@ from typing import Annotated
 import numpy as np
 
 from suture import kernels
-from suture.merges.base import Array, Choice, Context, Merge, Number, Scalar, Scale, Weight, each
+from suture.merges.base import (
+    Array,
+    Choice,
+    Context,
+    Merge,
+    Number,
+    PerModel,
+    Scalar,
+    Scale,
+    Weight,
+    each,
+)
 from suture.stream import WEIGHT, Block, sweep, tasks_of
 from suture.vector import Gram
 
@@ -49,6 +60,22 @@ def task_arithmetic(
         kernels.weighted_sum(block.rows, weights, 0, block.count, block.out)
 
     return Merge(combine)
+
+
+Factor = Annotated[PerModel, Number("factor on the model's entries")]
+
+
+def passthrough(*, scale: Factor = each(1.0)) -> Merge[None]:
+    r"""Take one model as it is, or times a number: :math:`\theta = s\,\theta_1`.
+
+    It is for slices: layers of several models one after another. A tensor whose factor is 1 is
+    copied bit for bit.
+    """
+
+    def combine(block: Block, _: None) -> None:
+        kernels.weighted_sum(block.rows, scale.row(block), 0, block.count, block.out)
+
+    return Merge(combine, how=WEIGHT, keeps=lambda name: scale.at(name, 1)[0] == 1)
 
 
 Position = Annotated[Scalar, Number("place between the first model (0) and the second (1)", 0, 1)]

@@ -6,24 +6,10 @@ from typing import Annotated
 
 import numpy as np
 
-from suture.merges.base import Array, Context, Merge, Number, Scalar, Scale
+from suture.merges.base import Array, Context, Merge, Number, Scalar
 from suture.merges.rows import Rows, row_width
 from suture.select import Ranking, Selection, rank
-from suture.stream import WEIGHT, Block, Visitor, sweep, tasks_of
-
-
-def passthrough(*, scale: Scale = Scalar(1.0)) -> Merge[None]:
-    r"""Take the only model as it is, or times ``scale``: :math:`\theta = \lambda \theta_1`.
-
-    Tensors whose scale is 1 are copied, bit for bit.
-    """
-
-    def combine(block: Block, _: None) -> None:
-        factor = np.float32(scale.at(block.name))
-        np.multiply(block.rows[0, : block.count], factor, out=block.out[: block.count])
-
-    return Merge(combine, how=WEIGHT, copies=lambda name: scale.at(name) == 1)
-
+from suture.stream import Block, Visitor, sweep, tasks_of
 
 Distance = Annotated[Scalar, Number("how far an entry may move from the base", 0)]
 
