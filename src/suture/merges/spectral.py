@@ -107,8 +107,8 @@ def iso_cts(
         for delta in deltas[1:]:
             total += delta
         rank = min(total.shape)
-        own = round((rank - int(rank * common)) / len(deltas))
-        shared = max(0, rank - own * len(deltas))
+        own = min(round((rank - int(rank * common)) / len(deltas)), rank // len(deltas))
+        shared = rank - own * len(deltas)
         left, values, right = _svd(total)
         lefts, strengths, rights = [left[:, :shared]], [values[:shared]], [right[:shared]]
         base = lefts[0]
