@@ -18,6 +18,7 @@ import yaml
 from suture.errors import Problems, RecipeError, brief, did_you_mean
 from suture.merges import METHODS, Method, method, settings
 from suture.merges.kits import KITS, REQUIRED, Kit
+from suture.merges.presets import Preset, preset
 from suture.roles import DEFAULT_SPACE, ParamSpace
 from suture.spec import WORD_OF, bytes_from, dtype_named
 from suture.writer import SHARD_SIZE
@@ -261,24 +262,44 @@ _UNKNOWN = METHODS["linear"]
 """Stands in a recipe whose method does not exist, until that is reported."""
 
 
-KEYS = ("base", "models", "method", "parameters", "space", "policy", "output")
+KEYS = ("base", "models", "method", "preset", "parameters", "space", "policy", "output")
 
 
-def _native(raw: dict[str, Any], problems: Problems, folder: Path) -> Recipe:
-    _known(raw, KEYS, "", problems)
-    found = None
-    name = raw.get("method")
+def _method_of(raw: dict[str, Any], problems: Problems) -> tuple[Method | None, Preset | None]:
+    """The method that a recipe names, itself or by a preset."""
+    found, chosen, name = None, None, raw.get("method")
+    if raw.get("preset") is not None:
+        with problems.collecting():
+            chosen = preset(str(raw["preset"]))
+        if chosen is not None and name not in (None, chosen.method):
+            problems.add(
+                RecipeError,
+                f"method: the preset {chosen.name} is one of {chosen.method}, not of {name!r}",
+            )
+        name = chosen.method if chosen is not None else name
+        if name is None:
+            return None, None
     if not isinstance(name, str):
         problems.add(RecipeError, "method: missing; `suture methods` lists them")
     else:
         with problems.collecting():
             found = method(name)
+    return found, chosen
+
+
+def _native(raw: dict[str, Any], problems: Problems, folder: Path) -> Recipe:
+    _known(raw, KEYS, "", problems)
+    found, chosen = _method_of(raw, problems)
     base = raw.get("base")
     if base is not None and not isinstance(base, str):
         problems.add(RecipeError, f"base: a path or hub id, not {brief(base)}")
     models = _models(raw.get("models"), problems)
     parameters = _section(raw, "parameters", problems)
     space = _space(_section(raw, "space", problems), problems)
+    if chosen is not None:
+        parameters = {**chosen.parameters, **parameters}
+        if chosen.everything and raw.get("space") is None:
+            space = ParamSpace((), ())
     policy = _policy(_section(raw, "policy", problems), problems)
     output = _section(raw, "output", problems)
     _known(output, ("dtype", "shard_size"), "output: ", problems)

@@ -128,9 +128,10 @@ def open_model(model: str | os.PathLike[str]) -> Checkpoint:
 def merged(
     base: Checkpoint | None,
     models: Mapping[str, Checkpoint] | TaskVector,
-    method_name: str = "task_arithmetic",
+    method_name: str | None = None,
     *,
     method: str | None = None,
+    preset: str | None = None,
     space: ParamSpace | None = None,
     dtype: str | None = None,
     policy: Policy | None = None,
@@ -141,8 +142,9 @@ def merged(
     Args:
         base: what the models were fine-tuned from; ``None`` for methods that need none.
         models: checkpoints by name; or a task vector, which is added to its base.
-        method_name: one of ``METHODS``; may be given as ``method``.
+        method_name: one of ``METHODS``, by default ``task_arithmetic``; may be given as ``method``.
         method: the same.
+        preset: one of ``PRESETS``: a method with the parameters of a paper or tool.
         space: which tensors are merged; default all but token embeddings and heads.
         dtype: of the output; default that of the base.
         policy: what to do where the models do not hold the same tensors.
@@ -151,7 +153,7 @@ def merged(
     Raises:
         RecipeError: everything that is wrong with the parameters, at once.
     """
-    name = method or method_name
+    name = method or method_name or (None if preset else "task_arithmetic")
     if isinstance(models, TaskVector):
         if name != "task_arithmetic" or space is not None or policy is not None:
             raise RecipeError(
@@ -165,7 +167,8 @@ def merged(
             for model, number in parameters.pop(key).items():
                 own[model][key] = number
     raw: dict[str, Any] = {
-        "method": name,
+        **({"method": name} if name else {}),
+        **({"preset": preset} if preset else {}),
         "models": {m: {"path": str(c.path), **own[m]} for m, c in models.items()},
         "parameters": parameters,
     }

@@ -28,7 +28,8 @@ from suture.merges.base import (
     each,
 )
 from suture.merges.linear import Normalize, normalized
-from suture.merges.votes import AGGREGATE, ELECT, Aggregate, Elect, Sign, scaled
+from suture.merges.thinning import voted
+from suture.merges.votes import Aggregate, Elect, Sign, Votes
 from suture.spec import Piece
 from suture.stream import Block, Visitor, sweep, tasks_of
 
@@ -159,6 +160,7 @@ def dare_ties(
     elect: Elect = "mass",
     aggregate: Aggregate = "mean",
     zero_sign: Sign = "zero",
+    votes: Votes = "weighted",
 ) -> Merge[_Dropped]:
     r"""Drop and rescale as DARE does, then elect signs and merge as TIES does.
 
@@ -170,11 +172,7 @@ def dare_ties(
 
     def combine(block: Block, state: _Dropped) -> None:
         _drop(block, state, density, seed, rescale)
-        everything = np.zeros(len(block.rows), np.uint32)
-        kernels.elect_and_merge(
-            block.rows, weight.row(block), everything, 0, block.count, block.out,
-            ELECT[elect], AGGREGATE[aggregate], int(zero_sign == "positive"),
-        )  # fmt: skip
-        scaled(block, scale)
+        finish(block)
 
+    finish = voted(weight, scale, elect, aggregate, int(zero_sign == "positive"), votes)
     return Merge(combine, prepare, passes=int(rescale == "l1"))
