@@ -711,6 +711,183 @@ def test_dropping_keeps_words_below_the_limit(density: float) -> None:
     assert np.array_equal(row[990:], before[990:])
 
 
+# -------------------------------------------------------------------- thinning, voting, ranking
+
+
+@pytest.mark.parametrize("start", [0, 1, 37])
+def test_a_band_of_magnitudes_is_kept(start: int) -> None:
+    """Entries from the lower key up to, not including, the higher; nothing beside the stretch."""
+    rows = rows_of(*(finite_bits(1500, seed) for seed in (1, 2)))
+    before = rows.copy()
+    keys = bits_of(before) & 0x7FFFFFFF
+    low = np.array([np.percentile(keys[0], 30), 0], np.uint32)
+    high = np.array([np.percentile(keys[0], 70), 0x80000000], np.uint32)
+
+    kernels.keep_between(rows, low, high, start, 1400)
+
+    for row, old, key, a, b in zip(rows, before, keys, low, high, strict=True):
+        inside = np.arange(1500)
+        inside = (inside >= start) & (inside < 1400)
+        expected = np.where(~inside | ((key >= a) & (key < b)), old, np.float32(0))
+        assert (bits_of(row) == bits_of(expected)).all()
+    kernels.keep_between(rows, high, low, 0, 1500)
+    assert not rows[0].any()  # an empty band keeps nothing
+
+
+def test_magnitudes_add_up_in_lanes() -> None:
+    """The lanes hold the sum of magnitudes of each row, the same for blocks of any size."""
+    rows = rows_of(*(np.random.default_rng(s).standard_normal(5001).astype("f4") for s in (1, 2)))
+    sums = np.zeros((2, 8))
+    kernels.add_magnitudes(rows, 5001, sums)
+    pieces = np.zeros((2, 8))
+    for first in range(0, 5001, 64):
+        part = np.ascontiguousarray(rows[:, first : first + 64])
+        kernels.add_magnitudes(part, part.shape[1], pieces)
+
+    assert (sums == pieces).all()
+    np.testing.assert_allclose(sums.sum(1), np.abs(rows.astype(np.float64)).sum(1), rtol=1e-12)
+
+
+@pytest.mark.parametrize("zero", [-1, 0, 1])
+@pytest.mark.parametrize("aggregate", ["mean", "sum", "weighted_mean", "max"])
+@pytest.mark.parametrize("elect", ["mass", "count"])
+def test_votes_without_weights(elect: str, aggregate: str, zero: int) -> None:
+    """A row agrees by its own sign, and is weighed only then; checked entry by entry."""
+    draw = np.random.default_rng(4)
+    rows = draw.integers(-2, 3, (3, 2100)).astype(np.float32)
+    weights = np.array([0.5, -2.0, 1.25], np.float32)
+    out = np.zeros(2100, np.float32)
+    how = {"mean": 0, "sum": 1, "weighted_mean": 2, "max": 3}[aggregate]
+
+    kernels.vote_and_merge(rows, weights, 3, 2090, out, int(elect == "count"), how, zero)
+
+    for i in range(3, 2090):
+        column = [float(x) for x in rows[:, i]]
+        gamma = slow.elected(column, elect) or zero
+        agreeing = [(w * x, w) for x, w in zip(column, weights.tolist(), strict=True)
+                    if slow.sign(x) == gamma != 0]  # fmt: skip
+        total = sum(x for x, _ in agreeing)
+        divisor = {"mean": len(agreeing), "weighted_mean": sum(w for _, w in agreeing)}
+        expected = total / (divisor.get(aggregate, 1) or 1)
+        if aggregate == "max":
+            expected = max((x for x, _ in agreeing), key=abs, default=0.0)
+        assert abs(out[i]) == pytest.approx(abs(expected), rel=1e-6)
+        assert aggregate == "max" or out[i] == pytest.approx(expected, rel=1e-6)
+    assert not out[:3].any()
+    assert not out[2090:].any()
+
+
+def test_variance_over_the_models() -> None:
+    """That of numpy, and exactly zero where all models agree."""
+    draw = np.random.default_rng(5)
+    rows = (0.1 + draw.standard_normal((3, 1500)) * 1e-3).astype(np.float32)
+    rows[:, ::7] = rows[0, ::7]
+    out = np.ones(1500, np.float32)
+
+    kernels.variances(rows, 1499, out)
+
+    expected = rows.astype(np.float64).var(0)
+    np.testing.assert_allclose(out[:1499], expected[:1499], rtol=1e-4, atol=1e-12)
+    assert not out[:1499:7].any()
+    assert out[1499] == 1
+
+
+@pytest.mark.parametrize("width", [1, 2, 3, 64, 5000])
+def test_ranks_are_those_of_a_stable_sort(width: int) -> None:
+    """Within each row, for magnitudes of every size and for many ties; zeros and signs included."""
+    number = max(1, 6000 // width)
+    few = np.random.default_rng(6).integers(-3, 4, number * width).astype(np.float32)
+    for values in (finite_bits(number * width, 7), few):
+        row = np.concatenate([np.ones(5, np.float32), values])
+        ranks = np.full(row.size, 9, np.uint32)
+
+        kernels.rank_rows(row, 5, number, width, ranks, np.zeros(3 * width + 6144, np.uint32))
+
+        for r in range(number):
+            keys = bits_of(row)[5 + r * width : 5 + (r + 1) * width] & 0x7FFFFFFF
+            expected = np.empty(width, np.int64)
+            expected[np.argsort(keys, kind="stable")] = np.arange(width)
+            assert (ranks[5 + r * width : 5 + (r + 1) * width] == expected).all()
+        assert (ranks[:5] == 9).all()
+
+
+def test_drop_by_rank_is_a_comparison_with_its_own_probability() -> None:
+    """Kept where the word is below the probability on 32 bits; divided by it, or multiplied."""
+    n = 2000
+    draw = np.random.default_rng(8)
+    values = draw.standard_normal(n).astype(np.float32)
+    words = draw.integers(0, 1 << 32, n + 4, dtype=np.uint64).astype(np.uint32)
+    ranks = draw.permutation(n).astype(np.uint32)
+    for own in (0, 1):
+        row = values.copy()
+        kernels.drop_by_rank(row, ranks, words, 10, n - 20, 3, 0.2, 0.6 / (n - 1), own, 3.0)
+        for i in range(10, n - 10):
+            p = 0.2 + 0.6 / (n - 1) * int(ranks[i])
+            kept = int(words[i - 10 + 3]) < round(p * 2**32)
+            factor = np.float32(1 / p) if own else np.float32(3)
+            assert row[i] == (factor * values[i] if kept else 0)
+        assert (row[:10] == values[:10]).all()
+        assert (row[-10:] == values[-10:]).all()
+
+
+def test_sums_and_dot_products_by_row_and_by_column() -> None:
+    """Einstein's notation says the same in one line each."""
+    draw = np.random.default_rng(9)
+    rows = draw.standard_normal((3, 7 * 30 + 4)).astype(np.float32)
+    grid = rows[:, 4:].reshape(3, 7, 30)
+    out = np.zeros(rows.shape[1], np.float32)
+    factors = draw.standard_normal((7, 3)).astype(np.float32)
+
+    kernels.sum_by_row(rows, factors, 4, 7, 30, out)
+    np.testing.assert_allclose(out[4:], np.einsum("rm,mrc->rc", factors, grid).ravel(), rtol=2e-5,
+                               atol=1e-6)  # fmt: skip
+    sums = np.zeros((7, 9))
+    kernels.row_dots(rows, 4, 7, 30, sums)
+    wide = grid.astype(np.float64)
+    np.testing.assert_allclose(sums, np.einsum("arc,brc->rab", wide, wide).reshape(7, 9), rtol=1e-9)
+
+    columns, first = 30, 11  # the first element stands in column 11
+    whole = np.zeros((9, columns))
+    kernels.column_dots(rows, 100, first, whole)
+    split = np.zeros((9, columns))
+    kernels.column_dots(rows, 64, first, split)
+    kernels.column_dots(np.ascontiguousarray(rows[:, 64:]), 36, first + 64, split)
+    place = (first + np.arange(100)) % columns
+    for c in range(columns):
+        part = rows[:, :100][:, place == c].astype(np.float64)
+        expected = part @ part.T
+        for a in range(3):
+            for b in range(a + 1):
+                assert whole[3 * a + b, c] == pytest.approx(expected[a, b], rel=1e-9, abs=1e-12)
+                assert split[3 * a + b, c] == whole[3 * a + b, c]
+    by_column = draw.standard_normal((3, columns)).astype(np.float32)
+    kernels.sum_by_column(rows, by_column, 100, first, out)
+    np.testing.assert_allclose(out[:100], (by_column[:, place] * rows[:, :100]).sum(0), rtol=2e-5,
+                               atol=1e-6)  # fmt: skip
+
+
+def test_overlaps_are_counted_and_averaged() -> None:
+    """Shared entries, own ones, their mean or their strengthened value: by numpy's masks."""
+    draw = np.random.default_rng(10)
+    rows = draw.integers(-2, 3, (3, 2500)).astype(np.float32)
+    keys = np.full(3, np.array([1.5], np.float32).view(np.uint32)[0], np.uint32)
+    alone = np.array([1.5, 2.0, 0.5], np.float32)
+    found, out = np.zeros((2, 3), np.int64), np.zeros(2500, np.float32)
+
+    kernels.count_overlaps(rows, keys, 2499, found)
+    kernels.merge_overlaps(rows, alone, keys, 2499, out)
+
+    moved = np.abs(rows[:, :2499]) >= 1.5
+    number = moved.sum(0)
+    assert (found[0] == (moved & (number > 1)).sum(1)).all()
+    assert (found[1] == (moved & (number == 1)).sum(1)).all()
+    total = (rows[:, :2499] * moved).sum(0)
+    single = (alone[:, None] * rows[:, :2499] * moved).sum(0)
+    expected = np.where(number == 1, single, total / np.maximum(number, 1))
+    np.testing.assert_allclose(out[:2499], expected, rtol=1e-6)
+    assert out[2499] == 0
+
+
 # ------------------------------------------------------------------------ fused
 
 

@@ -117,6 +117,9 @@ DENSE = {
     "cyd": {"weight": 1.1, "density": 0.93},
 }
 
+PLAIN: dict[str, dict[str, Any]] = {"ada": {}, "bob": {}, "cyd": {}}
+PAIR = {"ada": {"weight": 0.3}, "bob": {"weight": 0.9}}
+
 RECIPES: dict[str, dict[str, Any]] = {
     "linear": {"merge_method": "linear", "models": given(EVEN)},
     "linear, crooked": {"merge_method": "linear", "models": given(CROOKED)},
@@ -197,6 +200,67 @@ RECIPES: dict[str, dict[str, Any]] = {
     "passthrough, mixed dtypes": stack("passthrough", cut(("ada16", 0, 2)), cut(("bob16", 1, 3)), cut(("cyd", 3, 4))),
     # modules
     "linear, a module": {"merge_method": "linear", "modules": {"default": {"slices": [cut(("ada", 0, 2), ("bob", 0, 2, {"weight": 0.4}))], "parameters": {"weight": [0.3, 0.9]}}}},
+    "ties, rescaled": {
+        "merge_method": "ties", "base_model": "base", "models": given(DENSE),
+        "parameters": {"rescale": True, "lambda": 0.7137}},
+    "breadcrumbs": {
+        "merge_method": "breadcrumbs", "base_model": "base", "models": given(DENSE)},
+    "breadcrumbs, more outliers": {
+        "merge_method": "breadcrumbs", "base_model": "base", "models": given(CROOKED),
+        "parameters": {"density": 0.7, "gamma": 0.2, "normalize": True, "lambda": 1.3}},
+    "breadcrumbs, outliers of some": {
+        "merge_method": "breadcrumbs", "base_model": "base",
+        "models": given({"ada": {"weight": 1, "gamma": 0.5}, "bob": {"weight": 0.5}}),
+        "parameters": {"density": 0.8, "rescale": True}},
+    "breadcrumbs_ties": {
+        "merge_method": "breadcrumbs_ties", "base_model": "base", "models": given(DENSE)},
+    "breadcrumbs_ties, rescaled": {
+        "merge_method": "breadcrumbs_ties", "base_model": "base", "models": given(CROOKED),
+        "parameters": {"density": 0.6, "gamma": 0.03, "rescale": True, "normalize": True}},
+    "sce": {
+        "merge_method": "sce", "base_model": "base", "models": given(PLAIN),
+        "parameters": {"select_topk": 0.3}},
+    "sce, everything": {
+        "merge_method": "sce", "base_model": "base", "models": given(PLAIN, base=True),
+        "parameters": {"int8_mask": True}},
+    "ram": {"merge_method": "ram", "base_model": "base", "models": given(PLAIN)},
+    "ram, large changes only": {
+        "merge_method": "ram", "base_model": "base", "models": given(PLAIN),
+        "parameters": {"epsilon": 0.002}},
+    "ramplus_tl": {
+        "merge_method": "ramplus_tl", "base_model": "base", "models": given(PLAIN),
+        "parameters": {"epsilon": 0.003, "r": 0.7, "alpha": 3.0}},
+    "model_stock": {"merge_method": "model_stock", "base_model": "base", "models": given(PLAIN)},
+    "model_stock, by filter": {
+        "merge_method": "model_stock", "base_model": "base", "models": given(PLAIN, base=True),
+        "parameters": {"filter_wise": True}},
+    "nuslerp": {"merge_method": "nuslerp", "models": given(PAIR)},
+    "nuslerp of task vectors": {
+        "merge_method": "nuslerp", "base_model": "base", "models": given(PAIR)},
+    "nuslerp, rows": {
+        "merge_method": "nuslerp", "base_model": "base", "models": given(PAIR),
+        "parameters": {"nuslerp_flatten": False}},
+    "nuslerp, columns": {
+        "merge_method": "nuslerp", "base_model": "base", "models": given(PAIR),
+        "parameters": {"nuslerp_flatten": False, "nuslerp_row_wise": True}},
+    "multislerp": {"merge_method": "multislerp", "models": given(EVEN)},
+    "multislerp of task vectors": {
+        "merge_method": "multislerp", "base_model": "base", "models": given(EVEN),
+        "parameters": {"normalize_weights": False, "eps": 1e-8}},
+    "karcher": {"merge_method": "karcher", "models": given(PLAIN)},
+    "karcher, the base too": {
+        "merge_method": "karcher", "base_model": "base", "models": given(PLAIN),
+        "parameters": {"max_iter": 30, "tol": 1e-7}},
+    "nearswap": {
+        "merge_method": "nearswap", "base_model": "base", "models": given({"ada": {}}),
+        "parameters": {"t": 0.0013}},
+    # In float32 mergekit's divergences are mostly rounding: the softmax hardly changes.
+    "arcee_fusion": {
+        "merge_method": "arcee_fusion", "base_model": "base", "models": given({"ada": {}}),
+        "dtype": "float64"},
+    "passthrough": {"merge_method": "passthrough", "models": given({"ada": {}})},
+    "passthrough, scaled": {
+        "merge_method": "passthrough", "models": given({"ada": {"scale": 0.7137}})},
 }  # fmt: skip
 RANDOM: dict[str, dict[str, Any]] = {
     "dare_linear": {
@@ -208,6 +272,16 @@ RANDOM: dict[str, dict[str, Any]] = {
         "parameters": {"rescale": False}},
     "dare_ties": {
         "merge_method": "dare_ties", "base_model": "base", "models": given(DENSE)},
+    "della_linear": {
+        "merge_method": "della_linear", "base_model": "base",
+        "models": given({"ada": {"weight": 1.0, "density": 0.4, "epsilon": 0.3}})},
+    "della_linear, not rescaled": {
+        "merge_method": "della_linear", "base_model": "base",
+        "models": given({"ada": {"weight": 1.0, "density": 0.6}}),
+        "parameters": {"rescale": False}},
+    "della": {
+        "merge_method": "della", "base_model": "base", "models": given(DENSE),
+        "parameters": {"density": 0.5, "epsilon": 0.05}},
     "dare_ties, normalized": {
         "merge_method": "dare_ties", "base_model": "base", "models": given(DENSE),
         "parameters": {"normalize": True}},
@@ -333,7 +407,7 @@ def test_random_methods_have_mergekit_s_statistics(name: str, place: Path, tmp_p
 
 def test_every_supported_method_is_compared() -> None:
     """What the recipe reader translates is run against mergekit here."""
-    from suture.mergekit import KITS
+    from suture.merges.kits import KITS
 
     run = {recipe["merge_method"] for recipe in [*RECIPES.values(), *RANDOM.values()]}
     assert run == set(KITS)

@@ -412,7 +412,6 @@ def test_options_that_change_nothing_become_notes() -> None:
 
 LATER: dict[str, tuple[dict[str, Any], list[str]]] = {
     "a slice of nothing": (kit(models=None, slices=[{"sources": []}]), ["slices[0].sources", "at least one"]),
-    "della": (kit(merge_method="della"), ["della", "not supported yet"]),
     "an unknown method": (kit(merge_method="tiess"), ["no method 'tiess'", "'ties'"]),
     "a gradient of no numbers": (kit(parameters={"density": []}, models=[
         {"model": "./math", "parameters": {"weight": 1}}]), ["parameters.density", "gradient of no numbers"]),

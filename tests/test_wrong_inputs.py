@@ -130,9 +130,10 @@ RECIPES: dict[str, Case] = {
         {"merge_method": "linear", "models": [{"model": "./math", "parameters": {"weight": [0, "x"]}}]},
         ("models[0].parameters.weight[1]", "'x' is not a number"),
     ),
-    "mergekit's della": Case(
-        {"merge_method": "della", "base_model": "./base", "models": [{"model": "./math"}]},
-        ("della", "not supported"),
+    "mergekit's della beyond 1": Case(
+        {"merge_method": "della", "base_model": "./base",
+         "models": [{"model": "./math", "parameters": {"weight": 1, "density": 0.9}}]},
+        ("della: math", "density 0.9 with epsilon 0.15", "epsilon may be 0.1 at most"),
     ),
     "mergekit's LoRA": Case(
         {"merge_method": "linear", "models": [{"model": "./math+./lora", "parameters": {"weight": 1}}]},

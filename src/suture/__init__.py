@@ -25,6 +25,7 @@ _HOMES = {
     "MismatchError": "errors",
     "NonFiniteError": "errors",
     "OutputError": "errors",
+    "PRESETS": "merges.presets",
     "ParamSpace": "roles",
     "Patch": "patch",
     "RecipeError": "errors",

@@ -539,12 +539,20 @@ def methods(
                 choices = f": {', '.join(facts['choices'])}" if facts["choices"] else ""
                 _tell(f"  {parameter} = {facts['default']}{facts['scope']}")
                 _tell(f"      {facts['doc']}{choices}")
+            for preset, facts in row["presets"].items():
+                given = ", ".join(f"{k}={v}" for k, v in facts["parameters"].items())
+                where = f" ({facts['note']})" if facts["note"] else ""
+                _tell(f"\n  preset {preset}: {facts['source']}{where}\n      {given}")
         else:
             parameters = (f"{k}={v['default']}" for k, v in row["parameters"].items())
             _tell(" " * 18 + ", ".join(parameters))
+            if row["presets"]:
+                _tell(" " * 18 + "presets: " + ", ".join(row["presets"]))
 
 
 def _method_data(method: Any) -> dict[str, Any]:
+    from suture.merges.presets import PRESETS
+
     scopes = {(True, True): ", for each model and tensor", (False, True): ", for each tensor"}
     return {
         "title": method.title,
@@ -561,6 +569,11 @@ def _method_data(method: Any) -> dict[str, Any]:
                 "scope": scopes.get((p.per_model, p.per_tensor), ""),
             }
             for p in method.parameters.values()
+        },
+        "presets": {
+            p.name: {"parameters": dict(p.parameters), "source": p.source, "note": p.note}
+            for p in PRESETS.values()
+            if p.method == method.name
         },
     }
 

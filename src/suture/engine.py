@@ -427,7 +427,8 @@ def _buffers(job: Job) -> int:
     counting = models * (2 * 4 * kernels.BINS + 4 * select.WIDTH)
     shared = models * 8 * select.WIDTH
     per_thread = 2 * blocks + (counting if job.merge.passes else 0)
-    return threads * per_thread + shared
+    whole = max((job.merge.memory(job.specs[n], models) for n in job.names), default=0)
+    return threads * per_thread + shared + whole
 
 
 __all__ = [

@@ -68,6 +68,20 @@ drop = Kernel("drop", f"{_V}, {_K}, i8, f8, i8")
 magnitudes = Kernel("magnitudes", f"{_V}, {_K}, i8, i8, f8[:, ::1], {_V}", _four)
 gram = Kernel("gram", f"{_R}, i8, f8[:, :, ::1], {_V}", _four)
 extremes = Kernel("extremes", f"{_V}, i8, f8[::1]")
+keep_between = Kernel("keep_between", f"{_R}, {_K}, {_K}, i8, i8")
+add_magnitudes = Kernel("add_magnitudes", f"{_R}, i8, f8[:, ::1], {_V}", _four)
+vote_and_merge = Kernel(
+    "vote_and_merge", f"{_R}, {_W}, i8, i8, {_V}, i8, i8, i8, {_V}", _three_and_rows
+)
+variances = Kernel("variances", f"{_R}, i8, {_V}")
+rank_rows = Kernel("rank_rows", f"{_V}, i8, i8, i8, {_K}, {_K}")
+drop_by_rank = Kernel("drop_by_rank", f"{_V}, {_K}, {_K}, i8, i8, i8, f8, f8, i8, f8")
+sum_by_row = Kernel("sum_by_row", f"{_R}, f4[:, ::1], i8, i8, i8, {_V}")
+row_dots = Kernel("row_dots", f"{_R}, i8, i8, i8, f8[:, ::1]")
+column_dots = Kernel("column_dots", f"{_R}, i8, i8, f8[:, ::1]")
+sum_by_column = Kernel("sum_by_column", f"{_R}, f4[:, ::1], i8, i8, {_V}")
+count_overlaps = Kernel("count_overlaps", f"{_R}, {_K}, i8, i8[:, ::1], {_V}", _four)
+merge_overlaps = Kernel("merge_overlaps", f"{_R}, {_W}, {_K}, i8, {_V}, {_V}", _four)
 fused = Kernel(
     "fused",
     f"{_R}, {_V}, {_V}, u1[:, ::1], i8[::1], i8, i8, i8, i8, u8[::1], i8, i8[::1], {_W}, i8, {_W}, "

@@ -816,6 +816,313 @@ def extremes(row: Array, count: int, found: Array) -> None:
 
 
 @_kernel
+def keep_between(rows: Array, low: Array, high: Array, start: int, stop: int) -> None:
+    """Zero what is not in a band of magnitudes: keys (their bits) from ``low[i]`` to ``high[i]``.
+
+    ``low`` and ``high`` are uint32[models]; an entry of row i is kept where ``low[i] <= key <
+    high[i]``.
+    """
+    for model in range(rows.shape[0]):
+        row = rows[model][start:stop]
+        least = low[model]
+        wide = np.uint32(max(np.int64(high[model]) - np.int64(least), 0))
+        for i in range(row.size):
+            key = _as_bits(row[i]) & np.uint32(0x7FFFFFFF)
+            row[i] = row[i] if np.uint32(key - least) < wide else np.float32(0)
+
+
+@_kernel
+def add_magnitudes(rows: Array, count: int, sums: Array, scratch: Array) -> None:
+    """Add ``|rows[i]|`` to lanes ``sums[i]`` (float64[models, 8]), in an order that is fixed."""
+    size = scratch[:TILE]
+    for model in range(rows.shape[0]):
+        for first in range(0, count, TILE):
+            much = min(TILE, count - first)
+            part = rows[model][first : first + much]
+            size[much:] = np.float32(0)
+            for i in range(much):
+                size[i] = abs(part[i])
+            _add_lanes(size, sums[model])
+
+
+@_kernel
+def vote_and_merge(
+    rows: Array, weights: Array, start: int, stop: int, out: Array,
+    elect: int, aggregate: int, zero: int, scratch: Array,
+) -> None:  # fmt: skip
+    """Elect a sign per entry before the weights are applied, merge what agrees with it.
+
+    As ``elect_and_merge`` of rows that are trimmed already, but the vote is that of ``rows[i]``
+    itself, and a row agrees by its own sign, whatever that of its weight.
+    """
+    models = rows.shape[0]
+    vote = scratch[:TILE]
+    share = scratch[TILE : 2 * TILE]
+    for first in range(start, stop, TILE):
+        count = min(TILE, stop - first)
+        total = out[first : first + count]
+        vote[:] = np.float32(0)
+        share[:] = np.float32(0)
+        total[:] = np.float32(0)
+        for model in range(models):
+            row = rows[model][first : first + count]
+            if elect == MASS:
+                for j in range(count):
+                    vote[j] += row[j]
+            else:
+                for j in range(count):
+                    vote[j] += _sign(row[j])
+        for j in range(count):
+            sign = _sign(vote[j])
+            vote[j] = sign if sign != 0 else np.float32(zero)
+        for model in range(models):
+            row = rows[model][first : first + count]
+            weight = weights[model]
+            part = weight if aggregate == WEIGHTED_MEAN else np.float32(1)
+            if aggregate == MAX:
+                for j in range(count):
+                    value = weight * row[j] if row[j] * vote[j] > 0 else np.float32(0)
+                    total[j] = value if abs(value) > abs(total[j]) else total[j]
+            else:
+                for j in range(count):
+                    agrees = row[j] * vote[j] > 0
+                    total[j] += weight * row[j] if agrees else np.float32(0)
+                    share[j] += part if agrees else np.float32(0)
+        if aggregate in (MEAN, WEIGHTED_MEAN):
+            for j in range(count):
+                parts = share[j] if share[j] != 0 else np.float32(1)
+                total[j] = total[j] / parts
+
+
+@_kernel
+def variances(rows: Array, count: int, out: Array) -> None:
+    """``out[:count]`` becomes the variance over the rows, entry by entry; 0 where all are equal."""
+    models = rows.shape[0]
+    number = np.float32(models)
+    for first in range(0, count, TILE):
+        much = min(TILE, count - first)
+        spread = out[first : first + much]
+        origin = rows[0][first : first + much]
+        for j in range(much):
+            mean = np.float32(0)
+            for model in range(models):
+                mean += rows[model, first + j] - origin[j]
+            mean /= number
+            total = np.float32(0)
+            for model in range(models):
+                away = (rows[model, first + j] - origin[j]) - mean
+                total += away * away
+            spread[j] = total / number
+
+
+@_kernel
+def rank_rows(row: Array, start: int, number: int, width: int, ranks: Array, spare: Array) -> None:
+    """The rank of every magnitude within its row, from 0 for the smallest; ties by position.
+
+    ``number`` rows of ``width`` elements begin at ``start`` of ``row``; ``ranks`` (uint32) is
+    filled at the same places. ``spare`` is uint32[3 * width + 6144]. A sort by three digits of 11
+    bits, whose time does not depend on the values.
+    """
+    keys = spare[:width]
+    one = spare[width : 2 * width]
+    other = spare[2 * width : 3 * width]
+    tables = spare[3 * width : 3 * width + 6144]
+    for r in range(number):
+        first = start + r * width
+        tables[:] = np.uint32(0)
+        for i in range(width):
+            key = _as_bits(row[first + i]) & np.uint32(0x7FFFFFFF)
+            keys[i] = key
+            one[i] = np.uint32(i)
+            tables[key & np.uint32(2047)] += np.uint32(1)
+            tables[2048 + ((key >> np.uint32(11)) & np.uint32(2047))] += np.uint32(1)
+            tables[4096 + (key >> np.uint32(22))] += np.uint32(1)
+        for digit in range(3):
+            shift = np.uint32(11 * digit)
+            table = tables[2048 * digit : 2048 * (digit + 1)]
+            place = np.uint32(0)
+            most = np.uint32(0)
+            for value in range(2048):
+                much = table[value]
+                most = max(most, much)
+                table[value] = place
+                place += much
+            if most == width:
+                continue  # one digit for all: nothing moves
+            for i in range(width):
+                index = one[i]
+                value = (keys[index] >> shift) & np.uint32(2047)
+                other[table[value]] = index
+                table[value] += np.uint32(1)
+            one, other = other, one
+        for i in range(width):
+            ranks[first + one[i]] = np.uint32(i)
+
+
+@_kernel
+def drop_by_rank(
+    row: Array, ranks: Array, words: Array, start: int, count: int, offset: int,
+    least: float, step: float, own: int, factor: float,
+) -> None:  # fmt: skip
+    """Keep entry i with probability ``least + step * ranks[i]``, rescaled; zero the others (DELLA).
+
+    Columns ``start`` to ``start + count``; their words begin at ``offset``. What is kept is divided
+    by its own probability where ``own`` is 1, else multiplied by ``factor``.
+    """
+    for i in range(count):
+        share = min(1.0, max(0.0, least + step * np.float64(ranks[start + i])))
+        bound = np.uint64(share * 4294967296.0 + 0.5)
+        scale = np.float32(1.0 / share) if own else np.float32(factor)
+        kept = np.uint64(words[offset + i]) < bound
+        row[start + i] = scale * row[start + i] if kept else np.float32(0)
+
+
+@_kernel
+def sum_by_row(
+    rows: Array, factors: Array, start: int, number: int, width: int, out: Array
+) -> None:
+    """``out = sum_i factors[r, i] * rows[i]`` for each of ``number`` rows of ``width`` elements."""
+    for r in range(number):
+        first = start + r * width
+        total = out[first : first + width]
+        total[:] = np.float32(0)
+        for model in range(rows.shape[0]):
+            factor = factors[r, model]
+            part = rows[model][first : first + width]
+            for i in range(width):
+                total[i] += factor * part[i]
+
+
+@_kernel
+def row_dots(rows: Array, start: int, number: int, width: int, sums: Array) -> None:
+    """Dot products of all pairs of models, row by row: float64[number, models * models].
+
+    The order of addition depends on the width of a row alone.
+    """
+    models = rows.shape[0]
+    for r in range(number):
+        first = start + r * width
+        for a in range(models):
+            x = rows[a][first : first + width]
+            for b in range(a + 1):
+                y = rows[b][first : first + width]
+                l0, l1, l2, l3 = 0.0, 0.0, 0.0, 0.0
+                whole = width - width % 4
+                for i in range(0, whole, 4):
+                    l0 += np.float64(x[i]) * np.float64(y[i])
+                    l1 += np.float64(x[i + 1]) * np.float64(y[i + 1])
+                    l2 += np.float64(x[i + 2]) * np.float64(y[i + 2])
+                    l3 += np.float64(x[i + 3]) * np.float64(y[i + 3])
+                for i in range(whole, width):
+                    l0 += np.float64(x[i]) * np.float64(y[i])
+                total = (l0 + l1) + (l2 + l3)
+                sums[r, a * models + b] = total
+                sums[r, b * models + a] = total
+
+
+@_kernel
+def column_dots(rows: Array, count: int, first: int, sums: Array) -> None:
+    """Add the products of all pairs of models to ``sums`` float64[models * models, columns].
+
+    Element i belongs to column ``(first + i) % columns``.
+    """
+    models = rows.shape[0]
+    columns = sums.shape[1]
+    for a in range(models):
+        for b in range(a + 1):
+            total = sums[a * models + b]
+            place = first % columns
+            i = 0
+            while i < count:
+                much = min(columns - place, count - i)
+                x = rows[a][i : i + much]
+                y = rows[b][i : i + much]
+                part = total[place : place + much]
+                for j in range(much):
+                    part[j] += np.float64(x[j]) * np.float64(y[j])
+                i += much
+                place = 0
+
+
+@_kernel
+def sum_by_column(rows: Array, factors: Array, count: int, first: int, out: Array) -> None:
+    """``out = sum_i factors[i, c] * rows[i]``, with ``c`` the column of each element.
+
+    Element j has column ``(first + j) % columns``.
+    """
+    columns = factors.shape[1]
+    for model in range(rows.shape[0]):
+        place = first % columns
+        i = 0
+        while i < count:
+            much = min(columns - place, count - i)
+            row = rows[model][i : i + much]
+            factor = factors[model][place : place + much]
+            total = out[i : i + much]
+            if model == 0:
+                for j in range(much):
+                    total[j] = factor[j] * row[j]
+            else:
+                for j in range(much):
+                    total[j] += factor[j] * row[j]
+            i += much
+            place = 0
+
+
+@_kernel
+def count_overlaps(rows: Array, keys: Array, count: int, found: Array, scratch: Array) -> None:
+    """Count, row by row, the entries that reach ``keys``: ``found`` grows, int64[2, models].
+
+    ``found[0]`` by those where another row does so too, ``found[1]`` by those where none does.
+    """
+    chosen = scratch[:TILE]
+    for first in range(0, count, TILE):
+        much = min(TILE, count - first)
+        chosen[:] = np.float32(0)
+        for model in range(rows.shape[0]):
+            row = rows[model][first : first + much]
+            for j in range(much):
+                chosen[j] += np.float32((_as_bits(row[j]) & np.uint32(0x7FFFFFFF)) >= keys[model])
+        for model in range(rows.shape[0]):
+            row = rows[model][first : first + much]
+            shared = np.uint32(0)
+            alone = np.uint32(0)
+            for j in range(much):
+                large = (_as_bits(row[j]) & np.uint32(0x7FFFFFFF)) >= keys[model]
+                shared += np.uint32(large & (chosen[j] > 1))
+                alone += np.uint32(large & (chosen[j] == 1))
+            found[0, model] += np.int64(shared)
+            found[1, model] += np.int64(alone)
+
+
+@_kernel
+def merge_overlaps(
+    rows: Array, alone: Array, keys: Array, count: int, out: Array, scratch: Array
+) -> None:
+    """Average the rows that reach ``keys``; where a single one does, take it times ``alone[i]``."""
+    chosen = scratch[:TILE]
+    single = scratch[TILE : 2 * TILE]
+    for first in range(0, count, TILE):
+        much = min(TILE, count - first)
+        total = out[first : first + much]
+        total[:] = np.float32(0)
+        chosen[:] = np.float32(0)
+        single[:] = np.float32(0)
+        for model in range(rows.shape[0]):
+            row = rows[model][first : first + much]
+            factor = alone[model]
+            for j in range(much):
+                large = (_as_bits(row[j]) & np.uint32(0x7FFFFFFF)) >= keys[model]
+                value = row[j] if large else np.float32(0)
+                total[j] += value
+                single[j] += factor * value
+                chosen[j] += np.float32(large)
+        for j in range(much):
+            mean = total[j] / max(chosen[j], np.float32(1))
+            total[j] = single[j] if chosen[j] == 1 else mean
+
+
+@_kernel
 def fused(
     rows: Array, base: Array, out: Array, buffers: Array, codes: Array, first: int, count: int,
     deltas: int, based: int, streams: Array, position: int, limits: Array, factors: Array,

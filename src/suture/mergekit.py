@@ -9,14 +9,15 @@ list of rules, which is what Suture's own recipes have.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 from suture.chat import read_chat_template
 from suture.errors import Problems, RecipeError, brief, did_you_mean
 from suture.merges import METHODS, Parameter
+from suture.merges.kits import KITS, REQUIRED, Same
 from suture.recipe_types import (
     UNKNOWN,
     ModelEntry,
@@ -36,74 +37,6 @@ from suture.roles import ParamSpace
 from suture.spec import PROMOTED, dtype_named
 from suture.vocabulary import from_mergekit
 
-REQUIRED = None
-"""In the place of a default: mergekit has none."""
-
-
-class Same(NamedTuple):
-    """A number of mergekit's, under the name that Suture has for it."""
-
-    name: str
-    default: float | None = REQUIRED
-
-
-class Kit(NamedTuple):
-    """How a method of mergekit is said in Suture's terms."""
-
-    own: Mapping[str, Same] = {}
-    """Numbers of each model."""
-    shared: Mapping[str, Same] = {}
-    """Numbers of the merge."""
-    flags: Mapping[str, bool] = {}
-    """What is true or false, with mergekit's default."""
-    fixed: Callable[[Mapping[str, bool]], dict[str, Any]] = lambda flags: {}
-    """What else Suture must be told, given the flags."""
-    base: str = "difference"
-    """What the base is: the start of a ``difference``, one ``more`` model, or the ``first``."""
-    method: str | None = None
-    """Suture's name of the method, where it is another."""
-
-
-def _summed(flags: Mapping[str, bool]) -> dict[str, Any]:
-    return {"normalize": flags["normalize"]}
-
-
-def _elected(flags: Mapping[str, bool]) -> dict[str, Any]:
-    aggregate = "weighted_mean" if flags["normalize"] else "sum"
-    return {"aggregate": aggregate, "zero_sign": "positive"}
-
-
-def _trimmed(flags: Mapping[str, bool]) -> dict[str, Any]:
-    if flags["rescale"]:
-        raise RecipeError("rescaling after trimming is not supported yet; leave `rescale` out")
-    return {**_elected(flags), "scope": "tensor", "rounding": "floor"}
-
-
-def _rescaled(flags: Mapping[str, bool]) -> dict[str, Any]:
-    return {"rescale": "l1" if flags["rescale"] else "none"}
-
-
-_WEIGHT = {"weight": Same("weight")}
-_DENSE = {**_WEIGHT, "density": Same("density", 1.0)}
-_LAMBDA = {"lambda": Same("scale", 1.0)}
-KITS: dict[str, Kit] = {
-    "linear": Kit(_WEIGHT, {}, {"normalize": True}, _summed, "more"),
-    "task_arithmetic": Kit(
-        {**_WEIGHT, "density": Same("", 1.0)}, _LAMBDA, {"normalize": False, "rescale": False},
-        _summed),
-    "ties": Kit(_DENSE, _LAMBDA, {"normalize": True, "rescale": False}, _trimmed),
-    "dare_linear": Kit(_DENSE, _LAMBDA, {"normalize": False, "rescale": True},
-                       lambda flags: _summed(flags) | _rescaled(flags)),
-    "dare_ties": Kit(_DENSE, _LAMBDA, {"normalize": False, "rescale": True},
-                     lambda flags: _elected(flags) | _rescaled(flags)),
-    "slerp": Kit({}, {"t": Same("t")}, base="first"),
-    "passthrough": Kit({"scale": Same("scale", 1.0)}, base="more"),
-}  # fmt: skip
-"""The methods whose recipes are followed. ``Same("")`` is a number that changes nothing there."""
-LATER = (
-    "nuslerp", "multislerp", "karcher", "nearswap", "breadcrumbs", "breadcrumbs_ties", "della",
-    "della_linear", "sce", "model_stock", "ram", "ramplus_tl", "arcee_fusion",
-)  # fmt: skip
 KEYS = ("models", "slices", "modules", "merge_method", "base_model", "dtype", "out_dtype",
         "parameters", "tokenizer", "tokenizer_source", "chat_template")  # fmt: skip
 
@@ -152,10 +85,8 @@ class _Reader:
     def recipe(self) -> Recipe:
         """The recipe in Suture's terms."""
         refuse_unknown(self.raw, KEYS, "", self.problems)
-        if self.kit is None and self.name in LATER:
-            self.refuse(f"merge_method: mergekit's {self.name} is not supported yet")
-        elif self.kit is None:
-            hint = did_you_mean(self.name, [*KITS, *LATER])
+        if self.kit is None:
+            hint = did_you_mean(self.name, list(KITS))
             self.refuse(f"merge_method: no method {self.name!r}; {hint}")
         body, where = self.body()
         base = self.raw.get("base_model")
@@ -357,7 +288,7 @@ class _Reader:
         shared = {
             same.name: value
             for key, same in self.kit.shared.items()
-            if (value := self.value(key, same, outer, "parameters")) is not None
+            if same.name and (value := self.value(key, same, outer, "parameters")) is not None
         }
         return Slice(sources, {**shared, **self.fixed(outer)}, labels.get(start or "", "base"))
 

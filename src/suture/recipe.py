@@ -18,7 +18,8 @@ import yaml
 from suture import mergekit
 from suture.chat import read_chat_template
 from suture.errors import Problems, RecipeError, brief, did_you_mean
-from suture.merges import method, settings
+from suture.merges import Method, method, settings
+from suture.merges.presets import Preset, preset
 from suture.recipe_types import (
     POLICIES,
     TAKEN,
@@ -365,26 +366,46 @@ def _from_raw(raw: dict[str, Any], folder: Path, problems: Problems) -> Recipe:
 
 
 KEYS = (
-    "base", "models", "method", "parameters", "slices", "space", "policy", "tokenizer",
+    "base", "models", "method", "preset", "parameters", "slices", "space", "policy", "tokenizer",
     "chat_template", "output", "stages",
 )  # fmt: skip
 
 
-def _native(raw: dict[str, Any], problems: Problems, folder: Path) -> Recipe:
-    refuse_unknown(raw, KEYS, "", problems)
-    found = None
-    name = raw.get("method")
+def _method_of(raw: dict[str, Any], problems: Problems) -> tuple[Method | None, Preset | None]:
+    """The method that a recipe names, itself or by a preset."""
+    found, chosen, name = None, None, raw.get("method")
+    if raw.get("preset") is not None:
+        with problems.collecting():
+            chosen = preset(str(raw["preset"]))
+        if chosen is not None and name not in (None, chosen.method):
+            problems.add(
+                RecipeError,
+                f"method: the preset {chosen.name} is one of {chosen.method}, not of {name!r}",
+            )
+        name = chosen.method if chosen is not None else name
+        if name is None:
+            return None, None
     if not isinstance(name, str):
         problems.add(RecipeError, "method: missing; `suture methods` lists them")
     else:
         with problems.collecting():
             found = method(name)
+    return found, chosen
+
+
+def _native(raw: dict[str, Any], problems: Problems, folder: Path) -> Recipe:
+    refuse_unknown(raw, KEYS, "", problems)
+    found, chosen = _method_of(raw, problems)
     base = raw.get("base")
     if base is not None and not isinstance(base, str):
         problems.add(RecipeError, f"base: a path or hub id, not {brief(base)}")
     models = _models(raw.get("models"), problems)
     parameters = section(raw, "parameters", problems)
     space = _space(section(raw, "space", problems), problems)
+    if chosen is not None:
+        parameters = {**chosen.parameters, **parameters}
+        if chosen.everything and raw.get("space") is None:
+            space = ParamSpace((), ())
     policy = _policy(section(raw, "policy", problems), problems)
     output = section(raw, "output", problems)
     refuse_unknown(output, ("dtype", "shard_size"), "output: ", problems)

@@ -101,6 +101,12 @@ class Recipe:
     """The mergekit recipe that this one was translated from."""
 
     @property
+    def differs(self) -> bool:
+        """Whether what is merged are differences to a base, which is then no row itself."""
+        how = self.method
+        return how.needs_base or (how.optional_base and self.base is not None)
+
+    @property
     def settings(self) -> dict[str, Any]:
         """The parameters in the types that the method asks for, where nothing is sliced."""
         return self.settings_of(self.cuts[0], list(self.models))
@@ -121,7 +127,7 @@ class Recipe:
 
         They are sorted where the method allows, so that the recipe's order changes no byte.
         """
-        names = [n for n in cut.sources if not self.method.needs_base or n != cut.base]
+        names = [n for n in cut.sources if not self.differs or n != cut.base]
         return names if self.method.ordered else sorted(names)
 
     def settings_of(self, cut: Slice, names: Sequence[str]) -> dict[str, Any]:
@@ -160,7 +166,7 @@ class Recipe:
                 {"sources": {n: {"layers": list(s.layers or ()), **s.parameters}
                              for n, s in cut.sources.items()},
                  "parameters": dict(cut.parameters),
-                 **({"base": cut.base} if self.method.needs_base else {})}
+                 **({"base": cut.base} if self.differs else {})}
                 for cut in self.slices
             ]  # fmt: skip
         if self.tokenizer is not None:
@@ -239,7 +245,7 @@ def check_slice(recipe: Recipe, cut: Slice, where: str, base: str, problems: Pro
     if len(set(lengths.values())) > 1:
         told = ", ".join(f"{name}: {number}" for name, number in lengths.items())
         problems.add(RecipeError, f"{where}.sources: as many layers of each model, not {told}")
-    if how.needs_base and cut.base not in cut.sources:
+    if recipe.differs and cut.base not in cut.sources:
         problems.add(
             RecipeError,
             f"{where}.sources: {how.name} works on differences to a base; "

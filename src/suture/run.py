@@ -199,9 +199,10 @@ def open_model(model: str | os.PathLike[str]) -> Checkpoint:
 def merged(
     base: Checkpoint | None,
     models: Mapping[str, Checkpoint] | TaskVector,
-    method_name: str = "task_arithmetic",
+    method_name: str | None = None,
     *,
     method: str | None = None,
+    preset: str | None = None,
     space: ParamSpace | None = None,
     dtype: str | None = None,
     policy: Policy | None = None,
@@ -212,8 +213,9 @@ def merged(
     Args:
         base: what the models were fine-tuned from; ``None`` for methods that need none.
         models: checkpoints by name; or a task vector, which is added to its base.
-        method_name: one of ``METHODS``; may be given as ``method``.
+        method_name: one of ``METHODS``, by default ``task_arithmetic``; may be given as ``method``.
         method: the same.
+        preset: one of ``PRESETS``: a method with the parameters of a paper or tool.
         space: which tensors are merged; default all but token embeddings and heads.
         dtype: of the output; default that of the base.
         policy: what to do where the models do not hold the same tensors.
@@ -222,7 +224,7 @@ def merged(
     Raises:
         RecipeError: everything that is wrong with the parameters, at once.
     """
-    name = method or method_name
+    name = method or method_name or (None if preset else "task_arithmetic")
     if isinstance(models, TaskVector):
         if name != "task_arithmetic" or space is not None or policy is not None:
             raise RecipeError(
@@ -236,7 +238,8 @@ def merged(
             for model, number in parameters.pop(key).items():
                 own[model][key] = number
     raw: dict[str, Any] = {
-        "method": name,
+        **({"method": name} if name else {}),
+        **({"preset": preset} if preset else {}),
         "models": {m: {"path": str(c.path), **own[m]} for m, c in models.items()},
         "parameters": parameters,
     }
@@ -402,6 +405,9 @@ def _planned(
     problems.raise_if_any()
     jobs = tuple(_job(recipe, part, options) for part in parts)
     _check_required(recipe, jobs, parts, problems)
+    for job in jobs:
+        for problem in job.merge.check(job.names, job.models):
+            problems.add(RecipeError, f"{recipe.method.name}: {problem}")
     config = _config(recipe, parts, aligned.inputs)
     told = tuple(dict.fromkeys((*recipe.notes, *notes)))
     plan = Plan(recipe, jobs, inputs, out, options, config, told,
@@ -524,7 +530,7 @@ def _parts(recipe: Recipe, inputs: Mapping[str, Checkpoint], problems: Problems)
     for number, one in enumerate(recipe.slices):
         first, last = number == 0, number == len(recipe.slices) - 1
         rows = tuple(recipe.rows(one))
-        base = one.base if recipe.method.needs_base else None
+        base = one.base if recipe.differs else None
         labels = [n for n in (base, *rows) if n is not None and n in one.sources]
         views: dict[str, Checkpoint] = {}
         known: dict[str, dict[str, str]] = {}
@@ -609,7 +615,9 @@ def _job(recipe: Recipe, part: _Part, options: Options) -> Job:
     raw = frozenset(reference.specs.keys() - set(merged_names))
     base = None if part.base is None else part.views[part.base]
     models = tuple(part.views[name] for name in part.rows)
-    sources = Sources(models, base, how.how, raw, options.allow_nonfinite, lead=reference)
+    sources = Sources(
+        models, base, how.rows(base is not None), raw, options.allow_nonfinite, lead=reference
+    )
     return Job(
         sources, part.rows, how, merged_names, output_specs(reference, recipe.dtype, models),
         recipe.policy.buffers == "equal", options.threads or cores(), options.block,

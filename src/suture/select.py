@@ -111,12 +111,17 @@ class _Bracket(NamedTuple):
 class _Group:
     key: str
     names: list[str]
+    shares: tuple[float, ...]
     wanted: list[int]
+    """Entries that each column keeps; empty until it is known of how many."""
     size: int
     models: int
+    """Columns: one a model, where nothing else is said."""
     blocks: int = 0
     brackets: list[_Bracket] = field(default_factory=list)
     """One a model; none yet when all keys have to be counted coarsely."""
+    some: int = 0
+    """Entries that are not zero, where those are counted."""
     missed: bool = False
     """Whether a bracket missed its threshold, so that the next sweep counts coarsely."""
     seen: int = 0
@@ -154,6 +159,30 @@ def group_of(name: str, scope: str) -> str:
     return "" if scope == "global" else layer_key(name) if scope == "layer" else name
 
 
+def _unchanged(block: Block) -> None:
+    """Entries are ranked as they are."""
+
+
+@dataclass(frozen=True)
+class Ranking:
+    """What is ranked by magnitude, and where the thresholds are: one a *column*."""
+
+    shares: Callable[[str], Sequence[float]]
+    """The numbers of a tensor from which ``counts`` are made; tensors compete with their equals."""
+    counts: Callable[[Sequence[float], int], Sequence[int]]
+    """How many of n entries each column keeps."""
+    rows: Sequence[int]
+    """The row of the block that each column ranks."""
+    change: Callable[[Block], None] = _unchanged
+    """What is done with the rows of a block before they are ranked."""
+    nonzero: bool = False
+    """Whether n counts only the entries of the first column that are not zero."""
+
+    def plain(self, models: int) -> bool:
+        """Whether each model's entries are ranked as they are: the bytes are all that is needed."""
+        return self.change is _unchanged and list(self.rows) == list(range(models))
+
+
 def select(
     sources: Sources,
     names: Sequence[str],
@@ -170,9 +199,25 @@ def select(
     Tensors that share scope and densities compete with one another. Any number of densities for
     one model is one call each; memory is a few megabytes a thread and model.
     """
-    specs = sources.reference.specs
-    groups, where = _grouped(names, specs, densities, scope, count, len(sources.models))
-    selector = _Selector(sources, groups, where, threads, block, progress)
+    ranking = Ranking(
+        densities, lambda shares, n: [count(s, n) for s in shares], range(len(sources.models))
+    )
+    return rank(sources, names, ranking, scope, threads=threads, block=block, progress=progress)
+
+
+def rank(
+    sources: Sources,
+    names: Sequence[str],
+    ranking: Ranking,
+    scope: str = "tensor",
+    *,
+    threads: int | None = None,
+    block: int = BLOCK,
+    progress: Progress | None = None,
+) -> Selection:
+    """The same for any ranking; the selection has a limit for each of its columns."""
+    groups, where = _grouped(names, sources.reference.specs, ranking, scope)
+    selector = _Selector(sources, groups, where, ranking, threads, block, progress)
     selector.run()
     return Selection(
         groups={name: where[name][0].key for name in where},
@@ -183,17 +228,12 @@ def select(
 
 
 def _grouped(
-    names: Sequence[str],
-    specs: Mapping[str, TensorSpec],
-    densities: Callable[[str], Sequence[float]],
-    scope: str,
-    count: Count,
-    models: int,
+    names: Sequence[str], specs: Mapping[str, TensorSpec], ranking: Ranking, scope: str
 ) -> tuple[list[_Group], dict[str, tuple[_Group, int]]]:
     members: dict[str, list[str]] = {}
     shares: dict[str, tuple[float, ...]] = {}
     for name in sorted(names):
-        share = tuple(densities(name))
+        share = tuple(ranking.shares(name))
         key = f"{group_of(name, scope)} {share}"
         members.setdefault(key, []).append(name)
         shares[key] = share
@@ -201,7 +241,8 @@ def _grouped(
     where: dict[str, tuple[_Group, int]] = {}
     for key, inside in members.items():
         size = sum(specs[n].numel for n in inside)
-        group = _Group(key, inside, [count(s, size) for s in shares[key]], size, models)
+        wanted = [] if ranking.nonzero else list(ranking.counts(shares[key], size))
+        group = _Group(key, inside, shares[key], wanted, size, len(ranking.rows))
         offset = 0
         for name in inside:
             where[name] = (group, offset)
@@ -218,11 +259,12 @@ class _Selector:
         sources: Sources,
         groups: list[_Group],
         where: dict[str, tuple[_Group, int]],
+        ranking: Ranking,
         threads: int | None,
         block: int,
         progress: Progress | None,
     ) -> None:
-        self.sources, self.groups, self.where = sources, groups, where
+        self.sources, self.groups, self.where, self.ranking = sources, groups, where, ranking
         self.threads, self.block, self.progress = threads, block, progress
         specs = sources.reference.specs
         for group in groups:
@@ -254,15 +296,26 @@ class _Selector:
                 name = next(names)
             start = (position - offset) // _RUN * _RUN
             count = min(_RUN, specs[name].numel - start, block.size)
-            block.load(name, start, count)
-            for model in range(group.models):
-                found[model].append(block.rows[model, :count].view(np.uint32) & 0x7FFFFFFF)
+            self._load(block, name, start, count)
+            for model, row in enumerate(self.ranking.rows):
+                found[model].append(block.rows[row, :count].view(np.uint32) & 0x7FFFFFFF)
+        wanted, of = group.wanted, group.size
+        if not wanted:
+            looked = np.concatenate(found[0])
+            of = looked.size
+            wanted = list(self.ranking.counts(group.shares, int(np.count_nonzero(looked))))
         for model in range(group.models):
-            share = group.wanted[model] / group.size
+            share = wanted[model] / of
             group.brackets.append(_guess(np.concatenate(found[model]), share, group.alone))
+
+    def _load(self, block: Block, name: str, start: int, count: int) -> None:
+        block.load(name, start, count)
+        self.ranking.change(block)
 
     def resolve(self, group: _Group, block: Block) -> None:
         """Read the thresholds off the counts, or set what the next sweep over the group counts."""
+        if not group.wanted:
+            group.wanted = list(self.ranking.counts(group.shares, group.some))
         if group.missed:
             group.brackets = [
                 _coarse_bracket(counts, wanted)
@@ -332,8 +385,9 @@ class _Selector:
         )  # fmt: skip
         start = position - self.where[name][1]
         count = min(self.block, specs[name].numel - start)
-        block.load(name, start, count)
-        keys = block.rows[model, :count].view(np.uint32) & 0x7FFFFFFF
+        self._load(block, name, start, count)
+        row = self.ranking.rows[model]
+        keys = block.rows[row, :count].view(np.uint32) & 0x7FFFFFFF
         return position + int(np.flatnonzero(keys == key)[need])
 
 
@@ -420,6 +474,7 @@ class _Local:
         self.fine: list[Array] = []
         self.ties: dict[int, Array] = {}
         self.gathered: dict[int, list[Array]] = {}
+        self.some = 0
         self.blocks = 0
         self.spare = block
         self.inside = np.zeros((models, block.size + 1), np.uint32)
@@ -429,33 +484,47 @@ class _Local:
         self.lows = np.zeros(models, np.int64)
         self.widths = np.zeros(models, np.int64)
 
+    def places(self, model: int) -> tuple[Array, Array]:
+        """Where the keys of one column go, and how many there are."""
+        return self.inside[model], self.found[model]
+
 
 class _Counting(Visitor[_Local]):
     def __init__(self, selector: _Selector) -> None:
         self.selector = selector
         self.lock = threading.Lock()
-        self.models = len(selector.sources.models)
+        self.models = len(selector.ranking.rows)
 
     def local(self) -> _Local:
         return _Local(self.models, Block(self.selector.sources, self.selector.block))
 
     def see(self, local: _Local, block: Block) -> None:
         group, offset = self.selector.where[block.name]
+        ranking = self.selector.ranking
+        ranking.change(block)
         if group.size == block.count and (group.blocks == 1 or not group.size):
-            group.limits = _direct(group, block, local)
+            group.limits = _direct(group, block, local, ranking)
             return
         if local.group is not group:
             self._leave(local)
             self._enter(local, group)
         if local.coarsely:
-            for model in range(self.models):
-                kernels.count_coarse(block.rows[model], block.count, local.coarse[model])
+            for model, row in enumerate(ranking.rows):
+                kernels.count_coarse(block.rows[row], block.count, local.coarse[model])
         else:
             self._bracketed(local, group, block, offset)
+        if ranking.nonzero and not group.wanted:
+            local.some += int(np.count_nonzero(block.rows[ranking.rows[0], : block.count]))
         local.blocks += 1
 
     def _bracketed(self, local: _Local, group: _Group, block: Block, offset: int) -> None:
-        block.gather(local.lows, local.widths, local.inside, local.found)
+        ranking = self.selector.ranking
+        if ranking.plain(block.models):
+            block.gather(local.lows, local.widths, local.inside, local.found)
+        else:
+            for model, bracket in enumerate(group.brackets):
+                row, inside, found = block.rows[ranking.rows[model]], *local.places(model)
+                kernels.gather_bracket(row, block.count, bracket.low, bracket.width, inside, found)
         local.above += local.found[:-1, 1]
         gathered = [keys[:n] for keys, n in zip(local.inside, local.found[:-1, 0], strict=True)]
         position = offset + block.start
@@ -495,6 +564,7 @@ class _Counting(Visitor[_Local]):
         counts = [c.sum(0, dtype=np.int64) for c in local.coarse] if local.coarsely else local.fine
         with self.lock:
             group.seen += local.blocks
+            group.some += local.some
             group.ties.update(local.ties)
             group.gathered.update(local.gathered)
             group.add(local.above, counts)
@@ -505,17 +575,23 @@ class _Counting(Visitor[_Local]):
             table[:] = 0
         local.above[:] = 0
         local.fine, local.ties, local.gathered = [], {}, {}
-        local.blocks, local.group = 0, None
+        local.blocks, local.some, local.group = 0, 0, None
         if complete:
             self.selector.resolve(group, local.spare)
 
 
-def _direct(group: _Group, block: Block, local: _Local) -> Limits:
+def _direct(group: _Group, block: Block, local: _Local, ranking: Ranking) -> Limits:
     """The limits of a group that is one block: by looking at all of it."""
     limits = _empty_limits(group.models)
+    if not group.wanted:
+        some = int(np.count_nonzero(block.rows[ranking.rows[0], : block.count]))
+        group.wanted = list(ranking.counts(group.shares, some))
     if block.count:
+        rows = block.rows
+        if list(ranking.rows) != list(range(block.models)):
+            rows = rows[list(ranking.rows)]
         kernels.find_limits(
-            block.rows, block.count, np.array(group.wanted, np.int64), *limits,
+            rows, block.count, np.array(group.wanted, np.int64), *limits,
             local.bins, local.rank, local.inside[0],
         )  # fmt: skip
     else:

@@ -20,6 +20,12 @@ from suture.merges.base import (
 from suture.merges.consensus import consensus
 from suture.merges.dare import dare_linear, dare_ties
 from suture.merges.linear import linear, passthrough, slerp, task_arithmetic
+from suture.merges.overlap import ram, ramplus_tl, sce
+from suture.merges.pairs import arcee_fusion, nearswap
+from suture.merges.sparse import breadcrumbs, breadcrumbs_ties, della, della_linear
+from suture.merges.spectral import iso_c, iso_cts, tsv_merge
+from suture.merges.sphere import karcher, multislerp, nuslerp
+from suture.merges.stock import model_stock
 from suture.merges.ties import stitch, ties
 
 __all__ = [
@@ -40,8 +46,37 @@ METHODS: dict[str, Method] = {
         Method(stitch, "Localize-and-Stitch, dataless", "He et al. 2025, arXiv:2408.13656"),
         Method(passthrough, "Passthrough", "Goddard et al. 2024, arXiv:2403.13257",
                needs_base=False, most=1),
+        Method(breadcrumbs, "Model Breadcrumbs", "Davari and Belilovsky 2024, arXiv:2312.06795"),
+        Method(breadcrumbs_ties, "Model Breadcrumbs with TIES",
+               "Davari and Belilovsky 2024, arXiv:2312.06795"),
+        Method(della, "DELLA", "Deep et al. 2024, arXiv:2406.11617", random=True),
+        Method(della_linear, "DELLA without a vote", "Deep et al. 2024, arXiv:2406.11617",
+               random=True),
+        Method(sce, "SCE", "Wan et al. 2024, arXiv:2408.07990"),
+        Method(ram, "Reinforced Agent Merging", "2026, arXiv:2601.13572"),
+        Method(ramplus_tl, "Reinforced Agent Merging Plus, tensor by tensor",
+               "2026, arXiv:2601.13572"),
+        Method(model_stock, "Model Stock", "Jang et al. 2024, arXiv:2403.19522", least=2),
         Method(slerp, "SLERP", "Shoemake 1985, doi:10.1145/325165.325242", needs_base=False,
                least=2, most=2, ordered=True),
+        Method(nuslerp, "SLERP of models or task vectors",
+               "Shoemake 1985, doi:10.1145/325165.325242", needs_base=False, optional_base=True,
+               least=2, most=2),
+        Method(multislerp, "Mean direction of many models",
+               "Goddard 2025, https://goddard.blog/posts/multislerp-wow-what-a-cool-idea",
+               needs_base=False, optional_base=True),
+        Method(karcher, "Karcher mean", "2026, arXiv:2603.04972", needs_base=False),
+        Method(nearswap, "NearSwap",
+               "alchemonaut 2024, https://huggingface.co/alchemonaut/QuartetAnemoi-70B-t0.0001",
+               most=1),
+        Method(arcee_fusion, "Arcee Fusion", "as in mergekit 0.1.5 (2026), https://arcee.ai",
+               most=1),
+        Method(tsv_merge, "TSV-Merge (task singular vectors)",
+               "Gargiulo et al. 2025, arXiv:2412.00081", tensorwise=True),
+        Method(iso_c, "Iso-C (isotropic merging)", "Marczak et al. 2025, arXiv:2502.04959",
+               tensorwise=True),
+        Method(iso_cts, "Iso-CTS (isotropic, common and task-specific)",
+               "Marczak et al. 2025, arXiv:2502.04959", tensorwise=True),
     )
 }  # fmt: skip
 """Every merge method. Another package adds one by an entry point ``suture.methods``."""

@@ -18,7 +18,8 @@ import numpy as np
 
 from suture.errors import Problems, RecipeError, brief, did_you_mean
 from suture.roles import selects
-from suture.stream import DELTA, Block, Progress, Sources
+from suture.spec import TensorSpec
+from suture.stream import DELTA, WEIGHT, Block, Progress, Sources
 
 Array = np.ndarray[Any, Any]
 S = TypeVar("S")
@@ -226,8 +227,20 @@ def _no_facts(state: Any) -> dict[str, Any]:
     return {}
 
 
+def _no_problems(names: Sequence[str], models: Sequence[str]) -> Iterable[str]:
+    return ()
+
+
 def _never(name: str) -> bool:
     return False
+
+
+def _no_memory(spec: TensorSpec, models: int) -> int:
+    return 0
+
+
+EITHER = "either"
+"""Rows are models minus base where a base is given, and the models themselves where none is."""
 
 
 @dataclass(frozen=True)
@@ -235,8 +248,9 @@ class Merge(Generic[S]):
     """How several models become one.
 
     ``combine(block, state)`` fills ``block.out[:block.count]`` from ``block.rows`` (the merged
-    delta where ``how`` is DELTA, the merged weight where it is WEIGHT), or calls ``block.fuse``
-    for all columns of the block, which is faster where a kernel does all there is to do. It sees
+    delta where ``how`` is DELTA, the merged weight where it is WEIGHT; EITHER depends on whether
+    the recipe names a base), or calls ``block.fuse`` for all columns of the block, which is faster
+    where a kernel does all there is to do. It sees
     any slice of any tensor, in any order and in several threads, and must not keep anything
     between calls.
     """
@@ -250,6 +264,16 @@ class Merge(Generic[S]):
     """What the report tells of the state: densities reached, ties, ..."""
     keeps: Callable[[str], bool] = _never
     """Whether a tensor comes out as it is in the first model, so that it can simply be copied."""
+    check: Callable[[Sequence[str], Sequence[str]], Iterable[str]] = _no_problems
+    """What is wrong with the parameters for these tensors and models, before anything is read."""
+    memory: Callable[[TensorSpec, int], int] = _no_memory
+    """Bytes held for one tensor of so many models, beyond blocks."""
+
+    def rows(self, based: bool) -> str:
+        """How rows are made, for ``Sources``: DELTA or WEIGHT."""
+        if self.how == EITHER:
+            return DELTA if based else WEIGHT
+        return self.how
 
 
 @dataclass(frozen=True)
@@ -266,6 +290,10 @@ class Method:
     ordered: bool = False
     """Whether the order of the models matters; where it does not, they are sorted by name."""
     random: bool = False
+    optional_base: bool = False
+    """Whether a base changes what is merged, though none is needed."""
+    tensorwise: bool = False
+    """Whether it sees whole tensors, which needs torch and the memory that they take."""
 
     @property
     def name(self) -> str:
@@ -295,7 +323,10 @@ class Method:
                 f"{self.least} to {self.most} models")  # fmt: skip
         else:
             number = "one model or more" if self.least == 1 else f"{self.least} models or more"
-        return f"Needs {'a base and ' if self.needs_base else ''}{number}."
+        base = "a base and " if self.needs_base else ""
+        more = " With a base, task vectors are merged." if self.optional_base else ""
+        more += " Needs torch, and memory for whole tensors." if self.tensorwise else ""
+        return f"Needs {base}{number}.{more}"
 
 
 def settings(

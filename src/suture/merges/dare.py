@@ -28,7 +28,8 @@ from suture.merges.base import (
     each,
 )
 from suture.merges.linear import Normalize, normalized
-from suture.merges.ties import AGGREGATE, ELECT, Aggregate, Elect
+from suture.merges.thinning import voted
+from suture.merges.votes import AGGREGATE, ELECT, Aggregate, Elect, Sign, Votes
 from suture.spec import Piece
 from suture.stream import Block, Combine, Drops, Visitor, sweep, tasks_of
 
@@ -38,7 +39,6 @@ Rescale = Annotated[
         "divide what is kept by the density, or restore each tensor's sum of magnitudes, or not"
     ),
 ]
-Sign = Annotated[Literal["zero", "positive"], Choice("the sign elected where the vote is 0")]
 
 
 @lru_cache(maxsize=1 << 16)
@@ -74,6 +74,14 @@ def _drops(block: Block, state: _Dropped, density: PerModel, seed: int, rescale:
         np.array([limit_of(share) for share in densities], np.int64),
         np.array(factors, np.float32),
     )
+
+
+def _drop(block: Block, drops: Drops) -> None:
+    for number, limit in enumerate(drops.limits.tolist()):
+        if limit < 1 << 32:
+            stream, factor = int(drops.streams[number]), float(drops.factors[number])
+            kernels.random_words(stream, block.start, block.count, block.words)
+            kernels.drop(block.rows[number], block.words, limit, factor, block.count)
 
 
 class _Sums(Visitor["dict[str, Array]"]):
@@ -160,6 +168,7 @@ def dare_ties(
     elect: Elect = "mass",
     aggregate: Aggregate = "mean",
     zero_sign: Sign = "zero",
+    votes: Votes = "weighted",
 ) -> Merge[_Dropped]:
     r"""Drop and rescale as DARE does, then elect signs and merge as TIES does.
 
@@ -170,9 +179,15 @@ def dare_ties(
         return _prepare(context, density, seed, rescale)
 
     def combine(block: Block, state: _Dropped) -> None:
+        drops = _drops(block, state, density, seed, rescale)
+        if votes == "equal":
+            _drop(block, drops)
+            finish(block)
+            return
         options = (ELECT[elect], AGGREGATE[aggregate], int(zero_sign == "positive"))
         how = Combine(kernels.ELECTED, weight.row(block), np.zeros(block.models, np.uint32),
                       options=options, factor=scale.at(block.name))  # fmt: skip
-        block.fuse(how, _drops(block, state, density, seed, rescale))
+        block.fuse(how, drops)
 
+    finish = voted(weight, scale, elect, aggregate, int(zero_sign == "positive"), votes)
     return Merge(combine, prepare, passes=int(rescale == "l1"))

@@ -93,15 +93,21 @@ def slerp(*, t: Position = Scalar(0.5)) -> Merge[dict[str, Array]]:
     """
 
     def prepare(context: Context) -> dict[str, Array]:
-        gram = Gram(2)
-        sweep(context.sources, tasks_of(context.names, context.sources.reference.specs), gram,
-              threads=context.threads, block=context.block, progress=context.progress)  # fmt: skip
+        gram = grams(context)
         return {name: _coefficients(gram.of(name), t.at(name)) for name in context.names}
 
     def combine(block: Block, coefficients: dict[str, Array]) -> None:
         block.fuse(Combine(kernels.WEIGHTED_SUM, coefficients[block.name]))
 
     return Merge(combine, prepare, how=WEIGHT, passes=1)
+
+
+def grams(context: Context) -> Gram:
+    """Dot products between all models, tensor by tensor; one pass."""
+    gram = Gram(len(context.models))
+    sweep(context.sources, tasks_of(context.names, context.sources.reference.specs), gram,
+          threads=context.threads, block=context.block, progress=context.progress)  # fmt: skip
+    return gram
 
 
 def _coefficients(gram: Array, t: float) -> Array:

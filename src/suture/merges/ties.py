@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import Annotated, Any, Literal
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from typing import Any
+
+import numpy as np
 
 from suture import kernels
 from suture.merges.base import (
     Array,
-    Choice,
     Context,
     Density,
     Merge,
@@ -19,31 +21,21 @@ from suture.merges.base import (
     Weight,
     each,
 )
+from suture.merges.thinning import L1, l1_factors, rescaled, voted
+from suture.merges.votes import (
+    AGGREGATE,
+    ELECT,
+    Aggregate,
+    Elect,
+    Rounding,
+    Votes,
+    ZeroSign,
+)
 from suture.select import Count, Selection, exact_count, select
 from suture.stream import Block, Combine, Visitor, sweep, tasks_of
 
-Elect = Annotated[
-    Literal["mass", "count"], Choice("the sign of the sum of the entries, or of the sum of signs")
-]
-Aggregate = Annotated[
-    Literal["mean", "sum", "weighted_mean", "max"], Choice("what becomes of the agreeing entries")
-]
-ZeroSign = Annotated[
-    Literal["zero", "majority", "positive"],
-    Choice("the sign elected where the vote is 0: none, that of most entries, or plus"),
-]
-Rounding = Annotated[
-    Literal["round", "floor"],
-    Choice("how density * n becomes a count: nearest, or down but at least one"),
-]
-
-ELECT = {"mass": kernels.MASS, "count": kernels.COUNT}
-AGGREGATE = {
-    "mean": kernels.MEAN,
-    "sum": kernels.SUM,
-    "weighted_mean": kernels.WEIGHTED_MEAN,
-    "max": kernels.MAX,
-}
+ABOVE = 0x80000000
+"""A key above that of every magnitude."""
 
 
 def _floor(density: float, n: int) -> int:
@@ -73,7 +65,15 @@ def selection_facts(selection: Selection) -> dict[str, Any]:
 @dataclass(frozen=True)
 class _Trimmed:
     selection: Selection
+    factors: Mapping[str, Array]
     zero: int
+
+    def trim(self, block: Block) -> None:
+        """Zero what is not kept, and rescale the rest where that is asked for."""
+        above = np.full(block.models, ABOVE, np.uint32)
+        for start, stop, keys in self.selection.segments(block):
+            kernels.keep_between(block.rows, keys, above, start, stop)
+        rescaled(block, self.factors)
 
 
 def ties(
@@ -86,6 +86,8 @@ def ties(
     aggregate: Aggregate = "mean",
     zero_sign: ZeroSign = "zero",
     rounding: Rounding = "round",
+    votes: Votes = "weighted",
+    rescale: L1 = "none",
 ) -> Merge[_Trimmed]:
     r"""Trim each task vector, elect a sign per entry, merge the entries that agree with it.
 
@@ -98,12 +100,19 @@ def ties(
     def prepare(context: Context) -> _Trimmed:
         count = exact_count if rounding == "round" else _floor
         selection = selected(context, density, scope, count)
-        zero = {"zero": 0, "positive": 1}.get(zero_sign)
-        if zero is None:
-            zero = _majority(context, selection, weight, ELECT[elect])
-        return _Trimmed(selection, zero)
+        state = _Trimmed(selection, {}, int(zero_sign == "positive"))
+        if rescale == "l1":
+            state = replace(state, factors=l1_factors(context, state.trim))
+        if zero_sign == "majority":
+            counted = weight if votes == "weighted" else each(1.0)
+            state = replace(state, zero=_majority(context, state, counted, ELECT[elect]))
+        return state
 
     def combine(block: Block, state: _Trimmed) -> None:
+        if votes == "equal" or state.factors:
+            state.trim(block)
+            voted(weight, scale, elect, aggregate, state.zero, votes)(block)
+            return
         weights, options = weight.row(block), (ELECT[elect], AGGREGATE[aggregate], state.zero)
         for start, stop, keys in state.selection.segments(block):
             block.fuse(Combine(kernels.ELECTED, weights, keys, options=options,
@@ -114,12 +123,13 @@ def ties(
             {"majority_sign": state.zero} if zero_sign == "majority" else {}
         )
 
-    return Merge(combine, prepare, passes=2 if zero_sign == "majority" else 1, facts=facts)
+    passes = 1 + (zero_sign == "majority") + (rescale == "l1")
+    return Merge(combine, prepare, passes=passes, facts=facts)
 
 
 class _Balance(Visitor["list[int]"]):
-    def __init__(self, selection: Selection, weight: PerModel, elect: int) -> None:
-        self.selection, self.weight, self.elect = selection, weight, elect
+    def __init__(self, state: _Trimmed, weight: PerModel, elect: int) -> None:
+        self.state, self.weight, self.elect = state, weight, elect
         self.total = 0
 
     def local(self) -> list[int]:
@@ -127,7 +137,14 @@ class _Balance(Visitor["list[int]"]):
 
     def see(self, local: list[int], block: Block) -> None:
         weights = self.weight.row(block)
-        for start, stop, keys in self.selection.segments(block):
+        if self.state.factors:
+            self.state.trim(block)
+            everything = np.zeros(block.models, np.uint32)
+            local[0] += kernels.count_elected_signs(
+                block.rows, weights, everything, 0, block.count, self.elect
+            )
+            return
+        for start, stop, keys in self.state.selection.segments(block):
             local[0] += kernels.count_elected_signs(
                 block.rows, weights, keys, start, stop, self.elect
             )
@@ -136,8 +153,8 @@ class _Balance(Visitor["list[int]"]):
         self.total += local[0]
 
 
-def _majority(context: Context, selection: Selection, weight: PerModel, elect: int) -> int:
-    balance = _Balance(selection, weight, elect)
+def _majority(context: Context, state: _Trimmed, weight: PerModel, elect: int) -> int:
+    balance = _Balance(state, weight, elect)
     sweep(context.sources, tasks_of(context.names, context.sources.reference.specs), balance,
           threads=context.threads, block=context.block, progress=context.progress)  # fmt: skip
     return (balance.total > 0) - (balance.total < 0)
