@@ -16,11 +16,15 @@ from pathlib import Path
 import pytest
 import yaml
 
+from suture.merges import METHODS
+from suture.merges.presets import PRESETS
+
 ROOT = Path(__file__).resolve().parent.parent
 PAGES = sorted(ROOT.glob("*.md")) + sorted((ROOT / "docs").rglob("*.md"))
 
 FENCE = re.compile(r"^```(\w*)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
 LINK = re.compile(r"\]\(([^()\s]+)\)")
+TABLE = re.compile(r"(<!-- (methods|presets) -->\n)(.*?)(<!-- end -->)", re.DOTALL)
 HELP = re.compile(r"(<!-- help:(.*?)-->\n```text\n)(.*?)(```\n)", re.DOTALL)
 
 # No page may hold what is true of one machine or one person only.
@@ -136,8 +140,36 @@ def test_no_file_names_a_machine_or_a_person() -> None:
     assert found == []
 
 
+def generated(what: str) -> str:
+    """A table of the docs, made of the tables in the code."""
+    if what == "presets":
+        rows = [f"| `{p.name}` | `{p.method}` | {p.source} |" for p in PRESETS.values()]
+        return "\n".join(["| preset | method | source |", "|---|---|---|", *rows]) + "\n"
+    rows = []
+    for name, m in METHODS.items():
+        base = "yes" if m.needs_base else "if given" if m.optional_base else "no"
+        number = f"{m.least}" if m.most == m.least else f"{m.least} or more"
+        kind = "whole" if m.tensorwise else str(m.make().passes + 1)
+        rows.append(f"| `{name}` | {m.title} | {number} | {base} | {kind} | {m.paper} |")
+    head = "| method | | models | base | passes | source |"
+    return "\n".join([head, "|---|---|---|---|---|---|", *rows]) + "\n"
+
+
+@pytest.mark.parametrize("what", ["methods", "presets"])
+def test_tables_of_methods_are_current(what: str) -> None:
+    """Every method and preset stands in the docs, as the code has it."""
+    found = TABLE.findall((ROOT / "docs/methods.md").read_text(encoding="utf-8"))
+
+    assert dict((name, body) for _, name, body, _ in found)[what] == generated(what), (
+        "docs/methods.md is out of date: run python tests/test_docs.py"
+    )
+
+
 def write_help() -> None:
-    """Put the current help texts into the pages that quote them."""
+    """Put the current help texts and tables into the pages that quote them."""
+    page = ROOT / "docs/methods.md"
+    text = page.read_text(encoding="utf-8")
+    page.write_text(TABLE.sub(lambda m: m[1] + generated(m[2]) + m[4], text), encoding="utf-8")
     for page in {page for page, _, _ in quoted_help()}:
         text = page.read_text(encoding="utf-8")
         new = HELP.sub(lambda m: m[1] + printed_help(m[2].strip()) + m[4], text)

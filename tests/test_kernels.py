@@ -801,7 +801,7 @@ def test_ranks_are_those_of_a_stable_sort(width: int) -> None:
         row = np.concatenate([np.ones(5, np.float32), values])
         ranks = np.full(row.size, 9, np.uint32)
 
-        kernels.rank_rows(row, 5, number, width, ranks, np.zeros(3 * width + 6144, np.uint32))
+        kernels.rank_rows(row, 5, number, width, ranks, np.zeros(3 * width + 2048, np.uint32))
 
         for r in range(number):
             keys = bits_of(row)[5 + r * width : 5 + (r + 1) * width] & 0x7FFFFFFF
