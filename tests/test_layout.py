@@ -18,7 +18,8 @@ import toy
 ROOT = Path(suture.__file__).parent
 
 ORDER = [
-    "errors", "spec", "roles", "loops", "machine", "kernels", "checkpoint", "views", "writer",
+    "errors", "spec", "roles", "loops", "machine", "kernels", "checkpoint", "views", "adapters",
+    "ggufs", "opening", "writer",
     "stream", "vector", "profile", "select", "mask", "merges", "engine", "recipe", "card", "models", "data",
     "tune", "evals", "report", "run", "demo_tasks", "demo", "cli", "__main__",
 ]  # fmt: skip
@@ -31,6 +32,8 @@ PLACES = {
     "tokenizers": {"models"},
     "typer": {"cli"},
     "rich": {"cli"},
+    "gguf": {"ggufs"},
+    "peft": set(),
     "mergekit": set(),
     "pickle": set(),
 }

@@ -16,8 +16,9 @@ from pathlib import Path
 from typing import Any
 
 import suture
+from suture.adapters import Adapted
 from suture.card import carried_files, config_text, model_card
-from suture.checkpoint import Checkpoint, is_from_hub, open_checkpoint, refuse_uncomputable
+from suture.checkpoint import Checkpoint, is_from_hub, refuse_uncomputable
 from suture.engine import (
     Job,
     Outcome,
@@ -38,6 +39,7 @@ from suture.errors import (
     SutureError,
 )
 from suture.merges import method
+from suture.opening import open_model
 from suture.recipe import SCHEMA, ModelEntry, Policy, Recipe, parse_recipe, read_recipe
 from suture.roles import ParamSpace, check_selectors
 from suture.spec import DTYPES, PIECE, WORD_OF, Piece, dtype_named, listed, readable
@@ -114,15 +116,6 @@ class Merged:
 
     recipe: Recipe
     inputs: Mapping[str, Checkpoint] = field(repr=False)
-
-
-def open_model(model: str | os.PathLike[str]) -> Checkpoint:
-    """Open a safetensors file, a (sharded) folder or a hub id; headers only.
-
-    Raises:
-        CheckpointError: there is nothing there, or it is not a readable checkpoint.
-    """
-    return open_checkpoint(model)
 
 
 def merged(
@@ -290,7 +283,7 @@ def _opened(recipe: Recipe, problems: Problems) -> dict[str, Checkpoint]:
     found = {}
     for label, path in paths.items():
         with problems.collecting():
-            checkpoint = open_checkpoint(path, recipe.folder)
+            checkpoint = open_model(path, recipe.folder, found.get("base"))
             found[label] = checkpoint
             refuse_uncomputable(checkpoint)
     return found
