@@ -21,7 +21,7 @@ ORDER = [
     "errors", "spec", "roles", "loops", "machine", "kernels", "checkpoint", "views", "adapters",
     "ggufs", "opening", "writer",
     "stream", "vector", "profile", "select", "mask", "merges", "engine", "recipe", "card", "models", "data",
-    "tune", "evals", "report", "run", "demo_tasks", "demo", "cli", "__main__",
+    "tune", "evals", "report", "run", "lowrank", "demo_tasks", "demo", "cli", "__main__",
 ]  # fmt: skip
 """The way of a tensor, top to bottom."""
 
@@ -38,7 +38,7 @@ PLACES = {
     "pickle": set(),
 }
 """Where a tool may be imported; others import it nowhere."""
-TORCH = {"checkpoint", "models", "data", "tune", "evals", "demo"}
+TORCH = {"checkpoint", "models", "data", "tune", "evals", "demo", "lowrank"}
 """Where torch may be imported, and in ``checkpoint`` only when a torch tensor is asked for."""
 
 

@@ -230,17 +230,8 @@ def _check_config(config: Mapping[str, Any], label: str, problems: Problems) -> 
     def refuse(text: str) -> None:
         problems.add(CheckpointError, where + text)
 
-    kind = config.get("peft_type")
-    if kind != "LORA":
-        name = _PEFT_TYPES.get(str(kind))
-        if name:
-            refuse(f"{name} adapters are not read, only LoRA and DoRA; {_MERGE_FIRST}")
-        elif kind in _PROMPTS:
-            refuse(f"{kind} learns a prompt and changes no weight, so it cannot be merged")
-        elif kind is None:
-            refuse("no peft_type, so it is not known what the factors mean")
-        else:
-            refuse(f"the peft_type {brief(kind)} is not known, only LORA is read; {_MERGE_FIRST}")
+    if config.get("peft_type") != "LORA":
+        refuse(_other_kind(config.get("peft_type")))
         return
     if "r" not in config or type(config["r"]) is not int or config["r"] < 1:
         refuse(f"r, the rank, is a whole number from 1, not {brief(config.get('r'))}")
@@ -260,6 +251,18 @@ def _check_config(config: Mapping[str, Any], label: str, problems: Problems) -> 
         )
     if config.get("bias", "none") not in ("none", "all", "lora_only"):
         refuse(f"bias: none, all or lora_only, not {brief(config['bias'])}")
+
+
+def _other_kind(kind: object) -> str:
+    """Why an adapter that is not LoRA is refused."""
+    if kind is None:
+        return "no peft_type, so it is not known what the factors mean"
+    if kind in _PROMPTS:
+        return f"{kind} learns a prompt and changes no weight, so it cannot be merged"
+    name = _PEFT_TYPES.get(str(kind))
+    if name is None:
+        return f"the peft_type {brief(kind)} is not known, only LORA is read; {_MERGE_FIRST}"
+    return f"{name} adapters are not read, only LoRA and DoRA; {_MERGE_FIRST}"
 
 
 def _check_patterns(config: Mapping[str, Any], refuse: Any) -> None:
@@ -312,28 +315,7 @@ def _fitting(patterns: object, module: str, default: Any) -> Any:
 
 def _sort(adapter: Adapter, problems: Problems) -> None:
     """Tell what each tensor of the file is for, and check that the parts fit each other."""
-    unknown = []
-    for key in adapter.weights.specs:
-        name = key.removeprefix("base_model.model.")
-        found = _FACTOR.fullmatch(name)
-        if found:
-            module = adapter.modules.setdefault(found[1], _Module(found[1]))
-            if found[3] == "weight":
-                setattr(module, found[2].lower(), key)
-            elif found[2] == "B":
-                module.bias = key
-            else:
-                unknown.append(key)
-        elif found := _EMBEDDING.fullmatch(name):
-            module = adapter.modules.setdefault(found[1], _Module(found[1]))
-            module.embedding = True
-            setattr(module, found[2].lower(), key)
-        elif found := _MAGNITUDE.fullmatch(name):
-            adapter.modules.setdefault(found[1], _Module(found[1])).magnitude = key
-        elif "lora_" in name or not name.rpartition(".")[2]:
-            unknown.append(key)
-        elif ".original_module." not in name:
-            adapter.whole[_WRAPPER.sub("", name)] = key
+    unknown = [key for key in adapter.weights.specs if not _took(adapter, key)]
     where = f"{adapter.weights.files[0]}: "
     if unknown:
         problems.add(CheckpointError, f"{where}{listed(unknown)} belong to no LoRA that is known")
@@ -348,6 +330,27 @@ def _sort(adapter: Adapter, problems: Problems) -> None:
     for module in adapter.modules.values():
         _check_module(adapter, module, where, problems)
     _check_targets(adapter, where, problems)
+
+
+def _took(adapter: Adapter, key: str) -> bool:
+    """Enter one tensor of the file where it belongs; ``False`` where that is not known."""
+    name = key.removeprefix("base_model.model.")
+    if found := _FACTOR.fullmatch(name):
+        part = found[2].lower() if found[3] == "weight" else "bias"
+        if found[2] == "A" and part == "bias":
+            return False
+        setattr(adapter.modules.setdefault(found[1], _Module(found[1])), part, key)
+    elif found := _EMBEDDING.fullmatch(name):
+        module = adapter.modules.setdefault(found[1], _Module(found[1]))
+        module.embedding = True
+        setattr(module, found[2].lower(), key)
+    elif found := _MAGNITUDE.fullmatch(name):
+        adapter.modules.setdefault(found[1], _Module(found[1])).magnitude = key
+    elif "lora_" in name:
+        return False
+    elif ".original_module." not in name:
+        adapter.whole[_WRAPPER.sub("", name)] = key
+    return True
 
 
 def _check_module(adapter: Adapter, module: _Module, where: str, problems: Problems) -> None:
@@ -379,7 +382,11 @@ def _check_module(adapter: Adapter, module: _Module, where: str, problems: Probl
 
 def _check_targets(adapter: Adapter, where: str, problems: Problems) -> None:
     """Refuse factors for modules that the configuration does not name: PEFT would drop them."""
-    outside = sorted(m for m in adapter.modules if not _targeted(adapter.config, m))
+    outside = sorted(
+        m for m in adapter.modules
+        if not _targeted(adapter.config, m)
+        and not (adapter.tying and role_of(f"{m}.weight").kind in ("embedding", "head"))
+    )  # fmt: skip
     if outside:
         problems.add(
             CheckpointError,

@@ -139,9 +139,7 @@ class _Cursor:
 
     def take(self, size: int) -> bytes:
         if size > len(self.data) - self.at:
-            raise CheckpointError(
-                f"{self.path}: cut short inside its header; fetch the file again"
-            )
+            raise CheckpointError(f"{self.path}: cut short inside its header; fetch the file again")
         self.at += size
         return self.data[self.at - size : self.at]
 
@@ -371,14 +369,7 @@ def _config(
 ) -> dict[str, Any]:
     """What ``config.json`` would say, as far as the file tells."""
     arch = str(facts["general.architecture"])
-    problems = Problems()
-    for key in _NEEDED:
-        value = facts.get(f"{arch}.{key}")
-        if type(value) not in (int, float) or value <= 0:
-            problems.add(
-                CheckpointError, f"{label}: {arch}.{key} is {brief(value)}; {_REMEDY}"
-            )
-    problems.raise_if_any()
+    _check_needed(facts, arch, label)
     found: dict[str, Any] = {"architectures": [family.architecture]}
     found["model_type"] = family.model_type
     for key, word in _CONFIG.items():
@@ -408,6 +399,15 @@ def _config(
     return found
 
 
+def _check_needed(facts: Mapping[str, Any], arch: str, label: str) -> None:
+    problems = Problems()
+    for key in _NEEDED:
+        value: Any = facts.get(f"{arch}.{key}")
+        if type(value) not in (int, float) or not value > 0:
+            problems.add(CheckpointError, f"{label}: {arch}.{key} is {brief(value)}; {_REMEDY}")
+    problems.raise_if_any()
+
+
 def _scalar(config: Mapping[str, Any]) -> int:
     """What queries of Gemma 2 and 3 are scaled with; the file does not say it.
 
@@ -434,9 +434,7 @@ def _scaling(facts: Mapping[str, Any], arch: str, label: str) -> dict[str, Any] 
     return found
 
 
-def _llama3(
-    model: Gguf, tensor: _Tensor, config: Mapping[str, Any], label: str
-) -> dict[str, Any]:
+def _llama3(model: Gguf, tensor: _Tensor, config: Mapping[str, Any], label: str) -> dict[str, Any]:
     """The rope scaling of Llama 3.1 and later, of which the file holds only its effect."""
     size = tensor.shape[0] if tensor.kind == 0 and len(tensor.shape) == 1 else 0
     there = np.zeros(size, np.float32)

@@ -326,8 +326,16 @@ def _models(raw: object, problems: Problems) -> dict[str, ModelEntry]:
             continue
         if str(name) in found or str(name) in _TAKEN or not str(name).isprintable():
             problems.add(RecipeError, f"models: {name!r} cannot be the name of a model")
-        own = {str(k): v for k, v in entry.items() if k != "path"}
-        found[str(name)] = ModelEntry(entry["path"], own)
+        own = {str(k): v for k, v in entry.items() if k not in ("path", "adapter")}
+        adapters = entry.get("adapter", [])
+        adapters = [adapters] if isinstance(adapters, str) else adapters
+        if not isinstance(adapters, list) or not all(a and isinstance(a, str) for a in adapters):
+            problems.add(
+                RecipeError, f"models.{name}.adapter: a path, or a list of them, not "
+                f"{brief(entry['adapter'])}"
+            )  # fmt: skip
+            adapters = []
+        found[str(name)] = ModelEntry("+".join([entry["path"], *adapters]), own)
     return found
 
 
@@ -450,15 +458,19 @@ class _Mergekit:
 
     def _path(self, value: object, where: str) -> str:
         if isinstance(value, Mapping):  # mergekit's long form: {model: {path: ..., revision: ...}}
-            inner = value.get("model", value)
-            if isinstance(inner, Mapping) and isinstance(inner.get("path"), str):
-                revision = inner.get("revision")
-                return f"{inner['path']}@{revision}" if revision else str(inner["path"])
+            parts = [value.get("model", value), *([value["lora"]] if value.get("lora") else [])]
+            found = []
+            for part in parts:
+                if isinstance(part, Mapping) and isinstance(part.get("path"), str):
+                    revision = part.get("revision")
+                    found.append(f"{part['path']}@{revision}" if revision else str(part["path"]))
+                elif isinstance(part, str):
+                    found.append(part)
+            if len(found) == len(parts):
+                return "+".join(found)
         if not isinstance(value, str):
             self.refuse(f"{where}: a path or hub id, not {brief(value)}")
             return ""
-        if "+" in value and not Path(value).exists():
-            self.refuse(f"{where}: {value!r}: base+lora models are not supported yet")
         return value
 
     def _entries(self) -> list[tuple[str, dict[str, Any]]]:

@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import suture
-from suture.adapters import Adapted
+from suture.adapters import Adapted, Adapter
 from suture.card import carried_files, config_text, model_card
 from suture.checkpoint import Checkpoint, is_from_hub, refuse_uncomputable
 from suture.engine import (
@@ -25,6 +25,7 @@ from suture.engine import (
     Stage,
     apply,
     bytes_read,
+    checkpoint_fingerprint,
     output_specs,
     peak_memory,
     tensor_fingerprints,
@@ -270,6 +271,8 @@ def make_plan(
     with problems.collecting():
         carried_files(list(inputs.values()))
     problems.raise_if_any()
+    told = [n for c in inputs.values() if isinstance(c, Adapted) for n in c.notes]
+    recipe = replace(recipe, notes=(*recipe.notes, *told))
     job = _job(recipe, inputs, options)
     if out is not None:
         _check_room(out, job, options, problems)
@@ -280,7 +283,7 @@ def make_plan(
 def _opened(recipe: Recipe, problems: Problems) -> dict[str, Checkpoint]:
     paths = {} if recipe.base is None else {"base": recipe.base}
     paths |= {name: entry.path for name, entry in recipe.models.items()}
-    found = {}
+    found: dict[str, Checkpoint] = {}
     for label, path in paths.items():
         with problems.collecting():
             checkpoint = open_model(path, recipe.folder, found.get("base"))
@@ -401,16 +404,30 @@ def _check_room(out: Path, job: Job, options: Options, problems: Problems) -> No
 
 
 def check_contents(plan: Plan) -> None:
-    """Check what only some bytes can tell, before the merge begins: buffers, and tied tensors.
+    """Check what only some bytes can tell, before the merge begins: factors, buffers, ties.
 
     Raises:
+        NonFiniteError: the factors of an adapter hold NaN or infinity.
         MismatchError: the models' integer tensors differ, or a config ties two that differ.
     """
     problems = Problems()
+    _check_factors(plan, problems)
     _check_buffers(plan, problems)
     with problems.collecting():
         check_ties(plan.inputs)
     problems.raise_if_any()
+
+
+def _check_factors(plan: Plan, problems: Problems) -> None:
+    """Note NaN and infinity in the factors of adapters, whose products would hide where from."""
+    if plan.options.allow_nonfinite:
+        return
+    found = {
+        a.folder: a for c in plan.inputs.values() if isinstance(c, Adapted) for a in c.adapters
+    }
+    for adapter in found.values():
+        with problems.collecting():
+            adapter.check_finite()
 
 
 def check_ties(inputs: Mapping[str, Checkpoint]) -> None:
@@ -551,7 +568,7 @@ def provenance(plan: Plan, outcome: Outcome, out: Path) -> dict[str, Any]:
         "recipe": recipe,
         "inputs": {
             label: {"path": paths[label], "fingerprint": outcome.fingerprints[label],
-                    "tensors": len(c), "bytes": c.nbytes}
+                    "tensors": len(c), "bytes": c.nbytes, **_made_of(c, out)}
             for label, c in plan.inputs.items()
         },
         "output": {
@@ -573,9 +590,29 @@ def provenance(plan: Plan, outcome: Outcome, out: Path) -> dict[str, Any]:
 
 def _portable(checkpoint: Checkpoint, out: Path) -> str:
     """A hub id as it is; a path relative to the output, so that both can move together."""
+    if isinstance(checkpoint, Adapted):
+        return f"{_portable(checkpoint.base, out)}+{_place(checkpoint.adapter, out)}"
     if is_from_hub(checkpoint):
         return checkpoint.label
     return os.path.relpath(checkpoint.path, out)
+
+
+def _place(adapter: Adapter, out: Path) -> str:
+    if adapter.folder.parent.name == "snapshots":
+        return adapter.label
+    return os.path.relpath(adapter.folder, out)
+
+
+def _made_of(checkpoint: Checkpoint, out: Path) -> dict[str, Any]:
+    """The base and the adapters of a model that is put together, with the adapters' digests."""
+    if not isinstance(checkpoint, Adapted):
+        return {}
+    whole: Checkpoint = checkpoint
+    while isinstance(whole, Adapted):
+        whole = whole.base
+    adapters = [{"path": _place(a, out), "fingerprint": checkpoint_fingerprint(a.weights)}
+                for a in checkpoint.adapters]  # fmt: skip
+    return {"made_of": {"base": _portable(whole, out), "adapters": adapters}}
 
 
 def describe(plan: Plan) -> dict[str, Any]:
