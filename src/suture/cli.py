@@ -147,8 +147,8 @@ def inspect(
 ) -> None:
     """Show what a model holds: tensors, dtypes, roles, size, integrity."""
     with _errors(as_json), Bars(as_json) as bars:
-        from suture.profile import inspect_model
         from suture.opening import open_model
+        from suture.profile import inspect_model
 
         checkpoint = open_model(model)
         progress = bars.stage("check", checkpoint.nbytes) if check else None

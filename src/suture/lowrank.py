@@ -17,18 +17,22 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
-from torch import Tensor
 
 import suture
-from suture.adapters import _CONV1D, CONFIG, WEIGHTS, Adapted, LowRank, Product
+from suture.adapters import _CONV1D, CONFIG, WEIGHTS, Adapted, LowRank, Product, _ties
 from suture.checkpoint import Checkpoint, is_from_hub
 from suture.engine import checkpoint_fingerprint
-from suture.errors import OutputError, Problems, RecipeError
-from suture.roles import EVERYTHING, role_of
+from suture.errors import MissingExtraError, OutputError, Problems, RecipeError
+from suture.roles import EVERYTHING, role_of, tied_to
 from suture.spec import DTYPES, dtype_named
 from suture.vector import align
 from suture.views import Same
+
+try:
+    import torch
+    from torch import Tensor
+except ImportError as error:
+    raise MissingExtraError("extracting an adapter", "models") from error
 
 SMALL = 2048
 """Up to this length of its shorter side the spectrum of a dense delta is computed in full."""
@@ -95,7 +99,7 @@ class _How:
     dtype: torch.dtype
 
 
-def extract_lora(
+def extract_lora(  # noqa: PLR0913  one keyword for each option of the command
     base: Checkpoint,
     models: Checkpoint | Sequence[Checkpoint],
     out: str | os.PathLike[str],
@@ -234,8 +238,7 @@ def _kind(name: str, base: Checkpoint) -> str | None:
         return None
     role = role_of(name).kind
     if role in ("embedding", "position"):
-        return None if base.config.get("tie_word_embeddings") and role == "embedding" \
-            else "embedding"  # fmt: skip
+        return None if role == "embedding" and _ties(base.config) else "embedding"
     if role in ("norm", "scale"):
         return None
     flips = base.config.get("model_type") in (
@@ -248,7 +251,7 @@ def _kind(name: str, base: Checkpoint) -> str | None:
 
 
 def _terms(model: Checkpoint, base: Checkpoint, name: str) -> list[Product] | None:
-    """The products that a model adds to the base's tensor; ``None`` where it is changed otherwise."""
+    """What a model adds to the base's tensor, as products; ``None`` where that is not known."""
     if model is base:
         return []
     lens = model.lenses.get(name) if isinstance(model, Adapted) else None
@@ -383,13 +386,15 @@ def _whole(
     if module in pending.modules:
         return
     pending.modules.append(module)
-    pending.tying = pending.tying or name in base.aliases.values() or (
-        bool(base.config.get("tie_word_embeddings")) and role_of(name).kind == "embedding"
-    )  # fmt: skip
     for other in base:
         if other.rpartition(".")[0] == module:
             key = f"base_model.model.{other}"
             pending.tensors[key] = _result(other, base, models, factors)
+    for copy, original in tied_to({*base.specs, *base.aliases, "lm_head.weight"}).items():
+        if original == name and _ties(base.config):  # PEFT reads a tied tensor under both names
+            pending.tying = True
+            same = pending.tensors[f"base_model.model.{name}"].clone()
+            pending.tensors[f"base_model.model.{copy}"] = same
 
 
 def _result(
