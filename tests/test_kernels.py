@@ -466,6 +466,42 @@ def test_a_bracket_gathers_its_keys_in_order(low: int, width: int) -> None:
     assert found.tolist() == [expected.size, (keys >= low + width).sum()]
 
 
+@pytest.mark.parametrize("count", [1, 1023, 1024, 5000])
+def test_brackets_are_gathered_from_bytes(count: int) -> None:
+    """Strip by strip from the files' bytes, the same as row by row from the deltas."""
+    base, tuned = sample_rows(1, count + 3, 17)[0], sample_rows(2, count + 3, 18)
+    buffers = np.stack([base, *tuned]).view(np.uint8).reshape(3, -1)
+    codes, wild = np.full(3, F32, np.int64), np.zeros(3, np.int64)
+    lows, widths = np.array([0x3E000000, 0], np.int64), np.array([0x1000000, 1 << 31], np.int64)
+    inside, found = np.zeros((2, count + 1), np.uint32), np.zeros((3, 2), np.int64)
+    strip = np.zeros((2, kernels.TILE), np.float32), np.zeros(kernels.TILE, np.float32)
+
+    kernels.gather_brackets(
+        *strip, buffers, codes, 3, count, 1, 1, lows, widths, inside, found, wild
+    )
+
+    for model in (0, 1):
+        keys = keys_of(tuned[model, 3:] - base[3:]).astype(np.int64)
+        low, high = lows[model], lows[model] + widths[model]
+        expected = keys[(keys >= low) & (keys < high)] - low
+        assert np.array_equal(inside[model, : found[model, 0]], expected)
+        assert found[model].tolist() == [expected.size, (keys >= high).sum()]
+
+
+@given(st.lists(st.integers(0, 2**32 - 1) | st.sampled_from([0, 5, 2**31, 2**32 - 1]), min_size=1),
+       st.data())  # fmt: skip
+def test_ranks_are_those_of_a_sort(values: list[int], data: st.DataObject) -> None:
+    """The wanted-th highest key, how many are higher and how many equal it."""
+    keys = np.array(values, np.uint32)
+    wanted = data.draw(st.integers(1, keys.size))
+    found = np.zeros(3, np.int64)
+
+    kernels.find_rank(keys, keys.size, wanted, np.zeros(2048, np.int64), found)
+
+    key = sorted(values, reverse=True)[wanted - 1]
+    assert found.tolist() == [key, sum(v > key for v in values), values.count(key)]
+
+
 def test_places_and_ties_are_counted() -> None:
     """A histogram of the gathered keys, and how many equal each guess; both are added to."""
     inside = np.array([3, 1, 3, 3, 0, 7, 7], np.uint32)
@@ -614,10 +650,11 @@ KNOWN = [
 def test_philox_gives_the_published_answers(
     counter: tuple[int, int, int, int], key: tuple[int, int], answer: tuple[int, ...]
 ) -> None:
-    """The kernel and the plain twin agree with the known-answer vectors of Random123."""
-    found = loops._philox(*(np.uint32(x) for x in (*counter, *key)))
+    """Every lane of the kernel and the plain twin give the known answers of Random123."""
+    lanes = [np.full(loops.LANES, word, np.uint32) for word in counter]
+    loops._philox(*lanes, *(np.uint32(x) for x in key))
 
-    assert tuple(int(x) for x in found) == answer
+    assert [set(lane.tolist()) for lane in lanes] == [{word} for word in answer]
     assert philox.philox(counter, key) == answer
 
 
@@ -672,3 +709,66 @@ def test_dropping_keeps_words_below_the_limit(density: float) -> None:
     expected = np.where(words.astype(np.uint64) < limit, np.float32(1.7) * before, np.float32(0))
     assert np.array_equal(row[:990], expected[:990])
     assert np.array_equal(row[990:], before[990:])
+
+
+# ------------------------------------------------------------------------ fused
+
+
+KINDS = {"sum": kernels.WEIGHTED_SUM, "elect": kernels.ELECTED, "masked": kernels.MASKED_MEAN,
+         "consensus": kernels.CONSENSUS}  # fmt: skip
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("dtype", ["bf16", "f16", "f32", "float", "weights"])
+@pytest.mark.parametrize("dropping", [False, True])
+def test_fused_kernels_give_the_bytes_of_the_single_ones(
+    kind: str, dtype: str, dropping: bool
+) -> None:
+    """Loading, dropping, combining, scaling and finishing in strips changes no byte or count."""
+    count, first, position = 2 * kernels.TILE + 77, 5, 4096
+    stored = "bf16" if dtype in ("weights", "float") else dtype
+    values = 0.2 * sample_rows(4, count + first, 31)
+    buffers = np.stack([raw_of(torch.from_numpy(v).to(TORCH[stored])) for v in values])
+    codes, deltas = np.full(4, CODES[stored], np.int64), int(dtype != "weights")
+    weights = np.array([0.5, -1.5, 0.3], np.float32)
+    keys = np.array([0, 0x3E000000, 0x3D000000], np.uint32)
+    bounds, options = np.array([0.4, 0.0, 2.0], np.float32), (1, 2, 1)
+    streams = np.array([1, 2**63, 3] if dropping else [], np.uint64)
+    limits = np.array([1 << 31, 1 << 32, 1 << 29] if dropping else [], np.int64)
+    factors = np.array([2.0, 1.0, 8.0] if dropping else [], np.float32)
+    code = kernels.AS_FLOAT if dtype == "float" else CODES[stored]
+    raw = np.zeros(count * (4 if dtype in ("float", "f32") else 2), np.uint8)
+    counts, wild = np.zeros(3, np.int64), np.zeros(4, np.int64)
+    strip = np.zeros((3, kernels.TILE), np.float32), *np.zeros((2, kernels.TILE), np.float32)
+
+    kernels.fused(
+        *strip, buffers, codes, first, count, deltas, 1, streams, position, limits, factors,
+        KINDS[kind], weights, keys, bounds, *options, 0.7, code, 1, raw, counts, wild,
+    )  # fmt: skip
+
+    rows, base = np.zeros((3, count), np.float32), np.zeros(count, np.float32)
+    kernels.load_rows(buffers, codes, first, count, deltas, 1, base, rows, wild)
+    words, out = np.zeros(count, np.uint32), np.zeros(count, np.float32)
+    for model in range(streams.size):
+        if limits[model] < 1 << 32:
+            kernels.random_words(int(streams[model]), position, count, words)
+            kernels.drop(rows[model], words, int(limits[model]), float(factors[model]), count)
+    if kind == "sum":
+        kernels.weighted_sum(rows, weights, 0, count, out)
+    elif kind == "elect":
+        kernels.elect_and_merge(rows, weights, keys, 0, count, out, *options)
+    elif kind == "masked":
+        kernels.masked_mean(rows, weights, keys, 0, count, out)
+    else:
+        kernels.consensus(rows, weights, bounds, options[0], 0, count, out)
+    out *= np.float32(0.7)
+    expected, expected_counts = np.zeros_like(raw), np.zeros(3, np.int64)
+    if dtype == "float":
+        expected = out.view(np.uint8)
+    elif deltas:
+        kernels.finish(base, out, code, 1, count, expected, expected_counts)
+    else:
+        expected_counts[2] = kernels.narrow(out, code, count, expected)
+    assert np.array_equal(raw, expected)
+    assert counts.tolist() == expected_counts.tolist()
+    assert not wild.any()

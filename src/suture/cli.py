@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import json
 import signal
 import sys
@@ -415,4 +416,7 @@ def demo(
 
 def main() -> None:
     """Run the command line."""
+    # Headers of many tensors are many small values that live to the end: looking through all of
+    # them for cycles, again and again, would take a quarter of the time.
+    gc.set_threshold(200_000, 50, 50)
     app(prog_name="suture")

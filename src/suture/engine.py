@@ -29,6 +29,7 @@ from suture.stream import (
     Hashers,
     Progress,
     Sources,
+    Target,
     Visitor,
     fingerprint,
     span_of,
@@ -165,12 +166,10 @@ class _Merging(Visitor[_Local]):
         width = DTYPES[self.job.specs[block.name].dtype].itemsize
         first = (block.start - block.span_start) * width
         out = local.raw[first : first + block.count * width]
-        how = self.job.sources.how_of(block.name)
-        if how == RAW:
+        if self.job.sources.how_of(block.name) == RAW:
             self._copied(block, out)
-        else:
-            self.job.merge.combine(block, self.state)
-            self._finished(block, how, out, local.counts)
+        elif block.count:
+            self._merged(block, out, local.counts)
         if block.ends_span:
             whole = local.raw[: (block.span_stop - block.span_start) * width]
             local.hashers.update([*block.span, whole])
@@ -188,20 +187,22 @@ class _Merging(Visitor[_Local]):
         wild = kernels.narrow(block.out, DTYPES[new.dtype].code, block.count, out)
         self._check(wild, block, new)
 
-    def _finished(self, block: Block, how: str, out: Array, counts: Array) -> None:
-        new = self.job.specs[block.name]
-        code = DTYPES[new.dtype].code
-        if how == WEIGHT:
-            wild = kernels.narrow(block.out, code, block.count, out)
-        else:
-            before = int(counts[2])
-            if code == F64 and self.job.sources.spec(block.name).dtype == "F64":
-                kernels.finish_double(_bytes(block.raw(0)), block.out, block.count, out, counts)
-            else:
-                same = int(self.job.sources.spec(block.name).dtype == new.dtype)
-                kernels.finish(block.base, block.out, code, same, block.count, out, counts)
-            wild = int(counts[2]) - before
-        self._check(wild, block, new)
+    def _merged(self, block: Block, out: Array, counts: Array) -> None:
+        old, new = self.job.sources.spec(block.name), self.job.specs[block.name]
+        code, kept = DTYPES[new.dtype].code, int(old.dtype == new.dtype)
+        before = int(counts[2])
+        target = Target(out, code, kept, counts)
+        doubles = code == F64 and kept and self.job.sources.how == DELTA
+        if not doubles:  # those are added in float64, which no kernel of `fuse` does
+            block.target = target
+        self.job.merge.combine(block, self.state)
+        if doubles:
+            kernels.finish_double(_bytes(block.raw(0)), block.out, block.count, out, counts)
+        elif self.job.sources.how == WEIGHT and not target.filled:
+            counts[2] += kernels.narrow(block.out, code, block.count, out)
+        elif not target.filled:
+            kernels.finish(block.base, block.out, code, kept, block.count, out, counts)
+        self._check(int(counts[2]) - before, block, new)
 
     def _check(self, wild: int, block: Block, new: TensorSpec) -> None:
         if wild and not self.job.sources.allow_nonfinite:

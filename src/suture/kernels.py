@@ -17,17 +17,22 @@ MEAN, SUM, WEIGHTED_MEAN, MAX = range(4)
 """What becomes of the entries that agree with the elected sign."""
 MASS, COUNT = range(2)
 """What is counted to elect a sign."""
-_TILE = 1024
+WEIGHTED_SUM, ELECTED, MASKED_MEAN, CONSENSUS = range(4)
+"""How ``fused`` combines rows: as the kernels of these names do."""
+AS_FLOAT = -1
+"""In the place of a dtype's code: leave float32."""
+TILE = 1024
+"""Elements in a strip, and in each accumulator of scratch."""
 
 _R, _W, _K, _V, _B = "f4[:, ::1]", "f4[::1]", "u4[::1]", "f4[::1]", "u1[::1]"
 
 
 def _four(rows: int) -> int:
-    return 4 * _TILE
+    return 4 * TILE
 
 
 def _three_and_rows(rows: int) -> int:
-    return (3 + rows) * _TILE
+    return (3 + rows) * TILE
 
 
 widen = Kernel("widen", f"{_B}, i8, i8, {_V}")
@@ -40,6 +45,16 @@ finish_double = Kernel("finish_double", f"{_B}, {_V}, i8, {_B}, i8[::1]")
 weighted_sum = Kernel("weighted_sum", f"{_R}, {_W}, i8, i8, {_V}")
 count_coarse = Kernel("count_coarse", f"{_V}, i8, u4[:, ::1]")
 gather_bracket = Kernel("gather_bracket", f"{_V}, i8, i8, i8, {_K}, i8[::1]")
+gather_brackets = Kernel(
+    "gather_brackets",
+    f"{_R}, {_V}, u1[:, ::1], i8[::1], i8, i8, i8, i8, i8[::1], i8[::1], u4[:, ::1], i8[:, ::1], "
+    "i8[::1]",
+)
+find_rank = Kernel("find_rank", f"{_K}, i8, i8, i8[::1], i8[::1]")
+find_limits = Kernel(
+    "find_limits",
+    f"{_R}, i8, i8[::1], {_K}, i8[::1], i8[::1], i8[::1], i8[::1], i8[::1], {_K}",
+)
 count_places = Kernel("count_places", f"{_K}, i8, {_K}, {_K}, i8[::1]")
 pack_selected = Kernel("pack_selected", f"{_V}, i8, i8, i8, {_B}, i8")
 elect_and_merge = Kernel(
@@ -48,7 +63,7 @@ elect_and_merge = Kernel(
 count_elected_signs = Kernel("count_elected_signs", f"{_R}, {_W}, {_K}, i8, i8, i8, {_V}", _four)
 masked_mean = Kernel("masked_mean", f"{_R}, {_W}, {_K}, i8, i8, {_V}, {_V}", _four)
 consensus = Kernel("consensus", f"{_R}, {_W}, {_W}, i8, i8, i8, {_V}, {_V}", _four)
-random_words = Kernel("random_words", f"u8, i8, i8, {_K}")
+random_words = Kernel("random_words", f"u8, i8, i8, {_K}, {_V}", lambda _: TILE)
 drop = Kernel("drop", f"{_V}, {_K}, i8, f8, i8")
 magnitudes = Kernel("magnitudes", f"{_V}, {_K}, i8, i8, f8[:, ::1], {_V}", _four)
 gram = Kernel("gram", f"{_R}, i8, f8[:, :, ::1], {_V}", _four)
@@ -56,3 +71,9 @@ extremes = Kernel("extremes", f"{_V}, i8, f8[::1]")
 add_low_rank = Kernel("add_low_rank", f"{_V}, i8, i8, {_R}, {_R}, f8, {_V}", _four)
 add_squares = Kernel("add_squares", f"{_V}, i8, i8, i8, i8, f8[::1]")
 scale_lines = Kernel("scale_lines", f"{_V}, i8, i8, i8, i8, {_V}")
+fused = Kernel(
+    "fused",
+    f"{_R}, {_V}, {_V}, u1[:, ::1], i8[::1], i8, i8, i8, i8, u8[::1], i8, i8[::1], {_W}, i8, {_W}, "
+    f"{_K}, {_W}, i8, i8, i8, f8, i8, i8, {_B}, i8[::1], i8[::1], {_V}",
+    _three_and_rows,
+)

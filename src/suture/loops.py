@@ -39,6 +39,9 @@ TILE = 1024
 """Elements of the accumulators inside a kernel: all of them stay in the first-level cache."""
 MEAN, SUM, WEIGHTED_MEAN, MAX = range(4)
 MASS, COUNT = range(2)
+WEIGHTED_SUM, ELECTED, MASKED_MEAN, CONSENSUS = range(4)
+AS_FLOAT = -1
+ALL_WORDS = 1 << 32
 
 
 @intrinsic
@@ -406,6 +409,108 @@ def gather_bracket(
 
 
 @_kernel
+def gather_brackets(
+    rows: Array, base: Array, buffers: Array, codes: Array, first: int, count: int, deltas: int,
+    based: int, lows: Array, widths: Array, inside: Array, found: Array, wild: Array,
+) -> None:  # fmt: skip
+    """``load_rows`` and ``gather_bracket`` for every model, strip by strip.
+
+    Args:
+        rows: float32[models, TILE], the strip, like ``base`` (float32[TILE]).
+        buffers: as in ``load_rows``, with ``codes``, ``first``, ``count``, ``deltas``, ``based``
+            and ``wild``.
+        lows: int64[models], with ``widths`` the bracket of each model.
+        widths: int64[models].
+        inside: uint32[models, count + 1], filled with the keys in the brackets, less ``lows``.
+        found: int64[models + 1, 2], how many those are, and how many are higher; the last row is
+            scratch.
+    """
+    models = rows.shape[0]
+    part = found[models]
+    for model in range(models):
+        found[model, 0] = 0
+        found[model, 1] = 0
+    for start in range(0, count, TILE):
+        much = min(TILE, count - start)
+        load_rows(buffers, codes, first + start, much, deltas, based, base, rows, wild)
+        for model in range(models):
+            free = inside[model][found[model, 0] :]
+            gather_bracket(rows[model], much, lows[model], widths[model], free, part)
+            found[model, 0] += part[0]
+            found[model, 1] += part[1]
+
+
+@_kernel
+def find_rank(keys: Array, count: int, wanted: int, table: Array, found: Array) -> None:
+    """The ``wanted``-th highest of ``keys[:count]`` (uint32), by counting bits from the top.
+
+    ``table`` is int64[2048] of scratch; ``found`` (int64[3]) becomes the key, how many keys are
+    higher, and how many equal it.
+    """
+    prefix = np.uint32(0)
+    known = np.uint32(0)
+    over = np.int64(0)
+    for step in range(3):
+        shift = np.uint32(21 - 11 * step) if step < 2 else np.uint32(0)
+        bits = np.uint32(0x7FF) if step < 2 else np.uint32(0x3FF)
+        for j in range(table.size):
+            table[j] = 0
+        for i in range(count):
+            if (keys[i] & known) == prefix:
+                table[(keys[i] >> shift) & bits] += 1
+        place = np.int64(bits)
+        while over + table[place] < wanted:
+            over += table[place]
+            place -= 1
+        prefix |= np.uint32(place) << shift
+        known |= bits << shift
+        found[2] = table[place]
+    found[0] = np.int64(prefix)
+    found[1] = over
+
+
+@_kernel
+def find_limits(
+    rows: Array, count: int, wanted: Array, keys: Array, cuts: Array, kept: Array, tied: Array,
+    table: Array, found: Array, ordered: Array,
+) -> None:  # fmt: skip
+    """The threshold of each row's ``wanted`` largest magnitudes, where all of them are at hand.
+
+    Args:
+        rows: float32[models, block], of which ``count`` columns are looked at.
+        count: at least 1.
+        wanted: int64[models], at most ``count``.
+        keys: uint32[models], filled with the thresholds.
+        cuts: int64[models], filled with the position before which ties are kept.
+        kept: int64[models], filled with how many entries are kept: zeros never are.
+        tied: int64[models], filled with how many have exactly the threshold's magnitude.
+        table: int64[2048] of scratch, like ``found`` (int64[3]) and ``ordered`` (uint32[block]).
+    """
+    for model in range(rows.shape[0]):
+        row = rows[model]
+        if wanted[model] == 0:
+            keys[model] = np.uint32(0x7FFFFFFF)
+            continue
+        for i in range(count):
+            ordered[i] = _as_bits(row[i]) & np.uint32(0x7FFFFFFF)
+        find_rank(ordered, count, wanted[model], table, found)
+        key = np.uint32(found[0])
+        keys[model] = key
+        tied[model] = found[2]
+        if key == 0:
+            kept[model] = found[1]
+            continue
+        kept[model] = wanted[model]
+        need = wanted[model] - found[1]
+        place = np.int64(0)
+        while need > 0:
+            need -= np.int64(ordered[place] == key)
+            place += 1
+        # Where every tie is kept, there is nothing to cut.
+        cuts[model] = count if wanted[model] - found[1] >= found[2] else place
+
+
+@_kernel
 def count_places(inside: Array, count: int, table: Array, guesses: Array, ties: Array) -> None:
     """Count ``inside[:count]`` in ``table`` (uint32), and in ``ties`` what equals a guess."""
     for j in range(count):
@@ -570,42 +675,62 @@ def consensus(
             kept[j] = total[j] if votes[j] >= least else np.float32(0)
 
 
+LANES = 64
+"""Philox blocks that are computed side by side, so that the processor's vectors are full."""
+
+
 @_inline
 def _philox(c0, c1, c2, c3, k0, k1):
-    """Philox4x32-10 (Salmon et al. 2011): 128 counter bits and 64 key bits to 4 random words."""
+    """Philox4x32-10 (Salmon et al. 2011) of LANES counters: 128 bits of each become 4 words."""
     for _ in range(10):
-        a = np.uint64(c0) * np.uint64(0xD2511F53)
-        b = np.uint64(c2) * np.uint64(0xCD9E8D57)
-        c0 = np.uint32(b >> np.uint64(32)) ^ c1 ^ k0
-        c1 = np.uint32(b & np.uint64(0xFFFFFFFF))
-        c2 = np.uint32(a >> np.uint64(32)) ^ c3 ^ k1
-        c3 = np.uint32(a & np.uint64(0xFFFFFFFF))
+        for j in range(LANES):
+            a = np.uint64(c0[j]) * np.uint64(0xD2511F53)
+            b = np.uint64(c2[j]) * np.uint64(0xCD9E8D57)
+            c0[j] = np.uint32(b >> np.uint64(32)) ^ c1[j] ^ k0
+            c1[j] = np.uint32(b)
+            c2[j] = np.uint32(a >> np.uint64(32)) ^ c3[j] ^ k1
+            c3[j] = np.uint32(a)
         k0 = np.uint32(k0 + np.uint32(0x9E3779B9))
         k1 = np.uint32(k1 + np.uint32(0xBB67AE85))
-    return c0, c1, c2, c3
 
 
 @_kernel
-def random_words(key: int, first: int, count: int, out: Array) -> None:
+def _random_strip(key: int, first: int, count: int, out: Array, lanes: Array) -> None:
+    """``random_words`` for at most 4 * LANES words; ``lanes`` is uint32[4 * LANES] of scratch."""
+    k0 = np.uint32(np.uint64(key) & np.uint64(0xFFFFFFFF))
+    k1 = np.uint32(np.uint64(key) >> np.uint64(32))
+    start = np.uint64(first) // np.uint64(4)
+    c0, c1 = lanes[:LANES], lanes[LANES : 2 * LANES]
+    c2, c3 = lanes[2 * LANES : 3 * LANES], lanes[3 * LANES : 4 * LANES]
+    for j in range(LANES):
+        counter = start + np.uint64(j)
+        c0[j] = np.uint32(counter & np.uint64(0xFFFFFFFF))
+        c1[j] = np.uint32(counter >> np.uint64(32))
+        c2[j] = np.uint32(0)
+        c3[j] = np.uint32(0)
+    _philox(c0, c1, c2, c3, k0, k1)
+    if count == 4 * LANES:
+        for j in range(LANES):
+            out[4 * j] = c0[j]
+            out[4 * j + 1] = c1[j]
+            out[4 * j + 2] = c2[j]
+            out[4 * j + 3] = c3[j]
+    else:
+        for i in range(count):
+            out[i] = lanes[(i & 3) * LANES + (i >> 2)]
+
+
+@_kernel
+def random_words(key: int, first: int, count: int, out: Array, scratch: Array) -> None:
     """Fill uint32 ``out[:count]`` with the words of a stream from position ``first``.
 
     Word p is number p % 4 of the Philox block whose counter is p // 4: it depends on the 64-bit
     ``key`` and on its position only. ``first`` is a multiple of 4.
     """
-    k0 = np.uint32(np.uint64(key) & np.uint64(0xFFFFFFFF))
-    k1 = np.uint32(np.uint64(key) >> np.uint64(32))
-    zero = np.uint32(0)
-    blocks = (count + 3) // 4
-    start = np.uint64(first) // np.uint64(4)
-    for b in range(blocks):
-        counter = start + np.uint64(b)
-        low = np.uint32(counter & np.uint64(0xFFFFFFFF))
-        high = np.uint32(counter >> np.uint64(32))
-        w0, w1, w2, w3 = _philox(low, high, zero, zero, k0, k1)
-        out[4 * b] = w0
-        out[4 * b + 1] = w1
-        out[4 * b + 2] = w2
-        out[4 * b + 3] = w3
+    lanes = scratch[: 4 * LANES].view(np.uint32)
+    for start in range(0, count, 4 * LANES):
+        much = min(4 * LANES, count - start)
+        _random_strip(key, first + start, much, out[start : start + much], lanes)
 
 
 @_kernel
@@ -801,3 +926,67 @@ def scale_lines(
     for j in range(count):
         place = (start + j) // columns if by_row else (start + j) % columns
         row[j] = row[j] * factors[place]
+
+
+@_kernel
+def fused(
+    rows: Array, base: Array, out: Array, buffers: Array, codes: Array, first: int, count: int,
+    deltas: int, based: int, streams: Array, position: int, limits: Array, factors: Array,
+    kind: int, weights: Array, keys: Array, bounds: Array, one: int, two: int, three: int,
+    factor: float, code: int, kept: int, raw: Array, counts: Array, wild: Array, scratch: Array,
+) -> None:  # fmt: skip
+    """Load, drop, combine, scale and finish, strip by strip in the first-level cache.
+
+    The same arithmetic as ``load_rows``, ``random_words`` and ``drop``, then the kernel of
+    ``kind``, then ``finish`` (``narrow`` where rows are weights), with the same bytes; but what is
+    between them is TILE elements long.
+
+    Args:
+        rows: float32[models, TILE]: the strip that is worked on, like ``base`` and ``out``
+            (float32[TILE]).
+        buffers: as in ``load_rows``, with ``codes``, ``first``, ``count``, ``deltas``, ``based``
+            and ``wild``.
+        streams: uint64[models], the key of each row's random stream; empty where nothing drops.
+        position: of the first element in its tensor, a multiple of 4 where something drops.
+        limits: int64[models], as in ``drop``, with ``factors`` (float32[models]).
+        kind: WEIGHTED_SUM, ELECTED (``elect_and_merge`` with options one, two, three), MASKED_MEAN
+            or CONSENSUS (``one`` is its ``least``).
+        weights: float32[models].
+        keys: uint32[models], for the kinds that trim.
+        bounds: float32[models], for CONSENSUS.
+        factor: the merged delta is multiplied by it, unless it is 1.
+        code: dtype of the output, as in ``finish``; AS_FLOAT leaves the combined rows in float32.
+        kept: as in ``finish``.
+        raw: uint8, filled with ``count`` elements of the output.
+        counts: int64[3], as in ``finish``.
+    """
+    width = 4 if code == AS_FLOAT else _width(code)
+    scale = np.float32(factor)
+    for start in range(0, count, TILE):
+        much = min(TILE, count - start)
+        part = raw[start * width : (start + much) * width]
+        load_rows(buffers, codes, first + start, much, deltas, based, base, rows, wild)
+        for model in range(streams.size):
+            if limits[model] < ALL_WORDS:
+                words = scratch[TILE : 2 * TILE].view(np.uint32)
+                random_words(streams[model], position + start, much, words, scratch)
+                drop(rows[model], words, limits[model], factors[model], much)
+        if kind == WEIGHTED_SUM:
+            weighted_sum(rows, weights, 0, much, out)
+        elif kind == ELECTED:
+            elect_and_merge(rows, weights, keys, 0, much, out, one, two, three, scratch)
+        elif kind == MASKED_MEAN:
+            masked_mean(rows, weights, keys, 0, much, out, scratch)
+        else:
+            consensus(rows, weights, bounds, one, 0, much, out, scratch)
+        if factor != 1:
+            for i in range(much):
+                out[i] *= scale
+        if code == AS_FLOAT:
+            whole = part.view(np.float32)
+            for i in range(much):
+                whole[i] = out[i]
+        elif deltas:
+            finish(base, out, code, kept, much, part, counts)
+        else:
+            counts[2] += narrow(out, code, much, part)

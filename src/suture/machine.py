@@ -11,6 +11,7 @@ from __future__ import annotations
 import ctypes
 import hashlib
 import re
+import struct
 import tempfile
 import threading
 import weakref
@@ -23,8 +24,9 @@ import numpy as np
 
 from suture.spec import cache_folder
 
-_NUMBERS = {"i8": ctypes.c_int64, "u8": ctypes.c_uint64, "f8": ctypes.c_double}
-_FORMAT = b"suture-kernel-1\n"
+_NUMBERS = {"i8": "q", "u8": "Q", "f8": "d"}
+_FORMAT = b"suture-kernel-3\n"
+_threads = threading.local()
 _lock = threading.Lock()
 announce: Callable[[], None] | None = None
 """Called before the first compilation of a process, which takes seconds."""
@@ -37,8 +39,8 @@ class Kernel:
         name: of the function.
         signature: its parameters in numba's notation, such as ``"f4[:, ::1] f4[::1] i8 i8"``; an
             array must be contiguous and of exactly this dtype.
-        scratch: how many float32 of scratch it needs, from the number of rows of its first array;
-            it is handed in as the last parameter.
+        scratch: how many float32 of scratch it needs, from the number of rows of its first
+            parameter; it is handed in as the last one.
 
     Raises:
         TypeError: on a call whose arguments are not of the signature.
@@ -51,6 +53,10 @@ class Kernel:
         self.signature = signature
         self.scratch = scratch
         self._kinds = [_kind(w) for w in re.findall(r"[a-z]\d(?:\[[^]]*\])?", signature)]
+        # Result, error; of an array two owners (none), size, item size, address, shape, strides.
+        self._struct = struct.Struct("qq" + "".join(
+            "q" * (5 + 2 * rank) if rank else _NUMBERS[dtype] for dtype, rank in self._kinds
+        ))  # fmt: skip
         self._local = threading.local()
         self._function: Any = None
 
@@ -58,11 +64,11 @@ class Kernel:
         """Run it without the interpreter lock; returns its result, 0 where it has none."""
         function = self._function or self._load()
         if self.scratch is not None:
-            args = (*args, self._scratch(args[0]))
+            args = (*args, self._scratch(getattr(args[0], "shape", (1,))[0]))
         if len(args) != len(self._kinds):
             raise TypeError(f"{self.name} takes {len(self._kinds)} arguments, not {len(args)}")
-        result, error = ctypes.c_int64(), ctypes.c_void_p()
-        flat: list[Any] = [ctypes.addressof(result), ctypes.addressof(error)]
+        result = self._result()
+        flat: list[Any] = [ctypes.addressof(result), ctypes.addressof(result) + 8]
         for value, kind in zip(args, self._kinds, strict=True):
             if kind[1] == 0:
                 flat.append(value)
@@ -73,14 +79,22 @@ class Kernel:
             if known[1] != kind:
                 raise TypeError(f"{self.name}: {known[1]} was given for {kind}")
             flat += known[2]
-        status = function(*flat)
+        status = function(self._struct.pack(*flat))
         if status:
             raise RuntimeError(f"{self.name} failed with status {status}")
-        return result.value
+        return int(result[0])
 
-    def _scratch(self, first: Any) -> Any:
+    def _result(self) -> Any:
+        """Where the function puts its result, and an error it cannot have."""
+        held = getattr(_threads, "result", None)
+        if held is None:
+            held = _threads.result = (ctypes.c_int64 * 2)()
+        held[0] = 0
+        return held
+
+    def _scratch(self, rows: int) -> Any:
         assert self.scratch is not None
-        size = self.scratch(first.shape[0])
+        size = self.scratch(rows)
         held = getattr(self._local, "held", None)
         if held is None or held.size < size:
             held = self._local.held = np.zeros(size, np.float32)
@@ -90,15 +104,8 @@ class Kernel:
         with _lock:
             if self._function is None:
                 code = _cached(self.name) or _compiled(self)
-                flat: list[Any] = [ctypes.c_void_p, ctypes.c_void_p]
-                for dtype, rank in self._kinds:
-                    if rank:
-                        flat += [ctypes.c_void_p] * 2 + [ctypes.c_int64] * 2 + [ctypes.c_void_p]
-                        flat += [ctypes.c_int64] * (2 * rank)
-                    else:
-                        flat.append(_NUMBERS[dtype])
                 address = _engine().add(*code)
-                self._function = ctypes.CFUNCTYPE(ctypes.c_int32, *flat)(address)
+                self._function = ctypes.CFUNCTYPE(ctypes.c_int32, ctypes.c_char_p)(address)
         return self._function
 
 
@@ -107,11 +114,12 @@ _arrays: dict[int, tuple[weakref.ref[Any], tuple[str, int], tuple[int, ...]]] = 
 
 
 def _look_at(value: Any) -> tuple[weakref.ref[Any], tuple[str, int], tuple[int, ...]]:
-    if not value.flags.c_contiguous:
+    facts = value.__array_interface__
+    if facts["strides"] is not None:
         raise TypeError("a kernel was given an array that is not contiguous")
-    dtype = value.dtype
-    flat = (0, 0, value.size, dtype.itemsize, value.ctypes.data, *value.shape, *value.strides)
-    found = (weakref.ref(value), (dtype.kind + str(dtype.itemsize), value.ndim), flat)
+    address, kind = facts["data"][0], facts["typestr"]
+    flat = (0, 0, value.size, value.itemsize, address, *value.shape, *value.strides)
+    found = (weakref.ref(value), (kind[1:], value.ndim), flat)
     if len(_arrays) > 4096:
         _arrays.clear()
     _arrays[id(value)] = found
@@ -157,8 +165,9 @@ def _folder() -> Path:
     """Where machine code for this processor and these sources is kept."""
     import llvmlite.binding as llvm
 
-    source = Path(__file__).with_name("loops.py").read_bytes()
-    source += Path(__file__).with_name("kernels.py").read_bytes()
+    here = Path(__file__)
+    files = (here, here.with_name("loops.py"), here.with_name("kernels.py"))
+    source = b"".join(file.read_bytes() for file in files)
     facts = [llvm.get_default_triple(), llvm.get_host_cpu_name(),
              llvm.get_host_cpu_features().flatten(), str(llvm.llvm_version_info)]  # fmt: skip
     key = hashlib.sha256("\n".join(facts).encode() + source).hexdigest()[:24]
@@ -186,21 +195,46 @@ def _compiled(kernel: Kernel) -> tuple[str, bytes]:
         announce = None
     import llvmlite.binding as llvm
     from numba.core.registry import cpu_target
+    from numba.core.sigutils import normalize_signature
 
     from suture import loops
 
     function = getattr(loops, kernel.name)
-    function.compile(f"({kernel.signature})")
-    found = next(iter(function.overloads.values()))
+    wanted = f"({kernel.signature})"
+    function.compile(wanted)
+    # Another kernel that calls this one may have had it compiled for other types before.
+    found = function.overloads[normalize_signature(wanted)[0]]  # type: ignore[no-untyped-call]
     text = found.library.get_llvm_str()
     needed = {line.split("@")[1].split("(")[0] for line in text.splitlines()
               if line.startswith("declare") and "@llvm." not in line}  # fmt: skip
     assert needed <= {"NRT_MemInfo_call_dtor", "memset", "memcpy"}, needed
-    module = llvm.parse_assembly(text)
+    symbol = f"suture_{kernel.name}"
+    inner = found.fndesc.llvm_func_name
+    types = [str(a.type) for a in llvm.parse_assembly(text).get_function(inner).arguments]
+    module = llvm.parse_assembly(text + _unpacker(symbol, inner, types))
     code = cpu_target.target_context.codegen()._tm.emit_object(module)
-    symbol = found.fndesc.llvm_func_name
     _keep(kernel.name, symbol.encode() + b"\n" + code)
     return symbol, code
+
+
+def _unpacker(symbol: str, inner: str, types: list[str]) -> str:
+    """A function, as LLVM's text, that takes the parameters of another from memory.
+
+    Handing over seventy of them one by one costs ctypes more than a small block's arithmetic. It
+    has a name of its own, too: the loader must not take a copy of the kernel that another kernel
+    holds, fitted to its calls, for the kernel itself.
+    """
+    pointer = "ptr" if types[0] == "ptr" else "i64*"
+    lines, values = [f"define i32 @{symbol}({pointer} %args) {{"], []
+    for i, kind in enumerate(types):
+        lines += [f"  %p{i} = getelementptr i64, {pointer} %args, i64 {i}",
+                  f"  %i{i} = load i64, {pointer} %p{i}, align 1"]  # fmt: skip
+        if kind != "i64":
+            cast = "bitcast" if kind == "double" else "inttoptr"
+            lines.append(f"  %v{i} = {cast} i64 %i{i} to {kind}")
+        values.append(f"{kind} %{'i' if kind == 'i64' else 'v'}{i}")
+    lines += [f'  %status = call i32 @"{inner}"({", ".join(values)})', "  ret i32 %status", "}"]
+    return "\n".join(["", *lines, ""])
 
 
 def _keep(name: str, content: bytes) -> None:

@@ -156,10 +156,18 @@ def role_of(name: str) -> Role:
     if len(name) > NAME_LIMIT:
         return Role("other", None)
     found = _BLOCK.search(name)
-    layer = int(found[1]) if found else None
+    return Role(_kind_of(_NUMBER.sub(".0.", name)), int(found[1]) if found else None)
+
+
+_NUMBER = re.compile(r"\.\d+\.")
+"""A number between dots: which layer or which expert it is tells nothing of the kind."""
+
+
+@lru_cache(maxsize=1 << 14)
+def _kind_of(name: str) -> str:
     if not _SOME.search(name):
-        return Role("other", layer)
-    return Role(next(kind for pattern, kind in _TABLE if pattern.search(name)), layer)
+        return "other"
+    return next(kind for pattern, kind in _TABLE if pattern.search(name))
 
 
 def layer_key(name: str) -> str:

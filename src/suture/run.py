@@ -648,6 +648,9 @@ def describe(plan: Plan) -> dict[str, Any]:
 class _Nothing(Visitor[None]):
     """Reads and widens, to see how long that takes."""
 
+    def see(self, local: None, block: Block) -> None:
+        _ = block.rows
+
 
 def estimate(plan: Plan) -> float:
     """Seconds that the merge will take, from reading a little of it (at most 64 MB a model)."""

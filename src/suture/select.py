@@ -346,8 +346,10 @@ def _rank(group: _Group, model: int, wanted: int) -> tuple[int, int, int] | None
         keys = np.concatenate([row[model] for row in group.gathered.values()])
         if not 0 < wanted <= keys.size:
             return None
-        place = int(np.partition(keys, keys.size - wanted)[keys.size - wanted])
-        return place, int((keys > place).sum()), int((keys == place).sum())
+        found = np.zeros(3, np.int64)
+        kernels.find_rank(keys, keys.size, wanted, np.zeros(2048, np.int64), found)
+        place, over, there = (int(x) for x in found)
+        return place, over, there
     counts = group.counts[model]
     from_top = np.cumsum(counts[::-1])[::-1]
     if not 0 < wanted <= (int(from_top[0]) if from_top.size else 0):
@@ -420,7 +422,12 @@ class _Local:
         self.gathered: dict[int, list[Array]] = {}
         self.blocks = 0
         self.spare = block
-        self.inside = np.zeros(block.size + 1, np.uint32)
+        self.inside = np.zeros((models, block.size + 1), np.uint32)
+        self.found = np.zeros((models + 1, 2), np.int64)
+        self.bins = np.zeros(2048, np.int64)
+        self.rank = np.zeros(3, np.int64)
+        self.lows = np.zeros(models, np.int64)
+        self.widths = np.zeros(models, np.int64)
 
 
 class _Counting(Visitor[_Local]):
@@ -435,7 +442,7 @@ class _Counting(Visitor[_Local]):
     def see(self, local: _Local, block: Block) -> None:
         group, offset = self.selector.where[block.name]
         if group.size == block.count and (group.blocks == 1 or not group.size):
-            group.limits = _direct(group, block)
+            group.limits = _direct(group, block, local)
             return
         if local.group is not group:
             self._leave(local)
@@ -448,23 +455,18 @@ class _Counting(Visitor[_Local]):
         local.blocks += 1
 
     def _bracketed(self, local: _Local, group: _Group, block: Block, offset: int) -> None:
-        ties = np.zeros((self.models, _GUESSES), np.int64)
-        found = np.zeros(2, np.int64)
-        gathered = []
-        for model, bracket in enumerate(group.brackets):
-            row, inside = block.rows[model], local.inside
-            kernels.gather_bracket(row, block.count, bracket.low, bracket.width, inside, found)
-            count = int(found[0])
-            local.above[model] += found[1]
-            if group.alone:
-                gathered.append(inside[:count].copy())
-            else:
-                guesses = bracket.guesses - np.uint32(bracket.low)
-                kernels.count_places(inside, count, local.fine[model], guesses, ties[model])
+        block.gather(local.lows, local.widths, local.inside, local.found)
+        local.above += local.found[:-1, 1]
+        gathered = [keys[:n] for keys, n in zip(local.inside, local.found[:-1, 0], strict=True)]
         position = offset + block.start
         if group.alone:
-            local.gathered[position] = gathered
-        elif ties.any():
+            local.gathered[position] = [keys.copy() for keys in gathered]
+            return
+        ties = np.zeros((self.models, _GUESSES), np.int64)
+        for model, keys in enumerate(gathered):
+            guesses = group.brackets[model].guesses - np.uint32(group.brackets[model].low)
+            kernels.count_places(keys, keys.size, local.fine[model], guesses, ties[model])
+        if ties.any():
             local.ties[position] = ties
 
     def end_piece(self, local: _Local, piece: Piece) -> None:
@@ -481,6 +483,8 @@ class _Counting(Visitor[_Local]):
             if not group.brackets:
                 self.selector.sample(group, local.spare)
         local.group, local.coarsely = group, group.missed
+        local.lows[:] = [b.low for b in group.brackets]
+        local.widths[:] = [b.width for b in group.brackets]
         if not local.coarsely and not group.alone:
             local.fine = [local.tables[m, : b.width] for m, b in enumerate(group.brackets)]
 
@@ -506,20 +510,14 @@ class _Counting(Visitor[_Local]):
             self.selector.resolve(group, local.spare)
 
 
-def _direct(group: _Group, block: Block) -> Limits:
-    """The limits of a group that is one block: by sorting it."""
+def _direct(group: _Group, block: Block, local: _Local) -> Limits:
+    """The limits of a group that is one block: by looking at all of it."""
     limits = _empty_limits(group.models)
-    for model, wanted in enumerate(group.wanted):
-        keys = block.rows[model, : block.count].view(np.uint32) & 0x7FFFFFFF
-        if wanted == 0 or not keys.size:
-            limits.keys[model] = _NOTHING
-            continue
-        key = int(np.partition(keys, keys.size - wanted)[keys.size - wanted])
-        over = int((keys > key).sum())
-        ties = np.flatnonzero(keys == key)
-        need = wanted - over
-        limits.keys[model], limits.tied[model] = key, ties.size
-        limits.kept[model] = over if key == 0 else wanted
-        if key:
-            limits.cuts[model] = group.size if need >= ties.size else int(ties[need])
+    if block.count:
+        kernels.find_limits(
+            block.rows, block.count, np.array(group.wanted, np.int64), *limits,
+            local.bins, local.rank, local.inside[0],
+        )  # fmt: skip
+    else:
+        limits.keys[:] = _NOTHING
     return limits

@@ -11,7 +11,7 @@ import os
 import threading
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Generic, TypeVar
+from typing import Any, Generic, NamedTuple, TypeVar
 
 import numpy as np
 import xxhash
@@ -72,12 +72,63 @@ class Sources:
         return RAW if name in self.raw else self.how
 
 
+@dataclass
+class Target:
+    """Where the finished bytes of a block go, and in which form."""
+
+    raw: Array
+    """uint8, the bytes of the block."""
+    code: int
+    """Of the dtype."""
+    kept: int
+    """Whether the base has this dtype too (1), so that rounding does not change it."""
+    counts: Array
+    """int64[3], as in ``kernels.finish``."""
+    filled: bool = False
+    """Whether ``Block.fuse`` was called, and the bytes are there."""
+
+
+_NO_KEYS = np.zeros(0, np.uint32)
+_NO_BOUNDS = np.zeros(0, np.float32)
+
+
+class Combine(NamedTuple):
+    """How rows become one, by a kernel that ``kernels.fused`` knows."""
+
+    kind: int
+    weights: Array
+    """float32[models]."""
+    keys: Array = _NO_KEYS
+    """uint32[models], for the kinds that trim."""
+    bounds: Array = _NO_BOUNDS
+    """float32[models], for CONSENSUS."""
+    options: tuple[int, int, int] = (0, 0, 0)
+    """Whole numbers whose meaning is the kind's."""
+    factor: float = 1.0
+    """The result is multiplied by it."""
+
+
+class Drops(NamedTuple):
+    """Entries that are dropped at random before rows are combined; see ``kernels.drop``."""
+
+    streams: Array = np.zeros(0, np.uint64)
+    """uint64[models]: the key of each row's random stream."""
+    limits: Array = np.zeros(0, np.int64)
+    """int64[models]: random words below this are kept; 2**32 keeps the row as it is."""
+    factors: Array = _NO_BOUNDS
+    """float32[models]: what is kept is multiplied by it."""
+
+
+_NO_DROPS = Drops()
+
+
 class Block:
     """Elements ``start`` to ``start + count`` of one tensor, in one thread's buffers.
 
     ``rows`` is float32[models, block]; only the first ``count`` columns are filled. Models that
     lack the tensor (where the recipe allows it) have the base's values: a delta of zero. Bytes are
-    read in *spans* of several blocks; ``span`` holds those of the current one.
+    read in *spans* of several blocks; ``span`` holds those of the current one. They become rows
+    when somebody looks at ``rows`` or ``base``; ``fuse`` goes from bytes to bytes without them.
     """
 
     def __init__(self, sources: Sources, size: int) -> None:
@@ -86,9 +137,10 @@ class Block:
         self.name = ""
         self.start = 0
         self.count = 0
-        self.rows = np.zeros((len(sources.models), size), np.float32)
-        self.base = np.zeros(size, np.float32)
+        self.models = len(sources.models)
         self.out = np.zeros(size, np.float32)
+        self.target: Target | None = None
+        """Where ``fuse`` puts the finished bytes; without it ``out`` is filled."""
         self.words = np.zeros(size, np.uint32)
         self.span: list[Array | None] = []
         """The bytes of the span in each checkpoint of ``sources.all``; ``None`` where it lacks the
@@ -98,6 +150,13 @@ class Block:
         self._buffers = np.zeros((len(sources.all), span_of(size) * 8), np.uint8)
         self._codes = np.zeros(len(sources.all), np.int64)
         self._wild = np.zeros(len(sources.all), np.int64)
+        self._rows = np.zeros((self.models, size), np.float32)
+        self._base = np.zeros(size, np.float32)
+        self._out_bytes = self.out.view(np.uint8)
+        self._loaded = True
+        self._counts = np.zeros(3, np.int64)
+        self._strip = [np.zeros((self.models, kernels.TILE), np.float32),
+                       *(np.zeros(kernels.TILE, np.float32) for _ in range(2))]  # fmt: skip
 
     @property
     def stop(self) -> int:
@@ -136,33 +195,93 @@ class Block:
             self._codes[number] = dtype.code
 
     def show(self, start: int, count: int) -> None:
-        """Widen one block of the span.
+        """Go to one block of the span; its bytes become rows when they are asked for."""
+        self.start, self.count = start, count
+        self.target = None
+        self._loaded = self.sources.how_of(self.name) == RAW or not count
+
+    def load(self, name: str, start: int, count: int) -> None:
+        """Read a single block."""
+        self.read(name, start, start + count)
+        self.show(start, count)
+
+    @property
+    def rows(self) -> Array:
+        """float32[models, block]: the models' weights, or what they add to the base.
 
         Raises:
             NonFiniteError: a model holds NaN or infinity here and that is not allowed.
         """
-        self.start, self.count = start, count
+        if not self._loaded:
+            self._load()
+        return self._rows
+
+    @property
+    def base(self) -> Array:
+        """float32[block]: the base's weights, where there is one. Raises as ``rows`` does."""
+        if not self._loaded:
+            self._load()
+        return self._base
+
+    def _load(self) -> None:
+        self._loaded = True
         sources = self.sources
-        how = sources.how_of(self.name)
-        if how == RAW or not count:
-            return
         kernels.load_rows(
-            self._buffers, self._codes, start - self.span_start, count, int(how == DELTA),
-            int(sources.base is not None), self.base, self.rows, self._wild,
+            self._buffers, self._codes, self.start - self.span_start, self.count,
+            int(sources.how_of(self.name) == DELTA), int(sources.base is not None),
+            self._base, self._rows, self._wild,
         )  # fmt: skip
+        self._check()
+
+    def _check(self) -> None:
         if self._wild.any():
-            guilty = [c for c, w in zip(sources.all, self._wild, strict=True) if w]
+            guilty = [c for c, w in zip(self.sources.all, self._wild, strict=True) if w]
             self._wild[:] = 0
             self.refuse(guilty)
 
-    def load(self, name: str, start: int, count: int) -> None:
-        """Read and widen a single block.
+    def fuse(
+        self, how: Combine, drops: Drops = _NO_DROPS, start: int = 0, stop: int | None = None
+    ) -> None:
+        """Combine columns ``start`` to ``stop`` straight from the bytes, in the nearest cache.
+
+        The result goes to ``target`` where there is one, finished, or else to ``out``. The rows
+        are not looked at: a caller that changed them calls the kernel of that kind itself.
 
         Raises:
             NonFiniteError: a model holds NaN or infinity here and that is not allowed.
         """
-        self.read(name, start, start + count)
-        self.show(start, count)
+        stop = self.count if stop is None else stop
+        target = self.target
+        if target is None:
+            code, kept, counts = kernels.AS_FLOAT, 0, self._counts
+            raw = self._out_bytes[4 * start : 4 * stop]
+        else:
+            code, kept, counts = target.code, target.kept, target.counts
+            width = target.raw.size // self.count
+            raw = target.raw[width * start : width * stop]
+            target.filled = True
+        rows, base, out = self._strip
+        kernels.fused(
+            rows, base, out, self._buffers, self._codes, self.start - self.span_start + start,
+            stop - start, int(self.sources.how == DELTA), int(self.sources.base is not None),
+            drops.streams, self.start + start, drops.limits, drops.factors, how.kind, how.weights,
+            how.keys, how.bounds, *how.options, how.factor, code, kept, raw, counts, self._wild,
+        )  # fmt: skip
+        self._check()
+
+    def gather(self, lows: Array, widths: Array, inside: Array, found: Array) -> None:
+        """Find the magnitudes around each row's threshold, as ``kernels.gather_brackets`` does.
+
+        Raises:
+            NonFiniteError: a model holds NaN or infinity here and that is not allowed.
+        """
+        rows, base, _ = self._strip
+        kernels.gather_brackets(
+            rows, base, self._buffers, self._codes, self.start - self.span_start, self.count,
+            int(self.sources.how == DELTA), int(self.sources.base is not None), lows, widths,
+            inside, found, self._wild,
+        )  # fmt: skip
+        self._check()
 
     def refuse(self, guilty: Iterable[Checkpoint]) -> None:
         """Say which checkpoints hold NaN or infinity in this tensor, unless that is allowed.
@@ -286,6 +405,8 @@ def sweep(
         raise ValueError(f"a block is a power of two from 8 to {PIECE}, not {block}")
     queue = _Queue(tasks)
     number = max(1, min(threads or cores(), len(tasks)))
+    if number > 1 and _interpreted(tasks):
+        number = 1
     if number == 1:
         _work(sources, queue, visitor, block, progress)
     else:
@@ -308,6 +429,16 @@ def sweep(
             raise
     if queue.error is not None:
         raise queue.error
+
+
+_TINY = 1 << 13
+"""Elements in a piece below which the interpreter has more to do than the processor."""
+
+
+def _interpreted(tasks: list[list[Piece]]) -> bool:
+    """Whether threads would only wait for the interpreter: most pieces are tiny."""
+    pieces = sum(len(task) for task in tasks)
+    return pieces > 1000 and sum(p.stop - p.start for t in tasks for p in t) < _TINY * pieces
 
 
 def _work(

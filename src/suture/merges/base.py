@@ -11,6 +11,7 @@ import math
 import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import Annotated, Any, Generic, Literal, TypeVar, get_args, get_origin, get_type_hints
 
 import numpy as np
@@ -53,7 +54,14 @@ class PerModel:
 
     def row(self, block: Block) -> Array:
         """The same as float32[models], for the tensor of a block."""
-        return np.array(self.at(block.name, len(block.rows)), np.float32)
+        return _row(self.at(block.name, block.models))
+
+
+@lru_cache(maxsize=4096)
+def _row(values: tuple[float, ...]) -> Array:
+    found = np.array(values, np.float32)
+    found.flags.writeable = False  # it is shared
+    return found
 
 
 def each(value: float) -> PerModel:
@@ -177,9 +185,11 @@ def _no_facts(state: Any) -> dict[str, Any]:
 class Merge(Generic[S]):
     """How several models become one.
 
-    ``combine(block, state)`` fills ``block.out[:block.count]`` from ``block.rows``: the merged
-    delta where ``how`` is DELTA, the merged weight where it is WEIGHT. It sees any slice of any
-    tensor, in any order and in several threads, and must not keep anything between calls.
+    ``combine(block, state)`` fills ``block.out[:block.count]`` from ``block.rows`` (the merged
+    delta where ``how`` is DELTA, the merged weight where it is WEIGHT), or calls ``block.fuse``
+    for all columns of the block, which is faster where a kernel does all there is to do. It sees
+    any slice of any tensor, in any order and in several threads, and must not keep anything
+    between calls.
     """
 
     combine: Callable[[Block, S], None]

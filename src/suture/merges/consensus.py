@@ -6,8 +6,7 @@ from typing import Annotated
 
 from suture import kernels
 from suture.merges.base import Merge, Number, PerModel, Scalar, Scale, Weight, each
-from suture.merges.ties import scaled
-from suture.stream import Block
+from suture.stream import Block, Combine
 
 Bound = Annotated[
     PerModel, Number("how many times the others' sum an entry must reach (lambda_t)", low=0)
@@ -31,9 +30,7 @@ def consensus(
 
     def combine(block: Block, _: None) -> None:
         bounds = tall_threshold.row(block)
-        kernels.consensus(
-            block.rows, weight.row(block), bounds, min_tasks, 0, block.count, block.out
-        )
-        scaled(block, scale)
+        block.fuse(Combine(kernels.CONSENSUS, weight.row(block), bounds=bounds,
+                           options=(min_tasks, 0, 0), factor=scale.at(block.name)))  # fmt: skip
 
     return Merge(combine)

@@ -28,9 +28,9 @@ from suture.merges.base import (
     each,
 )
 from suture.merges.linear import Normalize, normalized
-from suture.merges.ties import AGGREGATE, ELECT, Aggregate, Elect, scaled
+from suture.merges.ties import AGGREGATE, ELECT, Aggregate, Elect
 from suture.spec import Piece
-from suture.stream import Block, Visitor, sweep, tasks_of
+from suture.stream import Block, Combine, Drops, Visitor, sweep, tasks_of
 
 Rescale = Annotated[
     Literal["density", "l1", "none"],
@@ -61,19 +61,19 @@ class _Dropped:
         self.factors = factors
 
 
-def _drop(block: Block, state: _Dropped, density: PerModel, seed: int, rescale: str) -> None:
-    densities = density.at(block.name, len(block.rows))
-    for number, (model, share) in enumerate(zip(state.models, densities, strict=True)):
-        if share >= 1:
-            continue
-        key = stream_key(seed, model, block.name)
-        kernels.random_words(key, block.start, block.count, block.words)
-        factor = 1.0
-        if rescale == "density":
-            factor = 1 / share
-        elif rescale == "l1":
-            factor = state.factors[block.name][number]
-        kernels.drop(block.rows[number], block.words, limit_of(share), factor, block.count)
+def _drops(block: Block, state: _Dropped, density: PerModel, seed: int, rescale: str) -> Drops:
+    densities = density.at(block.name, block.models)
+    factors = [1.0] * block.models
+    if rescale == "density":
+        factors = [1 / share for share in densities]
+    elif rescale == "l1":
+        factors = state.factors[block.name]
+    streams = [stream_key(seed, model, block.name) for model in state.models]
+    return Drops(
+        np.array(streams, np.uint64),
+        np.array([limit_of(share) for share in densities], np.int64),
+        np.array(factors, np.float32),
+    )
 
 
 class _Sums(Visitor["dict[str, Array]"]):
@@ -143,9 +143,9 @@ def dare_linear(
         return _prepare(context, density, seed, rescale)
 
     def combine(block: Block, state: _Dropped) -> None:
-        _drop(block, state, density, seed, rescale)
         weights = normalized(weight.row(block), normalize) * np.float32(scale.at(block.name))
-        kernels.weighted_sum(block.rows, weights, 0, block.count, block.out)
+        drops = _drops(block, state, density, seed, rescale)
+        block.fuse(Combine(kernels.WEIGHTED_SUM, weights), drops)
 
     return Merge(combine, prepare, passes=int(rescale == "l1"))
 
@@ -170,12 +170,9 @@ def dare_ties(
         return _prepare(context, density, seed, rescale)
 
     def combine(block: Block, state: _Dropped) -> None:
-        _drop(block, state, density, seed, rescale)
-        everything = np.zeros(len(block.rows), np.uint32)
-        kernels.elect_and_merge(
-            block.rows, weight.row(block), everything, 0, block.count, block.out,
-            ELECT[elect], AGGREGATE[aggregate], int(zero_sign == "positive"),
-        )  # fmt: skip
-        scaled(block, scale)
+        options = (ELECT[elect], AGGREGATE[aggregate], int(zero_sign == "positive"))
+        how = Combine(kernels.ELECTED, weight.row(block), np.zeros(block.models, np.uint32),
+                      options=options, factor=scale.at(block.name))  # fmt: skip
+        block.fuse(how, _drops(block, state, density, seed, rescale))
 
     return Merge(combine, prepare, passes=int(rescale == "l1"))

@@ -9,10 +9,10 @@ import numpy as np
 
 from suture import kernels
 from suture.merges.base import Array, Choice, Context, Merge, Number, Scalar, Scale, Weight, each
-from suture.stream import WEIGHT, Block, sweep, tasks_of
+from suture.stream import WEIGHT, Block, Combine, sweep, tasks_of
 from suture.vector import Gram
 
-Normalize = Annotated[bool, Choice("divide by the sum of the weights")]
+Normalize = Annotated[bool, Choice("divide by the sum of the weights, unless that is 0")]
 
 
 def normalized(weights: Array, normalize: bool) -> Array:
@@ -30,7 +30,7 @@ def linear(*, weight: Weight = each(1.0), normalize: Normalize = True) -> Merge[
 
     def combine(block: Block, _: None) -> None:
         weights = normalized(weight.row(block), normalize)
-        kernels.weighted_sum(block.rows, weights, 0, block.count, block.out)
+        block.fuse(Combine(kernels.WEIGHTED_SUM, weights))
 
     return Merge(combine, how=WEIGHT)
 
@@ -46,7 +46,7 @@ def task_arithmetic(
 
     def combine(block: Block, _: None) -> None:
         weights = normalized(weight.row(block), normalize) * np.float32(scale.at(block.name))
-        kernels.weighted_sum(block.rows, weights, 0, block.count, block.out)
+        block.fuse(Combine(kernels.WEIGHTED_SUM, weights))
 
     return Merge(combine)
 
@@ -72,7 +72,7 @@ def slerp(*, t: Position = Scalar(0.5)) -> Merge[dict[str, Array]]:
         return {name: _coefficients(gram.of(name), t.at(name)) for name in context.names}
 
     def combine(block: Block, coefficients: dict[str, Array]) -> None:
-        kernels.weighted_sum(block.rows, coefficients[block.name], 0, block.count, block.out)
+        block.fuse(Combine(kernels.WEIGHTED_SUM, coefficients[block.name]))
 
     return Merge(combine, prepare, how=WEIGHT, passes=1)
 

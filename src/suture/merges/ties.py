@@ -5,8 +5,6 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Annotated, Any, Literal
 
-import numpy as np
-
 from suture import kernels
 from suture.merges.base import (
     Array,
@@ -22,7 +20,7 @@ from suture.merges.base import (
     each,
 )
 from suture.select import Count, Selection, exact_count, select
-from suture.stream import Block, Visitor, sweep, tasks_of
+from suture.stream import Block, Combine, Visitor, sweep, tasks_of
 
 Elect = Annotated[
     Literal["mass", "count"], Choice("the sign of the sum of the entries, or of the sum of signs")
@@ -106,11 +104,10 @@ def ties(
         return _Trimmed(selection, zero)
 
     def combine(block: Block, state: _Trimmed) -> None:
-        weights = weight.row(block)
+        weights, options = weight.row(block), (ELECT[elect], AGGREGATE[aggregate], state.zero)
         for start, stop, keys in state.selection.segments(block):
-            kernels.elect_and_merge(block.rows, weights, keys, start, stop, block.out,
-                                    ELECT[elect], AGGREGATE[aggregate], state.zero)  # fmt: skip
-        scaled(block, scale)
+            block.fuse(Combine(kernels.ELECTED, weights, keys, options=options,
+                               factor=scale.at(block.name)), start=start, stop=stop)  # fmt: skip
 
     def facts(state: _Trimmed) -> dict[str, Any]:
         return selection_facts(state.selection) | (
@@ -118,13 +115,6 @@ def ties(
         )
 
     return Merge(combine, prepare, passes=2 if zero_sign == "majority" else 1, facts=facts)
-
-
-def scaled(block: Block, scale: Scalar) -> None:
-    """Multiply the merged delta of a block by its scale."""
-    factor = scale.at(block.name)
-    if factor != 1:
-        block.out[: block.count] *= np.float32(factor)
 
 
 class _Balance(Visitor["list[int]"]):
@@ -173,7 +163,7 @@ def stitch(
     def combine(block: Block, state: Selection) -> None:
         weights: Array = weight.row(block)
         for start, stop, keys in state.segments(block):
-            kernels.masked_mean(block.rows, weights, keys, start, stop, block.out)
-        scaled(block, scale)
+            block.fuse(Combine(kernels.MASKED_MEAN, weights, keys, factor=scale.at(block.name)),
+                       start=start, stop=stop)  # fmt: skip
 
     return Merge(combine, prepare, passes=1, facts=selection_facts)
