@@ -81,6 +81,13 @@ def adapter(base: Path, where: Path, seed: int = 1, **config: Any) -> Path:
     return where
 
 
+def working(base: Path, folder: Path) -> Any:
+    """A base with an adapter at work, not merged."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        return peft.PeftModel.from_pretrained(load(base), folder).eval()
+
+
 def merged_by_peft(base: Path, *adapters: Path) -> dict[str, torch.Tensor]:
     """The tensors after PEFT merged adapters into a base, one after the other."""
     model = load(base)
