@@ -287,7 +287,7 @@ class Gguf(Checkpoint):
             )
         self.specs[name] = spec
         self.places[name] = Place(0, tensor.offset)
-        rows = _head_rows(tensor, family, facts)
+        rows = _head_rows(tensor, family, facts, self.label)
         self._layout[name] = (tensor, coding, rows, shift)
 
     def read_into(self, name: str, start: int, raw: Array) -> None:
@@ -317,7 +317,8 @@ class Gguf(Checkpoint):
         self.read_at(0, tensor.offset + first * coding.nbytes, raw)
         if coding.decode is None:
             return raw.view(DTYPES[_FLOATS[tensor.kind]].storage)
-        values = coding.decode(raw.reshape(1, -1)).ravel()  # one long row: gguf works row by row
+        with np.errstate(all="ignore"):  # NaN and infinity are found, and told, by those who read
+            values = coding.decode(raw.reshape(1, -1)).ravel()  # gguf is slow with many short rows
         begin = start - first * coding.block
         return values[begin : begin + stop - start]
 
@@ -350,7 +351,7 @@ def _name_of(name: str, family: _Family) -> str | None:
     return f"model.layers.{found[1]}.{family.block[found[2]]}.{last}"
 
 
-def _head_rows(tensor: _Tensor, family: _Family, facts: Mapping[str, Any]) -> int:
+def _head_rows(tensor: _Tensor, family: _Family, facts: Mapping[str, Any], label: str) -> int:
     """Rows of one head of a rotated tensor; 0 for any other tensor."""
     found = re.search(r"\.attn_([qk])\.", tensor.name) if family.rotated else None
     if found is None:
@@ -359,8 +360,9 @@ def _head_rows(tensor: _Tensor, family: _Family, facts: Mapping[str, Any]) -> in
     if found[1] == "k":
         heads = facts.get("llama.attention.head_count_kv", heads)
     if type(heads) is not int or heads < 1 or not tensor.shape or tensor.shape[0] % (2 * heads):
-        raise CheckpointError(f"{tensor.name}: {list(tensor.shape)} is not made of {brief(heads)} "
-                              "heads")  # fmt: skip
+        raise CheckpointError(
+            f"{label}: {tensor.name}: {list(tensor.shape)} is not made of {brief(heads)} heads"
+        )
     return tensor.shape[0] // heads
 
 
