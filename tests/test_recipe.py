@@ -392,9 +392,6 @@ LATER: dict[str, tuple[dict[str, Any], list[str]]] = {
         kit(parameters={"density": [{"filter": "mlp", "value": 0.5}, {"value": 1}]}),
         ["parameters.density", "filter"],
     ),
-    "a LoRA": (
-        kit(models=[{"model": "./math+./lora", "parameters": {"weight": 1}}]), ["./math+./lora", "lora"]
-    ),
     "a misspelt key": (kit(dtpye="bfloat16"), ["unknown key 'dtpye'", "'dtype'"]),
     "a misspelt parameter": (
         kit(models=[{"model": "./math", "parameters": {"weight": 1, "densty": 1}}]), ["'densty'", "'density'"]

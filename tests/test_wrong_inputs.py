@@ -143,9 +143,12 @@ RECIPES: dict[str, Case] = {
         {"merge_method": "della", "base_model": "./base", "models": [{"model": "./math"}]},
         ("della", "not supported"),
     ),
-    "mergekit's LoRA": Case(
+    "mergekit's LoRA that is not there": Case(
         {"merge_method": "linear", "models": [{"model": "./math+./lora", "parameters": {"weight": 1}}]},
-        ("./math+./lora", "not supported"),
+        ("./lora", "no such file or folder"),
+    ),
+    "a model where an adapter should be": Case(
+        with_(models={"math": {"path": "./math", "adapter": "./code"}}), ("./code", "not a LoRA adapter")
     ),
     "an unknown mergekit method": Case(
         {"merge_method": "slurp", "models": [{"model": "./math"}]}, ("'slurp'", "did you mean 'slerp'?")
