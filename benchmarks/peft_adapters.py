@@ -3,7 +3,8 @@
 Usage: peft_adapters.py [--hidden N] [--rank R] [--rounds N]
 
 The first table gives each way's distance from ``sum w_i s_i B_i A_i`` (float64), relative to its
-norm, for adapters of equal rank, of different ranks, and with rsLoRA. The second gives the time to
+norm, for adapters of equal rank, of different ranks, and with rsLoRA; that of ``ties`` from TIES of
+the deltas. The second gives the time to
 read a base with an adapter on it, beside the time to read the base alone.
 """
 
@@ -37,7 +38,8 @@ SETS = {
     "two with rsLoRA": ([{"use_rslora": True}, {"use_rslora": True}], [1.0, 1.0]),
     "three, one negative": ([{}, {}, {}], [0.7, 0.5, -0.3]),
 }
-WAYS = ("linear", "cat", "svd", "ties", "dare_linear", "magnitude_prune")
+WAYS = ("linear", "cat", "svd", "ties")
+DENSITY = 0.5
 
 
 def make(base: Path, where: Path, seed: int, options: dict[str, object]) -> Path:
@@ -80,7 +82,7 @@ def by_peft(base: Path, adapters: list[Path], weights: list[float], way: str) ->
     model = peft.PeftModel.from_pretrained(model, adapters[0], adapter_name=names[0])
     for name, folder in zip(names[1:], adapters[1:], strict=True):
         model.load_adapter(folder, adapter_name=name)
-    more = {"density": 0.5} if way in ("ties", "dare_linear", "magnitude_prune") else {}
+    more = {"density": DENSITY} if way == "ties" else {}
     try:
         model.add_weighted_adapter(names, weights, "all", combination_type=way, **more)
         model.set_adapter("all")
@@ -90,11 +92,14 @@ def by_peft(base: Path, adapters: list[Path], weights: list[float], way: str) ->
     return {n: t.double() - start[n] for n, t in merged.items()}
 
 
-def by_suture(base: Path, adapters: list[Path], weights: list[float], out: Path) -> object:
+def by_suture(
+    base: Path, adapters: list[Path], weights: list[float], out: Path,
+    method: str = "task_arithmetic", **parameters: object,
+) -> dict[str, torch.Tensor]:  # fmt: skip
     models = {f"m{n}": {"path": str(a), "weight": w}
               for n, (a, w) in enumerate(zip(adapters, weights, strict=True))}  # fmt: skip
-    recipe = {"base": str(base), "models": models, "method": "task_arithmetic",
-              "output": {"dtype": "float32"}}  # fmt: skip
+    recipe = {"base": str(base), "models": models, "method": method,
+              "parameters": parameters, "output": {"dtype": "float32"}}  # fmt: skip
     suture.run_recipe(recipe, out)
     found, start = suture.open(out), suture.open(base)
     return {
@@ -163,6 +168,11 @@ def errors(where: Path) -> None:
         found = [by_suture(base, folders, weights, where / f"merged-{number}"),
                  by_extraction(base, folders, weights, where / f"adapter-{number}")]  # fmt: skip
         found += [by_peft(base, folders, weights, way) for way in WAYS]
+        # TIES of the adapters is held against TIES of their deltas, with PEFT's conventions.
+        ties = by_suture(base, folders, weights, where / f"ties-{number}", "ties", density=DENSITY,
+                         scope="tensor", aggregate="mean")  # fmt: skip
+        if not isinstance(found[-1], str):
+            found[-1] = f"{distance(found[-1], {n: ties[n] for n in expected}):.2g}"  # type: ignore[arg-type]
         cells = [f if isinstance(f, str) else f"{distance(f, expected):.2g}" for f in found]  # type: ignore[arg-type]
         print(f"| {title} | " + " | ".join(cells) + " |")
 

@@ -303,6 +303,11 @@ def test_smollm2_is_that_of_transformers(tmp_path: Path) -> None:
     tokens = torch.arange(40)[None] * 7
     assert torch.equal(again(tokens).logits, model(tokens).logits)
     assert read_model(tmp_path / "out").keys() == set(found)
+    mine = transformers.AutoTokenizer.from_pretrained(tmp_path / "out")
+    theirs = transformers.AutoTokenizer.from_pretrained(path.parent, gguf_file=path.name)
+    text = "The capital of France is Paris; 7 + 5 = 12."
+    assert mine(text).input_ids == theirs(text).input_ids
+    assert mine.chat_template == theirs.chat_template
 
 
 # -- what is wrong ---------------------------------------------------------------------------------

@@ -259,6 +259,7 @@ class Gguf(Checkpoint):
         frequencies = [t for t in header.tensors if t.name == "rope_freqs.weight"]
         if frequencies:
             self.config["rope_scaling"] = _llama3(self, frequencies[0], self.config, label)
+        self.has_tokenizer = "tokenizer.ggml.tokens" in header.facts
         self.close()
 
     def _add(self, tensor: _Tensor, family: _Family, facts: Mapping[str, Any]) -> None:

@@ -17,7 +17,7 @@ from typing import Any
 
 import suture
 from suture.adapters import Adapted, Adapter
-from suture.card import carried_files, config_text, model_card
+from suture.card import TOKENIZER, carried_files, config_text, model_card
 from suture.checkpoint import Checkpoint, is_from_hub, refuse_uncomputable
 from suture.engine import (
     Job,
@@ -39,6 +39,7 @@ from suture.errors import (
     RecipeError,
     SutureError,
 )
+from suture.ggufs import Gguf
 from suture.merges import method
 from suture.opening import open_model
 from suture.recipe import SCHEMA, ModelEntry, Policy, Recipe, parse_recipe, read_recipe
@@ -485,7 +486,7 @@ def execute(plan: Plan, stage: Stage | None = None) -> MergeReport:
         for checkpoint in plan.inputs.values():
             checkpoint.check_unchanged()
         _check_fingerprints(plan, outcome)
-        _add_files(plan, writer, outcome, out)
+        told = _add_files(plan, writer, outcome, out)
         synced = time.perf_counter()
         problems = Problems()
         _check_place(plan.out, plan.inputs, plan.options, problems)  # once more: time has passed
@@ -502,7 +503,8 @@ def execute(plan: Plan, stage: Stage | None = None) -> MergeReport:
     return MergeReport(
         plan.out, plan.recipe.method.name, outcome.fingerprints["output"], len(plan.job.specs),
         len(plan.job.names), plan.reads, plan.nbytes, outcome.seconds, outcome.writeback_loss,
-        sum(outcome.moved.values()), outcome.facts, outcome.resumed, plan.recipe.notes,
+        sum(outcome.moved.values()), outcome.facts, outcome.resumed,
+        (*plan.recipe.notes, *told),
     )  # fmt: skip
 
 
@@ -534,10 +536,13 @@ def _check_fingerprints(plan: Plan, outcome: Outcome) -> None:
     problems.raise_if_any()
 
 
-def _add_files(plan: Plan, writer: Writer, outcome: Outcome, out: Path) -> None:
+def _add_files(plan: Plan, writer: Writer, outcome: Outcome, out: Path) -> tuple[str, ...]:
+    """Write what belongs beside the weights; returns what the user should know of it."""
     reference = plan.job.sources.reference
     donors = [reference, *(c for c in plan.inputs.values() if c is not reference)]
-    for name, path in carried_files(donors).items():
+    carried = carried_files(donors)
+    told = () if carried.keys() & set(TOKENIZER) else _convert_tokenizer(donors, writer)
+    for name, path in carried.items():
         try:
             writer.add_file(name, path.read_bytes())
         except OSError as error:
@@ -547,6 +552,24 @@ def _add_files(plan: Plan, writer: Writer, outcome: Outcome, out: Path) -> None:
     record = provenance(plan, outcome, out)
     writer.add_file("suture.json", json.dumps(record, indent=2, ensure_ascii=False) + "\n")
     writer.add_file("README.md", model_card(record, plan.recipe.method, donors, out.name))
+    return told
+
+
+def _convert_tokenizer(donors: list[Checkpoint], writer: Writer) -> tuple[str, ...]:
+    """Write the tokenizer of the first GGUF file that has one."""
+    for donor in donors:
+        while isinstance(donor, Adapted):
+            donor = donor.base
+        if isinstance(donor, Gguf) and donor.has_tokenizer:
+            try:
+                from suture.models import gguf_tokenizer
+
+                for name, content in gguf_tokenizer(donor.path).items():
+                    writer.add_file(name, content)
+            except SutureError as error:
+                return (f"the tokenizer of {donor.label} was not converted: {error}",)
+            return ()
+    return ()
 
 
 def provenance(plan: Plan, outcome: Outcome, out: Path) -> dict[str, Any]:
