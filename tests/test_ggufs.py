@@ -402,3 +402,21 @@ def test_the_package_is_asked_for_only_where_it_is_needed(
             suture.open(tmp_path / "packed.gguf")
     finally:
         _coding.cache_clear()
+
+
+def test_gemma_s_norms_are_stored_plus_one(tmp_path: Path) -> None:
+    """llama.cpp adds one to them; the first Gemma, which transformers does not read, is no other."""
+    values = write(tmp_path / "model.gguf", "gemma")
+
+    found = suture.open(tmp_path / "model.gguf")
+
+    norms = {
+        "output_norm": "model.norm",
+        "blk.1.ffn_norm": "model.layers.1.post_attention_layernorm",
+    }
+    for theirs, ours in norms.items():
+        assert np.array_equal(found[f"{ours}.weight"], values[f"{theirs}.weight"] - np.float32(1))
+    plain = {"blk.0.attn_q": "model.layers.0.self_attn.q_proj", "token_embd": "model.embed_tokens"}
+    for theirs, ours in plain.items():
+        assert np.array_equal(found[f"{ours}.weight"], values[f"{theirs}.weight"])
+    assert found.config["architectures"] == ["GemmaForCausalLM"]
