@@ -486,7 +486,8 @@ def execute(plan: Plan, stage: Stage | None = None) -> MergeReport:
         for checkpoint in plan.inputs.values():
             checkpoint.check_unchanged()
         _check_fingerprints(plan, outcome)
-        told = _add_files(plan, writer, outcome, out)
+        _add_files(plan, writer, outcome, out)
+        told = _convert_tokenizer(plan, writer)
         synced = time.perf_counter()
         problems = Problems()
         _check_place(plan.out, plan.inputs, plan.options, problems)  # once more: time has passed
@@ -536,13 +537,10 @@ def _check_fingerprints(plan: Plan, outcome: Outcome) -> None:
     problems.raise_if_any()
 
 
-def _add_files(plan: Plan, writer: Writer, outcome: Outcome, out: Path) -> tuple[str, ...]:
-    """Write what belongs beside the weights; returns what the user should know of it."""
+def _add_files(plan: Plan, writer: Writer, outcome: Outcome, out: Path) -> None:
     reference = plan.job.sources.reference
     donors = [reference, *(c for c in plan.inputs.values() if c is not reference)]
-    carried = carried_files(donors)
-    told = () if carried.keys() & set(TOKENIZER) else _convert_tokenizer(donors, writer)
-    for name, path in carried.items():
+    for name, path in carried_files(donors).items():
         try:
             writer.add_file(name, path.read_bytes())
         except OSError as error:
@@ -552,11 +550,13 @@ def _add_files(plan: Plan, writer: Writer, outcome: Outcome, out: Path) -> tuple
     record = provenance(plan, outcome, out)
     writer.add_file("suture.json", json.dumps(record, indent=2, ensure_ascii=False) + "\n")
     writer.add_file("README.md", model_card(record, plan.recipe.method, donors, out.name))
-    return told
 
 
-def _convert_tokenizer(donors: list[Checkpoint], writer: Writer) -> tuple[str, ...]:
-    """Write the tokenizer of the first GGUF file that has one."""
+def _convert_tokenizer(plan: Plan, writer: Writer) -> tuple[str, ...]:
+    """Where no input has tokenizer files, write that of the first GGUF file; returns notes."""
+    donors = list(plan.inputs.values())
+    if carried_files(donors).keys() & set(TOKENIZER):
+        return ()
     for donor in donors:
         while isinstance(donor, Adapted):
             donor = donor.base
