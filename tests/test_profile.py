@@ -195,6 +195,21 @@ def test_inspect_counts_what_is_there(tmp_path: Path) -> None:
     assert "integrity" not in found
 
 
+def test_inspect_lists_every_tensor(tmp_path: Path) -> None:
+    """Dtype, shape, role, layer, bytes and file of each, where they are asked for."""
+    model = open_checkpoint(save_model(tmp_path / "model", llama(0, dtype="BF16")))
+
+    rows = inspect_model(model, each=True)["each"]
+
+    assert rows.keys() == model.specs.keys()
+    name = next(n for n in rows if n.endswith("layers.1.self_attn.q_proj.weight"))
+    assert rows[name] == {
+        "dtype": "bfloat16", "shape": list(model.specs[name].shape), "role": "q", "layer": 1,
+        "bytes": model.specs[name].nbytes, "file": "model.safetensors",
+    }  # fmt: skip
+    assert "each" not in inspect_model(model)
+
+
 def test_inspect_reads_nothing_unless_asked(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

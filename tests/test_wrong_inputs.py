@@ -512,6 +512,16 @@ def test_an_output_that_exists(here: Path, unread: None) -> None:
     refused(here, "out: was not written by suture", "remove it yourself", flags=("--overwrite",))
 
 
+def test_a_recipe_in_the_output(here: Path, unread: None) -> None:
+    """A recipe that the replaced folder would take with it is refused, by its name."""
+    (here / "out").mkdir()
+    (here / "out" / "suture.json").write_text("{}")
+    models = {name: str(here / name) for name in ("math", "code")}
+    recipe = write_recipe(here / "out", with_(base=str(here / "base"), models=models))
+
+    refused(here, "would remove the recipe", "recipe.yaml", recipe=recipe, flags=("--overwrite",))
+
+
 def test_a_file_in_the_way(here: Path, unread: None) -> None:
     """Not replaced either, nor written under."""
     (here / "out").write_text("mine")

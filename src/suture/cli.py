@@ -144,6 +144,7 @@ def inspect(
     check: Annotated[
         bool, typer.Option("--check", help="Read every byte: NaN, infinities, duplicates.")
     ] = False,
+    each: Annotated[bool, typer.Option("--tensors", help="List every tensor.")] = False,
     as_json: Json = False,
 ) -> None:
     """Show what a model holds: tensors, dtypes, roles, size, integrity."""
@@ -153,7 +154,7 @@ def inspect(
 
         checkpoint = open_model(model)
         progress = bars.stage("check", checkpoint.nbytes) if check else None
-        found = inspect_model(checkpoint, check=check, progress=progress)
+        found = inspect_model(checkpoint, check=check, each=each, progress=progress)
     if as_json:
         _print(found)
     else:
@@ -176,6 +177,10 @@ def _show_model(found: dict[str, Any]) -> None:
             share = row["bytes"] / max(1, found["bytes"])
             _tell(f"{name:<16}{row['tensors']:>9}{row['elements']:>16,}"
                   f"{readable(row['bytes']):>11}{share:>9.2%}")  # fmt: skip
+    for name, row in found.get("each", {}).items():
+        layer = "" if row["layer"] is None else f" of layer {row['layer']}"
+        _tell(f"{name}: {row['dtype']}{row['shape']}, {row['role']}{layer}, "
+              f"{readable(row['bytes'])} in {row['file']}")  # fmt: skip
     if "integrity" in found:
         _show_integrity(found["integrity"])
 
@@ -253,7 +258,7 @@ def merge(
     with _errors(as_json), Bars(as_json) as bars:
         from suture import machine, run
 
-        machine.announce = lambda: _say("compiling for this processor (once, a few seconds)")
+        machine.announce = lambda: _say("compiling for this processor (once, some ten seconds)")
         how = run.Options(threads=threads, overwrite=overwrite, resume=not no_resume,
                           allow_nonfinite=allow_nonfinite)  # fmt: skip
         plan = run.plan_recipe(recipe, out, how)

@@ -43,13 +43,18 @@ class _Integrity(Visitor[Hashers]):
 
 
 def inspect_model(
-    checkpoint: Checkpoint, *, check: bool = False, progress: Progress | None = None
+    checkpoint: Checkpoint,
+    *,
+    check: bool = False,
+    each: bool = False,
+    progress: Progress | None = None,
 ) -> dict[str, Any]:
     """What a checkpoint holds; with ``check`` also what only reading every byte can tell.
 
     Returns:
         Plain data: tensors, elements and bytes in all, by dtype and by role; layers; files; tied
-        names; with ``check`` the tensors that are not finite, all zero, or equal to one another.
+        names; with ``check`` the tensors that are not finite, all zero, or equal to one another;
+        with ``each`` dtype, shape, role, layer, bytes and file of every tensor.
     """
     specs = checkpoint.specs
     found: dict[str, Any] = {
@@ -67,6 +72,14 @@ def inspect_model(
     }
     if check:
         found["integrity"] = _integrity(checkpoint, progress)
+    if each:
+        kind = _kind(specs)
+        found["each"] = {
+            name: {"dtype": WORD_OF.get(spec.dtype, spec.dtype.lower()), "shape": list(spec.shape),
+                   "role": kind(name), "layer": role_of(name).layer, "bytes": spec.nbytes,
+                   "file": checkpoint.files[checkpoint.places[name].file].name}
+            for name, spec in specs.items()
+        }  # fmt: skip
     return found
 
 

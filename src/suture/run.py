@@ -233,6 +233,8 @@ def plan_recipe(
     found = parse_recipe(recipe, base_dir, problems)
     if found is None and out is not None:
         _check_place(out, {}, options, problems)
+    if isinstance(recipe, Path) and out is not None and options.overwrite:
+        _check_recipe_stays(recipe, out, problems)
     try:
         if found is None:
             problems.raise_if_any()
@@ -358,6 +360,21 @@ def _check_place(
         _check_free(out, place, options, problems)
     except (OSError, RuntimeError) as error:  # a name too long, a link to itself
         problems.add(OutputError, f"{out}: {getattr(error, 'strerror', None) or error}")
+
+
+def _check_recipe_stays(recipe: Path, out: Path, problems: Problems) -> None:
+    """An output is replaced as a whole: a recipe in it would be gone before it could be repeated.
+
+    The record that Suture itself writes there is no loss: the new output has its own.
+    """
+    try:
+        inside = recipe.resolve().is_relative_to(out.resolve())
+    except (OSError, RuntimeError):
+        return  # _check_place says what is wrong with the path
+    if inside and recipe.name != "suture.json":
+        problems.add(
+            OutputError, f"{out}: --overwrite would remove the recipe {recipe} in it; move it first"
+        )
 
 
 def _check_free(out: Path, place: Path, options: Options, problems: Problems) -> None:
