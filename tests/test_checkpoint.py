@@ -612,7 +612,7 @@ def test_an_adapter_is_refused_with_the_remedy(tmp_path: Path) -> None:
     (folder / "adapter_config.json").write_text("{}")
     (folder / "adapter_model.safetensors").write_bytes(safetensors(SEEDS[0]))
 
-    lines_of(complaint(folder), "LoRA adapter", "merge_and_unload")
+    lines_of(complaint(folder), "LoRA adapter", "BASE+")
 
 
 def test_an_empty_folder_is_refused(tmp_path: Path) -> None:

@@ -949,3 +949,46 @@ def test_fused_kernels_give_the_bytes_of_the_single_ones(
     assert np.array_equal(raw, expected)
     assert counts.tolist() == expected_counts.tolist()
     assert not wild.any()
+
+
+@given(
+    rows=st.integers(1, 9), columns=st.sampled_from([1, 3, 8, 511, 512, 513, 1100]),
+    rank=st.integers(1, 10), seed=st.integers(0, 99), cut=st.floats(0, 1), end=st.floats(0, 1),
+)  # fmt: skip
+def test_a_product_of_low_rank_is_added_in_one_order(
+    rows: int, columns: int, rank: int, seed: int, cut: float, end: float
+) -> None:
+    """Bit for bit the sum over the rank in float32, one after the other, from whatever element on."""
+    draw = np.random.default_rng(seed)
+    left = draw.standard_normal((rows, rank)).astype(np.float32)
+    right = draw.standard_normal((rank, columns)).astype(np.float32)
+    weight = draw.standard_normal(rows * columns).astype(np.float32)
+    start = int(cut * weight.size)
+    stop = start + int(end * (weight.size - start))
+    sums = np.zeros((rows, columns), np.float32)
+    for k in range(rank):
+        sums += left[:, k : k + 1] * right[k]
+    expected = weight + np.float32(0.3) * sums.ravel()
+
+    part = weight[start:stop].copy()
+    kernels.add_low_rank(part, start, part.size, left, right, 0.3)
+
+    assert part.tobytes() == expected[start:stop].tobytes()
+
+
+@pytest.mark.parametrize("by_row", [0, 1])
+def test_lines_of_a_matrix_are_measured_and_scaled(by_row: int) -> None:
+    """Squares by row or column in float64, and a factor for each, also from the middle of a row on."""
+    draw = np.random.default_rng(0)
+    matrix = draw.standard_normal((7, 13)).astype(np.float32)
+    factors = draw.standard_normal(7 if by_row else 13).astype(np.float32)
+    flat, sums = matrix.ravel().copy(), np.zeros(factors.size)
+    for start in range(0, flat.size, 5):
+        part = flat[start : start + 5]
+        kernels.add_squares(part, start, part.size, 13, by_row, sums)
+        kernels.scale_lines(part, start, part.size, 13, by_row, factors)
+
+    expected = (matrix.astype(np.float64) ** 2).sum(1 if by_row else 0)
+    assert np.allclose(sums, expected, rtol=1e-14)
+    scaled = matrix * (factors[:, None] if by_row else factors)
+    assert flat.tobytes() == scaled.tobytes()

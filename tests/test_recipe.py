@@ -419,9 +419,6 @@ LATER: dict[str, tuple[dict[str, Any], list[str]]] = {
         kit(parameters={"lambda": [{"filter": "mlp"}, {"value": 1}]}),
         ["parameters.lambda[0]", "no value"],
     ),
-    "a LoRA": (
-        kit(models=[{"model": "./math+./lora", "parameters": {"weight": 1}}]), ["./math+./lora", "lora"]
-    ),
     "a misspelt key": (kit(dtpye="bfloat16"), ["unknown key 'dtpye'", "'dtype'"]),
     "a misspelt parameter": (
         kit(models=[{"model": "./math", "parameters": {"weight": 1, "densty": 1}}]), ["'densty'", "'density'"]

@@ -135,9 +135,12 @@ RECIPES: dict[str, Case] = {
          "models": [{"model": "./math", "parameters": {"weight": 1, "density": 0.9}}]},
         ("della: math", "density 0.9 with epsilon 0.15", "epsilon may be 0.1 at most"),
     ),
-    "mergekit's LoRA": Case(
+    "mergekit's LoRA that is not there": Case(
         {"merge_method": "linear", "models": [{"model": "./math+./lora", "parameters": {"weight": 1}}]},
-        ("./math+./lora", "not supported"),
+        ("./lora", "no such file or folder"),
+    ),
+    "a model where an adapter should be": Case(
+        with_(models={"math": {"path": "./math", "adapter": "./code"}}), ("./code", "not a LoRA adapter")
     ),
     "an unknown mergekit method": Case(
         {"merge_method": "slurp", "models": [{"model": "./math"}]}, ("'slurp'", "did you mean 'slerp'?")

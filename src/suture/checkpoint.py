@@ -486,25 +486,37 @@ def open_checkpoint(model: str | os.PathLike[str], near: Path | None = None) -> 
         CheckpointError: there is nothing there, or it is not a readable checkpoint.
     """
     text = os.fspath(model)
-    if not text:
-        raise CheckpointError("'' is no path of a file or folder")
-    try:
-        path = Path(text).expanduser()
-    except RuntimeError:  # the home of a user who does not exist
-        path = Path(text)
-    if near is not None and not path.is_absolute():
-        path = near / path
-    if _there(path):
-        where = path.resolve()
-    elif _HUB_ID.fullmatch(text):
-        where = _from_hub(text, path)
-    else:
-        raise CheckpointError(f"{text}: no such file or folder{_nearby(path)}")
+    where = locate(text, near)
     if where.is_dir():
         return Checkpoint(where, text, *_files_of(where, text))
     if where.suffix != ".safetensors":
         raise CheckpointError(f"{text}: {_remedy(where.suffix)}")
     return Checkpoint(where, text, [where])
+
+
+def locate(text: str, near: Path | None = None) -> Path:
+    """Where a file, a folder or the snapshot of a hub id lies.
+
+    Raises:
+        CheckpointError: there is nothing there.
+    """
+    if not text:
+        raise CheckpointError("'' is no path of a file or folder")
+    path = place_of(text, near)
+    if _there(path):
+        return path.resolve()
+    if _HUB_ID.fullmatch(text):
+        return _from_hub(text, path)
+    raise CheckpointError(f"{text}: no such file or folder{_nearby(path)}")
+
+
+def place_of(text: str, near: Path | None = None) -> Path:
+    """The path that a text means, whether or not something is there."""
+    try:
+        path = Path(text).expanduser()
+    except RuntimeError:  # the home of a user who does not exist
+        path = Path(text)
+    return near / path if near is not None and not path.is_absolute() else path
 
 
 def is_from_hub(checkpoint: Checkpoint) -> bool:
@@ -566,8 +578,8 @@ def _files_of(folder: Path, label: str) -> tuple[list[Path], Mapping[str, str] |
     found = sorted(p for p in folder.glob("*.safetensors") if p.is_file())
     if (folder / "adapter_config.json").exists():
         raise CheckpointError(
-            f"{label}: a LoRA adapter, not a whole model. Merge it into its base first: "
-            "PeftModel.from_pretrained(...).merge_and_unload().save_pretrained(folder)"
+            f"{label}: a LoRA adapter, not a whole model; name it together with its base: "
+            f"BASE+{label}, or as a model of a recipe that has a base"
         )
     if len(found) == 1:
         return [_inside(found[0], folder)], None

@@ -140,7 +140,7 @@ def _terminate(*_: object) -> None:
 
 @app.command()
 def inspect(
-    model: Annotated[str, typer.Argument(help="A safetensors file, a folder or a hub id.")],
+    model: Annotated[str, typer.Argument(help="A file, a folder, a hub id, or BASE+ADAPTER.")],
     check: Annotated[
         bool, typer.Option("--check", help="Read every byte: NaN, infinities, duplicates.")
     ] = False,
@@ -149,8 +149,8 @@ def inspect(
 ) -> None:
     """Show what a model holds: tensors, dtypes, roles, size, integrity."""
     with _errors(as_json), Bars(as_json) as bars:
+        from suture.opening import open_model
         from suture.profile import inspect_model
-        from suture.run import open_model
 
         checkpoint = open_model(model)
         progress = bars.stage("check", checkpoint.nbytes) if check else None
@@ -204,7 +204,7 @@ def diff(
     """Show the task vector between two models: norms, cosine, profile by layer and role."""
     with _errors(as_json), Bars(as_json) as bars:
         from suture import profile
-        from suture.run import open_model
+        from suture.opening import open_model
 
         one, other = open_model(base), open_model(tuned)
         found = profile.diff(one, other, bars.stage("diff", one.nbytes + other.nbytes))
@@ -351,6 +351,52 @@ def _show_plan(found: dict[str, Any]) -> None:
     for note in found["notes"]:
         _tell(f"note     {note}")
     _tell("nothing was written; leave out --dry-run to merge")
+
+
+@app.command("extract-lora")
+def extract_lora(
+    base: Annotated[str, typer.Argument(help="What the adapter will be put on.")],
+    models: Annotated[
+        list[str],
+        typer.Argument(help="A tuned model; or adapters of the base, which are added up."),
+    ],
+    out: Annotated[Path, typer.Option("--out", "-o", help="The folder to write.")],
+    rank: Annotated[
+        int | None,
+        typer.Option("--rank", min=1, help="Of each module; adapters keep all theirs without it."),
+    ] = None,
+    energy: Annotated[
+        float | None,
+        typer.Option("--energy", help="Keep the ranks with this share of the squared norm."),
+    ] = None,
+    weight: Annotated[
+        list[float] | None,
+        typer.Option("--weight", help="The factor of a model; one for each, in their order."),
+    ] = None,
+    save_others: Annotated[
+        bool,
+        typer.Option("--save-others", help="Write norms, biases and the like as they are."),
+    ] = False,
+    dtype: Annotated[str, typer.Option("--dtype", help="Of the factors.")] = "float32",
+    as_json: Json = False,
+) -> None:
+    """Make a LoRA adapter of the difference between models, and tell the error."""
+    with _errors(as_json), Bars(as_json) as bars:
+        from suture import lowrank
+        from suture.opening import open_model
+
+        start = open_model(base)
+        tuned = [open_model(model, base=start) for model in models]
+        size = start.nbytes + sum(model.nbytes for model in tuned)
+        report = lowrank.extract_lora(
+            start, tuned, out, rank=rank, energy=energy, weights=weight or None,
+            save_others=save_others, dtype=dtype, progress=bars.stage("extract", size),
+        )  # fmt: skip
+    if as_json:
+        _print(report.to_dict())
+    else:
+        for line in lowrank.report_lines(report):
+            _tell(line)
 
 
 patches = typer.Typer(

@@ -46,8 +46,9 @@ class OutputError(SutureError):
 class MissingExtraError(SutureError):
     """An optional dependency is not installed."""
 
-    def __init__(self, what: str, extra: str) -> None:
-        super().__init__(f"{what} needs the extra {extra!r}: pip install 'suture[{extra}]'")
+    def __init__(self, what: str, extra: str | None = None) -> None:
+        remedy = f" needs the extra {extra!r}: pip install 'suture[{extra}]'"
+        super().__init__(what if extra is None else what + remedy)
 
 
 class Problems:

@@ -82,6 +82,9 @@ column_dots = Kernel("column_dots", f"{_R}, i8, i8, f8[:, ::1]")
 sum_by_column = Kernel("sum_by_column", f"{_R}, f4[:, ::1], i8, i8, {_V}")
 count_overlaps = Kernel("count_overlaps", f"{_R}, {_K}, i8, i8[:, ::1], {_V}", _four)
 merge_overlaps = Kernel("merge_overlaps", f"{_R}, {_W}, {_K}, i8, {_V}, {_V}", _four)
+add_low_rank = Kernel("add_low_rank", f"{_V}, i8, i8, {_R}, {_R}, f8, {_V}", _four)
+add_squares = Kernel("add_squares", f"{_V}, i8, i8, i8, i8, f8[::1]")
+scale_lines = Kernel("scale_lines", f"{_V}, i8, i8, i8, i8, {_V}")
 fused = Kernel(
     "fused",
     f"{_R}, {_V}, {_V}, u1[:, ::1], i8[::1], i8, i8, i8, i8, u8[::1], i8, i8[::1], {_W}, i8, {_W}, "

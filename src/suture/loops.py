@@ -815,6 +815,119 @@ def extremes(row: Array, count: int, found: Array) -> None:
     found[1] += some
 
 
+STRIP = 512
+"""Columns that ``add_low_rank`` works on at once, so that its right factor stays in the cache."""
+
+
+@_inline
+def _add_products(left, right, begin, end, sums):
+    """``sums[j] += left[0] * right[0, j] + left[1] * right[1, j] + ...``, one after the other."""
+    much = end - begin
+    k = 0
+    while k + 4 <= left.size:
+        l0, l1, l2, l3 = left[k], left[k + 1], left[k + 2], left[k + 3]
+        r0, r1 = right[k][begin:end], right[k + 1][begin:end]
+        r2, r3 = right[k + 2][begin:end], right[k + 3][begin:end]
+        for j in range(much):
+            sums[j] = sums[j] + l0 * r0[j] + l1 * r1[j] + l2 * r2[j] + l3 * r3[j]
+        k += 4
+    while k < left.size:
+        one = left[k]
+        other = right[k][begin:end]
+        for j in range(much):
+            sums[j] += one * other[j]
+        k += 1
+
+
+@_inline
+def _add_products_twice(left, more, right, begin, end, sums, others):
+    """The same for two rows of the left factor, in the same order."""
+    much = end - begin
+    k = 0
+    while k + 4 <= left.size:
+        l0, l1, l2, l3 = left[k], left[k + 1], left[k + 2], left[k + 3]
+        m0, m1, m2, m3 = more[k], more[k + 1], more[k + 2], more[k + 3]
+        r0, r1 = right[k][begin:end], right[k + 1][begin:end]
+        r2, r3 = right[k + 2][begin:end], right[k + 3][begin:end]
+        for j in range(much):
+            a, b, c, d = r0[j], r1[j], r2[j], r3[j]
+            sums[j] = sums[j] + l0 * a + l1 * b + l2 * c + l3 * d
+            others[j] = others[j] + m0 * a + m1 * b + m2 * c + m3 * d
+        k += 4
+    while k < left.size:
+        one, two = left[k], more[k]
+        other = right[k][begin:end]
+        for j in range(much):
+            sums[j] += one * other[j]
+            others[j] += two * other[j]
+        k += 1
+
+
+@_kernel
+def add_low_rank(
+    row: Array, start: int, count: int, left: Array, right: Array, scale: float, scratch: Array
+) -> None:
+    """Add ``scale * (left @ right)`` to elements ``start`` to ``start + count`` of a matrix.
+
+    ``row`` float32[count] holds those elements, ``left`` is float32[rows, rank] and ``right``
+    float32[rank, columns]. The products of an element are added in the order of the rank, the sum
+    is scaled and then added: the result depends neither on ``start`` nor on ``count``.
+    """
+    columns = right.shape[1]
+    factor = np.float32(scale)
+    stop = start + count
+    if count == 0:
+        return
+    last = (stop - 1) // columns
+    for strip in range(0, columns, STRIP):
+        i = start // columns
+        while i <= last:
+            begin = max(strip, start - i * columns)
+            end = min(strip + STRIP, columns, stop - i * columns)
+            much = max(0, end - begin)
+            sums = scratch[:much]
+            sums[:] = np.float32(0)
+            place = i * columns + begin - start
+            part = row[place : place + much]
+            full = min(strip + STRIP, columns)
+            if begin == strip and end == full and (i + 1) * columns + full <= stop:
+                others = scratch[STRIP : STRIP + much]
+                others[:] = np.float32(0)
+                _add_products_twice(left[i], left[i + 1], right, begin, end, sums, others)
+                below = row[place + columns : place + columns + much]
+                for j in range(much):
+                    below[j] += factor * others[j]
+                i += 1
+            elif much:
+                _add_products(left[i], right, begin, end, sums)
+            for j in range(much):
+                part[j] += factor * sums[j]
+            i += 1
+
+
+@_kernel
+def add_squares(row: Array, start: int, count: int, columns: int, by_row: int, sums: Array) -> None:
+    """Add the squares of a matrix's elements to ``sums`` float64, by row (1) or by column (0).
+
+    ``row`` float32[count] holds elements ``start`` to ``start + count``; the squares are added in
+    the order of the elements.
+    """
+    for j in range(count):
+        value = np.float64(row[j])
+        place = (start + j) // columns if by_row else (start + j) % columns
+        sums[place] += value * value
+
+
+@_kernel
+def scale_lines(
+    row: Array, start: int, count: int, columns: int, by_row: int, factors: Array
+) -> None:
+    """Multiply a matrix's elements by the factor (float32) of their row (1) or column (0)."""
+    for j in range(count):
+        place = (start + j) // columns if by_row else (start + j) % columns
+        row[j] = row[j] * factors[place]
+
+
 @_kernel
 def keep_between(rows: Array, low: Array, high: Array, start: int, stop: int) -> None:
     """Zero what is not in a band of magnitudes: keys (their bits) from ``low[i]`` to ``high[i]``.

@@ -140,17 +140,21 @@ class _Reader:
         return found, f"{where}."
 
     def path(self, value: object, where: str) -> str:
-        """The path or hub id of a model, in mergekit's short or long form."""
-        if isinstance(value, Mapping):  # {model: {path: ..., revision: ...}}
-            inner = value.get("model", value)
-            if isinstance(inner, Mapping) and isinstance(inner.get("path"), str):
-                revision = inner.get("revision")
-                return f"{inner['path']}@{revision}" if revision else str(inner["path"])
+        """The path or hub id of a model, in mergekit's short or long form, with its adapter."""
+        if isinstance(value, Mapping):  # {model: {path: ..., revision: ...}, lora: ...}
+            parts = [value.get("model", value), *([value["lora"]] if value.get("lora") else [])]
+            found = []
+            for part in parts:
+                if isinstance(part, Mapping) and isinstance(part.get("path"), str):
+                    revision = part.get("revision")
+                    found.append(f"{part['path']}@{revision}" if revision else str(part["path"]))
+                elif isinstance(part, str):
+                    found.append(part)
+            if len(found) == len(parts):
+                return "+".join(found)
         if not isinstance(value, str):
             self.refuse(f"{where}: a path or hub id, not {brief(value)}")
             return ""
-        if "+" in value and not (self.folder / value).exists():
-            self.refuse(f"{where}: {value!r}: base+lora models are not supported yet")
         return value
 
     def parameters(self, raw: Mapping[Any, Any], where: str) -> dict[str, Any]:

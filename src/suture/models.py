@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import json
 import shutil
+import tempfile
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -224,6 +225,20 @@ def load_tokenizer(folder: Path) -> Tokenizer:
             folder, local_files_only=True, trust_remote_code=False
         )
     return tokenizer
+
+
+def gguf_tokenizer(path: Path) -> dict[str, bytes]:
+    """The files of the tokenizer that stands in a GGUF file, by name.
+
+    Raises:
+        CheckpointError: transformers cannot convert it.
+    """
+    with tempfile.TemporaryDirectory() as place, _quiet(), _explained(path, "tokenizer"):
+        tokenizer = transformers.AutoTokenizer.from_pretrained(
+            path.parent, gguf_file=path.name, local_files_only=True, trust_remote_code=False
+        )
+        tokenizer.save_pretrained(place)
+        return {p.name: p.read_bytes() for p in sorted(Path(place).iterdir())}
 
 
 def save_model(model: Encoder | LanguageModel, tokenizer: Tokenizer, out: Path) -> None:

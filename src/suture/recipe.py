@@ -518,8 +518,16 @@ def _models(raw: object, problems: Problems) -> dict[str, ModelEntry]:
             continue
         if str(name) in found or str(name) in TAKEN or not str(name).isprintable():
             problems.add(RecipeError, f"models: {name!r} cannot be the name of a model")
-        own = {str(k): v for k, v in entry.items() if k != "path"}
-        found[str(name)] = ModelEntry(entry["path"], own)
+        own = {str(k): v for k, v in entry.items() if k not in ("path", "adapter")}
+        adapters = entry.get("adapter", [])
+        adapters = [adapters] if isinstance(adapters, str) else adapters
+        if not isinstance(adapters, list) or not all(a and isinstance(a, str) for a in adapters):
+            problems.add(
+                RecipeError, f"models.{name}.adapter: a path, or a list of them, not "
+                f"{brief(entry['adapter'])}"
+            )  # fmt: skip
+            adapters = []
+        found[str(name)] = ModelEntry("+".join([entry["path"], *adapters]), own)
     return found
 
 

@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 import suture
+from suture.adapters import Adapted, Adapter
 from suture.card import carried_files, carried_tokenizer, config_text, is_restricted, model_card
 from suture.checkpoint import (
     JSON_LIMIT,
@@ -35,6 +36,7 @@ from suture.engine import (
     Stage,
     apply,
     bytes_read,
+    checkpoint_fingerprint,
     output_specs,
     peak_memory,
     tensor_fingerprints,
@@ -48,9 +50,11 @@ from suture.errors import (
     RecipeError,
     SutureError,
 )
+from suture.ggufs import Gguf
 from suture.layers import Stretch, cut, depth_of, depths, sliced_config, stack_of
 from suture.mergekit import differences, native
 from suture.merges import PerModel, Scalar, method
+from suture.opening import open_model
 from suture.patch import Patch
 from suture.patchfile import is_patch
 from suture.recipe import SCHEMA, parse_recipe, read_recipe
@@ -185,15 +189,6 @@ class Merged:
 
     recipe: Recipe
     inputs: Mapping[str, Checkpoint] = field(repr=False)
-
-
-def open_model(model: str | os.PathLike[str]) -> Checkpoint:
-    """Open a safetensors file, a (sharded) folder or a hub id; headers only.
-
-    Raises:
-        CheckpointError: there is nothing there, or it is not a readable checkpoint.
-    """
-    return open_checkpoint(model)
 
 
 def merged(
@@ -409,6 +404,7 @@ def _planned(
         for problem in job.merge.check(job.names, job.models):
             problems.add(RecipeError, f"{recipe.method.name}: {problem}")
     config = _config(recipe, parts, aligned.inputs)
+    notes += [n for c in inputs.values() if isinstance(c, Adapted) for n in c.notes]
     told = tuple(dict.fromkeys((*recipe.notes, *notes)))
     plan = Plan(recipe, jobs, inputs, out, options, config, told,
                 {name: stages[name] for name in recipe.stages}, made, views=aligned.inputs,
@@ -436,7 +432,7 @@ def _opened(
             if path in stages:
                 found[label] = _output_of(path, stages[path])
                 continue
-            checkpoint = open_checkpoint(path, recipe.folder)
+            checkpoint = open_model(path, recipe.folder, found.get("base"))
             if is_patch(checkpoint):
                 checkpoint = _patched(checkpoint, found.get("base"))
             found[label] = checkpoint
@@ -852,18 +848,32 @@ def existing(path: Path) -> Path:
 
 
 def check_contents(plan: Plan) -> None:
-    """Check what only some bytes can tell, before the merge begins: buffers, and tied tensors.
+    """Check what only some bytes can tell, before the merge begins: factors, buffers, ties.
 
     Raises:
+        NonFiniteError: the factors of an adapter hold NaN or infinity.
         MismatchError: the models' integer tensors differ, or a config ties two that differ.
     """
     problems = Problems()
     for one in (*plan.stages.values(), plan):
         if one.ready:
+            _check_factors(one, problems)
             _check_buffers(one, problems)
             with problems.collecting():
                 check_ties(one.inputs)
     problems.raise_if_any()
+
+
+def _check_factors(plan: Plan, problems: Problems) -> None:
+    """Note NaN and infinity in the factors of adapters, whose products would hide where from."""
+    if plan.options.allow_nonfinite:
+        return
+    found = {
+        a.folder: a for c in plan.inputs.values() if isinstance(c, Adapted) for a in c.adapters
+    }
+    for adapter in found.values():
+        with problems.collecting():
+            adapter.check_finite()
 
 
 def check_ties(inputs: Mapping[str, Checkpoint]) -> None:
@@ -932,6 +942,7 @@ def execute(plan: Plan, stage: Stage | None = None) -> MergeReport:
             checkpoint.check_unchanged()
         _check_fingerprints(plan, outcome)
         _add_files(plan, writer, outcome, out)
+        told = _convert_tokenizer(plan, writer)
         synced = time.perf_counter()
         problems = Problems()
         _check_place(plan.out, plan.inputs, plan.options, problems)  # once more: time has passed
@@ -949,7 +960,7 @@ def execute(plan: Plan, stage: Stage | None = None) -> MergeReport:
         plan.out, plan.recipe.method.name, outcome.fingerprints["output"], len(plan.specs),
         plan.merged, plan.reads, plan.nbytes, outcome.seconds, outcome.writeback_loss,
         sum(outcome.moved.values()), outcome.facts, outcome.resumed,
-        (*plan.notes, *plan.told, *_linked(plan, writer)),
+        (*plan.notes, *plan.told, *told, *_linked(plan, writer)),
     )  # fmt: skip
 
 
@@ -1061,6 +1072,26 @@ def _main_dtype(specs: Mapping[str, TensorSpec]) -> str | None:
     return max(sizes, key=lambda d: sizes[d], default=None)
 
 
+def _convert_tokenizer(plan: Plan, writer: Writer) -> tuple[str, ...]:
+    """Where no input has tokenizer files, write that of the first GGUF file; returns notes."""
+    donors = list(plan.inputs.values())
+    if plan.files is not None or carried_files(donors).keys() & set(TOKENIZER):
+        return ()
+    for donor in donors:
+        while isinstance(donor, Adapted):
+            donor = donor.base
+        if isinstance(donor, Gguf) and donor.has_tokenizer:
+            try:
+                from suture.models import gguf_tokenizer
+
+                for name, content in gguf_tokenizer(donor.path).items():
+                    writer.add_file(name, content)
+            except SutureError as error:
+                return (f"the tokenizer of {donor.label} was not converted: {error}",)
+            return ()
+    return ()
+
+
 def provenance(plan: Plan, outcome: Outcome, out: Path) -> dict[str, Any]:
     """What ``suture.json`` holds: enough to make the same tensors again, and to know it."""
     recipe = plan.recipe.resolved()
@@ -1083,7 +1114,7 @@ def provenance(plan: Plan, outcome: Outcome, out: Path) -> dict[str, Any]:
         "recipe": recipe,
         "inputs": {
             label: {"path": paths[label], "fingerprint": outcome.fingerprints[label],
-                    "tensors": len(c), "bytes": c.nbytes}
+                    "tensors": len(c), "bytes": c.nbytes, **_made_of(c, out)}
             for label, c in plan.inputs.items()
         },
         "output": {
@@ -1119,9 +1150,29 @@ def _place_inputs(recipe: dict[str, Any], plan: Plan, out: Path) -> dict[str, st
 
 def _portable(checkpoint: Checkpoint, out: Path) -> str:
     """A hub id as it is; a path relative to the output, so that both can move together."""
+    if isinstance(checkpoint, Adapted):
+        return f"{_portable(checkpoint.base, out)}+{_place(checkpoint.adapter, out)}"
     if is_from_hub(checkpoint):
         return checkpoint.label
     return os.path.relpath(checkpoint.path, out)
+
+
+def _place(adapter: Adapter, out: Path) -> str:
+    if adapter.folder.parent.name == "snapshots":
+        return adapter.label
+    return os.path.relpath(adapter.folder, out)
+
+
+def _made_of(checkpoint: Checkpoint, out: Path) -> dict[str, Any]:
+    """The base and the adapters of a model that is put together, with the adapters' digests."""
+    if not isinstance(checkpoint, Adapted):
+        return {}
+    whole: Checkpoint = checkpoint
+    while isinstance(whole, Adapted):
+        whole = whole.base
+    adapters = [{"path": _place(a, out), "fingerprint": checkpoint_fingerprint(a.weights)}
+                for a in checkpoint.adapters]  # fmt: skip
+    return {"made_of": {"base": _portable(whole, out), "adapters": adapters}}
 
 
 def describe(plan: Plan) -> dict[str, Any]:
