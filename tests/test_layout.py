@@ -19,8 +19,8 @@ ROOT = Path(suture.__file__).parent
 
 ORDER = [
     "errors", "spec", "roles", "loops", "machine", "kernels", "checkpoint", "views", "writer",
-    "stream", "vector", "profile", "select", "mask", "merges", "engine", "recipe", "card", "models", "data",
-    "tune", "evals", "report", "run", "demo_tasks", "demo", "cli", "__main__",
+    "stream", "vector", "profile", "select", "mask", "analysis", "merges", "engine", "recipe", "card", "models", "data",
+    "tune", "evals", "report", "page", "run", "analyze", "demo_tasks", "demo", "cli", "__main__",
 ]  # fmt: skip
 """The way of a tensor, top to bottom."""
 
@@ -31,6 +31,11 @@ PLACES = {
     "tokenizers": {"models"},
     "typer": {"cli"},
     "rich": {"cli"},
+    "altair": {"page"},
+    "vl_convert": {"page"},
+    "jinja2": {"page"},
+    "scipy": {"analysis"},
+    "sklearn": {"analysis"},
     "mergekit": set(),
     "pickle": set(),
 }
