@@ -183,7 +183,6 @@ def autoencoder(
     except ImportError:
         raise MissingExtraError("the autoencoder basis", "analysis") from None
     tasks = len(gram)
-    ridge = 1e-10 * np.eye(size)
     total = float(np.trace(gram))
 
     def encoded(flat: Array) -> Array:
@@ -191,22 +190,24 @@ def autoencoder(
         powers = np.exp(logits - logits.max(0))
         return np.asarray(powers / powers.sum(0))
 
-    def objective(flat: Array) -> tuple[float, Array]:
+    def objective(flat: Array, ridge: float) -> tuple[float, Array]:
         made = encoded(flat)
         inner = made.T @ gram
-        best = np.linalg.solve(inner @ made + ridge, inner)
+        best = np.linalg.solve(inner @ made + ridge * np.eye(size), inner)
         loss = (total - float((inner * best).sum())) / total
         # W is at its optimum, so only B's own part of the derivative remains.
         slope = 2 / total * gram @ (made @ best - np.eye(tasks)) @ best.T
         through = made * (slope - (made * slope).sum(0)) / temperature
         return loss, through.ravel()
 
+    def descend(start: Array, ridge: float) -> Any:
+        return minimize(objective, start, (ridge,), jac=True, method="L-BFGS-B",
+                        options={"maxiter": 2000, "ftol": 1e-15, "gtol": 1e-10})  # fmt: skip
+
+    # Many B span the same space. A ridge first keeps W small, and the vectors far from one another.
     draw = np.random.Generator(np.random.Philox(seed))
-    runs = [
-        minimize(objective, draw.normal(size=tasks * size), jac=True, method="L-BFGS-B",
-                 options={"maxiter": 2000, "ftol": 1e-15, "gtol": 1e-10})
-        for _ in range(restarts)
-    ]  # fmt: skip
+    starts = [draw.normal(size=tasks * size) for _ in range(restarts)]
+    runs = [descend(descend(start, 1e-2).x, 1e-10) for start in starts]
     best = min(runs, key=lambda run: float(run.fun))
     made = encoded(best.x)
     return made, project(gram, made), {"steps": int(best.nit), "restarts": restarts}

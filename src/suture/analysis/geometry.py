@@ -129,7 +129,7 @@ def cosines(gram: Array) -> Array:
     """The matrix of cosines that belongs to a Gram matrix; 0 beside a vector without length."""
     lengths = np.sqrt(np.maximum(np.diag(gram), 0.0))
     lengths = np.where(lengths > 0, lengths, np.inf)
-    found = np.clip(gram / lengths[:, None] / lengths[None, :], -1.0, 1.0)
+    found = np.clip(gram / np.outer(lengths, lengths), -1.0, 1.0)
     found[np.diag_indices_from(found)] = np.isfinite(lengths)
     return np.asarray(found)
 

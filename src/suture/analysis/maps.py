@@ -1,7 +1,7 @@
 """What only a model can tell: loss along a line, disentanglement maps, curves over density.
 
 Nothing here loads a model. Each function takes a callable that evaluates the base plus given
-amounts of task vectors; ``suture.evals.path`` makes one of a loaded encoder.
+amounts of task vectors; ``suture.evals.walk`` makes one of a loaded encoder.
 """
 
 from __future__ import annotations

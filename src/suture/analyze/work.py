@@ -246,16 +246,24 @@ def analyse(plan: AnalysisPlan, stage: Stage = _silent) -> Analysis:
         selection = None
         if request.density is not None:
             selection = select(
-                Sources(models, base), plan.names, lambda _: [float(request.density or 1)] *
-                len(models), scope=request.scope, threads=plan.threads,
-            )  # fmt: skip
+                Sources(models, base),
+                plan.names,
+                lambda _: [float(request.density or 1)] * len(models),
+                scope=request.scope,
+                threads=plan.threads,
+            )
         asked["conflicts"] = signs = Signs(len(models), selection)
     if masks:
         asked["overlap"] = masked = Masked(list(masks.values()))
     specs, sources = base.specs, Sources((*models, *unseen), base)
     read = sum(c.specs[n].nbytes for c in sources.all for n in plan.names)
-    sweep(sources, tasks_of(plan.names, specs), Together(list(asked.values())),
-          threads=plan.threads, progress=stage("look", read))  # fmt: skip
+    sweep(
+        sources,
+        tasks_of(plan.names, specs),
+        Together(list(asked.values())),
+        threads=plan.threads,
+        progress=stage("look", read),
+    )
 
     labels, groups = tuple(request.models), groups_of(plan.names)
     sizes = {n: specs[n].numel for n in plan.names}
@@ -265,16 +273,25 @@ def analyse(plan: AnalysisPlan, stage: Stage = _silent) -> Analysis:
     if "bases" in request.analyses:
         gram = products.gram.of(*plan.names)[:-1, :-1]
         bases, nearest = _bases(request, gram)
-    source = f"the folder {request.masks}" if plan.masks is not None else (
-        f"the {request.density:.3g} of largest magnitude, {request.scope}"
-        if request.density else "")  # fmt: skip
+    source = (
+        f"those of the folder {request.masks}"
+        if plan.masks is not None
+        else f"the {100 * (request.density or 1):.3g} % of largest magnitude, counted "
+        + {"global": "over all tensors", "layer": "in each layer"}.get(
+            request.scope, "in each tensor"
+        )
+    )
     return Analysis(
-        _portable(plan), _prints(plan, stage), len(plan.names), sum(sizes.values()),
+        _portable(plan),
+        _prints(plan, stage),
+        len(plan.names),
+        sum(sizes.values()),
         geometry if "geometry" in request.analyses else None,
         signs.conflicts(labels, groups, request.density) if "conflicts" in asked else None,
         masked.overlap(labels, groups, source) if masks else None,
-        bases, nearest,
-    )  # fmt: skip
+        bases,
+        nearest,
+    )
 
 
 def _masks(plan: AnalysisPlan, stage: Stage) -> dict[str, Mask]:
@@ -286,11 +303,13 @@ def _masks(plan: AnalysisPlan, stage: Stage) -> dict[str, Mask]:
     density = float(plan.request.density or 1)
     return {
         name: localize(
-            TaskVector(plan.base, [(plan.inputs[name], 1.0)], plan.names), density=density,
-            scope=plan.request.scope, threads=plan.threads,
+            TaskVector(plan.base, [(plan.inputs[name], 1.0)], plan.names),
+            density=density,
+            scope=plan.request.scope,
+            threads=plan.threads,
         )
         for name in plan.request.models
-    }  # fmt: skip
+    }
 
 
 def _bases(
@@ -304,12 +323,15 @@ def _bases(
     )
     nearest = {
         name: {
-            basis.kind: asdict(basis.nearest(inner, gram[number + i, :number].tolist(),
-                                             float(gram[number + i, number + i])))
+            basis.kind: asdict(
+                basis.nearest(
+                    inner, gram[number + i, :number].tolist(), float(gram[number + i, number + i])
+                )
+            )
             for basis in found
         }
         for i, name in enumerate(request.unseen)
-    }  # fmt: skip
+    }
     return found, nearest
 
 
@@ -338,10 +360,14 @@ def _prints(plan: AnalysisPlan, stage: Stage) -> dict[str, dict[str, Any]]:
     where = _paths(plan)
     progress = stage("identify", sum(c.nbytes for c in plan.inputs.values()))
     return {
-        label: {"path": where[label], "fingerprint": checkpoint_fingerprint(c, progress),
-                "tensors": len(c), "bytes": c.nbytes}
+        label: {
+            "path": where[label],
+            "fingerprint": checkpoint_fingerprint(c, progress),
+            "tensors": len(c),
+            "bytes": c.nbytes,
+        }
         for label, c in plan.inputs.items()
-    }  # fmt: skip
+    }
 
 
 def run_analysis(plan: AnalysisPlan, stage: Stage = _silent) -> Analysis:
@@ -381,16 +407,21 @@ def run_analysis(plan: AnalysisPlan, stage: Stage = _silent) -> Analysis:
     return found
 
 
-def _write_basis(
-    plan: AnalysisPlan, basis: Basis, folder: Path, stage: Stage
-) -> list[str]:  # fmt: skip
+def _write_basis(plan: AnalysisPlan, basis: Basis, folder: Path, stage: Stage) -> list[str]:
     """Write base + s for every basis vector s, as float32 checkpoints, one after another."""
     made = np.array(basis.vectors)
     for column, name in enumerate(basis.names):
         weights = {t: float(w) for t, w in zip(basis.tasks, made[:, column], strict=True) if w}
         models = {t: plan.inputs[t] for t in weights}
-        what = merged(plan.base, models, "task_arithmetic", weight=weights, dtype="float32",
-                      space=ParamSpace(plan.names, ()), policy=Policy("base", "drop", "base"))  # fmt: skip
+        what = merged(
+            plan.base,
+            models,
+            "task_arithmetic",
+            weight=weights,
+            dtype="float32",
+            space=ParamSpace(plan.names, ()),
+            policy=Policy("base", "drop", "base"),
+        )
         save(what, folder / name, stage=stage, threads=plan.threads)
     return [f"basis/{basis.kind}/{name}" for name in basis.names]
 

@@ -25,19 +25,44 @@ WRITTEN = 10
 
 
 def _finished(chart: Any, alt_text: str) -> dict[str, Any]:
-    found: dict[str, Any] = chart.properties(width="container", description=alt_text).to_dict()
+    fit = alt.AutoSizeParams(type="fit-x", contains="padding")
+    sized = chart.properties(width="container", autosize=fit, description=alt_text)
+    found: dict[str, Any] = sized.to_dict()
     found.pop("config", None)  # the page has its own, for light and dark
     return found
+
+
+def _chart(rows: Sequence[Row]) -> Any:
+    return alt.Chart(alt.Data(values=list(rows)))  # type: ignore[no-untyped-call]
 
 
 def _legend(title: str) -> Any:
     return alt.Legend(title=title, orient="top", gradientLength=140, gradientThickness=8)
 
 
+def _written(base: Any, fmt: str, top: float) -> Any:
+    """The numbers on the fields, in whichever colour can be read there."""
+    strong = f"abs(datum.value) > {0.55 * top:.6g}"
+    return base.mark_text(fontSize=11).encode(
+        text=alt.Text("value:Q", format=fmt),
+        color=alt.condition(strong, alt.value(alt.expr("paper")), alt.value(alt.expr("ink"))),
+    )
+
+
 def heat(
-    rows: Sequence[Row], *, x: str, y: str, xs: Sequence[str], ys: Sequence[str], value: str,
-    fmt: str = ".3f", top: float | None = None, alt_text: str, tooltips: Sequence[str] = (),
-) -> dict[str, Any]:  # fmt: skip
+    rows: Sequence[Row],
+    *,
+    x: str,
+    y: str,
+    xs: Sequence[str],
+    ys: Sequence[str],
+    value: str,
+    fmt: str = ".3f",
+    top: float | None = None,
+    alt_text: str,
+    tooltips: Sequence[str] = (),
+    written: bool = False,
+) -> dict[str, Any]:
     """A heat map over two lists of names; ``rows`` hold ``x``, ``y``, ``value`` and more.
 
     Args:
@@ -51,32 +76,51 @@ def heat(
         top: the value of the darkest colour, so that maps side by side can be compared.
         alt_text: the map in a sentence.
         tooltips: more fields to show.
+        written: whether the numbers stand on the fields, where there are few columns.
     """
-    domain = [0, top] if top else None
-    base = alt.Chart(alt.Data(values=list(rows))).encode(
-        x=alt.X("x:N", sort=list(xs), title=x, axis=alt.Axis(labelOverlap=True)),
-        y=alt.Y("y:N", sort=list(ys), title=y),
+    most = top or max((abs(r["value"]) for r in rows if r["value"] is not None), default=1.0) or 1.0
+    low = min([0.0, *(r["value"] for r in rows if r["value"] is not None)])
+    angle = 0 if all(len(name) < 4 for name in xs) else -35
+    base = _chart(rows).encode(
+        x=alt.X(
+            "x:N",
+            sort=list(xs),
+            title=x,
+            axis=alt.Axis(labelOverlap=True, labelAngle=angle, labelLimit=90),
+        ),
+        y=alt.Y("y:N", sort=list(ys), title=y, axis=alt.Axis(labelLimit=130)),
     )
-    colour = alt.Color(
-        "value:Q", title=value, legend=_legend(value),
-        scale=alt.Scale(domain=domain) if domain else alt.Scale(zero=True),
-    )  # fmt: skip
     drawn = base.mark_rect().encode(
-        color=colour,
+        color=alt.Color(
+            "value:Q",
+            title=value,
+            legend=_legend(value),
+            scale=alt.Scale(domain=[low, most], interpolate="lab"),
+        ),
         tooltip=[
-            alt.Tooltip("x:N", title=x), alt.Tooltip("y:N", title=y),
+            alt.Tooltip("x:N", title=x),
+            alt.Tooltip("y:N", title=y),
             alt.Tooltip("value:Q", title=value, format=fmt),
             *(alt.Tooltip(f"more{i}:Q", title=t, format=".4~g") for i, t in enumerate(tooltips)),
         ],
-    ).properties(height=alt.Step(STEP))  # fmt: skip
-    return _finished(drawn, alt_text)
+    )
+    if written and len(xs) <= WRITTEN:
+        drawn = drawn + _written(base, fmt, most)
+    return _finished(drawn.properties(height=alt.Step(STEP)), alt_text)
 
 
 def matrix(
-    values: Sequence[Sequence[float]], names: Sequence[str], *, value: str, diverging: bool = False,
-    top: float, columns: Sequence[str] | None = None, fmt: str = ".2f", alt_text: str,
+    values: Sequence[Sequence[float]],
+    names: Sequence[str],
+    *,
+    value: str,
+    diverging: bool = False,
+    top: float,
+    columns: Sequence[str] | None = None,
+    fmt: str = ".2f",
+    alt_text: str,
     skip_diagonal: bool = True,
-) -> dict[str, Any]:  # fmt: skip
+) -> dict[str, Any]:
     """A small square table in colour, its numbers written in; the diagonal is left empty."""
     across = list(names) if columns is None else list(columns)
     rows = [
@@ -85,30 +129,37 @@ def matrix(
         for j, v in enumerate(line)
         if not (skip_diagonal and columns is None and i == j)
     ]
-    base = alt.Chart(alt.Data(values=rows)).encode(
+    base = _chart(rows).encode(
         x=alt.X("x:N", sort=across, title=None, axis=alt.Axis(labelAngle=-35, labelLimit=90)),
         y=alt.Y("y:N", sort=list(names), title=None, axis=alt.Axis(labelLimit=110)),
     )
-    scale = alt.Scale(domain=[-top, top], domainMid=0) if diverging else alt.Scale(domain=[0, top])
+    scale = (
+        alt.Scale(domain=[-top, top], domainMid=0, interpolate="lab")
+        if diverging
+        else alt.Scale(domain=[0, top], interpolate="lab")
+    )
     drawn = base.mark_rect().encode(
         color=alt.Color("value:Q", title=value, scale=scale, legend=_legend(value)),
-        tooltip=[alt.Tooltip("y:N", title="row"), alt.Tooltip("x:N", title="column"),
-                 alt.Tooltip("value:Q", title=value, format=".4f")],
-    )  # fmt: skip
+        tooltip=[
+            alt.Tooltip("y:N", title="row"),
+            alt.Tooltip("x:N", title="column"),
+            alt.Tooltip("value:Q", title=value, format=".4f"),
+        ],
+    )
     if len(names) <= WRITTEN:
-        strong = f"abs(datum.value) > {0.55 * top:.6g}"
-        text = base.mark_text(fontSize=11).encode(
-            text=alt.Text("value:Q", format=fmt),
-            color=alt.condition(strong, alt.value(alt.expr("paper")), alt.value(alt.expr("ink"))),
-        )
-        drawn = drawn + text
+        drawn = drawn + _written(base, fmt, top)
     return _finished(drawn.properties(height=alt.Step(max(STEP, 26))), alt_text)
 
 
 def bars(
-    rows: Sequence[Row], *, names: Sequence[str], value: str, fmt: str = ".3f", alt_text: str,
+    rows: Sequence[Row],
+    *,
+    names: Sequence[str],
+    value: str,
+    fmt: str = ".3f",
+    alt_text: str,
     marked: str | None = None,
-) -> dict[str, Any]:  # fmt: skip
+) -> dict[str, Any]:
     """Lying bars, a row each; ``mark`` in a row is shown as a tick: a bound, or what chance gives.
 
     Args:
@@ -119,18 +170,18 @@ def bars(
         alt_text: the chart in a sentence.
         marked: what the tick is.
     """
-    base = alt.Chart(alt.Data(values=list(rows))).encode(
+    base = _chart(rows).encode(
         y=alt.Y("name:N", sort=list(names), title=None, axis=alt.Axis(labelLimit=130))
     )
-    tips = [alt.Tooltip("name:N", title="name"), alt.Tooltip("value:Q", title=value, format=fmt)]
+    tips = [alt.Tooltip("name:N", title=" "), alt.Tooltip("value:Q", title=value, format=fmt)]
     if marked:
         tips.append(alt.Tooltip("mark:Q", title=marked, format=fmt))
     drawn = base.mark_bar(height={"band": 0.6}).encode(
         x=alt.X("value:Q", title=value, scale=alt.Scale(zero=True)), tooltip=tips
     )
     if marked:
-        drawn = drawn + base.mark_tick(thickness=2.5, size=15).encode(
-            x=alt.X("mark:Q", title=value), color=alt.value(alt.expr("mark")), tooltip=tips
+        drawn = drawn + base.mark_tick(thickness=3, size=18).encode(
+            x=alt.X("mark:Q", title=value), color=alt.value(alt.expr("ink")), tooltip=tips
         )
     return _finished(drawn.properties(height=alt.Step(STEP + 4)), alt_text)
 
@@ -139,23 +190,28 @@ def intervals(
     rows: Sequence[Row], *, names: Sequence[str], value: str, alt_text: str
 ) -> dict[str, Any]:
     """A dot with its 95 % interval for each name; shape and colour tell base, expert and merge."""
-    base = alt.Chart(alt.Data(values=list(rows))).encode(
+    base = _chart(rows).encode(
         y=alt.Y("name:N", sort=list(names), title=None, axis=alt.Axis(labelLimit=130)),
-        color=alt.Color("kind:N", title=None, sort=["base", "expert", "merge"],
-                        legend=alt.Legend(orient="top")),
+        color=alt.Color(
+            "kind:N", title=None, sort=["base", "expert", "merge"], legend=alt.Legend(orient="top")
+        ),
         tooltip=[
-            alt.Tooltip("name:N", title="model"), alt.Tooltip("value:Q", title=value, format=".4f"),
+            alt.Tooltip("name:N", title="model"),
+            alt.Tooltip("value:Q", title=value, format=".4f"),
             alt.Tooltip("low:Q", title="from", format=".4f"),
-            alt.Tooltip("high:Q", title="to", format=".4f"), alt.Tooltip("n:Q", title="rows"),
+            alt.Tooltip("high:Q", title="to", format=".4f"),
+            alt.Tooltip("n:Q", title="rows"),
         ],
-    )  # fmt: skip
+    )
     wide = alt.Scale(zero=False, nice=True)
     lines = base.mark_rule(strokeWidth=2).encode(
         x=alt.X("low:Q", title=value, scale=wide), x2=alt.X2("high:Q")
     )
     dots = base.mark_point(filled=True, size=60, opacity=1).encode(
         x=alt.X("value:Q", title=value, scale=wide),
-        shape=alt.Shape("kind:N", sort=["base", "expert", "merge"], title=None),
+        shape=alt.Shape(
+            "kind:N", sort=["base", "expert", "merge"], title=None, legend=alt.Legend(orient="top")
+        ),
     )
     return _finished((lines + dots).properties(height=alt.Step(STEP)), alt_text)
 
@@ -167,18 +223,23 @@ def lines(
     scale = alt.Scale(type="log") if logarithmic else alt.Scale(zero=False, nice=False)
     axis = alt.Axis(format="~g") if logarithmic else alt.Axis()
     picked = alt.selection_point(fields=["name"], bind="legend")
-    base = alt.Chart(alt.Data(values=list(rows))).encode(
+    base = _chart(rows).encode(
         x=alt.X("x:Q", title=x, scale=scale, axis=axis),
-        color=alt.Color("name:N", title=None, sort=list(names),
-                        legend=alt.Legend(orient="top", columns=3, labelLimit=120)),
+        color=alt.Color(
+            "name:N",
+            title=None,
+            sort=list(names),
+            legend=alt.Legend(orient="top", columns=3, labelLimit=120),
+        ),
         opacity=alt.condition(picked, alt.value(1.0), alt.value(0.2)),
         tooltip=[
-            alt.Tooltip("name:N", title="series"), alt.Tooltip("x:Q", title=x, format=".4~g"),
+            alt.Tooltip("name:N", title="series"),
+            alt.Tooltip("x:Q", title=x, format=".4~g"),
             alt.Tooltip("value:Q", title=y, format=".4f"),
             alt.Tooltip("low:Q", title="from", format=".4f"),
             alt.Tooltip("high:Q", title="to", format=".4f"),
         ],
-    )  # fmt: skip
+    )
     height = alt.Y("value:Q", title=y, scale=alt.Scale(zero=False))
     found = base.mark_line(strokeWidth=2).encode(y=height)
     if any(row.get("low") is not None for row in rows):
@@ -186,36 +247,70 @@ def lines(
             y=alt.Y("low:Q", title=y), y2=alt.Y2("high:Q")
         )
     dots = base.mark_point(filled=True, size=45).encode(
-        y=height, shape=alt.Shape("name:N", sort=list(names), title=None)
+        y=height,
+        shape=alt.Shape(
+            "name:N",
+            sort=list(names),
+            title=None,
+            legend=alt.Legend(orient="top", columns=3, labelLimit=120),
+        ),
     )
     return _finished((found + dots).add_params(picked).properties(height=240), alt_text)
 
 
 def surface(
-    rows: Sequence[Row], *, xs: Sequence[float], x: str, y: str, value: str, top: float,
+    rows: Sequence[Row],
+    *,
+    xs: Sequence[float],
+    x: str,
+    y: str,
+    value: str,
+    top: float,
     alt_text: str,
-) -> dict[str, Any]:  # fmt: skip
+) -> dict[str, Any]:
     """A map over two amounts, with the square from 0 to 1 outlined."""
     ordered = [f"{a:g}" for a in xs]
     down = ordered[::-1]
-    base = alt.Chart(alt.Data(values=list(rows))).encode(
+    base = _chart(rows).encode(
         x=alt.X("x:N", sort=ordered, title=x, axis=alt.Axis(labelOverlap=True, labelAngle=0)),
         y=alt.Y("y:N", sort=down, title=y, axis=alt.Axis(labelOverlap=True)),
     )
     drawn = base.mark_rect().encode(
-        color=alt.Color("value:Q", title=value, scale=alt.Scale(domain=[0, top]),
-                        legend=_legend(value)),
-        tooltip=[alt.Tooltip("x:N", title=x), alt.Tooltip("y:N", title=y),
-                 alt.Tooltip("value:Q", title=value, format=".3f")],
-    )  # fmt: skip
+        color=alt.Color(
+            "value:Q",
+            title=value,
+            scale=alt.Scale(domain=[0, top], interpolate="lab"),
+            legend=_legend(value),
+        ),
+        tooltip=[
+            alt.Tooltip("x:N", title=x),
+            alt.Tooltip("y:N", title=y),
+            alt.Tooltip("value:Q", title=value, format=".3f"),
+        ],
+    )
     inside = [f"{a:g}" for a in xs if 0 <= a <= 1]
     if len(inside) > 1:
-        box = alt.Chart(alt.Data(values=[{
-            "left": inside[0], "right": inside[-1], "low": inside[0], "high": inside[-1],
-        }])).mark_rect(fill=None, strokeWidth=2, filled=False).encode(
-            x=alt.X("left:N", sort=ordered), x2=alt.X2("right", bandPosition=1),
-            y=alt.Y("high:N", sort=down), y2=alt.Y2("low", bandPosition=1),
-            stroke=alt.value(alt.expr("mark")),
-        )  # fmt: skip
+        box = (
+            alt.Chart(
+                alt.Data(
+                    values=[
+                        {
+                            "left": inside[0],
+                            "right": inside[-1],
+                            "low": inside[0],
+                            "high": inside[-1],
+                        }
+                    ]
+                )
+            )
+            .mark_rect(fill=None, strokeWidth=2, filled=False)
+            .encode(
+                x=alt.X("left:N", sort=ordered),
+                x2=alt.X2("right", bandPosition=1),
+                y=alt.Y("high:N", sort=down),
+                y2=alt.Y2("low", bandPosition=1),
+                stroke=alt.value(alt.expr("mark")),
+            )
+        )
         drawn = drawn + box
     return _finished(drawn.properties(height=260), alt_text)

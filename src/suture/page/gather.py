@@ -37,9 +37,16 @@ class Found:
     @property
     def files(self) -> int:
         """How many files are shown."""
-        kinds = (self.merges, self.reports, self.results, self.analyses, self.localizations,
-                 self.maps, self.curves)  # fmt: skip
-        return sum(len(kind) for kind in kinds)  # type: ignore[arg-type]
+        kinds = (
+            self.merges,
+            self.reports,
+            self.results,
+            self.analyses,
+            self.localizations,
+            self.maps,
+            self.curves,
+        )
+        return sum(len(kind) for kind in kinds)
 
     def take(self, where: str, raw: Mapping[str, Any], text: str) -> None:
         """Put one object where it belongs; what nobody knows is left alone.
@@ -90,6 +97,13 @@ def gather(folder: Path) -> Found:
             if ours:
                 reason = getattr(error, "strerror", None) or error
                 found.notes.append(f"{where} cannot be read and was left out: {reason}")
+    basis = {
+        f"{where.rpartition('/')[0]}/{vector}/suture.json".lstrip("/")
+        for where, raw in found.analyses
+        for vectors in _values(raw.get("written"))
+        for vector in (vectors if isinstance(vectors, list) else ())
+    }
+    found.merges = [(where, raw) for where, raw in found.merges if where not in basis]
     if not found.files:
         raise RecipeError(
             f"{folder}: nothing to show; a report is made of suture.json, results.json, "
@@ -97,6 +111,10 @@ def gather(folder: Path) -> Found:
             + "".join(f"\n{note}" for note in found.notes)
         )
     return found
+
+
+def _values(raw: object) -> list[Any]:
+    return list(raw.values()) if isinstance(raw, Mapping) else []
 
 
 def _files(folder: Path) -> Iterator[Path]:

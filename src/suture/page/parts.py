@@ -73,18 +73,19 @@ class Builder:
         try:
             return list(make())
         except (KeyError, TypeError, ValueError, IndexError, AttributeError) as error:
-            self.notes.append(f"{self.where}: {what} cannot be shown: {type(error).__name__} "
-                              f"{error}")  # fmt: skip
+            self.notes.append(
+                f"{self.where}: {what} cannot be shown: {type(error).__name__} {error}"
+            )
             return []
 
 
 def number(value: Cell) -> str:
     """A number as people read it: four digits that count, thin groups of thousands."""
     if value is None:
-        return "–"
+        return "\u2013"
     if isinstance(value, str):
         return value
-    if isinstance(value, bool) or isinstance(value, int):
+    if isinstance(value, int):
         return f"{value:,}"
     if value == 0:
         return "0"
@@ -93,9 +94,11 @@ def number(value: Cell) -> str:
     return f"{value:.3f}" if abs(value) < 100 else f"{value:,.1f}"
 
 
-def percent(value: float) -> str:
-    """A share as people read it."""
-    return f"{value:.0%}" if value >= 0.095 or value == 0 else f"{value:.1%}"
+def percent(value: float, digits: int | None = None) -> str:
+    """A share as people read it: ``12 %``, small ones with a decimal place."""
+    if digits is None:
+        digits = 0 if abs(value) >= 0.095 or value == 0 else 1
+    return f"{100 * value:.{digits}f}\u202f%"
 
 
 def listed_words(words: Sequence[str]) -> str:
@@ -103,11 +106,13 @@ def listed_words(words: Sequence[str]) -> str:
     return f"{', '.join(words[:-1])} and {words[-1]}" if len(words) > 1 else "".join(words)
 
 
+OUTSIDE = "out"
+"""The label of what stands in no layer."""
 _NUMBERED = re.compile(r"^(.*?)\.?(\d+)$")
 
 
 def layer_labels(keys: Iterable[str]) -> dict[str, str]:
-    """Short names for layers: ``3`` for ``model.layers.3``; ``outside`` for what is in no layer.
+    """Short names for layers: ``3`` for ``model.layers.3``; ``out`` for what is in no layer.
 
     Where a model numbers two stacks alike, as an encoder and a decoder, their names stay.
     """
@@ -117,13 +122,15 @@ def layer_labels(keys: Iterable[str]) -> dict[str, str]:
     for key in found:
         match = _NUMBERED.match(key)
         if match is None:
-            labels[key] = "outside"
+            labels[key] = OUTSIDE
         elif len(stacks) == 1:
             labels[key] = match[2]
         else:
             others = [s.split(".") for s in stacks if s != match[1]]
             parts = match[1].split(".")
-            own = next((p for i, p in enumerate(parts)
-                        if any(i >= len(o) or o[i] != p for o in others)), parts[-1])  # fmt: skip
+            own = next(
+                (p for i, p in enumerate(parts) if any(i >= len(o) or o[i] != p for o in others)),
+                parts[-1],
+            )
             labels[key] = f"{own} {match[2]}"
     return labels

@@ -11,9 +11,11 @@ from suture.page import charts, weights
 from suture.page.gather import Found
 from suture.page.parts import Builder, Cell, Chart, Figure, Section, Table, percent
 from suture.report import Entry, Report
-from suture.spec import readable
+from suture.spec import listed, readable
 
 Raw = Mapping[str, Any]
+NOTHING = 1e-3
+"""A loss in rounding below this share is not worth a drawing."""
 
 
 def sections_of(found: Found) -> list[Section]:
@@ -63,26 +65,43 @@ def _distinct(sections: Sequence[Section]) -> list[Section]:
 def _glance(found: Found, builder: Any) -> Iterator[str]:
     for _, report in found.reports:
         merges = [e for e in report.entries if e.kind == "merge"]
-        means = [(mean, e.name, low) for e in merges
-                 if (low := report.summary(e, "share")[0]) is not None
-                 and (mean := report.summary(e, "share")[1]) is not None]  # fmt: skip
+        means = [
+            (mean, e.name, low)
+            for e in merges
+            if (low := report.summary(e, "share")[0]) is not None
+            and (mean := report.summary(e, "share")[1]) is not None
+        ]
         start = report.summary(report.base, "share")
         if means:
             mean, name, low = max(means)
             before = "" if start[1] is None else f"; the base alone has {percent(start[1])}"
-            yield (f"Of {len(merges)} merges, {name} keeps most of the experts: {percent(mean)} of "
-                   f"their scores on average, {percent(low)} in its weakest task{before}.")  # fmt: skip
+            yield (
+                f"Of {len(merges)} merges, {name} keeps most of the experts: {percent(mean)} of "
+                f"their scores on average, {percent(low)} in its weakest task{before}."
+            )
     for where, raw in found.analyses:
         try:
             yield from weights.glance(raw)
         except (KeyError, TypeError, ValueError, AttributeError, StopIteration) as error:
             builder(where).notes.append(f"{where}: no summary: {type(error).__name__} {error}")
-    worst = [(float(loss), where) for where, raw in found.merges
-             if isinstance(loss := (raw.get("results") or {}).get("writeback_loss"), int | float)]  # fmt: skip
+    worst = [
+        (float(loss), where)
+        for where, raw in found.merges
+        if isinstance(loss := _results_of(raw).get("writeback_loss"), int | float)
+    ]
     if worst:
         loss, where = max(worst)
-        yield (f"Rounding to the output dtype undid at most {loss:.2%} of the changed entries of a "
-               f"merge ({_folder(where)}).")  # fmt: skip
+        yield (
+            f"Rounding to the output dtype undid up to {percent(loss, 1)} of the entries that a "
+            f"merge moved (most in {_folder(where)})."
+            if loss >= NOTHING
+            else "Rounding to the output dtype lost next to nothing in any merge."
+        )
+
+
+def _results_of(raw: Raw) -> Raw:
+    found = raw.get("results")
+    return found if isinstance(found, Mapping) else {}
 
 
 def _folder(where: str) -> str:
@@ -95,10 +114,16 @@ def _folder(where: str) -> str:
 def _results(where: str, report: Report, builder: Builder) -> Section:
     lead = f"{report.title} ({where}). Scores on held-out rows, with 95 % intervals."
     figures = builder.attempt("results", lambda: [_scores(report), *_ratios(report)])
-    about = Table("The models", ("model", "kind", "how", "seconds"),
-                  tuple((e.name, e.kind, e.about, e.seconds) for e in report.entries))  # fmt: skip
-    tasks = Table("The tasks", ("task", "metric", "expert", "about"),
-                  tuple((t.name, t.metric, t.expert, t.about) for t in report.tasks))  # fmt: skip
+    about = Table(
+        "The models",
+        ("model", "kind", "how", "seconds"),
+        tuple((e.name, e.kind, e.about, e.seconds) for e in report.entries),
+    )
+    tasks = Table(
+        "The tasks",
+        ("task", "metric", "expert", "about"),
+        tuple((t.name, t.metric, t.expert, t.about) for t in report.tasks),
+    )
     return Section("results", "Results", lead, tuple(figures), (about, tasks))
 
 
@@ -106,35 +131,57 @@ def _scores(report: Report) -> Figure:
     drawn, table = [], []
     names = [entry.name for entry in report.entries]
     for task in report.tasks:
-        rows = []
+        rows: list[dict[str, Any]] = []
         for entry in report.entries:
             m = entry.metrics[task.name]
-            rows.append({"name": entry.name, "kind": entry.kind, "value": m.value, "low": m.low,
-                         "high": m.high, "n": m.n})  # fmt: skip
+            rows.append(
+                {
+                    "name": entry.name,
+                    "kind": entry.kind,
+                    "value": m.value,
+                    "low": m.low,
+                    "high": m.high,
+                    "n": m.n,
+                }
+            )
             table.append((task.name, entry.name, entry.kind, m.value, m.low, m.high, m.n))
-        best = max((r for r in rows if r["kind"] == "merge"), key=lambda r: r["value"], default=None)
+        best = max(
+            (r for r in rows if r["kind"] == "merge"), key=lambda r: r["value"], default=None
+        )
         own = report.entry(task.expert).metrics[task.name].value
         alt_text = f"{task.name}: its expert {task.expert} has {own:.3f}"
         if best is not None:
             alt_text += f", the best merge, {best['name']}, {best['value']:.3f}"
-        drawn.append(Chart(task.name, charts.intervals(
-            rows, names=names, value=task.metric, alt_text=f"{alt_text}."), f"{alt_text}."))  # fmt: skip
+        drawn.append(
+            Chart(
+                task.name,
+                charts.intervals(rows, names=names, value=task.metric, alt_text=f"{alt_text}."),
+                f"{alt_text}.",
+            )
+        )
     return Figure(
         "Scores with intervals",
         "One panel a task, one row a model: the dot is the score on held-out rows, the line its "
         "95 % interval. Where lines overlap widely, the models cannot be told apart.",
         tuple(drawn),
         Table("Scores", ("task", "model", "kind", "score", "from", "to", "rows"), tuple(table)),
-    )  # fmt: skip
+    )
 
 
 def _ratios(report: Report) -> Iterator[Figure]:
     for ratio, title, explains in (
-        ("share", "Share of the expert", "A score over that of the task's own expert: 1 means as "
-         "good as the expert."),
-        ("retention", "Retention of the gain", "How much of what fine-tuning gained over the base "
-         "is kept: 0 is the base, 1 the expert. Fields are empty where the gain is not clear."),
-    ):  # fmt: skip
+        (
+            "share",
+            "Share of the expert",
+            "A score over that of the task's own expert: 1 means as good as the expert.",
+        ),
+        (
+            "retention",
+            "Retention of the gain",
+            "How much of what fine-tuning gained over the base "
+            "is kept: 0 is the base, 1 the expert. Fields are empty where the gain is not clear.",
+        ),
+    ):
         of = {"share": report.share, "retention": report.retention}[ratio]
         chosen = [e for e in report.entries if ratio == "share" or e.kind == "merge"]
         tasks = [t.name for t in report.tasks]
@@ -144,13 +191,31 @@ def _ratios(report: Report) -> Iterator[Figure]:
             continue
         alt_text = f"{title} by model and task."
         yield Figure(
-            title, explains,
-            (Chart("", charts.heat(
-                rows, x="task", y="model", xs=tasks, ys=[e.name for e in chosen], value=ratio,
-                fmt=".3f", alt_text=alt_text), alt_text),),
-            Table(title, ("model", *tasks, "minimum", "mean"),
-                  tuple(_ratio_row(report, e, ratio, of) for e in chosen)),
-        )  # fmt: skip
+            title,
+            explains,
+            (
+                Chart(
+                    "",
+                    charts.heat(
+                        rows,
+                        x="task",
+                        y="model",
+                        xs=tasks,
+                        ys=[e.name for e in chosen],
+                        value=ratio,
+                        fmt=".2f",
+                        written=True,
+                        alt_text=alt_text,
+                    ),
+                    alt_text,
+                ),
+            ),
+            Table(
+                title,
+                ("model", *tasks, "minimum", "mean"),
+                tuple(_ratio_row(report, e, ratio, of) for e in chosen),
+            ),
+        )
 
 
 def _ratio_row(report: Report, entry: Entry, ratio: str, of: Any) -> tuple[Cell, ...]:
@@ -168,8 +233,12 @@ def _loose_results(found: Found) -> Section | None:
     if not rows:
         return None
     head = ("model", "task", "metric", "score", "from", "to", "rows", "file")
-    return Section("evaluations", "Evaluations", "Results of single evaluations.",
-                   tables=(Table("Scores with 95 % intervals", head, tuple(rows)),))  # fmt: skip
+    return Section(
+        "evaluations",
+        "Evaluations",
+        "Results of single evaluations.",
+        tables=(Table("Scores with 95 % intervals", head, tuple(rows)),),
+    )
 
 
 # -- curves and maps -------------------------------------------------------------------------------
@@ -185,27 +254,53 @@ def _curves(found: Found, builder: Any) -> Iterator[Section]:
 def _curve(raw: Raw) -> Figure:
     names = [str(s["name"]) for s in raw["series"]]
     rows = [
-        {"name": str(s["name"]), "x": float(p["x"]), "value": float(p["value"]),
-         "low": p.get("low"), "high": p.get("high")}
-        for s in raw["series"] for p in s["points"]
-    ]  # fmt: skip
+        {
+            "name": str(s["name"]),
+            "x": float(p["x"]),
+            "value": float(p["value"]),
+            "low": p.get("low"),
+            "high": p.get("high"),
+        }
+        for s in raw["series"]
+        for p in s["points"]
+    ]
     x, y, title = str(raw["x"]), str(raw["y"]), str(raw["title"])
     ends = [(s["name"], s["points"][-1]["value"]) for s in raw["series"] if s["points"]]
-    alt_text = f"{title}: {y} over {x}; at the end " + ", ".join(
-        f"{name} {float(value):.3f}" for name, value in ends) + "."  # fmt: skip
+    alt_text = (
+        f"{title}: {y} over {x}; at the end "
+        + ", ".join(f"{name} {float(value):.3f}" for name, value in ends)
+        + "."
+    )
     explains = (
         f"How {y} changes with the share of entries that is grafted onto the base; a curve that "
-        "rises early needs few entries." if x == "density" else
-        f"How {y} changes along {x}; a hump between two ends is a barrier."
-    )  # fmt: skip
+        "rises early needs few entries."
+        if x == "density"
+        else f"How {y} changes along {x}; a hump between two ends is a barrier."
+    )
     return Figure(
-        title, explains,
-        (Chart("", charts.lines(rows, x=x, y=y, logarithmic=bool(raw.get("logarithmic")),
-                                names=names, alt_text=alt_text), alt_text),),
-        Table(title, ("series", x, y, "from", "to"),
-              tuple((r["name"], r["x"], r["value"], r["low"], r["high"]) for r in rows)),
+        title,
+        explains,
+        (
+            Chart(
+                "",
+                charts.lines(
+                    rows,
+                    x=x,
+                    y=y,
+                    logarithmic=bool(raw.get("logarithmic")),
+                    names=names,
+                    alt_text=alt_text,
+                ),
+                alt_text,
+            ),
+        ),
+        Table(
+            title,
+            ("series", x, y, "from", "to"),
+            tuple((r["name"], r["x"], r["value"], r["low"], r["high"]) for r in rows),
+        ),
         wide=True,
-    )  # fmt: skip
+    )
 
 
 def _maps(found: Found, builder: Any) -> Iterator[Section]:
@@ -213,6 +308,7 @@ def _maps(found: Found, builder: Any) -> Iterator[Section]:
     table: list[tuple[Cell, ...]] = []
     told = []
     for where, raw in found.maps:
+
         def make(raw: Raw = raw) -> list[Figure]:
             chart, rows = _map(raw)
             drawn.append(chart)
@@ -223,24 +319,36 @@ def _maps(found: Found, builder: Any) -> Iterator[Section]:
         builder(where).attempt("the map", make)
     if drawn:
         low, high = min(told), max(told)
-        yield Section("disentanglement", "Do tasks disturb each other?", "", (Figure(
-            "Disentanglement maps",
-            "The share of predictions, of both tasks together (0 to 2), that change when the other "
-            "task vector is added, too, over the amounts of both; light is good. The frame holds "
-            "amounts from 0 to 1.",
-            tuple(drawn),
-            Table("Disentanglement error", ("first task", "amount", "second task", "amount", "xi"),
-                  tuple(table)),
-            f"On average within the frame, {high[1]} and {high[2]} disturb each other most "
-            f"({high[0]:.3f})" + (f", {low[1]} and {low[2]} least ({low[0]:.3f})."
-                                  if low != high else "."),
-        ),))  # fmt: skip
+        yield Section(
+            "disentanglement",
+            "Do tasks disturb each other?",
+            "",
+            (
+                Figure(
+                    "Disentanglement maps",
+                    "The share of predictions, of both tasks together (0 to 2), that change when "
+                    "the other task vector is added, too, over the amounts of both; the nearer to "
+                    "0, the better. The frame holds "
+                    "amounts from 0 to 1.",
+                    tuple(drawn),
+                    Table(
+                        "Disentanglement error",
+                        ("first task", "amount", "second task", "amount", "xi"),
+                        tuple(table),
+                    ),
+                    f"On average within the frame, {high[1]} and {high[2]} disturb each other most "
+                    f"({high[0]:.3f})"
+                    + (f", {low[1]} and {low[2]} least ({low[0]:.3f})." if low != high else "."),
+                ),
+            ),
+        )
 
 
 def _map(raw: Raw) -> tuple[Chart, list[tuple[Cell, ...]]]:
     first, second = (str(t) for t in raw["tasks"])
     amounts = [float(a) for a in raw["amounts"]]
-    rows, table = [], []
+    rows: list[dict[str, Any]] = []
+    table: list[tuple[Cell, ...]] = []
     for a, line in zip(amounts, raw["error"], strict=True):
         for b, value in zip(amounts, line, strict=True):
             rows.append({"x": f"{a:g}", "y": f"{b:g}", "value": float(value)})
@@ -248,8 +356,15 @@ def _map(raw: Raw) -> tuple[Chart, list[tuple[Cell, ...]]]:
     alt_text = f"Disentanglement error of {first} and {second}: mean {float(raw['mean']):.3f}"
     alt_text += f", at (1, 1) {float(raw['at_one']):.3f}." if raw.get("at_one") is not None else "."
     top = max(1.0, *(r["value"] for r in rows))
-    spec = charts.surface(rows, xs=amounts, x=f"amount of {first}", y=f"amount of {second}",
-                          value="xi", top=top, alt_text=alt_text)  # fmt: skip
+    spec = charts.surface(
+        rows,
+        xs=amounts,
+        x=f"amount of {first}",
+        y=f"amount of {second}",
+        value="xi",
+        top=top,
+        alt_text=alt_text,
+    )
     return Chart(f"{first} and {second}", spec, alt_text), table
 
 
@@ -262,15 +377,22 @@ def _localization(where: str, raw: Raw) -> Section:
     if plain:
         tables.append(Table("What was asked and found", ("what", "value"), tuple(plain)))
     for key, value in raw.items():
-        if isinstance(value, Mapping) and value and all(
-            isinstance(v, Mapping) for v in value.values()
-        ):  # fmt: skip
+        if (
+            isinstance(value, Mapping)
+            and value
+            and all(isinstance(v, Mapping) for v in value.values())
+        ):
             columns = list(dict.fromkeys(str(c) for v in value.values() for c in v))
             rows = tuple((str(n), *(_plain(v.get(c)) for c in columns)) for n, v in value.items())
             tables.append(Table(str(key), ("name", *columns), rows))
     listing = yaml.safe_dump(raw.get("recipe") or {}, sort_keys=False, allow_unicode=True)
-    return Section("localization", "Localization", f"From {where}.", tables=tuple(tables),
-                   listings=(("recipe", listing),) if raw.get("recipe") else ())  # fmt: skip
+    return Section(
+        "localization",
+        "Localization",
+        f"From {where}.",
+        tables=tuple(tables),
+        listings=(("recipe", listing),) if raw.get("recipe") else (),
+    )
 
 
 def _plain(value: Any) -> Cell:
@@ -292,27 +414,63 @@ def _merges(found: Found, builder: Any) -> Iterator[Section]:
         if isinstance(loss, int | float):
             rows.append({"name": name, "value": float(loss)})
         recipe = raw["recipe"]
-        table.append((
-            name, _plain(recipe.get("method", raw.get("kind"))), _plain(recipe.get("parameters")),
-            _plain(results.get("moved")), loss if isinstance(loss, int | float) else None,
-            _plain(results.get("density")), _plain(output.get("fingerprint")),
-        ))  # fmt: skip
+        table.append(
+            (
+                name,
+                _plain(recipe.get("method", raw.get("kind"))),
+                _plain(recipe.get("parameters")),
+                _plain(results.get("moved")),
+                loss if isinstance(loss, int | float) else None,
+                _plain(results.get("density")),
+                _plain(output.get("fingerprint")),
+            )
+        )
     if not table:
         return
     figures: tuple[Figure, ...] = ()
-    head = ("merge", "method", "parameters", "entries moved", "lost in rounding", "density kept",
-            "fingerprint")  # fmt: skip
+    head = (
+        "merge",
+        "method",
+        "parameters",
+        "entries moved",
+        "lost in rounding",
+        "density kept",
+        "fingerprint",
+    )
     whole = Table("Merges", head, tuple(table))
-    if rows:
+    if max((r["value"] for r in rows), default=0.0) >= NOTHING:
         alt_text = "Share of the moved entries that rounding undid, by merge."
-        figures = (Figure(
-            "What rounding to the output dtype undid",
-            "Share of the entries a merge moved that were the base's again after rounding: "
-            "high values mean that the edit is finer than the dtype can hold.",
-            (Chart("", charts.bars(rows, names=[r["name"] for r in rows], value="lost in rounding",
-                                   fmt=".3%", alt_text=alt_text), alt_text),), whole, wide=True,
-        ),)  # fmt: skip
-    yield Section("merges", "Merges", "", figures, () if figures else (whole,))
+        figures = (
+            Figure(
+                "What rounding to the output dtype undid",
+                "Share of the entries a merge moved that were the base's again after rounding: "
+                "high values mean that the edit is finer than the dtype can hold.",
+                (
+                    Chart(
+                        "",
+                        charts.bars(
+                            rows,
+                            names=[r["name"] for r in rows],
+                            value="lost in rounding",
+                            fmt=".3%",
+                            alt_text=alt_text,
+                        ),
+                        alt_text,
+                    ),
+                ),
+                whole,
+                wide=True,
+            ),
+        )
+    lead = (
+        ""
+        if figures or not rows
+        else (
+            f"In every merge, rounding to the output dtype undid less than "
+            f"{percent(NOTHING, 1)} of the entries that were moved."
+        )
+    )
+    yield Section("merges", "Merges", lead, figures, () if figures else (whole,))
 
 
 def _provenance(found: Found) -> Iterator[Section]:
@@ -326,8 +484,10 @@ def _provenance(found: Found) -> Iterator[Section]:
                 key = (str(label), str(entry.get("fingerprint", "")))
                 inputs.setdefault(key, []).append(_folder(where))
                 size = entry.get("bytes")
-                sizes[key] = (_plain(entry.get("tensors")),
-                              readable(size) if isinstance(size, int | float) else None)  # fmt: skip
+                sizes[key] = (
+                    _plain(entry.get("tensors")),
+                    readable(size) if isinstance(size, int | float) else None,
+                )
         recipe = raw.get("recipe") or raw.get("request")
         if recipe:
             text = yaml.safe_dump(recipe, sort_keys=False, allow_unicode=True)
@@ -337,14 +497,23 @@ def _provenance(found: Found) -> Iterator[Section]:
         versions |= {str(k): str(v) for k, v in report.versions.items()}
     tables = []
     if inputs:
-        tables.append(Table("Inputs, by fingerprint of their contents",
-                            ("input", "fingerprint", "tensors", "size", "used in"),
-                            tuple((label, print_, *sizes[label, print_], ", ".join(used))
-                                  for (label, print_), used in inputs.items())))  # fmt: skip
+        tables.append(
+            Table(
+                "Inputs, by fingerprint of their contents",
+                ("input", "fingerprint", "tensors", "size", "used in"),
+                tuple(
+                    (label, print_, *sizes[label, print_], listed(used, 3))
+                    for (label, print_), used in inputs.items()
+                ),
+            )
+        )
     if versions:
         tables.append(Table("Versions", ("package", "version"), tuple(versions.items())))
-    lead = ("A fingerprint identifies content (xxh3-128 over names, shapes and bytes); two files "
-            "with the same one hold the same weights.")  # fmt: skip
+    lead = (
+        "A fingerprint identifies content (xxh3-128 over names, shapes and bytes); two files "
+        "with the same one hold the same weights."
+    )
     if tables or listings:
-        yield Section("provenance", "Provenance", lead, tables=tuple(tables),
-                      listings=tuple(listings))  # fmt: skip
+        yield Section(
+            "provenance", "Provenance", lead, tables=tuple(tables), listings=tuple(listings)
+        )

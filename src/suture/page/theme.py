@@ -27,22 +27,35 @@ def _config(theme: dict[str, Any]) -> dict[str, Any]:
         "font": FONT,
         "view": {"stroke": None},
         "axis": {
-            "labelColor": theme["muted"], "titleColor": theme["muted"], "domainColor": theme["line"],
-            "tickColor": theme["line"], "gridColor": theme["line"], "gridOpacity": 0.6,
-            "labelFontSize": 11, "titleFontSize": 11, "titleFontWeight": 500, "titlePadding": 6,
+            "labelColor": theme["muted"],
+            "titleColor": theme["muted"],
+            "domainColor": theme["line"],
+            "tickColor": theme["line"],
+            "gridColor": theme["line"],
+            "gridOpacity": 0.6,
+            "labelFontSize": 11,
+            "titleFontSize": 11,
+            "titleFontWeight": 500,
+            "titlePadding": 6,
         },
         "axisBand": {"domain": False, "ticks": False, "grid": False},
         "legend": {
-            "labelColor": theme["muted"], "titleColor": theme["muted"], "labelFontSize": 11,
-            "titleFontSize": 11, "titleFontWeight": 500, "symbolStrokeWidth": 2,
+            "labelColor": theme["muted"],
+            "titleColor": theme["muted"],
+            "labelFontSize": 11,
+            "titleFontSize": 11,
+            "titleFontWeight": 500,
+            "symbolStrokeWidth": 2,
         },
         "bar": {"color": theme["accent"], "cornerRadiusEnd": 2},
         "rect": {"invalid": "filter"},
         "range": {
-            "category": theme["category"], "heatmap": theme["ramp"], "ramp": theme["ramp"],
+            "category": theme["category"],
+            "heatmap": theme["ramp"],
+            "ramp": theme["ramp"],
             "diverging": theme["diverging"],
         },
-    }  # fmt: skip
+    }
 
 
 def themed(spec: dict[str, Any], theme: dict[str, Any]) -> dict[str, Any]:
