@@ -25,9 +25,7 @@ WRITTEN = 10
 
 
 def _finished(chart: Any, alt_text: str) -> dict[str, Any]:
-    fit = alt.AutoSizeParams(type="fit-x", contains="padding")
-    sized = chart.properties(width="container", autosize=fit, description=alt_text)
-    found: dict[str, Any] = sized.to_dict()
+    found: dict[str, Any] = chart.properties(width="container", description=alt_text).to_dict()
     found.pop("config", None)  # the page has its own, for light and dark
     return found
 
@@ -190,11 +188,11 @@ def intervals(
     rows: Sequence[Row], *, names: Sequence[str], value: str, alt_text: str
 ) -> dict[str, Any]:
     """A dot with its 95 % interval for each name; shape and colour tell base, expert and merge."""
+    # Only a domain that is written out lets the legends of colour and shape become one.
+    kinds, legend = alt.Scale(domain=["base", "expert", "merge"]), alt.Legend(orient="top")
     base = _chart(rows).encode(
         y=alt.Y("name:N", sort=list(names), title=None, axis=alt.Axis(labelLimit=130)),
-        color=alt.Color(
-            "kind:N", title=None, sort=["base", "expert", "merge"], legend=alt.Legend(orient="top")
-        ),
+        color=alt.Color("kind:N", title=None, scale=kinds, legend=legend),
         tooltip=[
             alt.Tooltip("name:N", title="model"),
             alt.Tooltip("value:Q", title=value, format=".4f"),
@@ -209,9 +207,7 @@ def intervals(
     )
     dots = base.mark_point(filled=True, size=60, opacity=1).encode(
         x=alt.X("value:Q", title=value, scale=wide),
-        shape=alt.Shape(
-            "kind:N", sort=["base", "expert", "merge"], title=None, legend=alt.Legend(orient="top")
-        ),
+        shape=alt.Shape("kind:N", title=None, scale=kinds, legend=legend),
     )
     return _finished((lines + dots).properties(height=alt.Step(STEP)), alt_text)
 
@@ -222,15 +218,12 @@ def lines(
     """Measured points joined by lines, with intervals where there are some."""
     scale = alt.Scale(type="log") if logarithmic else alt.Scale(zero=False, nice=False)
     axis = alt.Axis(format="~g") if logarithmic else alt.Axis()
+    series = alt.Scale(domain=list(names))
+    legend = alt.Legend(orient="top", columns=3, labelLimit=120)
     picked = alt.selection_point(fields=["name"], bind="legend")
     base = _chart(rows).encode(
         x=alt.X("x:Q", title=x, scale=scale, axis=axis),
-        color=alt.Color(
-            "name:N",
-            title=None,
-            sort=list(names),
-            legend=alt.Legend(orient="top", columns=3, labelLimit=120),
-        ),
+        color=alt.Color("name:N", title=None, scale=series, legend=legend),
         opacity=alt.condition(picked, alt.value(1.0), alt.value(0.2)),
         tooltip=[
             alt.Tooltip("name:N", title="series"),
@@ -248,12 +241,7 @@ def lines(
         )
     dots = base.mark_point(filled=True, size=45).encode(
         y=height,
-        shape=alt.Shape(
-            "name:N",
-            sort=list(names),
-            title=None,
-            legend=alt.Legend(orient="top", columns=3, labelLimit=120),
-        ),
+        shape=alt.Shape("name:N", title=None, scale=series, legend=legend),
     )
     return _finished((found + dots).add_params(picked).properties(height=240), alt_text)
 
@@ -290,27 +278,14 @@ def surface(
     )
     inside = [f"{a:g}" for a in xs if 0 <= a <= 1]
     if len(inside) > 1:
-        box = (
-            alt.Chart(
-                alt.Data(
-                    values=[
-                        {
-                            "left": inside[0],
-                            "right": inside[-1],
-                            "low": inside[0],
-                            "high": inside[-1],
-                        }
-                    ]
-                )
-            )
-            .mark_rect(fill=None, strokeWidth=2, filled=False)
-            .encode(
-                x=alt.X("left:N", sort=ordered),
-                x2=alt.X2("right", bandPosition=1),
-                y=alt.Y("high:N", sort=down),
-                y2=alt.Y2("low", bandPosition=1),
-                stroke=alt.value(alt.expr("mark")),
-            )
+        ends = {"left": inside[0], "right": inside[-1], "low": inside[0], "high": inside[-1]}
+        frame = _chart([ends]).mark_rect(filled=False, strokeWidth=2)
+        box = frame.encode(
+            x=alt.X("left:N", sort=ordered),
+            x2=alt.X2("right", bandPosition=1),
+            y=alt.Y("high:N", sort=down),
+            y2=alt.Y2("low", bandPosition=1),
+            stroke=alt.value(alt.expr("mark")),
         )
         drawn = drawn + box
     return _finished(drawn.properties(height=260), alt_text)

@@ -16,6 +16,7 @@
     try {
       const options = {
         actions: false, renderer: "svg", ast: true, mode: "vega-lite", defaultStyle: false,
+        logLevel: 1,  // errors; it warns that a height by steps is not fitted, which is meant
         tooltip: { disableDefaultStyle: true, theme: "custom" },
       };
       views.set(place, await vegaEmbed(place, spec, options));

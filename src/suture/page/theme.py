@@ -46,6 +46,8 @@ def _config(theme: dict[str, Any]) -> dict[str, Any]:
             "titleFontSize": 11,
             "titleFontWeight": 500,
             "symbolStrokeWidth": 2,
+            "columnPadding": 8,
+            "layout": {"top": {"anchor": "end"}},
         },
         "bar": {"color": theme["accent"], "cornerRadiusEnd": 2},
         "rect": {"invalid": "filter"},

@@ -85,7 +85,7 @@ def render(found: Found, sections: list[Section], title: str) -> str:
     charts = [c for s in sections for f in s.figures for c in f.charts]
     numbers = {id(chart): i for i, chart in enumerate(charts)}
     # As modules, like the page's own script: strict, and their names stay their own.
-    library = _harmless(javascript_bundle(None))
+    library = _harmless(javascript_bundle())  # type: ignore[call-arg]
     script = _harmless((HERE / "page.js").read_text(encoding="utf-8"))
     environment = Environment(
         loader=FileSystemLoader(HERE), autoescape=True, undefined=StrictUndefined
