@@ -41,7 +41,8 @@ def _legend(title: str) -> Any:
 def _written(base: Any, fmt: str, top: float) -> Any:
     """The numbers on the fields, in whichever colour can be read there."""
     strong = f"abs(datum.value) > {0.55 * top:.6g}"
-    return base.mark_text(fontSize=11).encode(
+    room = alt.expr("bandwidth('x') < 30 ? 0 : 1")  # on a phone the colours have to do
+    return base.mark_text(fontSize=11, opacity=room).encode(
         text=alt.Text("value:Q", format=fmt),
         color=alt.condition(strong, alt.value(alt.expr("paper")), alt.value(alt.expr("ink"))),
     )
@@ -71,7 +72,7 @@ def heat(
         ys: the names down, in order.
         value: what the colour says.
         fmt: how its number is written.
-        top: the value of the darkest colour, so that maps side by side can be compared.
+        top: the value of the strongest colour, so that maps side by side can be compared.
         alt_text: the map in a sentence.
         tooltips: more fields to show.
         written: whether the numbers stand on the fields, where there are few columns.

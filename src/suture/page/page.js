@@ -1,22 +1,16 @@
 // Draws the charts in the colours of the surroundings, and sorts tables. Nothing is fetched.
 (() => {
   "use strict";
-  const data = (id) => JSON.parse(document.getElementById(id).textContent);
-  const specs = data("specs");
-  const themes = data("themes");
+  const specs = JSON.parse(document.getElementById("specs").textContent);
   const dark = matchMedia("(prefers-color-scheme: dark)");
   const views = new Map();
 
   async function draw(place) {
-    const theme = themes[dark.matches ? "dark" : "light"];
-    const spec = structuredClone(specs[Number(place.dataset.chart)]);
-    spec.params = [...theme.params, ...(spec.params ?? [])];
-    spec.config = theme.config;
+    const spec = specs[Number(place.dataset.chart)][dark.matches ? "dark" : "light"];
     views.get(place)?.finalize();
     try {
       const options = {
-        actions: false, renderer: "svg", ast: true, mode: "vega-lite", defaultStyle: false,
-        logLevel: 1,  // errors; it warns that a height by steps is not fitted, which is meant
+        actions: false, renderer: "svg", ast: true, mode: "vega", defaultStyle: false,
         tooltip: { disableDefaultStyle: true, theme: "custom" },
       };
       views.set(place, await vegaEmbed(place, spec, options));

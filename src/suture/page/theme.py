@@ -61,7 +61,7 @@ def _config(theme: dict[str, Any]) -> dict[str, Any]:
 
 
 def themed(spec: dict[str, Any], theme: dict[str, Any]) -> dict[str, Any]:
-    """A drawing in one theme, as the page's script puts it together, too."""
+    """A drawing in one theme."""
     return {
         **spec,
         "params": [*theme["params"], *spec.get("params", [])],

@@ -150,7 +150,7 @@ def _moved(geometry: Raw) -> Iterator[Figure]:
     alt_text = f"Share of each model's change by layer. The largest: {listed_words(told)}."
     yield Figure(
         "Which layers carry which task",
-        "Each row is one fine-tuned model and adds up to 100 %: the darker a field, the more of "
+        "Each row is one fine-tuned model and adds up to 100 %: the stronger a colour, the more of "
         "the model's whole change (its squared length) lies in that layer. “out” is what stands "
         "in no layer.",
         (

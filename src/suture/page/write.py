@@ -99,12 +99,18 @@ def render(found: Found, sections: list[Section], title: str) -> str:
         sections=sections,
         number_of=lambda chart: numbers[id(chart)],
         css=(HERE / "page.css").read_text(encoding="utf-8"),
-        specs=_data([chart.spec for chart in charts]),
-        themes=_data(themes()),
+        specs=_data([_compiled(chart) for chart in charts]),
         library=library,
         script=script,
         hashes=" ".join(_hash(text) for text in (library, script)),
     )
+
+
+def _compiled(chart: Chart) -> dict[str, Any]:
+    """A drawing as Vega, in each theme: the page has nothing left to translate."""
+    from vl_convert import vegalite_to_vega
+
+    return {name: vegalite_to_vega(themed(chart.spec, theme)) for name, theme in themes().items()}
 
 
 def _about(found: Found) -> str:
