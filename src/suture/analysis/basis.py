@@ -190,7 +190,7 @@ def autoencoder(
         powers = np.exp(logits - logits.max(0))
         return np.asarray(powers / powers.sum(0))
 
-    def objective(flat: Array, ridge: float) -> tuple[float, Array]:
+    def objective(flat: Array, ridge: float, decay: float) -> tuple[float, Array]:
         made = encoded(flat)
         inner = made.T @ gram
         best = np.linalg.solve(inner @ made + ridge * np.eye(size), inner)
@@ -198,16 +198,17 @@ def autoencoder(
         # W is at its optimum, so only B's own part of the derivative remains.
         slope = 2 / total * gram @ (made @ best - np.eye(tasks)) @ best.T
         through = made * (slope - (made * slope).sum(0)) / temperature
-        return loss, through.ravel()
+        return loss + decay * float(flat @ flat) / 2, through.ravel() + decay * flat
 
-    def descend(start: Array, ridge: float) -> Any:
-        return minimize(objective, start, (ridge,), jac=True, method="L-BFGS-B",
+    def descend(start: Array, ridge: float, decay: float = 0.0) -> Any:
+        return minimize(objective, start, (ridge, decay), jac=True, method="L-BFGS-B",
                         options={"maxiter": 2000, "ftol": 1e-15, "gtol": 1e-10})  # fmt: skip
 
-    # Many B span the same space. A ridge first keeps W small, and the vectors far from one another.
+    # Many B span the same space: a ridge first keeps W small, and the vectors far from one another.
+    # A decay first keeps logits where the softmax still has a slope.
     draw = np.random.Generator(np.random.Philox(seed))
     starts = [draw.normal(size=tasks * size) for _ in range(restarts)]
-    runs = [descend(descend(start, 1e-2).x, 1e-10) for start in starts]
+    runs = [descend(descend(start, 1e-2, 1e-3).x, 1e-10) for start in starts]
     best = min(runs, key=lambda run: float(run.fun))
     made = encoded(best.x)
     return made, project(gram, made), {"steps": int(best.nit), "restarts": restarts}
