@@ -7,11 +7,13 @@ import os
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import TYPE_CHECKING, Any, NoReturn
 
-from suture.errors import RecipeError, SutureError, brief
-from suture.evals.base import EvalResult
-from suture.report import Report
+from suture.errors import MissingExtraError, RecipeError, SutureError, brief
+
+if TYPE_CHECKING:
+    from suture.evals.base import EvalResult
+    from suture.report import Report
 
 LIMIT = 32 << 20
 """Bytes a file may have; larger ones are named and left out."""
@@ -59,15 +61,25 @@ class Found:
         if isinstance(kind, str) and kind in plain:
             plain[kind].append((where, dict(raw)))
         elif {"title", "tasks", "entries"} <= raw.keys():
-            self.reports.append((where, Report.from_json(text)))
+            self.reports.append((where, _scores()[0].from_json(text)))
         elif {"model", "task", "metrics", "kind"} <= raw.keys():
-            self.results.append((where, EvalResult.from_json(text)))
+            self.results.append((where, _scores()[1].from_json(text)))
         elif isinstance(kind, str) and kind.startswith("locali"):
             self.localizations.append((where, dict(raw)))
         elif isinstance(raw.get("recipe"), Mapping) and isinstance(raw.get("inputs"), Mapping):
             self.merges.append((where, dict(raw)))
         elif where.rsplit("/", 1)[-1] == "localize.json":
             self.localizations.append((where, dict(raw)))
+
+
+def _scores() -> tuple[type[Report], type[EvalResult]]:
+    """What reads scores: evaluations need a framework, which a page without them does not load."""
+    try:
+        from suture.evals.base import EvalResult
+        from suture.report import Report
+    except ImportError:
+        raise MissingExtraError("reading results of evaluations", "models") from None
+    return Report, EvalResult
 
 
 def gather(folder: Path) -> Found:
@@ -94,7 +106,7 @@ def gather(folder: Path) -> Found:
             elif ours:
                 raise RecipeError(f"holds {brief(raw)}, not an object")
         except (OSError, ValueError, RecursionError, SutureError) as error:
-            if ours:
+            if ours or isinstance(error, MissingExtraError):
                 reason = getattr(error, "strerror", None) or error
                 found.notes.append(f"{where} cannot be read and was left out: {reason}")
     basis = {

@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import yaml
 
 from suture.page import charts, weights
 from suture.page.gather import Found
 from suture.page.parts import Builder, Cell, Chart, Figure, Section, Table, percent
-from suture.report import Entry, Report
 from suture.spec import listed, readable
+
+if TYPE_CHECKING:
+    from suture.report import Entry, Report
 
 Raw = Mapping[str, Any]
 NOTHING = 1e-3
