@@ -34,6 +34,11 @@ def _chart(rows: Sequence[Row]) -> Any:
     return alt.Chart(alt.Data(values=list(rows)))  # type: ignore[no-untyped-call]
 
 
+def _order(names: Sequence[str]) -> Any:
+    """An axis over names, in this order. A ``sort`` would make an expression of them."""
+    return alt.Scale(domain=list(dict.fromkeys(names)))
+
+
 def _legend(title: str) -> Any:
     return alt.Legend(title=title, orient="top", gradientLength=140, gradientThickness=8)
 
@@ -83,11 +88,17 @@ def heat(
     base = _chart(rows).encode(
         x=alt.X(
             "x:N",
-            sort=list(xs),
+            scale=_order(xs),
             title=x,
             axis=alt.Axis(labelOverlap=True, labelAngle=angle, labelLimit=90),
         ),
-        y=alt.Y("y:N", sort=list(ys), title=y, axis=alt.Axis(labelLimit=130)),
+        y=alt.Y("y:N", scale=_order(ys), title=y, axis=alt.Axis(labelLimit=130)),
+        tooltip=[
+            alt.Tooltip("x:N", title=x),
+            alt.Tooltip("y:N", title=y),
+            alt.Tooltip("value:Q", title=value, format=fmt),
+            *(alt.Tooltip(f"more{i}:Q", title=t, format=".4~g") for i, t in enumerate(tooltips)),
+        ],
     )
     drawn = base.mark_rect().encode(
         color=alt.Color(
@@ -96,12 +107,6 @@ def heat(
             legend=_legend(value),
             scale=alt.Scale(domain=[low, most], interpolate="lab"),
         ),
-        tooltip=[
-            alt.Tooltip("x:N", title=x),
-            alt.Tooltip("y:N", title=y),
-            alt.Tooltip("value:Q", title=value, format=fmt),
-            *(alt.Tooltip(f"more{i}:Q", title=t, format=".4~g") for i, t in enumerate(tooltips)),
-        ],
     )
     if written and len(xs) <= WRITTEN:
         drawn = drawn + _written(base, fmt, most)
@@ -129,8 +134,15 @@ def matrix(
         if not (skip_diagonal and columns is None and i == j)
     ]
     base = _chart(rows).encode(
-        x=alt.X("x:N", sort=across, title=None, axis=alt.Axis(labelAngle=-35, labelLimit=90)),
-        y=alt.Y("y:N", sort=list(names), title=None, axis=alt.Axis(labelLimit=110)),
+        x=alt.X(
+            "x:N", scale=_order(across), title=None, axis=alt.Axis(labelAngle=-35, labelLimit=90)
+        ),
+        y=alt.Y("y:N", scale=_order(names), title=None, axis=alt.Axis(labelLimit=110)),
+        tooltip=[
+            alt.Tooltip("y:N", title="row"),
+            alt.Tooltip("x:N", title="column"),
+            alt.Tooltip("value:Q", title=value, format=".4f"),
+        ],
     )
     scale = (
         alt.Scale(domain=[-top, top], domainMid=0, interpolate="lab")
@@ -139,11 +151,6 @@ def matrix(
     )
     drawn = base.mark_rect().encode(
         color=alt.Color("value:Q", title=value, scale=scale, legend=_legend(value)),
-        tooltip=[
-            alt.Tooltip("y:N", title="row"),
-            alt.Tooltip("x:N", title="column"),
-            alt.Tooltip("value:Q", title=value, format=".4f"),
-        ],
     )
     if len(names) <= WRITTEN:
         drawn = drawn + _written(base, fmt, top)
@@ -170,13 +177,13 @@ def bars(
         marked: what the tick is.
     """
     base = _chart(rows).encode(
-        y=alt.Y("name:N", sort=list(names), title=None, axis=alt.Axis(labelLimit=130))
+        y=alt.Y("name:N", scale=_order(names), title=None, axis=alt.Axis(labelLimit=130))
     )
     tips = [alt.Tooltip("name:N", title=" "), alt.Tooltip("value:Q", title=value, format=fmt)]
     if marked:
         tips.append(alt.Tooltip("mark:Q", title=marked, format=fmt))
     drawn = base.mark_bar(height={"band": 0.6}).encode(
-        x=alt.X("value:Q", title=value, scale=alt.Scale(zero=True)), tooltip=tips
+        x=alt.X("value:Q", title=value, stack=None, scale=alt.Scale(zero=True)), tooltip=tips
     )
     if marked:
         drawn = drawn + base.mark_tick(thickness=3, size=18).encode(
@@ -192,11 +199,11 @@ def intervals(
     # Only a domain that is written out lets the legends of colour and shape become one.
     kinds, legend = alt.Scale(domain=["base", "expert", "merge"]), alt.Legend(orient="top")
     base = _chart(rows).encode(
-        y=alt.Y("name:N", sort=list(names), title=None, axis=alt.Axis(labelLimit=130)),
+        y=alt.Y("name:N", scale=_order(names), title=None, axis=alt.Axis(labelLimit=130)),
         color=alt.Color("kind:N", title=None, scale=kinds, legend=legend),
         tooltip=[
             alt.Tooltip("name:N", title="model"),
-            alt.Tooltip("value:Q", title=value, format=".4f"),
+            alt.Tooltip("value:Q", title="score", format=".4f"),
             alt.Tooltip("low:Q", title="from", format=".4f"),
             alt.Tooltip("high:Q", title="to", format=".4f"),
             alt.Tooltip("n:Q", title="rows"),
@@ -228,8 +235,8 @@ def lines(
         opacity=alt.condition(picked, alt.value(1.0), alt.value(0.2)),
         tooltip=[
             alt.Tooltip("name:N", title="series"),
-            alt.Tooltip("x:Q", title=x, format=".4~g"),
-            alt.Tooltip("value:Q", title=y, format=".4f"),
+            alt.Tooltip("x:Q", title="at", format=".4~g"),
+            alt.Tooltip("value:Q", title="value", format=".4f"),
             alt.Tooltip("low:Q", title="from", format=".4f"),
             alt.Tooltip("high:Q", title="to", format=".4f"),
         ],
@@ -261,8 +268,10 @@ def surface(
     ordered = [f"{a:g}" for a in xs]
     down = ordered[::-1]
     base = _chart(rows).encode(
-        x=alt.X("x:N", sort=ordered, title=x, axis=alt.Axis(labelOverlap=True, labelAngle=0)),
-        y=alt.Y("y:N", sort=down, title=y, axis=alt.Axis(labelOverlap=True)),
+        x=alt.X(
+            "x:N", scale=_order(ordered), title=x, axis=alt.Axis(labelOverlap=True, labelAngle=0)
+        ),
+        y=alt.Y("y:N", scale=_order(down), title=y, axis=alt.Axis(labelOverlap=True)),
     )
     drawn = base.mark_rect().encode(
         color=alt.Color(
@@ -272,8 +281,8 @@ def surface(
             legend=_legend(value),
         ),
         tooltip=[
-            alt.Tooltip("x:N", title=x),
-            alt.Tooltip("y:N", title=y),
+            alt.Tooltip("x:N", title="across"),
+            alt.Tooltip("y:N", title="down"),
             alt.Tooltip("value:Q", title=value, format=".3f"),
         ],
     )
@@ -282,9 +291,9 @@ def surface(
         ends = {"left": inside[0], "right": inside[-1], "low": inside[0], "high": inside[-1]}
         frame = _chart([ends]).mark_rect(filled=False, strokeWidth=2)
         box = frame.encode(
-            x=alt.X("left:N", sort=ordered),
+            x=alt.X("left:N", scale=_order(ordered)),
             x2=alt.X2("right", bandPosition=1),
-            y=alt.Y("high:N", sort=down),
+            y=alt.Y("high:N", scale=_order(down)),
             y2=alt.Y2("low", bandPosition=1),
             stroke=alt.value(alt.expr("mark")),
         )

@@ -5,8 +5,9 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, TypeVar
 
+T = TypeVar("T")
 Cell = str | float | int | None
 
 
@@ -68,15 +69,16 @@ class Builder:
     where: str
     notes: list[str] = field(default_factory=list)
 
-    def attempt(self, what: str, make: Callable[[], Iterable[Figure]]) -> list[Figure]:
-        """The figures, or a note where the file does not hold what they need."""
+    def attempt(self, what: str, make: Callable[[], Iterable[T]]) -> list[T]:
+        """What ``make`` gives, up to the first thing that the file does not hold as it should."""
+        found: list[T] = []
         try:
-            return list(make())
-        except (KeyError, TypeError, ValueError, IndexError, AttributeError) as error:
-            self.notes.append(
-                f"{self.where}: {what} cannot be shown: {type(error).__name__} {error}"
-            )
-            return []
+            for part in make():
+                found.append(part)
+        except (LookupError, TypeError, ValueError, AttributeError, RecursionError) as error:
+            reason = f"{type(error).__name__} {error}" if str(error) else type(error).__name__
+            self.notes.append(f"{self.where}: {what} cannot be shown: {reason[:200]}")
+        return found
 
 
 def number(value: Cell) -> str:

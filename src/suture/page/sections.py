@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import yaml
@@ -31,19 +32,17 @@ def sections_of(found: Found) -> list[Section]:
 
     for where, report in found.reports:
         made.append(_results(where, report, builder(where)))
-    loose = _loose_results(found)
-    if loose is not None:
-        made.append(loose)
+    made += _loose_results(found)
     for where, raw in found.analyses:
-        made += weights.sections(where, raw, builder(where))
+        one = builder(where)
+        made += one.attempt("the analysis", partial(weights.sections, where, raw, one))
     for where, raw in found.localizations:
-        made.append(_localization(where, raw))
+        made += builder(where).attempt("it", partial(_localization, where, raw))
     made += _curves(found, builder)
     made += _maps(found, builder)
     made += _merges(found, builder)
-    points = _glance(found, builder)
-    made.insert(0, Section("glance", "At a glance", points=tuple(points)))
-    made += _provenance(found)
+    made.insert(0, Section("glance", "At a glance", points=tuple(_glance(found, builder))))
+    made += builder("inputs").attempt("provenance", partial(_provenance, found))
     notes = [*found.notes, *(note for b in builders for note in b.notes)]
     for where, report in found.reports:
         notes += [f"{where}: {note}" for note in report.notes]
@@ -64,7 +63,7 @@ def _distinct(sections: Sequence[Section]) -> list[Section]:
     return found
 
 
-def _glance(found: Found, builder: Any) -> Iterator[str]:
+def _glance(found: Found, builder: Callable[[str], Builder]) -> Iterator[str]:
     for _, report in found.reports:
         merges = [e for e in report.entries if e.kind == "merge"]
         means = [
@@ -82,10 +81,7 @@ def _glance(found: Found, builder: Any) -> Iterator[str]:
                 f"their scores on average, {percent(low)} in its weakest task{before}."
             )
     for where, raw in found.analyses:
-        try:
-            yield from weights.glance(raw)
-        except (KeyError, TypeError, ValueError, AttributeError, StopIteration) as error:
-            builder(where).notes.append(f"{where}: no summary: {type(error).__name__} {error}")
+        yield from builder(where).attempt("the summary", partial(weights.glance, raw))
     worst = [
         (float(loss), where)
         for where, raw in found.merges
@@ -224,7 +220,7 @@ def _ratio_row(report: Report, entry: Entry, ratio: str, of: Any) -> tuple[Cell,
     return (entry.name, *(of(entry, t) for t in report.tasks), *report.summary(entry, ratio))
 
 
-def _loose_results(found: Found) -> Section | None:
+def _loose_results(found: Found) -> Iterator[Section]:
     known = {(e.name, t.name) for _, r in found.reports for e in r.entries for t in r.tasks}
     rows = [
         (r.model, r.task, m.name, m.value, m.low, m.high, m.n, where)
@@ -233,9 +229,9 @@ def _loose_results(found: Found) -> Section | None:
         for m in r.metrics
     ]
     if not rows:
-        return None
+        return
     head = ("model", "task", "metric", "score", "from", "to", "rows", "file")
-    return Section(
+    yield Section(
         "evaluations",
         "Evaluations",
         "Results of single evaluations.",
@@ -246,14 +242,14 @@ def _loose_results(found: Found) -> Section | None:
 # -- curves and maps -------------------------------------------------------------------------------
 
 
-def _curves(found: Found, builder: Any) -> Iterator[Section]:
+def _curves(found: Found, builder: Callable[[str], Builder]) -> Iterator[Section]:
     figures: list[Figure] = []
     for where, raw in found.curves:
-        figures += builder(where).attempt("the curve", lambda raw=raw: [_curve(raw)])
+        figures += builder(where).attempt("the curve", partial(_curve, raw))
     yield Section("curves", "Curves", figures=tuple(figures))
 
 
-def _curve(raw: Raw) -> Figure:
+def _curve(raw: Raw) -> Iterator[Figure]:
     names = [str(s["name"]) for s in raw["series"]]
     rows = [
         {
@@ -279,7 +275,7 @@ def _curve(raw: Raw) -> Figure:
         if x == "density"
         else f"How {y} changes along {x}; a hump between two ends is a barrier."
     )
-    return Figure(
+    yield Figure(
         title,
         explains,
         (
@@ -305,7 +301,7 @@ def _curve(raw: Raw) -> Figure:
     )
 
 
-def _maps(found: Found, builder: Any) -> Iterator[Section]:
+def _maps(found: Found, builder: Callable[[str], Builder]) -> Iterator[Section]:
     drawn: list[Chart] = []
     table: list[tuple[Cell, ...]] = []
     told = []
@@ -373,7 +369,7 @@ def _map(raw: Raw) -> tuple[Chart, list[tuple[Cell, ...]]]:
 # -- localizations, merges, provenance -------------------------------------------------------------
 
 
-def _localization(where: str, raw: Raw) -> Section:
+def _localization(where: str, raw: Raw) -> Iterator[Section]:
     tables = []
     plain = [(k, _plain(v)) for k, v in raw.items() if not isinstance(v, Mapping | list)]
     if plain:
@@ -388,7 +384,7 @@ def _localization(where: str, raw: Raw) -> Section:
             rows = tuple((str(n), *(_plain(v.get(c)) for c in columns)) for n, v in value.items())
             tables.append(Table(str(key), ("name", *columns), rows))
     listing = yaml.safe_dump(raw.get("recipe") or {}, sort_keys=False, allow_unicode=True)
-    return Section(
+    yield Section(
         "localization",
         "Localization",
         f"From {where}.",
@@ -404,7 +400,7 @@ def _plain(value: Any) -> Cell:
     return text if len(text) <= 200 else text[:199] + "…"
 
 
-def _merges(found: Found, builder: Any) -> Iterator[Section]:
+def _merges(found: Found, builder: Callable[[str], Builder]) -> Iterator[Section]:
     rows: list[dict[str, Any]] = []
     table: list[tuple[Cell, ...]] = []
     for where, raw in found.merges:

@@ -24,6 +24,7 @@ def themes() -> dict[str, dict[str, Any]]:
 def _config(theme: dict[str, Any]) -> dict[str, Any]:
     return {
         "background": "transparent",
+        "aria": False,  # a drawing is one image with a description; its numbers stand in a table
         "font": FONT,
         "view": {"stroke": None},
         "axis": {

@@ -44,7 +44,7 @@ def glance(raw: Raw) -> Iterator[str]:
         inside = [labels[m["layer"]] for m in moves if labels[m["layer"]] in chosen]
         roles = [m for m in geometry["roles"] if m["model"] == model]
         strong = max(roles, key=lambda m: float(m["relative_norm"] or 0))
-        total = next(m for m in geometry["total"] if m["model"] == model)
+        total = {m["model"]: m for m in geometry["total"]}[model]
         relative = total["relative_norm"]
         far = (
             "" if relative is None else f" moved by {percent(float(relative))} of the base's length"
@@ -491,31 +491,21 @@ def _conflicts(raw: Raw) -> Iterator[Figure]:
         "in opposite directions. The tick is what random signs would give: only bars that differ "
         f"from it mean anything. Parts with fewer than {ENOUGH} shared entries are in the table "
         "only.",
-        (
+        tuple(
             Chart(
-                "by layer",
+                label,
                 charts.bars(
-                    rows,
-                    names=[str(r["name"]) for r in rows],
+                    part,
+                    names=[str(r["name"]) for r in part],
                     value="rate",
                     fmt=".2%",
                     marked="by chance",
-                    alt_text=alt_text,
+                    alt_text=text,
                 ),
-                alt_text,
-            ),
-            Chart(
-                "by role",
-                charts.bars(
-                    by_role,
-                    names=[str(r["name"]) for r in by_role],
-                    value="rate",
-                    fmt=".2%",
-                    marked="by chance",
-                    alt_text=other,
-                ),
-                other,
-            ),
+                text,
+            )
+            for label, part, text in (("by layer", rows, alt_text), ("by role", by_role, other))
+            if part
         ),
         Table(
             "Sign conflicts",
@@ -615,7 +605,8 @@ def _bases(raw: Raw) -> Iterator[Figure]:
         kinds = list(dict.fromkeys(f[1] for f in found))
         names = list(nearest)
         grid = [
-            [next(f[3] for f in found if f[0] == n and f[1] == k) for k in kinds] for n in names
+            [next((f[3] for f in found if f[0] == n and f[1] == k), 0.0) for k in kinds]
+            for n in names
         ]
         top = max(PALE, *(abs(v) for row in grid for v in row))
         alt_text = "Cosine of each unseen model with its nearest basis vector."
