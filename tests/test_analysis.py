@@ -30,6 +30,7 @@ from suture.analysis import (
     make_basis,
     negation_bound,
 )
+from suture.analysis.basis import apart, loss_of, normalised, project
 from suture.checkpoint import open_checkpoint
 from suture.errors import MissingExtraError, RecipeError
 from suture.mask import Mask, localize
@@ -326,6 +327,22 @@ def test_the_autoencoder_is_convex_and_exact_where_there_are_enough_vectors() ->
     assert basis.loss == pytest.approx(0, abs=1e-6)
     every = make_basis(made.T @ made, list("abcdef"), "autoencoder", 6)
     assert every.loss == pytest.approx(0, abs=1e-6)
+
+
+def test_convex_columns_move_apart_within_their_span() -> None:
+    """They stay convex and lose the same, and each has an entry of 0 where another has none."""
+    draw = np.random.Generator(np.random.Philox(2))
+    mixed = draw.dirichlet(np.ones(6), 3).T
+    found = apart(mixed)
+
+    assert (found >= 0).all()
+    np.testing.assert_allclose(found.sum(0), 1)
+    made = vectors()
+    gram = normalised(made.T @ made)
+    before, after = (loss_of(gram, b, project(gram, b)) for b in (mixed, found))
+    assert after == pytest.approx(before, abs=1e-9)
+    assert np.linalg.cond(found) < np.linalg.cond(mixed)
+    np.testing.assert_allclose(found.min(0), 0, atol=1e-9)
 
 
 def test_the_autoencoder_reaches_the_bound_on_vectors_that_agree() -> None:

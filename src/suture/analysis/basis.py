@@ -13,6 +13,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field
+from itertools import permutations
 from typing import Any
 
 import numpy as np
@@ -204,14 +205,30 @@ def autoencoder(
         return minimize(objective, start, (ridge, decay), jac=True, method="L-BFGS-B",
                         options={"maxiter": 2000, "ftol": 1e-15, "gtol": 1e-10})  # fmt: skip
 
-    # Many B span the same space: a ridge first keeps W small, and the vectors far from one another.
-    # A decay first keeps logits where the softmax still has a slope.
+    # A decay first keeps the logits where the softmax still has a slope.
     draw = np.random.Generator(np.random.Philox(seed))
     starts = [draw.normal(size=tasks * size) for _ in range(restarts)]
     runs = [descend(descend(start, 1e-2, 1e-3).x, 1e-10) for start in starts]
     best = min(runs, key=lambda run: float(run.fun))
-    made = encoded(best.x)
+    made = apart(encoded(best.x))
     return made, project(gram, made), {"steps": int(best.nit), "restarts": restarts}
+
+
+def apart(made: Array) -> Array:
+    """Convex columns with the same span, as unlike one another as convexity allows.
+
+    Many B span the same space and lose the same. Taking from each column as much of every other as
+    leaves no entry negative makes vectors that speak of few tasks, and coefficients that are small.
+    """
+    made = made.copy()
+    for _ in range(3):
+        for i, j in permutations(range(made.shape[1]), 2):
+            there = made[:, j] > 0
+            much = float((made[there, i] / made[there, j]).min())
+            if 0 < much < 1 - 1e-6:
+                made[:, i] = np.maximum(made[:, i] - much * made[:, j], 0)
+                made[:, i] /= made[:, i].sum()
+    return made
 
 
 def spectral(gram: Array, size: int, seed: int) -> tuple[Array, Array, dict[str, Any]]:

@@ -291,9 +291,9 @@ def surface(
         ends = {"left": inside[0], "right": inside[-1], "low": inside[0], "high": inside[-1]}
         frame = _chart([ends]).mark_rect(filled=False, strokeWidth=2)
         box = frame.encode(
-            x=alt.X("left:N", scale=_order(ordered)),
+            x=alt.X("left:N", scale=_order(ordered), bandPosition=0),
             x2=alt.X2("right", bandPosition=1),
-            y=alt.Y("high:N", scale=_order(down)),
+            y=alt.Y("high:N", scale=_order(down), bandPosition=0),
             y2=alt.Y2("low", bandPosition=1),
             stroke=alt.value(alt.expr("mark")),
         )

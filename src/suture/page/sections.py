@@ -396,6 +396,8 @@ def _localization(where: str, raw: Raw) -> Iterator[Section]:
 def _plain(value: Any) -> Cell:
     if value is None or isinstance(value, str | int | float):
         return value
+    if isinstance(value, list) and value and all(isinstance(v, int | float) for v in value):
+        return ", ".join(dict.fromkeys(f"{v:.4g}" for v in value))
     text = yaml.safe_dump(value, default_flow_style=True, allow_unicode=True, width=10**6).strip()
     return text if len(text) <= 200 else text[:199] + "…"
 
