@@ -121,7 +121,8 @@ def test_a_folder_of_somebody_else_is_left_alone(models: Any, tmp_path: Path) ->
 def test_an_analysis_is_plain_data_that_names_its_inputs(models: Any, tmp_path: Path) -> None:
     """JSON without NaN; relative paths, fingerprints; the recipe in it gives the same again."""
     out = tmp_path / "out"
-    found = analysis(request(models, density=0.2), out)
+    (tmp_path / "look.yaml").write_text(yaml.safe_dump(request(models, density=0.2)))
+    found = analysis(str(tmp_path / "look.yaml"), str(out))
     raw = json.loads((out / "analysis.json").read_text())
 
     assert raw == json.loads(json.dumps(found.to_dict()))

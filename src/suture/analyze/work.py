@@ -117,8 +117,8 @@ class AnalysisPlan:
 
 
 def plan_analysis(
-    recipe: Path | Mapping[str, Any],
-    out: Path | None = None,
+    recipe: str | Path | Mapping[str, Any],
+    out: str | Path | None = None,
     *,
     overwrite: bool = False,
     threads: int | None = None,
@@ -130,6 +130,8 @@ def plan_analysis(
         SutureError: all problems at once.
     """
     problems = Problems()
+    recipe = Path(recipe) if isinstance(recipe, str) else recipe
+    out = None if out is None else Path(out)
     request = read_request(recipe, base_dir, problems)
     inputs: dict[str, Checkpoint] = {}
     names: list[str] = []
@@ -479,7 +481,11 @@ def _norms(geometry: Mapping[str, Any]) -> Iterator[str]:
 
 
 def analysis(
-    recipe: Path | Mapping[str, Any], out: Path, *, stage: Stage = _silent, **options: Any
+    recipe: str | Path | Mapping[str, Any],
+    out: str | Path,
+    *,
+    stage: Stage = _silent,
+    **options: Any,
 ) -> Analysis:
     """Follow an analysis recipe into a folder; keywords as for ``plan_analysis``.
 

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import suture
-from suture.errors import MissingExtraError, OutputError, Problems, RecipeError
+from suture.errors import MissingExtraError, OutputError, Problems
 from suture.page.gather import Found, gather
 from suture.page.parts import Chart, Section, number
 from suture.page.theme import themed, themes
@@ -186,4 +186,4 @@ def _sized(chart: Chart, title: str) -> dict[str, Any]:
     return {**chart.spec, "width": WIDTH, "title": text, "padding": 12}
 
 
-__all__ = ["RecipeError", "render", "write_page"]
+__all__ = ["render", "write_page"]
