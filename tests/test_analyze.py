@@ -115,6 +115,20 @@ def test_a_folder_of_somebody_else_is_left_alone(models: Any, tmp_path: Path) ->
     assert sorted(p.name for p in tmp_path.iterdir()) == ["notes", "out"]
 
 
+def test_what_a_killed_run_left_is_replaced_and_nothing_else(models: Any, tmp_path: Path) -> None:
+    """A staging folder of ours is taken over; one with somebody's files is named and kept."""
+    staging = tmp_path / ".out.analysis"
+    (staging / "basis/pca").mkdir(parents=True)
+    analysis(request(models), tmp_path / "out")
+    assert [p.name for p in tmp_path.iterdir()] == ["out"]
+
+    staging.mkdir()
+    (staging / "thesis.txt").write_text("mine")
+    with pytest.raises(OutputError, match=r"holds thesis.txt; move it away"):
+        analysis(request(models), tmp_path / "out", overwrite=True)
+    assert (staging / "thesis.txt").read_text() == "mine"
+
+
 # -- what is written -------------------------------------------------------------------------------
 
 

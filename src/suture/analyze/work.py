@@ -41,7 +41,6 @@ from suture.select import select
 from suture.spec import listed, readable
 from suture.stream import Sources, Visitor, sweep, tasks_of
 from suture.vector import TaskVector, align
-from suture.writer import staging_of
 
 SCHEMA = 1
 """Version of the layout of ``analysis.json``."""
@@ -219,6 +218,11 @@ def _check_out(
                 problems.add(OutputError, f"{out}: exists, and holds no analysis; name another")
             elif not overwrite:
                 problems.add(OutputError, f"{out}: exists; name another folder, or --overwrite")
+        held = {p.name for p in _staging(place).iterdir()} if _staging(place).exists() else set()
+        if held - {"analysis.json", "basis"}:
+            problems.add(
+                OutputError, f"{_staging(place)}: holds {listed(sorted(held))}; move it away"
+            )
         parent = place.parent
         while not parent.exists():
             parent = parent.parent
@@ -226,6 +230,11 @@ def _check_out(
             problems.add(OutputError, f"{out}: cannot write in {parent}")
     except (OSError, RuntimeError) as error:
         problems.add(OutputError, f"{out}: {getattr(error, 'strerror', None) or error}")
+
+
+def _staging(out: Path) -> Path:
+    """Where the folder is prepared: beside the output, so that relative paths hold in both."""
+    return out.with_name(f".{out.name}.analysis")
 
 
 def _silent(stage: str, nbytes: int) -> None:
@@ -381,9 +390,9 @@ def run_analysis(plan: AnalysisPlan, stage: Stage = _silent) -> Analysis:
     assert plan.out is not None
     found = analyse(plan, stage)
     out = plan.out.resolve()
-    staging = staging_of(out)
+    staging = _staging(out)
     try:
-        if staging.exists():
+        if staging.exists():  # of a run that was killed
             shutil.rmtree(staging)
         staging.mkdir(parents=True)
         written = {
