@@ -75,10 +75,10 @@ $(BIN)/python:
 	@$(PYTHON) -m venv $(VENV) || { rm -f $@; \
 		echo "could not make $(VENV); on Debian and Ubuntu: apt install python3-venv" >&2; exit 1; }
 
-$(STAMPS)/test: EXTRAS := models,finetune,gguf,test,oracle
-$(STAMPS)/check: EXTRAS := models,check
+$(STAMPS)/test: EXTRAS := models,finetune,gguf,analysis,report,test,oracle
+$(STAMPS)/check: EXTRAS := models,report,check
 $(STAMPS)/bench: EXTRAS := models,oracle
-$(STAMPS)/demo: EXTRAS := demo
+$(STAMPS)/demo: EXTRAS := demo,analysis,report
 
 $(STAMPS)/test $(STAMPS)/check $(STAMPS)/bench $(STAMPS)/demo: pyproject.toml constraints.txt | $(BIN)/python
 	@echo "installing suture[$(EXTRAS)] into $(VENV); the first time takes some minutes"

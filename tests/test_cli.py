@@ -37,7 +37,7 @@ from making import (
 )
 from suture.merges import METHODS
 
-COMMANDS = ["inspect", "diff", "merge", "patch", "methods", "demo"]
+COMMANDS = ["inspect", "diff", "merge", "patch", "analyze", "report", "methods", "demo"]
 
 
 @pytest.fixture

@@ -20,9 +20,10 @@ ROOT = Path(suture.__file__).parent
 ORDER = [
     "errors", "spec", "roles", "loops", "machine", "kernels", "checkpoint", "views", "layers",
     "vocabulary", "chat", "embeddings", "adapters", "ggufs", "opening", "writer", "stream",
-    "vector", "profile", "select", "mask", "patchfile", "patch", "gather", "merges", "engine",
-    "recipe_types", "mergekit", "recipe", "card", "models", "data", "tune", "evals", "report",
-    "run", "patching", "lowrank", "demo_tasks", "demo", "cli", "__main__",
+    "vector", "profile", "select", "mask", "patchfile", "patch", "gather", "analysis", "merges",
+    "engine", "recipe_types", "mergekit", "recipe", "card", "models", "data", "tune", "evals",
+    "report", "page", "run", "patching", "lowrank", "analyze", "demo_tasks", "demo", "cli",
+    "__main__",
 ]  # fmt: skip
 """The way of a tensor, top to bottom."""
 
@@ -35,6 +36,11 @@ PLACES = {
     "rich": {"cli"},
     "gguf": {"ggufs"},
     "peft": set(),
+    "altair": {"page"},
+    "vl_convert": {"page"},
+    "jinja2": {"page"},
+    "scipy": {"analysis"},
+    "sklearn": {"analysis"},
     "mergekit": set(),
     "pickle": set(),
 }

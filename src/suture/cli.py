@@ -564,6 +564,59 @@ def patch_show(
 
 
 @app.command()
+def analyze(
+    recipe: Annotated[Path, typer.Argument(help="What to look at (YAML).")],
+    out: Annotated[Path, typer.Option("--out", "-o", help="The folder to write.")],
+    threads: Threads = None,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="Check everything and say what would be done.")
+    ] = False,
+    overwrite: Annotated[
+        bool, typer.Option("--overwrite", help="Replace an older analysis, at the end.")
+    ] = False,
+    as_json: Json = False,
+) -> None:
+    """Look at several task vectors at once: profiles, angles, conflicts, masks, bases."""
+    with _errors(as_json), Bars(as_json) as bars:
+        from suture import analyze as work
+
+        plan = work.plan_analysis(recipe, out, overwrite=overwrite, threads=threads)
+        found = plan.describe() if dry_run else work.run_analysis(plan, bars.stage).to_dict()
+        told = work.summary_lines(plan, found) if not as_json else ()
+        for line in told:
+            _tell(line)
+    if as_json:
+        _print(found)
+
+
+@app.command()
+def report(
+    folder: Annotated[Path, typer.Argument(help="Where results, merges and analyses lie.")],
+    out: Annotated[Path, typer.Option("--out", "-o", help="The HTML file to write.")],
+    images: Annotated[
+        Path | None, typer.Option("--images", help="Also write each figure as SVG and PNG here.")
+    ] = None,
+    title: Annotated[str | None, typer.Option("--title", help="The heading of the page.")] = None,
+    overwrite: Annotated[
+        bool, typer.Option("--overwrite", help="Replace an older file of that name.")
+    ] = False,
+    as_json: Json = False,
+) -> None:
+    """Gather what a folder holds into one self-contained HTML page that works offline."""
+    with _errors(as_json):
+        from suture.page import write_page
+
+        found = write_page(folder, out, images=images, title=title, overwrite=overwrite)
+    if as_json:
+        _print(found)
+        return
+    for note in found["notes"]:
+        _say(f"note: {note}")
+    figures = f"{found['figures']} figures from {found['files']} files"
+    _tell(f"wrote {out} ({readable(found['bytes'])}, {figures})")
+
+
+@app.command()
 def methods(
     name: Annotated[str | None, typer.Argument(help="Show this one in full.")] = None,
     as_json: Json = False,

@@ -1,0 +1,31 @@
+"""Task vectors looked at from all sides: lengths, angles, conflicts, masks, bases, maps."""
+
+from suture.analysis.basis import BASES, Basis, Nearest, make_basis
+from suture.analysis.cells import Groups, Matrix, Together, groups_of
+from suture.analysis.conflicts import Conflict, Conflicts, Signs
+from suture.analysis.geometry import (
+    Geometry,
+    Move,
+    Products,
+    addition_bound,
+    gap_bound,
+    negation_bound,
+    squared_distance,
+)
+from suture.analysis.maps import (
+    Curve,
+    Disentanglement,
+    Point,
+    Series,
+    along,
+    disagreement,
+    disentanglement,
+)
+from suture.analysis.overlap import Kept, Masked, Overlap, independent_jaccard
+
+__all__ = [
+    "BASES", "Basis", "Conflict", "Conflicts", "Curve", "Disentanglement", "Geometry", "Groups",
+    "Kept", "Masked", "Matrix", "Move", "Nearest", "Overlap", "Point", "Products", "Series",
+    "Signs", "Together", "addition_bound", "along", "disagreement", "disentanglement", "gap_bound",
+    "groups_of", "independent_jaccard", "make_basis", "negation_bound", "squared_distance",
+]  # fmt: skip

@@ -1,0 +1,26 @@
+"""From a recipe to a folder with ``analysis.json``, and perhaps a basis."""
+
+from suture.analyze.request import ANALYSES, BasisRequest, Request, read_request
+from suture.analyze.work import (
+    Analysis,
+    AnalysisPlan,
+    analyse,
+    analysis,
+    plan_analysis,
+    run_analysis,
+    summary_lines,
+)
+
+__all__ = [
+    "ANALYSES",
+    "Analysis",
+    "AnalysisPlan",
+    "BasisRequest",
+    "Request",
+    "analyse",
+    "analysis",
+    "plan_analysis",
+    "read_request",
+    "run_analysis",
+    "summary_lines",
+]

@@ -1,0 +1,193 @@
+"""What to analyse: a recipe read into a frozen value, every fault found at once."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+from suture.analysis import BASES
+from suture.errors import Problems, RecipeError, brief, did_you_mean
+from suture.recipe import parse_yaml
+from suture.roles import DEFAULT_SPACE, ParamSpace
+from suture.select import SCOPES
+
+ANALYSES = {
+    "geometry": "norms by layer and role, dot products, angles",
+    "conflicts": "where experts move entries in opposite directions",
+    "overlap": "masks compared, beside what chance would give, and where they lie",
+    "bases": "a few vectors that stand for many task vectors",
+}
+_KEYS = ("base", "models", "unseen", "analyses", "density", "scope", "masks", "bases", "space",
+         "seed")  # fmt: skip
+
+
+@dataclass(frozen=True)
+class BasisRequest:
+    """Which bases to find, and which to write."""
+
+    kinds: tuple[str, ...] = tuple(BASES)
+    size: int | None = None
+    write: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
+class Request:
+    """What to analyse; after ``read_request`` every key is known and every value checked."""
+
+    base: str
+    models: Mapping[str, str]
+    unseen: Mapping[str, str] = field(default_factory=dict)
+    """Models that no basis is made of; the nearest basis vector is named for each."""
+    analyses: tuple[str, ...] = tuple(ANALYSES)
+    density: float | None = None
+    """Of masks by magnitude; conflicts count only what they keep."""
+    scope: str = "global"
+    masks: str | None = None
+    """A folder with a mask for each model, instead of masks by magnitude."""
+    bases: BasisRequest = BasisRequest()
+    space: ParamSpace = DEFAULT_SPACE
+    seed: int = 0
+    folder: Path = Path()
+    """Where relative paths start."""
+
+    def to_dict(self) -> dict[str, Any]:
+        """The request with every default written out, as data that can be read again."""
+        found = asdict(self)
+        del found["folder"]
+        found["space"] = {k: list(v) for k, v in self.space._asdict().items()}
+        return {k: v for k, v in found.items() if v is not None}
+
+
+def read_request(
+    source: Path | Mapping[str, Any], folder: Path | None, problems: Problems
+) -> Request | None:
+    """Read an analysis recipe; faults are noted in ``problems``, ``None`` where nothing is left."""
+    with problems.collecting():
+        if isinstance(source, Mapping):
+            return _Reader(dict(source), problems).request(folder or Path())
+        try:
+            text = source.read_text(encoding="utf-8")
+        except (OSError, UnicodeDecodeError) as error:
+            reason = getattr(error, "strerror", None) or "not a text file"
+            raise RecipeError(f"{source}: {reason}") from None
+        raw = parse_yaml(text, str(source))
+        return _Reader(raw, problems).request(folder or source.parent)
+    return None
+
+
+class _Reader:
+    """Reads a mapping key by key and notes every fault."""
+
+    def __init__(self, raw: dict[str, Any], problems: Problems) -> None:
+        self.raw, self.problems = raw, problems
+
+    def refuse(self, text: str) -> None:
+        self.problems.add(RecipeError, text)
+
+    def request(self, folder: Path) -> Request:
+        self.known(self.raw, _KEYS, "")
+        base = self.raw.get("base")
+        if not isinstance(base, str):
+            self.refuse("base: name what the models were fine-tuned from, a path or hub id")
+            base = ""
+        models = self.models("models")
+        if not models:
+            self.refuse("models: a mapping from names to paths, with at least one model")
+        unseen = self.models("unseen") if self.raw.get("unseen") is not None else {}
+        for name in sorted(models.keys() & unseen.keys()):
+            self.refuse(f"unseen.{name}: is one of the models, too; give it another name")
+        density = self.density()
+        masks = self.raw.get("masks")
+        if masks is not None and not isinstance(masks, str):
+            self.refuse(f"masks: a folder with a mask for each model, not {brief(masks)}")
+        analyses = self.analyses(density, masks, len(models))
+        scope = self.raw.get("scope", "global")
+        if scope not in SCOPES:
+            self.refuse(f"scope: {brief(scope)}; {did_you_mean(str(scope), SCOPES)}")
+        seed = self.raw.get("seed", 0)
+        if isinstance(seed, bool) or not isinstance(seed, int) or not 0 <= seed < 2**63:
+            self.refuse(f"seed: a whole number from 0 to 2**63 - 1, not {brief(seed)}")
+        return Request(
+            base, models, unseen, analyses, density, str(scope), masks,
+            self.bases(len(models)), self.space(), seed, folder,
+        )  # fmt: skip
+
+    def known(self, raw: Mapping[Any, Any], keys: Sequence[str], where: str) -> None:
+        for key in raw:
+            if key not in keys:
+                self.refuse(f"{where}unknown key {key!r}; {did_you_mean(str(key), keys)}")
+
+    def section(self, key: str) -> dict[str, Any]:
+        found = self.raw.get(key)
+        if found is None:
+            return {}
+        if not isinstance(found, Mapping):
+            self.refuse(f"{key}: a mapping, not {brief(found)}")
+            return {}
+        return {str(k): v for k, v in found.items()}
+
+    def words(self, value: object, where: str, known: Sequence[str]) -> tuple[str, ...]:
+        words = [value] if isinstance(value, str) else value
+        if not isinstance(words, list) or not all(isinstance(w, str) for w in words):
+            self.refuse(f"{where}: a list of words, not {brief(value)}")
+            return ()
+        for word in words:
+            if known and word not in known:
+                self.refuse(f"{where}: {word!r} is not known; {did_you_mean(word, known)}")
+        return tuple(words)
+
+    def models(self, key: str) -> dict[str, str]:
+        found = {}
+        for name, path in self.section(key).items():
+            path = path.get("path") if isinstance(path, Mapping) else path
+            if not isinstance(path, str):
+                self.refuse(f"{key}.{name}: a path or hub id, not {brief(path)}")
+                continue
+            if name == "base" or not name or not name.isprintable():
+                self.refuse(f"{key}: {name!r} cannot be the name of a model")
+            found[name] = path
+        return found
+
+    def density(self) -> float | None:
+        found = self.raw.get("density")
+        if found is None:
+            return None
+        if isinstance(found, bool) or not isinstance(found, int | float) or not 0 < found <= 1:
+            self.refuse(f"density: the share of entries kept, in (0, 1], not {brief(found)}")
+            return None
+        return float(found)
+
+    def analyses(self, density: float | None, masks: object, models: int) -> tuple[str, ...]:
+        masked = density is not None or masks is not None
+        if self.raw.get("analyses") is None:
+            fitting = {"overlap": masked, "conflicts": models > 1, "bases": models > 1}
+            return tuple(a for a in ANALYSES if fitting.get(a, True))
+        found = self.words(self.raw["analyses"], "analyses", list(ANALYSES))
+        if "overlap" in found and not masked:
+            self.refuse("analyses: overlap compares masks; give a density, or a folder as `masks`")
+        for name in ("conflicts", "bases"):
+            if name in found and models == 1:
+                self.refuse(f"analyses: {name} takes two models or more")
+        return found
+
+    def bases(self, models: int) -> BasisRequest:
+        raw = self.section("bases")
+        self.known(raw, ("kinds", "size", "write"), "bases: ")
+        kinds = self.words(raw.get("kinds", list(BASES)), "bases.kinds", list(BASES))
+        write = self.words(raw.get("write", []), "bases.write", kinds or list(BASES))
+        size = raw.get("size")
+        if size is not None and (
+            isinstance(size, bool) or not isinstance(size, int) or not 1 <= size <= max(1, models)
+        ):
+            self.refuse(f"bases.size: from 1 to {models}, the number of models, not {brief(size)}")
+            size = None
+        return BasisRequest(kinds, size, write)
+
+    def space(self) -> ParamSpace:
+        raw = self.section("space")
+        self.known(raw, ("include", "exclude"), "space: ")
+        include = self.words(raw.get("include", list(DEFAULT_SPACE.include)), "space.include", ())
+        exclude = self.words(raw.get("exclude", list(DEFAULT_SPACE.exclude)), "space.exclude", ())
+        return ParamSpace(include, exclude)

@@ -1,0 +1,504 @@
+"""From a recipe to a folder with ``analysis.json``: check, look at all models at once, write.
+
+One sweep serves every analysis; masks by magnitude cost two more. Bases come from dot products, and
+only the vectors that are asked for are written, as checkpoints.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+import suture
+from suture.analysis import (
+    Basis,
+    Conflicts,
+    Geometry,
+    Masked,
+    Overlap,
+    Products,
+    Signs,
+    Together,
+    groups_of,
+    make_basis,
+)
+from suture.analyze.request import ANALYSES, Request, read_request
+from suture.checkpoint import Checkpoint, is_from_hub, open_checkpoint, refuse_uncomputable
+from suture.engine import Stage, checkpoint_fingerprint
+from suture.errors import MismatchError, OutputError, Problems, RecipeError
+from suture.mask import Mask, localize
+from suture.recipe_types import Policy
+from suture.roles import ParamSpace, check_selectors
+from suture.run import merged, save
+from suture.select import select
+from suture.spec import listed, readable
+from suture.stream import Sources, Visitor, sweep, tasks_of
+from suture.vector import TaskVector, align
+
+SCHEMA = 1
+"""Version of the layout of ``analysis.json``."""
+
+
+@dataclass(frozen=True)
+class Analysis:
+    """Everything that was found about some task vectors over one base."""
+
+    request: dict[str, Any]
+    inputs: Mapping[str, Mapping[str, Any]]
+    """By label: path, fingerprint, tensors, bytes."""
+    tensors: int
+    elements: int
+    geometry: Geometry | None = None
+    conflicts: Conflicts | None = None
+    overlap: Overlap | None = None
+    bases: tuple[Basis, ...] = ()
+    nearest: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
+    """For each model that no basis was made of: its place to each basis, by kind."""
+    written: Mapping[str, Sequence[str]] = field(default_factory=dict)
+    """Folders of the basis vectors that were written, by kind."""
+
+    def to_dict(self) -> dict[str, Any]:
+        """What ``analysis.json`` holds."""
+        return {"suture": suture.__version__, "schema": SCHEMA, "kind": "analysis", **asdict(self)}
+
+
+@dataclass(frozen=True)
+class AnalysisPlan:
+    """An analysis whose inputs were opened and checked; nothing was read but headers."""
+
+    request: Request
+    inputs: Mapping[str, Checkpoint]
+    """By label: the base, the models, the unseen ones."""
+    names: tuple[str, ...]
+    masks: Mapping[str, Mask] | None
+    out: Path | None
+    overwrite: bool = False
+    threads: int | None = None
+
+    @property
+    def base(self) -> Checkpoint:
+        """What the models were tuned from."""
+        return self.inputs["base"]
+
+    @property
+    def models(self) -> tuple[Checkpoint, ...]:
+        """The models, in the order of the request."""
+        return tuple(self.inputs[name] for name in self.request.models)
+
+    def describe(self) -> dict[str, Any]:
+        """What will be done, as plain data."""
+        specs = self.base.specs
+        return {
+            "inputs": {
+                label: {"path": c.label, "tensors": len(c), "bytes": c.nbytes}
+                for label, c in self.inputs.items()
+            },
+            "analyses": {name: ANALYSES[name] for name in self.request.analyses},
+            "tensors": len(self.names),
+            "elements": sum(specs[n].numel for n in self.names),
+            "bytes_read": self.bytes_read,
+            "output": None if self.out is None else str(self.out),
+        }
+
+    @property
+    def bytes_read(self) -> int:
+        """Bytes that will be read: fingerprints, masks and the sweep together."""
+        swept = sum(c.specs[n].nbytes for c in self.inputs.values() for n in self.names)
+        by_magnitude = 2 * swept if self.request.density and self.masks is None else 0
+        return sum(c.nbytes for c in self.inputs.values()) + swept + by_magnitude
+
+
+def plan_analysis(
+    recipe: str | Path | Mapping[str, Any],
+    out: str | Path | None = None,
+    *,
+    overwrite: bool = False,
+    threads: int | None = None,
+    base_dir: Path | None = None,
+) -> AnalysisPlan:
+    """Read an analysis recipe, open its models and check all that headers can tell.
+
+    Raises:
+        SutureError: all problems at once.
+    """
+    problems = Problems()
+    recipe = Path(recipe) if isinstance(recipe, str) else recipe
+    out = None if out is None else Path(out)
+    request = read_request(recipe, base_dir, problems)
+    inputs: dict[str, Checkpoint] = {}
+    names: list[str] = []
+    masks = None
+    if request is not None:
+        inputs = _opened(request, problems)
+        names = _checked_names(request, inputs, problems)
+        if request.masks is not None and "base" in inputs:
+            masks = _read_masks(request, inputs["base"], names, problems)
+    if out is not None:
+        _check_out(out, inputs, overwrite, problems)
+    problems.raise_if_any()
+    assert request is not None
+    if masks is not None:
+        names = [n for n in names if n in next(iter(masks.values())).shapes]
+    return AnalysisPlan(request, inputs, tuple(names), masks, out, overwrite, threads)
+
+
+def _opened(request: Request, problems: Problems) -> dict[str, Checkpoint]:
+    paths = {"base": request.base, **request.models, **request.unseen}
+    found = {}
+    for label, path in paths.items():
+        if path:
+            with problems.collecting():
+                found[label] = open_checkpoint(path, request.folder)
+                refuse_uncomputable(found[label])
+    return found
+
+
+def _checked_names(
+    request: Request, inputs: Mapping[str, Checkpoint], problems: Problems
+) -> list[str]:
+    base = inputs.get("base")
+    if base is None:
+        return []
+    for label, checkpoint in inputs.items():
+        if label != "base":
+            align(base, checkpoint, problems, buffers=True)
+    for key in ("include", "exclude"):
+        with problems.collecting():
+            check_selectors(getattr(request.space, key), base.specs, f"space.{key}")
+    names = request.space.names(base.specs)
+    if not names:
+        problems.add(RecipeError, "space: no tensor is left to look at")
+    return names
+
+
+def _read_masks(
+    request: Request, base: Checkpoint, names: Sequence[str], problems: Problems
+) -> dict[str, Mask]:
+    folder = request.folder / str(request.masks)
+    found: dict[str, Mask] = {}
+    for model in request.models:
+        path = folder / f"{model}.safetensors"
+        if not path.is_file():
+            problems.add(RecipeError, f"masks: {path} is missing: one mask for each model")
+            continue
+        with problems.collecting():
+            found[model] = Mask.load(path)
+    shapes = {name: base.specs[name].shape for name in names}
+    for model, mask in found.items():
+        wrong = sorted(n for n, s in mask.shapes.items() if n in shapes and s != shapes[n])
+        other = mask.shapes.keys() - base.specs.keys()
+        if wrong or other or not mask.shapes.keys() & shapes.keys():
+            what = listed([*wrong, *sorted(other)]) or "every tensor"
+            problems.add(MismatchError, f"masks: {model}: is a mask of another model ({what})")
+    if len({frozenset(m.shapes) for m in found.values()}) > 1:
+        problems.add(MismatchError, "masks: they are not over the same tensors")
+    return found
+
+
+def _check_out(
+    out: Path, inputs: Mapping[str, Checkpoint], overwrite: bool, problems: Problems
+) -> None:
+    try:
+        place = out.resolve()
+        for label, checkpoint in inputs.items():
+            if any(
+                place.is_relative_to(p) or p.is_relative_to(place)
+                for p in {checkpoint.path.resolve(), *(f.resolve() for f in checkpoint.files)}
+            ):
+                problems.add(OutputError, f"{out}: holds the input {label!r}; write somewhere else")
+        if place.exists() and (not place.is_dir() or any(place.iterdir())):
+            if not (place / "analysis.json").is_file():
+                problems.add(OutputError, f"{out}: exists, and holds no analysis; name another")
+            elif not overwrite:
+                problems.add(OutputError, f"{out}: exists; name another folder, or --overwrite")
+        held = {p.name for p in _staging(place).iterdir()} if _staging(place).exists() else set()
+        if held - {"analysis.json", "basis"}:
+            problems.add(
+                OutputError, f"{_staging(place)}: holds {listed(sorted(held))}; move it away"
+            )
+        parent = place.parent
+        while not parent.exists():
+            parent = parent.parent
+        if not parent.is_dir() or not os.access(parent, os.W_OK | os.X_OK):
+            problems.add(OutputError, f"{out}: cannot write in {parent}")
+    except (OSError, RuntimeError) as error:
+        problems.add(OutputError, f"{out}: {getattr(error, 'strerror', None) or error}")
+
+
+def _staging(out: Path) -> Path:
+    """Where the folder is prepared: beside the output, so that relative paths hold in both."""
+    return out.with_name(f".{out.name}.analysis")
+
+
+def _silent(stage: str, nbytes: int) -> None:
+    return None
+
+
+def analyse(plan: AnalysisPlan, stage: Stage = _silent) -> Analysis:
+    """Do what was planned, without writing anything.
+
+    Raises:
+        SutureError: an input is at fault.
+    """
+    request, base, models = plan.request, plan.base, plan.models
+    unseen = tuple(plan.inputs[name] for name in request.unseen)
+    masks = _masks(plan, stage)
+    asked: dict[str, Visitor[Any]] = {}
+    if {"geometry", "bases"} & set(request.analyses):
+        asked["products"] = products = Products(len(models) + len(unseen))
+    if "conflicts" in request.analyses:
+        selection = None
+        if request.density is not None:
+            selection = select(
+                Sources(models, base),
+                plan.names,
+                lambda _: [float(request.density or 1)] * len(models),
+                scope=request.scope,
+                threads=plan.threads,
+            )
+        asked["conflicts"] = signs = Signs(len(models), selection)
+    if masks:
+        asked["overlap"] = masked = Masked(list(masks.values()))
+    specs, sources = base.specs, Sources((*models, *unseen), base)
+    read = sum(c.specs[n].nbytes for c in sources.all for n in plan.names)
+    sweep(
+        sources,
+        tasks_of(plan.names, specs),
+        Together(list(asked.values())),
+        threads=plan.threads,
+        progress=stage("look", read),
+    )
+
+    labels, groups = tuple(request.models), groups_of(plan.names)
+    sizes = {n: specs[n].numel for n in plan.names}
+    geometry = products.geometry(labels, groups, sizes) if "products" in asked else None
+    bases: tuple[Basis, ...] = ()
+    nearest: dict[str, dict[str, Any]] = {}
+    if "bases" in request.analyses:
+        gram = products.gram.of(*plan.names)[:-1, :-1]
+        bases, nearest = _bases(request, gram)
+    source = (
+        f"those of the folder {request.masks}"
+        if plan.masks is not None
+        else f"the {100 * (request.density or 1):.3g} % of largest magnitude, counted "
+        + {"global": "over all tensors", "layer": "in each layer"}.get(
+            request.scope, "in each tensor"
+        )
+    )
+    return Analysis(
+        _portable(plan),
+        _prints(plan, stage),
+        len(plan.names),
+        sum(sizes.values()),
+        geometry if "geometry" in request.analyses else None,
+        signs.conflicts(labels, groups, request.density) if "conflicts" in asked else None,
+        masked.overlap(labels, groups, source) if masks else None,
+        bases,
+        nearest,
+    )
+
+
+def _masks(plan: AnalysisPlan, stage: Stage) -> dict[str, Mask]:
+    if "overlap" not in plan.request.analyses:
+        return {}
+    if plan.masks is not None:
+        return {name: plan.masks[name] for name in plan.request.models}
+    stage("masks", 2 * sum(c.specs[n].nbytes for c in plan.models for n in plan.names))
+    density = float(plan.request.density or 1)
+    return {
+        name: localize(
+            TaskVector(plan.base, [(plan.inputs[name], 1.0)], plan.names),
+            density=density,
+            scope=plan.request.scope,
+            threads=plan.threads,
+        )
+        for name in plan.request.models
+    }
+
+
+def _bases(
+    request: Request, gram: np.ndarray[Any, Any]
+) -> tuple[tuple[Basis, ...], dict[str, dict[str, Any]]]:
+    number = len(request.models)
+    inner = gram[:number, :number]
+    found = tuple(
+        make_basis(inner, tuple(request.models), kind, request.bases.size, request.seed)
+        for kind in request.bases.kinds
+    )
+    nearest = {
+        name: {
+            basis.kind: asdict(
+                basis.nearest(
+                    inner, gram[number + i, :number].tolist(), float(gram[number + i, number + i])
+                )
+            )
+            for basis in found
+        }
+        for i, name in enumerate(request.unseen)
+    }
+    return found, nearest
+
+
+def _portable(plan: AnalysisPlan) -> dict[str, Any]:
+    """The request with paths that hold wherever the output and the inputs move together."""
+    found = plan.request.to_dict()
+    where = _paths(plan)
+    found["base"] = where["base"]
+    for section in ("models", "unseen"):
+        found[section] = {name: where[name] for name in found[section]}
+    if plan.request.masks is not None and plan.out is not None:
+        masks = plan.request.folder / plan.request.masks
+        found["masks"] = os.path.relpath(masks, plan.out.resolve())
+    return found
+
+
+def _paths(plan: AnalysisPlan) -> dict[str, str]:
+    near = None if plan.out is None else plan.out.resolve()
+    return {
+        label: c.label if near is None or is_from_hub(c) else os.path.relpath(c.path, near)
+        for label, c in plan.inputs.items()
+    }
+
+
+def _prints(plan: AnalysisPlan, stage: Stage) -> dict[str, dict[str, Any]]:
+    where = _paths(plan)
+    progress = stage("identify", sum(c.nbytes for c in plan.inputs.values()))
+    return {
+        label: {
+            "path": where[label],
+            "fingerprint": checkpoint_fingerprint(c, progress),
+            "tensors": len(c),
+            "bytes": c.nbytes,
+        }
+        for label, c in plan.inputs.items()
+    }
+
+
+def run_analysis(plan: AnalysisPlan, stage: Stage = _silent) -> Analysis:
+    """Do what was planned and publish the folder: ``analysis.json``, and ``basis/`` if asked.
+
+    Raises:
+        SutureError: an input or the output is at fault; then nothing was written.
+    """
+    assert plan.out is not None
+    found = analyse(plan, stage)
+    out = plan.out.resolve()
+    staging = _staging(out)
+    try:
+        if staging.exists():  # of a run that was killed
+            shutil.rmtree(staging)
+        staging.mkdir(parents=True)
+        written = {
+            basis.kind: _write_basis(plan, basis, staging / "basis" / basis.kind, stage)
+            for basis in found.bases
+            if basis.kind in plan.request.bases.write
+        }
+        found = Analysis(**{**vars(found), "written": written})
+        for checkpoint in plan.inputs.values():
+            checkpoint.check_unchanged()
+        text = json.dumps(found.to_dict(), indent=1, allow_nan=False) + "\n"
+        (staging / "analysis.json").write_text(text, encoding="utf-8")
+        old = out.with_name(f".{out.name}.old")
+        if out.exists():
+            shutil.rmtree(old, ignore_errors=True)
+            out.rename(old)
+        staging.rename(out)
+        shutil.rmtree(old, ignore_errors=True)
+    except OSError as error:
+        raise OutputError(f"{plan.out}: {error.strerror}") from None
+    finally:
+        shutil.rmtree(staging, ignore_errors=True)
+    return found
+
+
+def _write_basis(plan: AnalysisPlan, basis: Basis, folder: Path, stage: Stage) -> list[str]:
+    """Write base + s for every basis vector s, as float32 checkpoints, one after another."""
+    made = np.array(basis.vectors)
+    for column, name in enumerate(basis.names):
+        weights = {t: float(w) for t, w in zip(basis.tasks, made[:, column], strict=True) if w}
+        models = {t: plan.inputs[t] for t in weights}
+        what = merged(
+            plan.base,
+            models,
+            "task_arithmetic",
+            weight=weights,
+            dtype="float32",
+            space=ParamSpace(plan.names, ()),
+            policy=Policy("base", "drop", "base"),
+        )
+        save(what, folder / name, stage=stage, threads=plan.threads)
+    return [f"basis/{basis.kind}/{name}" for name in basis.names]
+
+
+def summary_lines(plan: AnalysisPlan, found: Mapping[str, Any]) -> Iterator[str]:
+    """What to tell at the end, a line each; of a plan that was only described, what it would do."""
+    if "kind" not in found:
+        for label, row in found["inputs"].items():
+            yield f"input    {label}: {row['path']}, {row['tensors']} tensors"
+        for name, about in found["analyses"].items():
+            yield f"analysis {name}: {about}"
+        yield f"reading  {readable(found['bytes_read'])}"
+        yield "nothing was written; leave out --dry-run to analyze"
+        return
+    if found["geometry"] is not None:
+        yield from _norms(found["geometry"])
+    if found["conflicts"] is not None and found["conflicts"]["total"]["rate"] is not None:
+        total = found["conflicts"]["total"]
+        yield (
+            f"opposite signs in {total['rate']:.1%} of the entries that two or more models move "
+            f"({total['null']:.1%} by chance)"
+        )
+    if found["overlap"] is not None:
+        alike = found["overlap"]
+        names = alike["models"]
+        pairs = [
+            (alike["jaccard"][a][b], alike["placed"][a][b], names[b], names[a])
+            for a in range(len(names))
+            for b in range(a)
+        ]
+        if pairs:
+            value, chance, one, other = max(pairs)
+            yield (
+                f"most alike masks: {one} and {other}, Jaccard {value:.3f} ({chance:.3f} expected "
+                "of random masks with as many entries in each tensor)"
+            )
+    for basis in found["bases"]:
+        yield (
+            f"basis {basis['kind']}: {len(basis['names'])} vectors leave {basis['loss']:.2%} of "
+            f"the squared length (at best {basis['bound']:.2%})"
+        )
+    yield f"wrote {plan.out}"
+
+
+def _norms(geometry: Mapping[str, Any]) -> Iterator[str]:
+    for move in geometry["total"]:
+        parts = [m for m in geometry["layers"] if m["model"] == move["model"]]
+        parts.sort(key=lambda m: -m["share"])
+        where = ", ".join(f"{m['layer']} {m['share']:.0%}" for m in parts[:3])
+        relative = move["relative_norm"]
+        against = "" if relative is None else f", {relative:.3%} of the base"
+        yield f"{move['model']}: norm {move['norm']:.4g}{against}; most in {where}"
+    if len(geometry["models"]) > 1:
+        yield f"largest cosine between two task vectors: {geometry['epsilon']:.3f}"
+
+
+def analysis(
+    recipe: str | Path | Mapping[str, Any],
+    out: str | Path,
+    *,
+    stage: Stage = _silent,
+    **options: Any,
+) -> Analysis:
+    """Follow an analysis recipe into a folder; keywords as for ``plan_analysis``.
+
+    Raises:
+        SutureError: the recipe, an input or the output is at fault; all problems at once.
+    """
+    return run_analysis(plan_analysis(recipe, out, **options), stage)

@@ -1,0 +1,149 @@
+"""What lies below a folder: provenance, results, analyses, maps and curves; read, never trusted."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NoReturn
+
+from suture.errors import MissingExtraError, RecipeError, SutureError, brief
+
+if TYPE_CHECKING:
+    from suture.evals.base import EvalResult
+    from suture.report import Report
+
+LIMIT = 32 << 20
+"""Bytes a file may have; larger ones are named and left out."""
+MOST = 5000
+"""Files that are looked into at most."""
+OURS = ("suture.json", "analysis.json", "localize.json", "results.json")
+"""Files that only Suture writes: a broken one is worth a note."""
+
+
+@dataclass
+class Found:
+    """Everything a page can show, by what it is; each with the path below the folder."""
+
+    merges: list[tuple[str, dict[str, Any]]] = field(default_factory=list)
+    reports: list[tuple[str, Report]] = field(default_factory=list)
+    results: list[tuple[str, EvalResult]] = field(default_factory=list)
+    analyses: list[tuple[str, dict[str, Any]]] = field(default_factory=list)
+    localizations: list[tuple[str, dict[str, Any]]] = field(default_factory=list)
+    maps: list[tuple[str, dict[str, Any]]] = field(default_factory=list)
+    curves: list[tuple[str, dict[str, Any]]] = field(default_factory=list)
+    notes: list[str] = field(default_factory=list)
+
+    @property
+    def files(self) -> int:
+        """How many files are shown."""
+        kinds = (
+            self.merges,
+            self.reports,
+            self.results,
+            self.analyses,
+            self.localizations,
+            self.maps,
+            self.curves,
+        )
+        return sum(len(kind) for kind in kinds)
+
+    def take(self, where: str, raw: Mapping[str, Any], text: str) -> None:
+        """Put one object where it belongs; what nobody knows is left alone.
+
+        Raises:
+            RecipeError: it says what it is, but does not hold it.
+        """
+        kind = raw.get("kind")
+        plain = {"analysis": self.analyses, "disentanglement": self.maps, "curve": self.curves}
+        if isinstance(kind, str) and kind in plain:
+            plain[kind].append((where, dict(raw)))
+        elif {"title", "tasks", "entries"} <= raw.keys():
+            self.reports.append((where, _scores()[0].from_json(text)))
+        elif {"model", "task", "metrics", "kind"} <= raw.keys():
+            self.results.append((where, _scores()[1].from_json(text)))
+        elif isinstance(kind, str) and kind.startswith("locali"):
+            self.localizations.append((where, dict(raw)))
+        elif isinstance(raw.get("recipe"), Mapping) and isinstance(raw.get("inputs"), Mapping):
+            self.merges.append((where, dict(raw)))
+        elif where.rsplit("/", 1)[-1] == "localize.json":
+            self.localizations.append((where, dict(raw)))
+
+
+def _scores() -> tuple[type[Report], type[EvalResult]]:
+    """What reads scores: evaluations need a framework, which a page without them does not load."""
+    try:
+        from suture.evals.base import EvalResult
+        from suture.report import Report
+    except ImportError:
+        raise MissingExtraError("reading results of evaluations", "models") from None
+    return Report, EvalResult
+
+
+def gather(folder: Path) -> Found:
+    """Read every JSON file below a folder that a page can show.
+
+    Hidden folders are left out, links are not followed.
+
+    Raises:
+        RecipeError: there is no such folder, or nothing in it.
+    """
+    if not folder.is_dir():
+        raise RecipeError(f"{folder}: is no folder; name the one that holds results or analyses")
+    found = Found()
+    for number, path in enumerate(_files(folder)):
+        where = path.relative_to(folder).as_posix()
+        if number == MOST:
+            found.notes.append(f"more than {MOST} JSON files: those after {where} were left out")
+            break
+        ours = path.name in OURS
+        try:
+            text, raw = _read(path)
+            if isinstance(raw, Mapping):
+                found.take(where, raw, text)
+            elif ours:
+                raise RecipeError(f"holds {brief(raw)}, not an object")
+        except (OSError, ValueError, RecursionError, SutureError) as error:
+            if ours or isinstance(error, MissingExtraError):
+                reason = getattr(error, "strerror", None) or error
+                found.notes.append(f"{where} cannot be read and was left out: {reason}")
+    basis = {
+        f"{where.rpartition('/')[0]}/{vector}/suture.json".lstrip("/")
+        for where, raw in found.analyses
+        for vectors in _values(raw.get("written"))
+        for vector in (vectors if isinstance(vectors, list) else ())
+    }
+    found.merges = [(where, raw) for where, raw in found.merges if where not in basis]
+    if not found.files:
+        raise RecipeError(
+            f"{folder}: nothing to show; a report is made of suture.json, results.json, "
+            "analysis.json, localize.json and results of `suture eval`"
+            + "".join(f"\n{note}" for note in found.notes)
+        )
+    return found
+
+
+def _values(raw: object) -> list[Any]:
+    return list(raw.values()) if isinstance(raw, Mapping) else []
+
+
+def _files(folder: Path) -> Iterator[Path]:
+    for where, folders, files in os.walk(folder):
+        folders[:] = sorted(f for f in folders if not f.startswith("."))
+        for name in sorted(files):
+            path = Path(where, name)
+            if name.endswith(".json") and not name.startswith(".") and not path.is_symlink():
+                yield path
+
+
+def _read(path: Path) -> tuple[str, Any]:
+    if path.stat().st_size > LIMIT:
+        raise RecipeError(f"larger than {LIMIT >> 20} MB")
+    text = path.read_text(encoding="utf-8")
+    return text, json.loads(text, parse_constant=_refuse)
+
+
+def _refuse(word: str) -> NoReturn:
+    raise ValueError(f"{word} is not a number in JSON")

@@ -1,0 +1,554 @@
+"""The report page: what it gathers, that it is one harmless file, and that a browser shows it."""
+
+from __future__ import annotations
+
+import base64
+import hashlib
+import json
+import re
+import sys
+from collections.abc import Iterator
+from dataclasses import replace
+from html.parser import HTMLParser
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+import toy
+from browser import browser, look, needs_browser
+from making import invoke, lines_of
+from suture.analysis import Curve, Point, Series, disentanglement
+from suture.analyze import analysis
+from suture.errors import MissingExtraError, OutputError, RecipeError
+from suture.evals.base import EvalResult, Metric
+from suture.page import gather, write_page
+from suture.page.parts import layer_labels, number, percent
+from suture.report import Entry, Report, Task
+from suture.run import merge
+
+HOSTILE = "</script><img src=x onerror=alert(1)>\"'&{{7*7}}\u2028<!--"
+"""A name that would break out of HTML, of a script, of a template or of a comment."""
+
+
+def metric(value: float) -> Metric:
+    return Metric("accuracy", value, 100, value - 0.05, value + 0.05)
+
+
+def results() -> Report:
+    names = [("base", "base", 0.5), ("math", "expert", 0.9), (HOSTILE, "expert", 0.6),
+             ("ties", "merge", 0.8), ("linear", "merge", 0.7)]  # fmt: skip
+    tasks = (Task("sums", "accuracy", "math"), Task(HOSTILE, "accuracy", HOSTILE))
+    entries = tuple(
+        Entry(n, k, {t.name: metric(v - 0.02 * i) for i, t in enumerate(tasks)}, HOSTILE, 1.5)  # type: ignore[arg-type]
+        for n, k, v in names
+    )
+    return Report("Results", tasks, entries, (HOSTILE,), {"torch": "2", HOSTILE: "0"})
+
+
+@pytest.fixture(scope="session")
+def sample(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with everything that a page can show, made of tiny merges."""
+    where = tmp_path_factory.mktemp("sample")
+    base = toy.base_tensors("bf16")
+    models = tmp_path_factory.mktemp("models")
+    folders = {n: toy.folder(models / n, toy.tuned(base, i)) for i, n in enumerate(("ada", "bob"))}
+    start = toy.folder(models / "base", base)
+    for method in ("ties", "linear"):
+        needed = start if method == "ties" else None
+        merge(toy.recipe(method, folders, needed), where / "merges" / method)
+    named = {"ada": str(folders["ada"]), HOSTILE.replace("\u2028", ""): str(folders["bob"])}
+    analysis({"base": str(start), "models": named, "density": 0.2, "unseen": {"new": named["ada"]},
+              "bases": {"size": 1, "write": "pca"}}, where / "analysis")  # fmt: skip
+    (where / "results.json").write_text(results().to_json())
+    single = EvalResult("ada", "puzzles", "accuracy", (metric(0.4),), 0.1)
+    (where / "eval.json").write_text(single.to_json())
+    drawn = disentanglement(
+        lambda a, t: np.round(np.arange(20) * (a[t] + 0.3 * a[1 - t])), ("ada", HOSTILE),
+        [-1, 0, 0.5, 1, 2],
+    )  # fmt: skip
+    (where / "map.json").write_text(json.dumps(drawn.to_dict()))
+    points = tuple(Point(x, 0.5 + x / 4, 0.4 + x / 4, 0.6 + x / 4) for x in (0.01, 0.1, 1.0))
+    curve = Curve("Retention", "density", "retention",
+                  (Series("magnitude", points), Series(HOSTILE, points[:2])), True)  # fmt: skip
+    (where / "curve.json").write_text(json.dumps(curve.to_dict()))
+    (where / "localize.json").write_text(json.dumps({
+        "kind": "localize", "rule": "magnitude",
+        "masks": {"ada": {"density": 0.05, "kept": 120}, HOSTILE: {"density": 0.05, "kept": 7}},
+    }))  # fmt: skip
+    (where / "broken").mkdir()
+    (where / "broken/suture.json").write_text('{"recipe": ')
+    (where / "other.json").write_text("[1, 2]")
+    return where
+
+
+@pytest.fixture(scope="session")
+def page(sample: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    out = tmp_path_factory.mktemp("page") / "report.html"
+    write_page(sample, out)
+    return out
+
+
+class Elements(HTMLParser):
+    """Every element of a page with its attributes, and the text of scripts."""
+
+    def __init__(self, text: str) -> None:
+        super().__init__()
+        self.found: list[tuple[str, dict[str, str | None]]] = []
+        self.scripts: list[tuple[dict[str, str | None], str]] = []
+        self.text: list[str] = []
+        self.feed(text)
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.found.append((tag, dict(attrs)))
+
+    def handle_data(self, data: str) -> None:
+        if self.found and self.found[-1][0] == "script":
+            self.scripts.append((self.found[-1][1], data))
+            self.found.append(("after", {}))
+        else:
+            self.text.append(data)
+
+    def all(self, tag: str) -> list[dict[str, str | None]]:
+        return [attributes for name, attributes in self.found if name == tag]
+
+
+@pytest.fixture(scope="session")
+def elements(page: Path) -> Elements:
+    return Elements(page.read_text(encoding="utf-8"))
+
+
+# -- what is gathered ------------------------------------------------------------------------------
+
+
+def test_a_folder_is_gathered_whole(sample: Path) -> None:
+    """Merges, results, analyses, maps, curves, localizations; a broken file becomes a note."""
+    found = gather(sample)
+
+    assert [w for w, _ in found.merges] == ["merges/linear/suture.json", "merges/ties/suture.json"]
+    assert [len(k) for k in (found.reports, found.results, found.analyses, found.maps,
+                             found.curves, found.localizations)] == [1] * 6  # fmt: skip
+    assert len(found.notes) == 1
+    lines_of(found.notes[0], "broken/suture.json", "left out")
+
+
+def test_links_and_hidden_folders_are_not_followed(sample: Path, tmp_path: Path) -> None:
+    """A page shows what lies in the folder, and nothing that a link points to."""
+    (tmp_path / "inside").symlink_to(sample)
+    (tmp_path / "link.json").symlink_to(sample / "analysis/analysis.json")
+    (tmp_path / ".hidden").mkdir()
+    (tmp_path / ".hidden/results.json").write_text(results().to_json())
+
+    with pytest.raises(RecipeError, match="nothing to show"):
+        gather(tmp_path)
+
+
+@pytest.mark.parametrize(
+    "harm",
+    ['{"kind": "analysis", "geometry": {"models": ["a"], "layers": [{"layer": 3}]}}',
+     '{"kind": "analysis", "overlap": [], "geometry": 7, "conflicts": {"total": null}}',
+     '{"kind": "disentanglement", "tasks": ["a"], "amounts": "no", "error": [[1]]}',
+     '{"kind": "curve", "series": [{"points": [{"x": "NaN?"}]}]}',
+     '{"recipe": {}, "inputs": {"a": 1}, "results": "none", "output": null}',
+     '{"kind": "analysis", "bases": [{"kind": "x"}], "nearest": 3}',
+     '{"kind": "curve", "title": NaN}'],
+)  # fmt: skip
+def test_a_malformed_file_is_noted_and_the_rest_is_shown(harm: str, tmp_path: Path) -> None:
+    """Wrong types and missing keys never stop a page; JSON that is none is not read."""
+    (tmp_path / "results.json").write_text(results().to_json())
+    (tmp_path / "analysis.json").write_text(harm)
+    found = write_page(tmp_path, tmp_path / "page.html")
+    text = (tmp_path / "page.html").read_text(encoding="utf-8")
+
+    lines_of(text, "Scores with intervals")
+    assert found["notes"] or "analysis.json" in text
+
+
+# -- the file --------------------------------------------------------------------------------------
+
+
+def test_the_page_asks_nobody_for_anything(elements: Elements) -> None:
+    """No element names another file or server, and the policy forbids every request."""
+    for tag, attributes in elements.found:
+        for key in ("src", "href", "srcset", "action", "data", "poster"):
+            value = attributes.get(key) or ""
+            assert value == "" or value.startswith(("#", "data:,")), f"<{tag} {key}={value}>"
+        assert not [key for key in attributes if key.startswith("on")]
+    policy = next(m["content"] for m in elements.all("meta") if "http-equiv" in m)
+    assert policy is not None
+    lines_of(policy, "default-src 'none'", "base-uri 'none'")
+    assert "unsafe-eval" not in policy
+    assert (
+        "url(" not in Path(__file__).parent.parent.joinpath("src/suture/page/page.css").read_text()
+    )
+
+
+def test_only_the_two_scripts_of_the_page_may_run(elements: Elements) -> None:
+    """The policy names exactly their hashes; data blocks are no scripts."""
+    policy = next(m["content"] for m in elements.all("meta") if "http-equiv" in m)
+    allowed = re.findall(r"'sha256-([^']+)'", policy or "")
+    running = [text for attributes, text in elements.scripts if attributes["type"] == "module"]
+    hashes = [base64.b64encode(hashlib.sha256(t.encode()).digest()).decode() for t in running]
+
+    assert len(running) == 2
+    assert hashes == allowed
+    assert len(elements.all("script")) == 3
+
+
+def test_names_from_files_are_text_and_nothing_else(page: Path, elements: Elements) -> None:
+    """A hostile name opens no element, ends no script, and is no template."""
+    text = page.read_text(encoding="utf-8")
+
+    assert "onerror=alert(1)>" not in text.replace(
+        "&gt;", ""
+    )  # only ever with its brackets escaped
+    assert not elements.all("img")
+    assert "{{7*7}}" in "".join(elements.text)
+    assert any("</script><img" in part for part in elements.text)
+    data = [text for attributes, text in elements.scripts if attributes.get("id") == "specs"]
+    assert len(data) == 1
+    assert not set(data[0]) & set("<>&\u2028")
+    assert HOSTILE in json.dumps(json.loads(data[0]), ensure_ascii=False).replace('\\"', '"')
+
+
+EXPRESSIONS = {"signal", "expr", "test", "calculate", "update", "init", "as", "field", "events"}
+
+
+def expressions(spec: Any, inside: bool = False) -> Iterator[str]:
+    """Every string of a drawing that Vega would parse and follow."""
+    if isinstance(spec, dict):
+        for key, value in spec.items():
+            yield from expressions(value, key in EXPRESSIONS)
+    elif isinstance(spec, list):
+        for value in spec:
+            yield from expressions(value, inside)
+    elif isinstance(spec, str) and inside:
+        yield spec
+
+
+def test_no_name_is_part_of_an_expression(elements: Elements) -> None:
+    """Names stand in data, domains and titles, and nowhere that Vega takes as code."""
+    specs = json.loads(next(t for a, t in elements.scripts if a.get("id") == "specs"))
+    found = list(expressions(specs))
+
+    assert len(found) > 100
+    assert not [e for e in found if any(word in e for word in ("alert", "onerror", "bob", "sums"))]
+
+
+def test_every_figure_has_words_and_numbers(elements: Elements) -> None:
+    """Headings do not skip a level; each chart has a description, each figure a table."""
+    levels = [int(tag[1]) for tag, _ in elements.found if re.fullmatch(r"h[1-6]", tag)]
+    assert levels[0] == 1
+    assert levels.count(1) == 1
+    assert all(b - a <= 1 for a, b in pairwise(levels))
+    charts = [a for a in elements.all("div") if "data-chart" in a]
+    assert len(charts) > 15
+    assert all(a["role"] == "img" and len(a["aria-label"] or "") > 10 for a in charts)
+    figures = len(elements.all("figure"))
+    assert len(elements.all("figcaption")) == figures
+    assert len(elements.all("details")) >= figures
+    assert len(elements.all("table")) == len(elements.all("caption"))
+    anchors = {a["id"] for a in elements.all("section")}
+    assert {f"#{a}" for a in anchors} <= {a["href"] for a in elements.all("a")}
+    assert {"moved", "masks", "angles", "conflicts", "bases", "curves", "disentanglement",
+            "results", "merges", "provenance", "localization", "glance"} <= anchors  # fmt: skip
+    assert elements.all("html")[0]["lang"] == "en"
+
+
+def test_the_page_is_small(page: Path) -> None:
+    """Far below 6 MB, its library included."""
+    assert page.stat().st_size < 3_000_000
+
+
+def test_the_same_folder_gives_the_same_page(sample: Path, page: Path, tmp_path: Path) -> None:
+    """No clock and no order of files on disk goes into it."""
+    write_page(sample, tmp_path / "again.html")
+
+    assert (tmp_path / "again.html").read_bytes() == page.read_bytes()
+
+
+def test_images_for_model_cards(tmp_path: Path) -> None:
+    """Every drawing as SVG and PNG, under names of the page's own making."""
+    (tmp_path / "results.json").write_text(results().to_json())
+    found = write_page(tmp_path, tmp_path / "page.html", images=tmp_path / "images")
+
+    files = sorted(p.name for p in (tmp_path / "images").iterdir())
+    assert files == sorted(found["images"])
+    assert {"results-1-1.svg", "results-1-1.png", "results-2.svg"} <= set(files)
+    for path in (tmp_path / "images").iterdir():
+        head = path.read_bytes()[:8]
+        assert head.startswith(b"\x89PNG") if path.suffix == ".png" else head.startswith(b"<svg")
+
+
+def test_nothing_is_replaced_unasked(sample: Path, tmp_path: Path) -> None:
+    """A page that is there stays, and every problem is told at once."""
+    (tmp_path / "report.html").write_text("mine")
+    (tmp_path / "file").write_text("")
+    with pytest.raises(OutputError) as caught:
+        write_page(tmp_path / "nowhere", tmp_path / "report.html", images=tmp_path / "file")
+    lines_of(str(caught.value), "--overwrite", "is no folder; images", "is no folder; name")
+    assert (tmp_path / "report.html").read_text() == "mine"
+
+
+def test_the_command_tells_what_it_wrote(sample: Path, tmp_path: Path) -> None:
+    """Size, figures, files and what was left out; one object with --json."""
+    said = invoke("report", sample, "-o", tmp_path / "a.html", "--title", "Mine & <yours>")
+    assert said.code == 0, said
+    lines_of(said.out, "wrote", "figures from 8 files")
+    lines_of(said.err, "note: broken/suture.json")
+    lines_of((tmp_path / "a.html").read_text(), "<h1>Mine &amp; &lt;yours&gt;</h1>")
+    told = json.loads(invoke("report", sample, "-o", tmp_path / "b.html", "--json").out)
+    assert told["files"] == 8
+    assert invoke("report", sample, "-o", tmp_path / "b.html").code == 2
+
+
+@pytest.mark.parametrize("module", ["altair", "vl_convert", "jinja2"])
+def test_a_missing_extra_is_named(
+    module: str, sample: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Without the library nothing is written, and the message says which extra brings it."""
+    for name in [
+        m
+        for m in sys.modules
+        if m.startswith("suture.page.") and m.split(".")[-1] in ("sections", "weights", "charts")
+    ]:
+        monkeypatch.delitem(sys.modules, name)
+        monkeypatch.delattr(sys.modules["suture.page"], name.split(".")[-1], raising=False)
+    monkeypatch.setitem(sys.modules, module, None)
+    with pytest.raises(MissingExtraError, match=r"suture\[report\]"):
+        write_page(sample, tmp_path / "page.html")
+    assert not list(tmp_path.iterdir())
+
+
+# -- words -----------------------------------------------------------------------------------------
+
+
+def test_layers_have_short_names() -> None:
+    """Numbers where one stack counts, the stack's name where two do, `out` outside."""
+    assert layer_labels(["(norm)", "model.layers.0", "model.layers.11"]) == {
+        "(norm)": "out", "model.layers.0": "0", "model.layers.11": "11",
+    }  # fmt: skip
+    assert layer_labels(["encoder.block.0", "decoder.block.0"]) == {
+        "encoder.block.0": "encoder 0", "decoder.block.0": "decoder 0",
+    }  # fmt: skip
+
+
+def test_numbers_are_written_short() -> None:
+    """Four digits that count; whole numbers in thousands; nothing is a dash."""
+    assert [number(v) for v in (None, "x", 0, 0.0, 1234567, 0.12345, 1e-7, 123.456)] == [
+        "\u2013", "x", "0", "0", "1,234,567", "0.123", "1.00e-07", "123.5",
+    ]  # fmt: skip
+    assert [percent(v) for v in (0, 0.5, 0.051, 0.0004)] == ["0\u202f%", "50\u202f%", "5.1\u202f%", "0.0\u202f%"]  # fmt: skip
+
+
+def test_a_report_without_a_clear_gain_is_still_shown(tmp_path: Path) -> None:
+    """Where no expert gained, there is no retention, and the page has one figure less."""
+    report = results()
+    flat = replace(report, entries=tuple(
+        replace(e, metrics={t.name: metric(0.5) for t in report.tasks}) for e in report.entries
+    ))  # fmt: skip
+    (tmp_path / "results.json").write_text(flat.to_json())
+    write_page(tmp_path, tmp_path / "page.html")
+
+    text = (tmp_path / "page.html").read_text(encoding="utf-8")
+    lines_of(text, "Share of the expert")
+    assert "Retention of the gain" not in text
+
+
+# -- in a browser ----------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def driver() -> Iterator[Any]:
+    with browser() as found:
+        yield found
+
+
+def errors_of(driver: Any) -> list[str]:
+    return [entry["message"] for entry in driver.get_log("browser")]
+
+
+@needs_browser
+@pytest.mark.parametrize("dark", [False, True], ids=["light", "dark"])
+def test_every_chart_is_drawn_without_a_complaint(driver: Any, page: Path, dark: bool) -> None:
+    """Loaded from a file: an empty console, marks in every drawing, colours of the surroundings."""
+    look(driver, page, dark=dark)
+
+    assert errors_of(driver) == []
+    marks = driver.execute_script(
+        "return [...document.querySelectorAll('[data-chart]')].map((p) => p.querySelectorAll("
+        "'.mark-rect path, .mark-symbol path, .mark-rule line, .mark-line path').length)"
+    )
+    assert len(marks) > 15
+    assert min(marks) >= 1
+    ground, ink = driver.execute_script(
+        "const s = getComputedStyle(document.body); return [s.backgroundColor, s.color]"
+    )
+    assert (brightness(ground) < brightness(ink)) == dark
+    text = driver.execute_script(
+        "return document.querySelector('.role-axis-label text').getAttribute('fill')"
+    )
+    assert (brightness(text) > 0.3) == dark
+
+
+def brightness(colour: str) -> float:
+    """Relative luminance of ``rgb(...)`` or ``#rrggbb``, 0 to 1."""
+    if colour.startswith("#"):
+        parts = [int(colour[i : i + 2], 16) for i in (1, 3, 5)]
+    else:
+        parts = [int(float(x)) for x in re.findall(r"[\d.]+", colour)[:3]]
+    linear = [
+        x / 12.92 if (x := c / 255) <= 0.04045 else ((x + 0.055) / 1.055) ** 2.4 for c in parts
+    ]
+    return 0.2126 * linear[0] + 0.7152 * linear[1] + 0.0722 * linear[2]
+
+
+@needs_browser
+@pytest.mark.parametrize("dark", [False, True], ids=["light", "dark"])
+def test_text_has_enough_contrast(driver: Any, page: Path, dark: bool) -> None:
+    """WCAG AA, 4.5 to 1: every piece of text against what is behind it, axes included."""
+    look(driver, page, dark=dark)
+    pairs = driver.execute_script(
+        """
+        const behind = (e) => {
+          for (; e; e = e.parentElement) {
+            const c = getComputedStyle(e).backgroundColor;
+            if (!/, 0\\)$|transparent/.test(c)) return c;
+          }
+          return "rgb(255, 255, 255)";
+        };
+        const plain = [...document.querySelectorAll("h1, h2, h3, h4, p, a, li, td, th button, summary, caption, pre")]
+          .map((e) => [getComputedStyle(e).color, behind(e), e.tagName]);
+        const drawn = [...document.querySelectorAll(".role-axis-label text, .role-axis-title text, .role-legend-label text")]
+          .map((e) => [e.getAttribute("fill"), behind(e.closest("figure")), "axis"]);
+        return [...new Set([...plain, ...drawn].map((p) => p.join("|")))].map((p) => p.split("|"));
+        """
+    )
+    for ink, ground, what in pairs:
+        one, other = sorted((brightness(ink), brightness(ground)))
+        assert (other + 0.05) / (one + 0.05) >= 4.5, f"{what}: {ink} on {ground}"
+    assert len(pairs) > 8
+
+
+@needs_browser
+def test_hovering_shows_the_numbers(driver: Any, page: Path) -> None:
+    """A pointer over a field of a heat map brings up a tooltip with its values."""
+    look(driver, page)
+    place = driver.execute_script(
+        """
+        const mark = document.querySelector("#moved .mark-rect path");
+        mark.scrollIntoView({ block: "center", behavior: "instant" });
+        const box = mark.getBoundingClientRect();
+        return [box.x + box.width / 2, box.y + box.height / 2];
+        """
+    )
+    for step in (3, 0):
+        driver.execute_cdp_cmd(
+            "Input.dispatchMouseEvent", {"type": "mouseMoved", "x": place[0] + step, "y": place[1]}
+        )
+    text = driver.execute_async_script(
+        """
+        const done = arguments[0], begun = Date.now();
+        const wait = () => {
+          const tip = document.querySelector("#vg-tooltip-element.visible");
+          if (tip || Date.now() - begun > 5000) done(tip ? tip.innerText : "");
+          else setTimeout(wait, 30);
+        };
+        wait();
+        """
+    )
+    lines_of(text, "layer", "model", "share", "%")
+    assert errors_of(driver) == []
+
+
+@needs_browser
+@pytest.mark.parametrize("width", [320, 768, 1280])
+def test_nothing_is_cut_off_to_the_side(driver: Any, page: Path, width: int) -> None:
+    """No horizontal scroll bar, and no drawing wider than its place, with every table open."""
+    look(driver, page, width=width)
+    found = driver.execute_script(
+        """
+        document.querySelectorAll("details").forEach((d) => { d.open = true; });
+        const wide = [...document.querySelectorAll("[data-chart]")]
+          .filter((p) => p.firstElementChild && p.querySelector("svg").getBoundingClientRect().width > p.clientWidth + 1);
+        return [document.documentElement.scrollWidth, wide.length];
+        """
+    )
+    assert found == [width, 0]
+
+
+@needs_browser
+def test_tables_sort_by_keyboard(driver: Any, page: Path) -> None:
+    """Enter on a heading sorts up, again down; the state is told to screen readers."""
+    from selenium.webdriver.common.by import By
+    from selenium.webdriver.common.keys import Keys
+
+    look(driver, page)
+    driver.execute_script("document.querySelector('#results details').open = true")
+    button = driver.find_element(
+        By.CSS_SELECTOR, "#results figure:first-of-type th:nth-child(4) button"
+    )
+
+    def column() -> list[float]:
+        cells = driver.find_elements(
+            By.CSS_SELECTOR, "#results figure:first-of-type tbody td:nth-child(4)"
+        )
+        return [float(cell.get_attribute("data-value")) for cell in cells]
+
+    def told() -> str:
+        return str(button.find_element(By.XPATH, "..").get_attribute("aria-sort"))
+
+    before = column()
+    button.send_keys(Keys.ENTER)
+    assert column() == sorted(before)
+    assert told() == "ascending"
+    button.send_keys(Keys.ENTER)
+    assert column() == sorted(before, reverse=True)
+    assert told() == "descending"
+
+
+@needs_browser
+def test_the_page_makes_no_request(driver: Any, page: Path) -> None:
+    """What the browser fetches is the file itself and data inside of it."""
+    driver.get_log("performance")
+    look(driver, page)
+    asked = [
+        message["params"]["request"]["url"]
+        for entry in driver.get_log("performance")
+        if (message := json.loads(entry["message"])["message"])["method"]
+        == "Network.requestWillBeSent"
+    ]
+    assert page.resolve().as_uri() in asked
+    assert [url for url in asked if not url.startswith(("data:", "blob:"))] == [
+        page.resolve().as_uri()
+    ]
+
+
+@needs_browser
+def test_the_colours_follow_the_surroundings(driver: Any, page: Path) -> None:
+    """Switching to dark while the page is open draws the charts anew."""
+    look(driver, page)
+    fill = "return document.querySelector('.role-axis-label text').getAttribute('fill')"
+    light = driver.execute_script(fill)
+    feature = {"name": "prefers-color-scheme", "value": "dark"}
+    driver.execute_cdp_cmd("Emulation.setEmulatedMedia", {"features": [feature]})
+    changed = driver.execute_async_script(
+        f"const done = arguments[0], begun = Date.now(); const wait = () => {{"
+        f"const now = document.querySelector('.role-axis-label text')?.getAttribute('fill');"
+        f"if ((now && now !== '{light}') || Date.now() - begun > 8000) done(now);"
+        f"else setTimeout(wait, 30); }}; wait();"
+    )
+    assert brightness(changed) > brightness(light)
+
+
+@needs_browser
+def test_hostile_names_do_nothing(driver: Any, page: Path) -> None:
+    """In a real browser no image was made, nothing was called, and the name stands as text."""
+    look(driver, page)
+
+    assert driver.execute_script("return document.images.length") == 0
+    body = driver.execute_script("return document.body.textContent")
+    assert "</script><img src=x onerror=alert(1)>" in body
+    assert errors_of(driver) == []
