@@ -59,6 +59,9 @@ class Batch(NamedTuple):
     """``(batch,)`` int64: the position of each label in the list of labels; -1 without one."""
     rows: tuple[int, ...]
     """The positions of these rows in the data."""
+    targets: Tensor | None = None
+    """``(batch, length)`` int64: 1 where a language model shall learn to predict the token;
+    without it, every token counts."""
 
 
 def rows_of(pairs: Iterable[tuple[str, str]]) -> list[Row]:
@@ -144,6 +147,8 @@ class Dataset:
     """Position of every row's label; -1 without one."""
     pad: int
     """The id that fills short rows."""
+    targets: tuple[tuple[int, ...], ...] | None = None
+    """1 for every token that is to be predicted, where not all are."""
 
     def __len__(self) -> int:
         return len(self.ids)
@@ -187,7 +192,12 @@ def collate(data: Dataset, rows: Sequence[int]) -> Batch:
         length = len(data.ids[i])
         ids[at, :length] = torch.tensor(data.ids[i], dtype=torch.int64)
         mask[at, :length] = 1
-    return Batch(ids, mask, torch.tensor([data.labels[i] for i in rows]), tuple(rows))
+    targets = None
+    if data.targets is not None:
+        targets = torch.zeros_like(mask)
+        for at, i in enumerate(rows):
+            targets[at, : len(data.ids[i])] = torch.tensor(data.targets[i], dtype=torch.int64)
+    return Batch(ids, mask, torch.tensor([data.labels[i] for i in rows]), tuple(rows), targets)
 
 
 def tokenise(
