@@ -15,7 +15,14 @@ import tiny_model
 from suture.data import Dataset, labels_of, tokenise
 from suture.errors import NonFiniteError, RecipeError
 from suture.finetune import calibrate as module
-from suture.finetune.calibrate import Calibration, calibrate, prunable, sensitivity, smallest, structure
+from suture.finetune.calibrate import (
+    Calibration,
+    calibrate,
+    prunable,
+    sensitivity,
+    smallest,
+    structure,
+)
 from suture.finetune.packed import Place, unpack
 from suture.models import Classifier, Head, LanguageModel
 
@@ -27,7 +34,9 @@ def data() -> Dataset:
 
 def classifier() -> Classifier:
     torch.manual_seed(3)
-    return Classifier(tiny_model.encoder(), Head(("colour", "sky"), torch.randn(2, 16), torch.zeros(2)))
+    return Classifier(
+        tiny_model.encoder(), Head(("colour", "sky"), torch.randn(2, 16), torch.zeros(2))
+    )
 
 
 def test_what_is_prunable() -> None:
@@ -36,7 +45,11 @@ def test_what_is_prunable() -> None:
     assert "encoder.backbone.embeddings.LayerNorm.weight" in names
     assert "encoder.backbone.encoder.layer.0.attention.self.query.bias" in names
     assert len([n for n in names if ".layer.1." in n]) == 15
-    assert not [n for n in names if any(w in n for w in ("word_", "position", "pooler", "linear", "key.bias"))]
+    assert not [
+        n
+        for n in names
+        if any(w in n for w in ("word_", "position", "pooler", "linear", "key.bias"))
+    ]
     assert {n for n in names if ".layer.1." in n} == set(prunable(classifier(), blocks=1))
     with pytest.raises(RecipeError, match="has 2 blocks"):
         prunable(classifier(), blocks=3)
@@ -59,10 +72,14 @@ def test_sensitivity_is_a_loop_over_samples_and_their_drawn_labels(score: str) -
             for i, label in enumerate(drawn.tolist()):
                 logits = model(batch.input_ids[i : i + 1], batch.attention_mask[i : i + 1])[0]
                 value = (logits.log_softmax(-1) if score == "fisher" else logits)[label]
-                for n, g in zip(names, torch.autograd.grad(value, [known[n] for n in names]), strict=True):
+                for n, g in zip(
+                    names, torch.autograd.grad(value, [known[n] for n in names]), strict=True
+                ):
                     sums[n] += g.square()
     for name in names:
-        torch.testing.assert_close(found[name], sums[name], rtol=1e-4, atol=1e-6 * float(sums[name].max()))
+        torch.testing.assert_close(
+            found[name], sums[name], rtol=1e-4, atol=1e-6 * float(sums[name].max())
+        )
 
 
 def test_a_language_model_draws_a_token_for_every_target() -> None:
@@ -70,21 +87,35 @@ def test_a_language_model_draws_a_token_for_every_target() -> None:
     model, rows = LanguageModel(tiny_model.language_model().backbone).eval(), data()
     names = prunable(model)
     assert names and not [n for n in names if "lm_head" in n or "wte" in n]
-    nothing = Dataset(rows.ids, rows.labels, rows.pad, tuple(tuple(0 for _ in ids) for ids in rows.ids))
-    assert all(float(s.max()) == 0 for s in sensitivity(model, nothing, names, Calibration()).values())
-    assert all(float(s.max()) > 0 for n, s in sensitivity(model, rows, names, Calibration()).items() if "c_fc" in n)
+    nothing = Dataset(
+        rows.ids, rows.labels, rows.pad, tuple(tuple(0 for _ in ids) for ids in rows.ids)
+    )
+    assert all(
+        float(s.max()) == 0 for s in sensitivity(model, nothing, names, Calibration()).values()
+    )
+    assert all(
+        float(s.max()) > 0
+        for n, s in sensitivity(model, rows, names, Calibration()).items()
+        if "c_fc" in n
+    )
 
 
 @given(st.integers(0, 10**6), st.integers(1, 60))
 def test_the_smallest_are_those_of_a_sort(seed: int, count: int) -> None:
     """Exactly so many, ties by name and position, nothing that is not alive."""
     torch.manual_seed(seed)
-    scores = {"b": torch.randint(0, 9, (6, 7)) * 0.5, "a": torch.rand(40) * torch.randint(0, 2, (40,))}
+    scores = {
+        "b": torch.randint(0, 9, (6, 7)) * 0.5,
+        "a": torch.rand(40) * torch.randint(0, 2, (40,)),
+    }
     alive = {n: torch.rand(s.shape) < 0.9 for n, s in scores.items()}
     count = min(count, sum(int(a.sum()) for a in alive.values()))
     found = smallest(scores, alive, count)
     order = sorted(
-        (float(s), n, i) for n in scores for i, s in enumerate(scores[n].flatten()) if alive[n].flatten()[i]
+        (float(s), n, i)
+        for n in scores
+        for i, s in enumerate(scores[n].flatten())
+        if alive[n].flatten()[i]
     )
     expected = {(n, i) for _, n, i in order[:count]}
     assert {(n, int(i)) for n, f in found.items() for i in f.flatten().nonzero()} == expected
@@ -101,16 +132,26 @@ def test_the_budget_is_exact_and_the_base_has_its_bits_back() -> None:
         assert sum(int(m.sum()) for m in masks.values()) == int(density * total)
         assert sum(structure(masks).values()) == pytest.approx(1)
         if kind == "row":
-            full = [s for m in masks.values() for s in m.float().reshape(len(m), -1).mean(1).tolist() if s]
+            full = [
+                s
+                for m in masks.values()
+                for s in m.float().reshape(len(m), -1).mean(1).tolist()
+                if s
+            ]
             assert sum(s < 1 for s in full) <= 1
         else:
             assert all(not m.any() or m.float().mean() >= 0.01 for m in masks.values())
-    assert all(torch.equal(p, before[n]) and p.requires_grad == (not n.startswith("linear")) for n, p in model.named_parameters())
+    assert all(
+        torch.equal(p, before[n]) and p.requires_grad == (not n.startswith("linear"))
+        for n, p in model.named_parameters()
+    )
     with pytest.raises(RecipeError, match="leaves nothing"):
         calibrate(model, rows, names, Calibration(density=1e-6))
 
 
-def test_rounds_never_take_an_entry_back_and_damp_what_they_reject(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_rounds_never_take_an_entry_back_and_damp_what_they_reject(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     """The network of a round is the base with rejected entries times the damping."""
     model, rows = classifier(), data()
     names = prunable(model)
@@ -118,7 +159,9 @@ def test_rounds_never_take_an_entry_back_and_damp_what_they_reject(monkeypatch: 
     seen: list[tuple[dict[str, Tensor], dict[str, Tensor]]] = []
     real = module.smallest
 
-    def watched(scores: dict[str, Tensor], alive: dict[str, Tensor], count: int) -> dict[str, Tensor]:
+    def watched(
+        scores: dict[str, Tensor], alive: dict[str, Tensor], count: int
+    ) -> dict[str, Tensor]:
         seen.append(({n: p.detach().clone() for n, p in model.named_parameters()}, alive))
         return real(scores, alive, count)
 
@@ -127,7 +170,9 @@ def test_rounds_never_take_an_entry_back_and_damp_what_they_reject(monkeypatch: 
     for (_, before), (network, alive) in itertools.pairwise(seen):
         for name in names:
             assert not (alive[name] & ~before[name]).any()
-            assert torch.equal(network[name], torch.where(alive[name], base[name], 0.1 * base[name]))
+            assert torch.equal(
+                network[name], torch.where(alive[name], base[name], 0.1 * base[name])
+            )
     assert all(not (last[n] & ~seen[-1][1][n]).any() for n in names)
 
 
@@ -141,11 +186,22 @@ def test_a_model_that_overflows_is_told() -> None:
 
 
 def packed_models() -> dict[str, nn.Module]:
-    gpt2 = transformers.GPT2Config(vocab_size=14, n_embd=16, n_layer=2, n_head=2, n_positions=32, bos_token_id=0, eos_token_id=0)
+    gpt2 = transformers.GPT2Config(
+        vocab_size=14,
+        n_embd=16,
+        n_layer=2,
+        n_head=2,
+        n_positions=32,
+        bos_token_id=0,
+        eos_token_id=0,
+    )
     phi = transformers.Phi3Config(vocab_size=14, hidden_size=16, intermediate_size=24, num_hidden_layers=2,
                                   num_attention_heads=4, num_key_value_heads=2, pad_token_id=0, bos_token_id=0, eos_token_id=0)  # fmt: skip
     torch.manual_seed(0)
-    return {"gpt2": transformers.GPT2LMHeadModel(gpt2).eval(), "phi3": transformers.Phi3ForCausalLM(phi).eval()}
+    return {
+        "gpt2": transformers.GPT2LMHeadModel(gpt2).eval(),
+        "phi3": transformers.Phi3ForCausalLM(phi).eval(),
+    }
 
 
 @pytest.mark.parametrize("kind", ["gpt2", "phi3"])

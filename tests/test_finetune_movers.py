@@ -29,16 +29,24 @@ def data() -> Dataset:
 
 def classifier() -> Classifier:
     torch.manual_seed(3)
-    model = Classifier(tiny_model.encoder(), Head(("colour", "sky"), torch.randn(2, 16), torch.zeros(2)))
+    model = Classifier(
+        tiny_model.encoder(), Head(("colour", "sky"), torch.randn(2, 16), torch.zeros(2))
+    )
     for part in model.modules():
         if isinstance(part, nn.Dropout):
             part.p = 0.0
     return model
 
 
-def random_masks(model: nn.Module, only: str = "attention", share: float = 0.3) -> dict[str, Tensor]:
+def random_masks(
+    model: nn.Module, only: str = "attention", share: float = 0.3
+) -> dict[str, Tensor]:
     torch.manual_seed(4)
-    return {n: torch.rand(p.shape) < share for n, p in model.named_parameters() if only in n and "encoder.layer" in n}
+    return {
+        n: torch.rand(p.shape) < share
+        for n, p in model.named_parameters()
+        if only in n and "encoder.layer" in n
+    }
 
 
 def test_the_compact_optimizer_is_masked_adamw() -> None:
@@ -89,7 +97,11 @@ def test_a_full_mask_is_stock_adamw() -> None:
     model, rows = classifier(), data()
     model.encoder.backbone.pooler = None  # type: ignore[union-attr]
     plain = copy.deepcopy(model)
-    masks = {n: torch.ones_like(p, dtype=torch.bool) for n, p in model.named_parameters() if p.requires_grad}
+    masks = {
+        n: torch.ones_like(p, dtype=torch.bool)
+        for n, p in model.named_parameters()
+        if p.requires_grad
+    }
 
     one = tune(model, rows, SETTINGS, mover=Compact(model, masks))
     other = tune(plain, rows, SETTINGS)
@@ -105,7 +117,12 @@ def test_accumulated_gradients_are_those_of_one_large_batch() -> None:
     other = copy.deepcopy(model)
     masks = random_masks(model)
     tune(model, rows, replace(SETTINGS, epochs=2, batch=48), mover=Compact(model, masks))
-    tune(other, rows, replace(SETTINGS, epochs=2, batch=10, accumulate=5), mover=Compact(other, masks))
+    tune(
+        other,
+        rows,
+        replace(SETTINGS, epochs=2, batch=10, accumulate=5),
+        mover=Compact(other, masks),
+    )
     for a, b in zip(model.parameters(), other.parameters(), strict=True):
         torch.testing.assert_close(a, b, rtol=1e-3, atol=1e-4)
 
@@ -118,7 +135,9 @@ def test_half_precision_and_gradient_checkpointing_train_chosen_entries_only() -
     recompute_activations(model.encoder.backbone)  # type: ignore[arg-type]
     twin = copy.deepcopy(start)
     plain = tune(twin, rows, replace(SETTINGS, epochs=1), mover=Compact(twin, masks))
-    mixed = tune(model, rows, replace(SETTINGS, epochs=1, precision="no"), mover=Compact(model, masks))
+    mixed = tune(
+        model, rows, replace(SETTINGS, epochs=1, precision="no"), mover=Compact(model, masks)
+    )
     assert mixed.losses == pytest.approx(plain.losses, rel=1e-5)
     for (name, p), q in zip(model.named_parameters(), start.parameters(), strict=True):
         mask = masks.get(name, torch.zeros_like(p, dtype=torch.bool))
@@ -208,11 +227,16 @@ def test_two_passes_give_the_gradient_of_the_linearized_loss() -> None:
 
     found = mover.gradients(OneProcess(), batch, 1.0, True)
 
-    body, tau = model.encoder, {n: t.detach().clone().requires_grad_() for n, t in mover.tau.items()}
+    body, tau = (
+        model.encoder,
+        {n: t.detach().clone().requires_grad_() for n, t in mover.tau.items()},
+    )
     base = {n: p.detach() for n, p in body.named_parameters()}
 
     def features(parameters: dict[str, Tensor]) -> Tensor:
-        out: Tensor = torch.func.functional_call(body, parameters, (batch.input_ids, batch.attention_mask))
+        out: Tensor = torch.func.functional_call(
+            body, parameters, (batch.input_ids, batch.attention_mask)
+        )
         return out
 
     with sdpa_kernel(SDPBackend.MATH):
@@ -233,7 +257,10 @@ def test_two_passes_give_the_gradient_of_the_linearized_loss() -> None:
 def test_linearized_features_add_up() -> None:
     """Features of a sum of task vectors move by the sum of their moves: no cross terms at all."""
     model = classifier().eval()
-    a, b = with_tau(model).tau, {n: torch.randn_like(p) * 0.01 for n, p in model.encoder.named_parameters()}
+    a, b = (
+        with_tau(model).tau,
+        {n: torch.randn_like(p) * 0.01 for n, p in model.encoder.named_parameters()},
+    )
     batch = next(iter(data().batches(8)))
 
     def moved(tau: dict[str, Tensor]) -> Tensor:
@@ -250,7 +277,9 @@ def test_linearized_training_learns_and_decays_the_weights() -> None:
     mover = Tangent(model)
     result = tune(model, rows, replace(SETTINGS, lr=1e-2, weight_decay=0.0, clip=5.0), mover=mover)
     assert sum(result.losses[-6:]) < 0.8 * sum(result.losses[:6])
-    assert all(torch.equal(a, b) for a, b in zip(model.parameters(), start.parameters(), strict=True))
+    assert all(
+        torch.equal(a, b) for a, b in zip(model.parameters(), start.parameters(), strict=True)
+    )
     assert isinstance(mover.evaluated.encoder, LinearizedBody)  # type: ignore[union-attr]
 
     name = next(n for n, t in mover.tau.items() if t.ndim > 1)

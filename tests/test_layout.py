@@ -18,9 +18,9 @@ import toy
 ROOT = Path(suture.__file__).parent
 
 ORDER = [
-    "errors", "spec", "roles", "loops", "machine", "kernels", "checkpoint", "views", "writer",
+    "errors", "spec", "roles", "loops", "machine", "kernels", "checkpoint", "views", "forms", "writer",
     "stream", "vector", "profile", "select", "mask", "merges", "engine", "recipe", "card", "models", "data",
-    "tune", "evals", "report", "run", "demo_tasks", "demo", "cli", "__main__",
+    "persample", "snapshot", "tune", "evals", "report", "run", "finetune", "demo_tasks", "demo", "cli", "__main__",
 ]  # fmt: skip
 """The way of a tensor, top to bottom."""
 
@@ -29,13 +29,25 @@ PLACES = {
     "llvmlite": {"loops", "machine"},
     "transformers": {"models"},
     "tokenizers": {"models"},
+    "accelerate": {"tune"},
+    "peft": {"finetune"},
     "typer": {"cli"},
     "rich": {"cli"},
     "mergekit": set(),
     "pickle": set(),
 }
 """Where a tool may be imported; others import it nowhere."""
-TORCH = {"checkpoint", "models", "data", "tune", "evals", "demo"}
+TORCH = {
+    "checkpoint",
+    "models",
+    "data",
+    "persample",
+    "snapshot",
+    "tune",
+    "evals",
+    "finetune",
+    "demo",
+}
 """Where torch may be imported, and in ``checkpoint`` only when a torch tensor is asked for."""
 
 

@@ -37,6 +37,7 @@ from suture.errors import (
     RecipeError,
     SutureError,
 )
+from suture.forms import PLAIN, check_forms
 from suture.merges import method
 from suture.recipe import SCHEMA, ModelEntry, Policy, Recipe, parse_recipe, read_recipe
 from suture.roles import ParamSpace, check_selectors
@@ -274,6 +275,7 @@ def make_plan(
         _check_place(out, inputs, options, problems)
     if _reference_label(recipe) in inputs:
         _check_fit(recipe, inputs, problems)
+    check_forms({n: c for n, c in inputs.items() if n != "base"}, problems)
     with problems.collecting():
         carried_files(list(inputs.values()))
     problems.raise_if_any()
@@ -555,6 +557,7 @@ def provenance(plan: Plan, outcome: Outcome, out: Path) -> dict[str, Any]:
         "suture": suture.__version__,
         "schema": SCHEMA,
         "kind": "merge",
+        **_form(plan),
         "recipe": recipe,
         "inputs": {
             label: {"path": paths[label], "fingerprint": outcome.fingerprints[label],
@@ -576,6 +579,14 @@ def provenance(plan: Plan, outcome: Outcome, out: Path) -> dict[str, Any]:
         },
         "notes": list(plan.recipe.notes),
     }  # fmt: skip
+
+
+def _form(plan: Plan) -> dict[str, str]:
+    """How the output is to be read, where that is not plainly."""
+    tuned = {n: c for n, c in plan.inputs.items() if n != "base"}
+    form = check_forms(tuned, Problems())
+    found = {"form": form.kind, "adapter": form.adapter}
+    return {k: v for k, v in found.items() if v not in ("", PLAIN)}
 
 
 def _portable(checkpoint: Checkpoint, out: Path) -> str:

@@ -278,7 +278,9 @@ def tune(
             seen[0] += count * accelerator.num_processes
             seen[1] += sum(int(b.attention_mask.sum()) for b in group) * accelerator.num_processes
             found = None
-            if score is not None and _is_time(step + 1, steps, settings.validate_every or epoch_steps):
+            if score is not None and _is_time(
+                step + 1, steps, settings.validate_every or epoch_steps
+            ):
                 found = run.look(score, settings.patience)
             if run.stopped or _is_time(step + 1, steps, settings.save_every):
                 run.save()
@@ -314,7 +316,12 @@ class _Run:
     def __init__(
         self, mover: Mover, optimizer: torch.optim.AdamW, accelerator: Any, path: Path | None
     ) -> None:
-        self.mover, self.optimizer, self.accelerator, self.path = mover, optimizer, accelerator, path
+        self.mover, self.optimizer, self.accelerator, self.path = (
+            mover,
+            optimizer,
+            accelerator,
+            path,
+        )
         self.trained = mover.trained()
         self.losses: list[float] = []
         self.scores: list[tuple[int, float]] = []
@@ -372,7 +379,9 @@ class _Run:
         if found is None:
             return
         held = found.part("trained")
-        if held.keys() != self.trained.keys() or any(held[n].shape != p.shape for n, p in self.trained.items()):
+        if held.keys() != self.trained.keys() or any(
+            held[n].shape != p.shape for n, p in self.trained.items()
+        ):
             raise CheckpointError(f"{self.path}: is of another run; move it away")
         for name, parameter in self.trained.items():
             parameter.copy_(held[name])
@@ -451,7 +460,10 @@ def slope(step: int, steps: int, warmup: float, schedule: str = "linear") -> flo
 
 def to(batch: Batch, device: torch.device) -> Batch:
     """The same batch on a device."""
-    moved = [None if t is None else t.to(device) for t in (batch.input_ids, batch.attention_mask, batch.labels, batch.targets)]
+    moved = [
+        None if t is None else t.to(device)
+        for t in (batch.input_ids, batch.attention_mask, batch.labels, batch.targets)
+    ]
     return Batch(moved[0], moved[1], moved[2], batch.rows, moved[3])  # type: ignore[arg-type]
 
 

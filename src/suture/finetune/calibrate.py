@@ -65,7 +65,11 @@ def prunable(model: nn.Module, *, blocks: int = 0) -> list[str]:
         blocks: only the last so many transformer blocks; 0 for everything.
     """
     names = [n for n in covered(model) if "backbone." in n and role_of(n).kind not in OUTSIDE]
-    names = [n for n in names if not (n.endswith(".bias") and role_of(n.removesuffix("bias") + "weight").kind == "k")]
+    names = [
+        n
+        for n in names
+        if not (n.endswith(".bias") and role_of(n.removesuffix("bias") + "weight").kind == "k")
+    ]
     if blocks:
         layers = sorted({layer for n in names if (layer := role_of(n).layer) is not None})
         if blocks > len(layers):
@@ -75,8 +79,14 @@ def prunable(model: nn.Module, *, blocks: int = 0) -> list[str]:
 
 
 def sensitivity(
-    model: nn.Module, data: Dataset, names: Sequence[str], how: Calibration, *, seed: int = 0,
-    device: str = "cpu", batch: int = 16,
+    model: nn.Module,
+    data: Dataset,
+    names: Sequence[str],
+    how: Calibration,
+    *,
+    seed: int = 0,
+    device: str = "cpu",
+    batch: int = 16,
 ) -> dict[str, Tensor]:
     """Sums of squared per-sample gradients of parameters, in float32.
 
@@ -112,13 +122,17 @@ def _said(model: nn.Module, batch: Batch, score: str, dice: torch.Generator) -> 
     return (values * counts).sum(1)
 
 
-def smallest(scores: Mapping[str, Tensor], alive: Mapping[str, Tensor], count: int) -> dict[str, Tensor]:
+def smallest(
+    scores: Mapping[str, Tensor], alive: Mapping[str, Tensor], count: int, *, largest: bool = False
+) -> dict[str, Tensor]:
     """Exactly ``count`` of the entries that are alive, those of smallest score; all tensors compete.
 
     Ties go to the first by name, then by position. Scores are not negative, so that their bits
     order them: two counts of 16 bits each find the threshold in constant memory.
     """
-    bits = {n: s.contiguous().view(torch.int32) for n, s in scores.items()}
+    bits = {n: s.float().contiguous().view(torch.int32) for n, s in scores.items()}
+    if largest:
+        bits = {n: 0x7F800000 - b for n, b in bits.items()}
     left, prefix = count, 0
     for shift in (16, 0):
         totals = torch.zeros(1 << 16, dtype=torch.int64)
@@ -144,8 +158,14 @@ def smallest(scores: Mapping[str, Tensor], alive: Mapping[str, Tensor], count: i
 
 @torch.no_grad()
 def calibrate(
-    model: nn.Module, data: Dataset, names: Sequence[str], how: Calibration, *, device: str = "cpu",
-    batch: int = 16, say: Say = lambda _: None,
+    model: nn.Module,
+    data: Dataset,
+    names: Sequence[str],
+    how: Calibration,
+    *,
+    device: str = "cpu",
+    batch: int = 16,
+    say: Say = lambda _: None,
 ) -> dict[str, Tensor]:
     """The entries that stay trainable, as booleans by parameter; exactly ``floor(density * n)``.
 
@@ -157,10 +177,14 @@ def calibrate(
     total = sum(p.numel() for p in base.values())
     budget = int(how.density * total + 1e-9)
     if not budget:
-        raise RecipeError(f"density {how.density} of {total} prunable entries leaves nothing to train")
+        raise RecipeError(
+            f"density {how.density} of {total} prunable entries leaves nothing to train"
+        )
     try:
         for number in range(1, how.rounds + 1):
-            scores = sensitivity(model, data, names, how, seed=how.seed * 1009 + number, device=device, batch=batch)
+            scores = sensitivity(
+                model, data, names, how, seed=how.seed * 1009 + number, device=device, batch=batch
+            )
             share = how.density ** (number / how.rounds)
             count = budget if number == how.rounds else int(total * share)
             chosen = smallest(scores, chosen, count)

@@ -65,7 +65,12 @@ class Compact(Mover):
             index = None
             if count < mask.numel():
                 small = mask.numel() < 2**31
-                index = mask.flatten().nonzero().flatten().to(parameter.device, torch.int32 if small else torch.int64)
+                index = (
+                    mask.flatten()
+                    .nonzero()
+                    .flatten()
+                    .to(parameter.device, torch.int32 if small else torch.int64)
+                )
             flat = "matrices" if parameter.ndim > 1 else "vectors"
             start, ends[flat] = ends[flat], ends[flat] + count
             self.chosen[name] = Chosen(parameter, index, flat, start, ends[flat])

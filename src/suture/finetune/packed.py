@@ -66,7 +66,11 @@ def unpack(model: nn.Module) -> dict[str, Place]:
     places: dict[str, Place] = {}
     config = getattr(model, "config", None)
     for prefix, module in list(model.named_modules()):
-        if not is_linear(module) or role_of(f"{prefix}.weight").kind != "qkv" or "query_key_value" in prefix:
+        if (
+            not is_linear(module)
+            or role_of(f"{prefix}.weight").kind != "qkv"
+            or "query_key_value" in prefix
+        ):
             continue
         weight = module.get_parameter("weight")
         across = 0 if isinstance(module, nn.Linear) else 1
@@ -77,7 +81,9 @@ def unpack(model: nn.Module) -> dict[str, Place]:
         setattr(model.get_submodule(parent), own, Unpacked(module, sizes).train(module.training))
         start = 0
         for word, size in zip(PARTS, sizes, strict=True):
-            places[f"{prefix}.{word}.weight"] = Place(f"{prefix}.weight", across, start, start + size)
+            places[f"{prefix}.{word}.weight"] = Place(
+                f"{prefix}.weight", across, start, start + size
+            )
             if getattr(module, "bias", None) is not None:
                 places[f"{prefix}.{word}.bias"] = Place(f"{prefix}.bias", 0, start, start + size)
             start += size

@@ -90,9 +90,13 @@ class Tangent(Mover):
         super().__init__(model, loss)
         self.body = body_of(model)
         self.base = {n: p for n, p in self.body.named_parameters() if p.requires_grad}
-        self.tau = {n: nn.Parameter(torch.zeros_like(p, dtype=torch.float32)) for n, p in self.base.items()}
+        self.tau = {
+            n: nn.Parameter(torch.zeros_like(p, dtype=torch.float32)) for n, p in self.base.items()
+        }
         inner = {id(p) for p in self.base.values()}
-        self._rest = {n: p for n, p in model.named_parameters() if p.requires_grad and id(p) not in inner}
+        self._rest = {
+            n: p for n, p in model.named_parameters() if p.requires_grad and id(p) not in inner
+        }
         self._given = _Given()
         self._decay = 0.0
 
