@@ -180,21 +180,21 @@ def _watched(model: nn.Module, names: Collection[str]) -> list[_Watched]:
     found = []
     for prefix, module in model.named_modules():
         own = {
-            own: f"{prefix}.{own}".lstrip(".") for own, _ in module.named_parameters(recurse=False)
+            word: f"{prefix}.{word}".lstrip(".")
+            for word, _ in module.named_parameters(recurse=False)
         }
-        for name in own:
-            holders[id(module.get_parameter(name))] = (
-                holders.get(id(module.get_parameter(name)), 0) + 1
-            )
+        for word in own:
+            held = id(module.get_parameter(word))
+            holders[held] = holders.get(held, 0) + 1
         mine = {o: n for o, n in own.items() if n in wanted}
         if mine and (is_linear(module) or is_norm(module) or is_convolution(module)):
             found.append(_Watched(module, mine))
-    held = [n for w in found for n in w.names.values()]
-    for name in sorted(wanted - set(held)):
+    there = [n for w in found for n in w.names.values()]
+    for name in sorted(wanted - set(there)):
         raise SutureError(f"no per-sample gradient of {name}; {did_you_mean(name, covered(model))}")
     for watched in found:
-        for own, name in watched.names.items():
-            if holders[id(watched.module.get_parameter(own))] > 1:
+        for word, name in watched.names.items():
+            if holders[id(watched.module.get_parameter(word))] > 1:
                 raise SutureError(f"{name}: tied to another module; leave it out")
     return found
 
@@ -226,7 +226,8 @@ def _normed(module: nn.Module, a: Tensor) -> Tensor:
         torch.func.functional_call(module, {**shift, "weight": torch.full_like(weight, w)}, (a,))
         for w in (1.0, 0.0)
     ]
-    return (at[0] - at[1]).float()
+    scaled: Tensor = (at[0] - at[1]).float()
+    return scaled
 
 
 def _convolution(module: nn.Module, a: Tensor, g: Tensor) -> dict[str, Callable[[], Tensor]]:

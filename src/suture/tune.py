@@ -357,7 +357,7 @@ class _Run:
         """Write a checkpoint, if there is a place for it."""
         if self.path is None or not self.accelerator.is_main_process:
             return
-        tensors = {f"trained/{n}": p for n, p in self.trained.items()}
+        tensors: dict[str, Tensor] = {f"trained/{n}": p for n, p in self.trained.items()}
         tensors |= {f"best/{n}": t for n, t in self.best.items()}
         for number, state in self.optimizer.state_dict()["state"].items():
             tensors |= {f"optimizer/{number}/{word}": value for word, value in state.items()}

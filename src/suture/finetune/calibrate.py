@@ -119,7 +119,8 @@ def _said(model: nn.Module, batch: Batch, score: str, dice: torch.Generator) -> 
     odds = logs.detach().exp().flatten(0, 1).cpu()
     drawn = torch.multinomial(odds, 1, generator=dice).view(*logits.shape[:2], 1).to(logits.device)
     values = (logs if score == "fisher" else logits).gather(-1, drawn)[..., 0]
-    return (values * counts).sum(1)
+    total: Tensor = (values * counts).sum(1)
+    return total
 
 
 def smallest(

@@ -24,11 +24,15 @@ from suture.errors import RecipeError
 from suture.tune import Loss, Mover, classification
 
 
+def _on_gradient(parameter: nn.Parameter, hook: Callable[[Tensor], None]) -> Any:
+    return parameter.register_post_accumulate_grad_hook(hook)  # type: ignore[no-untyped-call]
+
+
 class Chosen(NamedTuple):
     """The chosen entries of one parameter, and their place in a flat one."""
 
     parameter: nn.Parameter
-    index: Tensor | None
+    positions: Tensor | None
     """Positions in the flattened parameter, sorted; ``None`` for all of them."""
     flat: str
     start: int
@@ -56,17 +60,17 @@ class Compact(Mover):
         self.chosen: dict[str, Chosen] = {}
         ends = {"matrices": 0, "vectors": 0}
         for name, parameter in known.items():
-            mask = masks.get(name)
-            count = 0 if mask is None else int(mask.count_nonzero())
+            found = masks.get(name)
+            count = 0 if found is None else int(found.count_nonzero())
             parameter.requires_grad_(count > 0)
             parameter.grad = None
-            if mask is None or not count:
+            if found is None or not count:
                 continue
-            index = None
-            if count < mask.numel():
-                small = mask.numel() < 2**31
+            index: Tensor | None = None
+            if count < found.numel():
+                small = found.numel() < 2**31
                 index = (
-                    mask.flatten()
+                    found.flatten()
                     .nonzero()
                     .flatten()
                     .to(parameter.device, torch.int32 if small else torch.int64)
@@ -86,15 +90,14 @@ class Compact(Mover):
         self._sums = {word: torch.zeros_like(flat) for word, flat in self.flats.items()}
         self._gather_values()
         self._handles = [
-            part.parameter.register_post_accumulate_grad_hook(self._gather(part))
-            for part in self.chosen.values()
+            _on_gradient(part.parameter, self._gather(part)) for part in self.chosen.values()
         ]
 
     @torch.no_grad()
     def _gather_values(self) -> None:
         for part in self.chosen.values():
             values = part.parameter.detach().reshape(-1)
-            values = values if part.index is None else values.index_select(0, part.index)
+            values = values if part.positions is None else values.index_select(0, part.positions)
             self.flats[part.flat][part.start : part.stop] = values
 
     def _gather(self, part: Chosen) -> Callable[[Tensor], None]:
@@ -106,8 +109,8 @@ class Compact(Mover):
             gradient = parameter.grad.reshape(-1)
             if flat.grad is None:  # the first of this step
                 flat.grad = total.zero_()
-            if part.index is not None:
-                gradient = gradient.index_select(0, part.index)
+            if part.positions is not None:
+                gradient = gradient.index_select(0, part.positions)
             flat.grad[part.start : part.stop] += gradient
             parameter.grad = None
 
@@ -148,10 +151,10 @@ class Compact(Mover):
         """Write the entries back to their places."""
         for part in self.chosen.values():
             values = self.flats[part.flat][part.start : part.stop].to(part.parameter.dtype)
-            if part.index is None:
+            if part.positions is None:
                 part.parameter.copy_(values.view(part.parameter.shape))
             else:
-                part.parameter.view(-1).index_copy_(0, part.index.long(), values)
+                part.parameter.view(-1).index_copy_(0, part.positions.long(), values)
 
     def close(self) -> None:
         """Leave the model as an ordinary one: no hooks, its trained values in place."""

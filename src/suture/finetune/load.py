@@ -42,11 +42,9 @@ def load_tuned(
     checkpoint = open_checkpoint(folder)
     if form_of(checkpoint).kind != LINEARIZED:
         body = _body(folder, head, device)
-        return (
-            Classifier(body, load_head(head, device=device))
-            if head and isinstance(body, Encoder)
-            else body
-        )
+        if head and isinstance(body, Encoder):
+            return Classifier(body, load_head(head, device=device)).eval()
+        return body
 
     from suture.finetune.tangent import LinearizedBody
 
@@ -67,12 +65,9 @@ def load_tuned(
         tau = {n: moved[n] - p for n, p in start.named_parameters()}
     start.requires_grad_(False)
     linear = LinearizedBody(start, tau)
-    if not head:
-        return linear
-    model = (
-        Classifier(start, load_head(head, device=device)) if isinstance(start, Encoder) else None
-    )
-    return linear if model is None else model.with_body(linear)
+    if head and isinstance(start, Encoder):
+        return Classifier(start, load_head(head, device=device)).with_body(linear).eval()
+    return linear.eval()
 
 
 def _body(folder: Path, head: Path | None, device: str) -> Encoder | LanguageModel:

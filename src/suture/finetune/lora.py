@@ -50,7 +50,8 @@ class Adapter:
             )
         job.freeze()
         config = LoraConfig(
-            r=rank, lora_alpha=alpha, lora_dropout=dropout, target_modules=names, bias="none",
+            r=rank, lora_alpha=alpha,  # type: ignore[arg-type]
+            lora_dropout=dropout, target_modules=names, bias="none",
             fan_in_fan_out=not isinstance(linear[names[0]], nn.Linear),
         )  # fmt: skip
         with torch.random.fork_rng(), warnings.catch_warnings():

@@ -40,8 +40,8 @@ class Unpacked(nn.Module):
         super().__init__()
         weight, bias = packed.get_parameter("weight"), getattr(packed, "bias", None)
         across = 0 if isinstance(packed, nn.Linear) else 1  # Conv1D stores (in, out)
-        weights = weight.detach().split(sizes, across)
-        biases = [None] * 3 if bias is None else bias.detach().split(sizes)
+        weights = torch.split(weight.detach(), list(sizes), across)
+        biases = [None] * 3 if bias is None else torch.split(bias.detach(), list(sizes))
         for word, w, b, size in zip(PARTS, weights, biases, sizes, strict=True):
             part: Any
             if across == 0:

@@ -249,11 +249,13 @@ class _Reader:
             elif key in raw:
                 given[key] = raw[key]
         for key, choices in (("format", ("text", "prompt", "chat")), ("too_long", TOO_LONG)):
-            if key in raw and raw[key] not in choices:
+            if raw.get(key) in (None, ""):
+                continue
+            if raw[key] not in choices:
                 self.refuse(
                     f"data.{key}: {brief(raw[key])} is not known; {did_you_mean(str(raw[key]), choices)}"
                 )
-            elif key in raw:
+            else:
                 given[key] = raw[key]
         for key in ("max_length", "limit"):
             value = raw.get(key, 0)

@@ -437,7 +437,7 @@ def _written(
 
 def _moved(job: Job) -> dict[str, torch.Tensor]:
     """The parameters of the body by the names they had before adapters were put around them."""
-    found = {}
+    found: dict[str, torch.Tensor] = {}
     for name, parameter in job.model.named_parameters():
         plain = name.replace(".base_layer.", ".")
         if plain in job.places:

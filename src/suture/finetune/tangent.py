@@ -23,7 +23,7 @@ from suture.tune import Loss, Mover, classification
 with warnings.catch_warnings():  # torch's first use of forward mode warns of its own innards
     warnings.simplefilter("ignore", DeprecationWarning)
     with forward_ad.dual_level():
-        forward_ad.make_dual(torch.zeros(1), torch.zeros(1))
+        forward_ad.make_dual(torch.zeros(1), torch.zeros(1))  # type: ignore[no-untyped-call]
 
 
 def body_of(model: nn.Module) -> nn.Module:
@@ -39,10 +39,14 @@ def product(
     Forward-mode differentiation knows no fused attention: the plain one is used inside.
     """
     known = dict(body.named_parameters())
-    with torch.no_grad(), sdpa_kernel(SDPBackend.MATH), forward_ad.dual_level():
-        dual = {n: forward_ad.make_dual(known[n].detach(), t.detach()) for n, t in tau.items()}
+    dual_of: Any = forward_ad.make_dual
+    parts_of: Any = forward_ad.unpack_dual
+    # inference mode would lose the tangent without a word: it is left inside
+    plain = torch.inference_mode(False)
+    with plain, torch.no_grad(), sdpa_kernel(SDPBackend.MATH), forward_ad.dual_level():
+        dual = {n: dual_of(known[n].detach(), t.detach()) for n, t in tau.items()}
         out = torch.func.functional_call(body, dual, (input_ids, attention_mask))
-        value, tangent = forward_ad.unpack_dual(out)
+        value, tangent = parts_of(out)
         return value, torch.zeros_like(value) if tangent is None else tangent
 
 
@@ -141,7 +145,7 @@ class Tangent(Mover):
             with torch.no_grad():
                 for name, tau in self.tau.items():
                     if tau.ndim > 1:
-                        tau -= lr * self._decay * (self.base[name] + tau)
+                        tau.sub_(lr * self._decay * (self.base[name] + tau))
 
     def _headed(self, body: nn.Module) -> nn.Module:
         if not isinstance(self.model, Classifier):
@@ -157,4 +161,4 @@ class Tangent(Mover):
     def move(self) -> None:
         """Turn the weights of the body into ``theta_0 + tau``, to be saved; at the end."""
         for name, tau in self.tau.items():
-            self.base[name] += tau
+            self.base[name].add_(tau)
