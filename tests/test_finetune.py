@@ -89,7 +89,7 @@ def test_every_strategy_goes_from_a_recipe_to_a_folder(
     its bytes, and the same recipe gives the same bytes."""
     out = tmp_path / "out"
     told: list[str] = []
-    training = {**TRAINING, "epochs": 8, "lr": 2e-2, "save_every": 20}
+    training = {**TRAINING, "epochs": 20, "lr": 1e-2, "save_every": 50}
     what = recipe(shop, name, training=training)
     report = finetune(what, out, say=told.append)
 
@@ -249,8 +249,13 @@ print(report.fingerprint, report.losses)
 """
 
 
-@pytest.mark.parametrize("name", ["talos", "lota", "lora", "linearized"])
-def test_a_killed_run_ends_as_one_that_was_not(name: str, shop: Path, tmp_path: Path) -> None:
+SLOW = [pytest.param(name, 10, marks=pytest.mark.slow) for name in EXAMPLES]
+
+
+@pytest.mark.parametrize(("name", "kills"), [("talos", 2), ("lota", 1), *SLOW])
+def test_a_killed_run_ends_as_one_that_was_not(
+    name: str, kills: int, shop: Path, tmp_path: Path
+) -> None:
     """``kill -9`` at random steps of every phase, dropout and early stop included; then the same
     command: the same losses and the same bytes."""
     what = recipe(
@@ -259,7 +264,12 @@ def test_a_killed_run_ends_as_one_that_was_not(name: str, shop: Path, tmp_path: 
     expected = finetune(what, tmp_path / "whole")
     dice = random.Random(name)
     phases = ["dense", "train"] if name == "lota" else ["train"]
-    stops = [[phase, step] for phase in phases for step in sorted(dice.sample(range(1, 8), 3))]
+    steps = range(1, expected.steps + 1)
+    stops = [
+        [phase, step]
+        for phase in phases
+        for step in sorted(dice.sample(steps, min(kills, len(steps))))
+    ]
     for number, stop in enumerate(stops):
         done = child(what, tmp_path / "out", [stop])
         assert done.returncode == -signal.SIGKILL, (number, stop, done.stderr)

@@ -154,7 +154,7 @@ class Compact(Mover):
             if part.positions is None:
                 part.parameter.copy_(values.view(part.parameter.shape))
             else:
-                part.parameter.view(-1).index_copy_(0, part.positions.long(), values)
+                part.parameter.view(-1).scatter_(0, part.positions.long(), values)
 
     def close(self) -> None:
         """Leave the model as an ordinary one: no hooks, its trained values in place."""

@@ -81,10 +81,7 @@ class Adapter:
         """Write the updates as PEFT reads them, into ``adapter/``."""
         self.model.save_pretrained(str(folder / "adapter"))
 
-    @torch.no_grad()
     def merge(self) -> None:
         """Add the updates to the weights; the model is then read without them."""
         for layer in self._layers:
-            layer.base_layer.weight += layer.get_delta_weight("default").to(layer.base_layer.weight)
-            for word in layer.lora_B:
-                layer.lora_B[word].weight.zero_()  # what was added is not added again
+            layer.merge(adapter_names=["default"])

