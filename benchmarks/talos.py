@@ -35,7 +35,7 @@ from suture.finetune.compact import Compact
 from suture.finetune.tangent import Tangent
 from suture.models import Classifier, Head, load_encoder, load_language_model
 from suture.roles import role_of
-from suture.tune import Mover, classification, next_token
+from suture.mover import Mover, classification, next_token
 
 HERE = Path(__file__).parent
 

@@ -17,7 +17,8 @@ from suture.errors import RecipeError
 from suture.finetune.compact import Compact
 from suture.finetune.tangent import LinearizedBody, Tangent, product
 from suture.models import Classifier, Head, recompute_activations
-from suture.tune import TuneSettings, classification, slope, tune
+from suture.mover import classification
+from suture.tune import TuneSettings, slope, tune
 
 SETTINGS = TuneSettings(epochs=9, batch=8, lr=2e-3, weight_decay=0.1, clip=0.5, seed=1)
 

@@ -20,7 +20,7 @@ ROOT = Path(suture.__file__).parent
 ORDER = [
     "errors", "spec", "roles", "loops", "machine", "kernels", "checkpoint", "views", "forms", "writer",
     "stream", "vector", "profile", "select", "mask", "merges", "engine", "recipe", "card", "models", "data",
-    "persample", "snapshot", "tune", "evals", "report", "run", "finetune", "demo_tasks", "demo", "cli", "__main__",
+    "persample", "snapshot", "mover", "tune", "evals", "report", "run", "finetune", "demo_tasks", "demo", "cli", "__main__",
 ]  # fmt: skip
 """The way of a tensor, top to bottom."""
 
@@ -38,16 +38,8 @@ PLACES = {
 }
 """Where a tool may be imported; others import it nowhere."""
 TORCH = {
-    "checkpoint",
-    "models",
-    "data",
-    "persample",
-    "snapshot",
-    "tune",
-    "evals",
-    "finetune",
-    "demo",
-}
+    "checkpoint", "models", "data", "persample", "snapshot", "mover", "tune", "evals", "finetune", "demo",
+}  # fmt: skip
 """Where torch may be imported, and in ``checkpoint`` only when a torch tensor is asked for."""
 
 

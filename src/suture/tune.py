@@ -10,7 +10,7 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -22,6 +22,7 @@ from torch.nn import functional as F
 from suture.data import Batch, Dataset, collate, plan
 from suture.errors import CheckpointError, MissingExtraError, NonFiniteError, RecipeError
 from suture.models import Head
+from suture.mover import Loss, Mover, classification, to
 from suture.snapshot import Snapshot, read_snapshot, write_snapshot
 
 PRECISIONS = ("no", "fp16", "bf16")
@@ -119,77 +120,7 @@ class TuneResult:
     """The step whose weights were kept, if it is not the last."""
 
 
-Loss = Callable[[nn.Module, Batch], Tensor]
-"""Mean loss of one batch, a scalar; the batch is on the model's device."""
-
-
-def classification(model: nn.Module, batch: Batch) -> Tensor:
-    """Cross-entropy of a classifier."""
-    return F.cross_entropy(model(batch.input_ids, batch.attention_mask).float(), batch.labels)
-
-
-def next_token(model: nn.Module, batch: Batch) -> Tensor:
-    """Cross-entropy of a language model over the tokens that are targets, a mean over them."""
-    logits = model(batch.input_ids, batch.attention_mask)[:, :-1]
-    targets = batch.input_ids[:, 1:].masked_fill(wanted(batch)[:, 1:] == 0, -100)
-    return F.cross_entropy(logits.float().flatten(0, 1), targets.flatten())
-
-
-def wanted(batch: Batch) -> Tensor:
-    """1 where a token is a target: the answer, where rows have a prompt; else every token."""
-    return batch.attention_mask if batch.targets is None else batch.targets
-
-
-class Mover:
-    """How batches become gradients and a step becomes weights. This one is plain training.
-
-    Strategies that train something else than the parameters that ask for gradients (a few entries
-    of them, a direction from them) are movers of their own; the loop is the same for all.
-    """
-
-    def __init__(self, model: nn.Module, loss: Loss = classification) -> None:
-        self.model = model
-        self.loss = loss
-        self._wrapped = model
-
-    def trained(self) -> dict[str, nn.Parameter]:
-        """What the optimizer moves, by name; also what a checkpoint holds."""
-        return {n: p for n, p in self.model.named_parameters() if p.requires_grad}
-
-    def groups(self, weight_decay: float) -> list[dict[str, Any]]:
-        """The same as groups of an optimizer: matrices decay, vectors do not."""
-        every = list(self.trained().values())
-        return [
-            {"params": [p for p in every if p.ndim > 1], "weight_decay": weight_decay},
-            {"params": [p for p in every if p.ndim < 2], "weight_decay": 0.0},
-        ]
-
-    def prepare(self, accelerator: Any) -> None:
-        """Called once before the first batch."""
-        self._wrapped = accelerator.prepare(self.model)
-
-    def gradients(self, accelerator: Any, batch: Batch, share: float, last: bool) -> float:
-        """Add the gradient of ``share`` times the loss of a batch; that product."""
-        # processes exchange gradients once a step, not once a batch
-        sync = nullcontext() if last else accelerator.no_sync(self._wrapped)
-        with sync, accelerator.autocast():
-            value = self.loss(self._wrapped, batch) * share
-            accelerator.backward(value)
-        return float(value.detach())
-
-    def before(self, accelerator: Any, lr: float) -> None:
-        """Between the last gradient of a step and clipping."""
-
-    def after(self) -> None:
-        """After a step of the optimizer, or after weights were put back."""
-
-    @property
-    def evaluated(self) -> nn.Module:
-        """The model to look at: what the trained parameters mean."""
-        return self.model
-
-
-def tune(
+def tune(  # noqa: PLR0913 - who trains by hand needs each of these now and then
     model: nn.Module,
     data: Dataset,
     settings: TuneSettings,
@@ -247,9 +178,8 @@ def tune(
 
     # the loop
     with _seeded(settings.seed, accelerator.device):
-        run = _Run(mover, optimizer, accelerator, checkpoint)
+        run = _Run(mover, optimizer, stepper, accelerator, checkpoint)
         run.resume()
-        began, seen = time.perf_counter(), [0, 0]
         for step in range(run.step, 0 if run.stopped else steps):
             epoch, place = divmod(step, epoch_steps)
             if place == 0 or step == run.step:
@@ -259,50 +189,30 @@ def tune(
             group = [to(collate(data, r), accelerator.device) for r in rows]
 
             lr = settings.lr * slope(step, steps, settings.warmup, settings.schedule)
-            for at in optimizer.param_groups:
-                at["lr"] = lr
-            count = sum(map(len, rows))  # a batch weighs by its rows: a group is one large batch
-            total = sum(
-                mover.gradients(accelerator, batch, len(batch.rows) / count, batch is group[-1])
-                for batch in group
-            )
+            total = run.move(group, lr, settings.clip)
             if not math.isfinite(total):
                 raise NonFiniteError(_not_finite(total, step + 1, settings, run))
-            mover.before(accelerator, lr)
-            accelerator.clip_grad_norm_(list(trained.values()), settings.clip)
-            stepper.step()
-            stepper.zero_grad()
-            mover.after()
-
-            run.losses.append(total)
-            seen[0] += count * accelerator.num_processes
-            seen[1] += sum(int(b.attention_mask.sum()) for b in group) * accelerator.num_processes
-            found = None
-            if score is not None and _is_time(
-                step + 1, steps, settings.validate_every or epoch_steps
-            ):
-                found = run.look(score, settings.patience)
-            if run.stopped or _is_time(step + 1, steps, settings.save_every):
+            if score is not None and _is_time(step, steps, settings.validate_every or epoch_steps):
+                run.look(score, settings.patience)
+            if run.stopped or _is_time(step, steps, settings.save_every):
                 run.save()
             if progress is not None:
-                spent = time.perf_counter() - began
-                eta = (steps - step - 1) * spent / (step + 1 - run.first)
-                speeds = seen[0] / spent, seen[1] / spent
-                progress(Progress(step + 1, steps, total, lr, speeds[0], eta, speeds[1], found))
+                progress(run.progress(steps, lr))
             if run.stopped:
                 break
         run.keep_best()
         mover.after()
 
     mover.model.train(was_training)
-    examples = min(run.step * settings.batch * settings.accumulate * accelerator.num_processes,
-                   len(data) * settings.epochs)  # fmt: skip
-    seconds = time.perf_counter() - began
+    batches = run.step * settings.accumulate * accelerator.num_processes
+    examples = min(batches * settings.batch, len(data) * settings.epochs)
+    seconds = time.perf_counter() - run.began
     return TuneResult(run.step, examples, tuple(run.losses), seconds, tuple(run.scores), run.kept)
 
 
 def _is_time(step: int, steps: int, every: int) -> bool:
-    return step % every == 0 or step == steps
+    """Whether something is due after a step, counted from 0; always after the last."""
+    return (step + 1) % every == 0 or step + 1 == steps
 
 
 def _not_finite(total: float, step: int, settings: TuneSettings, run: _Run) -> str:
@@ -314,14 +224,15 @@ class _Run:
     """What changes while training, and how it gets to disk and back."""
 
     def __init__(
-        self, mover: Mover, optimizer: torch.optim.AdamW, accelerator: Any, path: Path | None
+        self,
+        mover: Mover,
+        optimizer: torch.optim.AdamW,
+        stepper: Any,
+        accelerator: Any,
+        path: Path | None,
     ) -> None:
-        self.mover, self.optimizer, self.accelerator, self.path = (
-            mover,
-            optimizer,
-            accelerator,
-            path,
-        )
+        self.mover, self.optimizer, self.stepper = mover, optimizer, stepper
+        self.accelerator, self.path = accelerator, path
         self.trained = mover.trained()
         self.losses: list[float] = []
         self.scores: list[tuple[int, float]] = []
@@ -329,13 +240,51 @@ class _Run:
         self.kept: int | None = None
         self.stopped = False
         self.first = self.saved = 0
+        self.rows = self.tokens = 0
+        self.began = time.perf_counter()
 
     @property
     def step(self) -> int:
         """Steps done."""
         return len(self.losses)
 
-    def look(self, score: Callable[[nn.Module], float], patience: int) -> float:
+    def move(self, group: Sequence[Batch], lr: float, clip: float) -> float:
+        """One step of the optimizer on a group of batches; their mean loss.
+
+        A batch weighs by its rows, so that a group is the same as one large batch. With a loss
+        that is no number nothing moves.
+        """
+        for part in self.optimizer.param_groups:
+            part["lr"] = lr
+        count = sum(len(batch.rows) for batch in group)
+        total = sum(
+            self.mover.gradients(
+                self.accelerator, batch, len(batch.rows) / count, batch is group[-1]
+            )
+            for batch in group
+        )
+        if not math.isfinite(total):
+            return total
+        self.mover.before(self.accelerator, lr)
+        self.accelerator.clip_grad_norm_(list(self.trained.values()), clip)
+        self.stepper.step()
+        self.stepper.zero_grad()
+        self.mover.after()
+        self.losses.append(total)
+        self.rows += count * self.accelerator.num_processes
+        tokens = sum(int(batch.attention_mask.sum()) for batch in group)
+        self.tokens += tokens * self.accelerator.num_processes
+        return total
+
+    def progress(self, steps: int, lr: float) -> Progress:
+        """Where training stands now."""
+        spent = time.perf_counter() - self.began
+        eta = (steps - self.step) * spent / (self.step - self.first)
+        looked = self.scores[-1][1] if self.scores and self.scores[-1][0] == self.step else None
+        speeds = self.rows / spent, self.tokens / spent
+        return Progress(self.step, steps, self.losses[-1], lr, speeds[0], eta, speeds[1], looked)
+
+    def look(self, score: Callable[[nn.Module], float], patience: int) -> None:
         """Score the model; remember it if it is the best, stop if it has not been for long."""
         found = score(self.mover.evaluated)
         earlier = [value for _, value in self.scores]
@@ -345,7 +294,6 @@ class _Run:
             self.kept = self.step
         since = sum(1 for at, _ in self.scores if self.kept is not None and at > self.kept)
         self.stopped = bool(patience) and since >= patience
-        return found
 
     @torch.no_grad()
     def keep_best(self) -> None:
@@ -366,9 +314,12 @@ class _Run:
             tensors["random/cuda"] = torch.cuda.get_rng_state(self.accelerator.device)
         scaler = self.accelerator.scaler
         facts = {
-            "losses": self.losses, "scores": self.scores, "kept": self.kept, "stopped": self.stopped,
+            "losses": self.losses,
+            "scores": self.scores,
+            "kept": self.kept,
+            "stopped": self.stopped,
             "scaler": None if scaler is None else scaler.state_dict(),
-        }  # fmt: skip
+        }
         write_snapshot(Snapshot(tensors, facts), self.path)
         self.saved = self.step
 
@@ -456,15 +407,6 @@ def slope(step: int, steps: int, warmup: float, schedule: str = "linear") -> flo
         return 1.0
     left = (steps - step) / max(1, steps - rising)
     return left if schedule == "linear" else 0.5 - 0.5 * math.cos(math.pi * left)
-
-
-def to(batch: Batch, device: torch.device) -> Batch:
-    """The same batch on a device."""
-    moved = [
-        None if t is None else t.to(device)
-        for t in (batch.input_ids, batch.attention_mask, batch.labels, batch.targets)
-    ]
-    return Batch(moved[0], moved[1], moved[2], batch.rows, moved[3])  # type: ignore[arg-type]
 
 
 def fit_head(

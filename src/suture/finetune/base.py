@@ -20,8 +20,9 @@ from suture.finetune.packed import Place
 from suture.forms import PLAIN
 from suture.mask import Mask
 from suture.merges.base import Number, Parameter
+from suture.mover import Loss, Mover
 from suture.roles import DEFAULT_SPACE, ROLES
-from suture.tune import Loss, Mover, TuneResult, TuneSettings
+from suture.tune import TuneResult, TuneSettings
 
 Say = Callable[[str], None]
 

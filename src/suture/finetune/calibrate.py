@@ -22,9 +22,9 @@ from torch import Tensor, nn
 from suture.data import Batch, Dataset, collate, plan
 from suture.errors import NonFiniteError, RecipeError
 from suture.models import evaluating
+from suture.mover import to, wanted
 from suture.persample import covered, persample, squares
 from suture.roles import role_of
-from suture.tune import to, wanted
 
 OUTSIDE = ("embedding", "position", "head", "pooler", "buffer", "router")
 """Roles that are never pruned. Rows of unseen tokens have exactly zero sensitivity and would take

@@ -21,7 +21,7 @@ from torch import Tensor, nn
 
 from suture.data import Batch
 from suture.errors import RecipeError
-from suture.tune import Loss, Mover, classification
+from suture.mover import Loss, Mover, classification
 
 
 def _on_gradient(parameter: nn.Parameter, hook: Callable[[Tensor], None]) -> Any:

@@ -35,8 +35,8 @@ from suture.finetune.compact import Compact
 from suture.forms import LINEARIZED
 from suture.mask import Mask
 from suture.merges.base import Choice
+from suture.mover import Mover
 from suture.roles import role_of
-from suture.tune import Mover
 
 Way = Callable[[Job], Tuned]
 

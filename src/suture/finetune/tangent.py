@@ -18,7 +18,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from suture.data import Batch
 from suture.models import Classifier
-from suture.tune import Loss, Mover, classification
+from suture.mover import Loss, Mover, classification
 
 with warnings.catch_warnings():  # torch's first use of forward mode warns of its own innards
     warnings.simplefilter("ignore", DeprecationWarning)
