@@ -433,8 +433,8 @@ def finetune(
             found = run.describe(plan)
         else:
             with Training(as_json) as shown, tracker(log, out, plan.recipe.resolved()) as note:
-                shown.say(f"{plan.recipe.strategy.name}: {len(plan.rows.train)} rows, {plan.steps} steps "
-                          f"on {plan.device}")  # fmt: skip
+                rows, name = len(plan.rows.train), plan.recipe.strategy.name
+                shown.say(f"{name}: {rows} rows, {plan.steps} steps on {plan.device}")
 
                 def tell(phase: str, at: Any) -> None:
                     shown.tell(phase, at)

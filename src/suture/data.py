@@ -90,7 +90,7 @@ def read_rows(
 
 
 def read_records(path: Path) -> list[tuple[str, Mapping[str, object]]]:
-    """Read a ``.jsonl``, ``.csv`` or ``.parquet`` file: for each row where it stands, and its cells.
+    """Read a ``.jsonl``, ``.csv`` or ``.parquet`` file: where each row stands, and its cells.
 
     Raises:
         RecipeError: the file is missing, of another kind, or empty.

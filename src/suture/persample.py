@@ -1,9 +1,9 @@
 r"""Gradients of every sample alone, exactly, from one backward pass over a batch.
 
 For a linear module with input :math:`a` and output gradient :math:`g`, the gradient of sample
-:math:`b` is :math:`G_b = g_b^\top a_b`, one small matrix product a sample. Hooks catch both; autograd
-is never asked for a weight gradient, so the pass costs a forward, the gradients of activations,
-and the same products as an ordinary weight gradient.
+:math:`b` is :math:`G_b = g_b^\top a_b`, one small matrix product a sample. Hooks catch
+both; autograd is never asked for a weight gradient, so the pass costs a forward, the gradients of
+activations, and the same products as an ordinary weight gradient.
 
 Covered: Linear (also transformers' Conv1D), Conv1d/2d/3d without groups, and norms with an affine
 part (LayerNorm, RMSNorm and their kin). Embeddings are not: rows of unseen tokens would have
@@ -217,7 +217,7 @@ def _gradients(module: nn.Module, a: Tensor, g: Tensor) -> dict[str, Callable[[]
 
 @torch.no_grad()
 def _normed(module: nn.Module, a: Tensor) -> Tensor:
-    """What a norm multiplies by its weight. Its output is affine in the weight, so two calls tell."""
+    """What a norm multiplies by its weight. The output is affine in the weight: two calls tell."""
     weight = module.get_parameter("weight")
     shift = {
         n: torch.zeros_like(p) for n, p in module.named_parameters(recurse=False) if n != "weight"

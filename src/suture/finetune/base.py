@@ -1,4 +1,4 @@
-"""What a strategy is: a function from its parameters to how a model is trained, and a table line."""
+"""What a strategy is: a function from parameters to how a model is trained, and a table line."""
 
 from __future__ import annotations
 
@@ -70,7 +70,7 @@ class Job:
     model: nn.Module
     """A ``Classifier`` or ``LanguageModel`` in float32, on the device."""
     body: str
-    """The prefix of names of the pretrained part; what else asks for gradients is a learned head."""
+    """Prefix of names of the pretrained part; what else asks for gradients is a learned head."""
     data: Dataset
     calibration: Dataset
     """Rows for masks; their labels are not used."""
@@ -142,8 +142,11 @@ class Job:
         problems = Problems()
         made_for = mask.about.get("base")
         if made_for and made_for != self.fingerprint:
-            problems.add(MismatchError, f"{where}: is a mask of another base (fingerprint {made_for}, "
-                                        f"the base has {self.fingerprint})")  # fmt: skip
+            problems.add(
+                MismatchError,
+                f"{where}: is a mask of another base (its fingerprint is {made_for}, that of this "
+                f"one {self.fingerprint})",
+            )
         held = {place.name for place in self.places.values()}
         for name, shape in mask.shapes.items():
             if name not in self.base.specs:

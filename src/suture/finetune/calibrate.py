@@ -41,7 +41,7 @@ class Calibration:
     draws: int = 1
     """Labels drawn from the model for each row."""
     score: str = "fisher"
-    """``fisher``: the log-probability of the drawn label is differentiated; ``logit``: its logit."""
+    """``fisher`` differentiates the log-probability of the drawn label, ``logit`` its logit."""
     rows: int = 256
     """Rows that are looked at."""
     structure: str = "entry"
@@ -126,7 +126,7 @@ def _said(model: nn.Module, batch: Batch, score: str, dice: torch.Generator) -> 
 def smallest(
     scores: Mapping[str, Tensor], alive: Mapping[str, Tensor], count: int, *, largest: bool = False
 ) -> dict[str, Tensor]:
-    """Exactly ``count`` of the entries that are alive, those of smallest score; all tensors compete.
+    """Exactly ``count`` of the living entries, those of smallest score; all tensors compete.
 
     Ties go to the first by name, then by position. Scores are not negative, so that their bits
     order them: two counts of 16 bits each find the threshold in constant memory.

@@ -38,7 +38,8 @@ def make_head(
     head = load_head(folder / kind)
     if head.labels != tuple(labels):
         raise MismatchError(
-            f"head: {kind} is for the labels {', '.join(head.labels[:8])}; the rows have {', '.join(labels[:8])}"
+            f"head: {kind} is for the labels {', '.join(head.labels[:8])}; "
+            f"the rows have {', '.join(labels[:8])}"
         )
     if head.weight.shape[1] != encoder.dim:
         raise MismatchError(

@@ -57,7 +57,8 @@ def load_tuned(
     found = checkpoint_fingerprint(open_checkpoint(where))
     if found != inputs.get("fingerprint"):
         raise MismatchError(
-            f"{where}: is not the base of {folder} (fingerprint {found}, not {inputs.get('fingerprint')})"
+            f"{where}: is not the base of {folder} (its fingerprint is {found}, "
+            f"not {inputs.get('fingerprint')})"
         )
     start, end = _body(where, head, device), _body(folder, head, device)
     moved = dict(end.named_parameters())

@@ -46,7 +46,8 @@ class Adapter:
         if not names:
             there = sorted({role_of(f"{n}.weight").kind for n in linear})
             raise RecipeError(
-                f"targets: no matrix of the model is {' or '.join(targets)}; there are {', '.join(there)}"
+                f"targets: no matrix of the model is {' or '.join(targets)}; "
+                f"there are {', '.join(there)}"
             )
         job.freeze()
         config = LoraConfig(

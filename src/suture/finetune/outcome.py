@@ -66,6 +66,7 @@ def report_of(
     began: float,
     trained_for: float,
 ) -> FinetuneReport:
+    """What came of a plan; the fingerprint is known when the output is written."""
     losses = tuned.result.losses
     few = max(1, len(losses) // 10)
     ends = sum(losses[:few]) / few, sum(losses[-few:]) / few
@@ -75,8 +76,8 @@ def report_of(
         "total": time.perf_counter() - began,
     }
     return FinetuneReport(
-        plan.out, plan.recipe.strategy.name, tuned.form, "", tuned.result.steps, ends, before, after,
-        tuned.trained, plan.base.numel, seconds, peak_memory(plan.device), tuned.result.best,
+        plan.out, plan.recipe.strategy.name, tuned.form, "", tuned.result.steps, ends, before,
+        after, tuned.trained, plan.base.numel, seconds, peak_memory(plan.device), tuned.result.best,
         tuned.facts, plan.rows.notes,
     )  # fmt: skip
 
@@ -152,14 +153,16 @@ def report_rows(report: FinetuneReport) -> list[tuple[str, str]]:
     rows.append(
         (
             "trained",
-            f"{report.trained:,} of {report.entries:,} entries ({report.trained / max(1, report.entries):.2%})",
+            f"{report.trained:,} of {report.entries:,} entries "
+            f"({report.trained / max(1, report.entries):.2%})",
         )
     )
     masks = f", {report.seconds['masks']:.1f} s of masks" if report.seconds["masks"] else ""
     rows.append(
         (
             "time",
-            f"{report.seconds['total']:.1f} s: {report.seconds['training']:.1f} s of training{masks}",
+            f"{report.seconds['total']:.1f} s: {report.seconds['training']:.1f} s of "
+            f"training{masks}",
         )
     )
     rows.append(("peak memory", readable(report.peak_memory)))

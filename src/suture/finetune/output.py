@@ -134,7 +134,8 @@ def publish(folder: Path, out: Path, *, overwrite: bool) -> None:
 
 def _full(folder: Path, error: OSError) -> OutputError:
     return OutputError(
-        f"{folder}: {error.strerror or error}; the training is kept, and the same command goes on from it"
+        f"{folder}: {error.strerror or error}; the training is kept, and the same command goes on "
+        "from it"
     )
 
 
@@ -158,18 +159,21 @@ def card(base: Checkpoint, recipe: Finetune, record: Mapping[str, Any], name: st
     ]
     if record["form"] != "plain":
         lines.append(
-            "**These weights are those of a linearized model.** They are the base plus a direction; evaluate "
-            "them to first order around the base (`suture.finetune.load_tuned`), not as an ordinary model.\n"
+            "**These weights are those of a linearized model.** They are the base plus a "
+            "direction; evaluate them to first order around the base "
+            "(`suture.finetune.load_tuned`), not as an ordinary model.\n"
         )
     lines += [
         "## Result\n",
         f"- {results['trained']:,} entries trained, {results['share']:.2%} of the model",
-        f"- {results['steps']} steps, loss {results['loss']['first']:.4g} to {results['loss']['last']:.4g}",
+        f"- {results['steps']} steps, loss {results['loss']['first']:.4g} to "
+        f"{results['loss']['last']:.4g}",
     ]
     if results["metric"]:
         before, after = Metric.read(results["base_metric"]), Metric.read(results["metric"])
         lines.append(
-            f"- {after.name} on {after.n} validation rows {after.value:.4g} [{after.low:.4g}, {after.high:.4g}]; "
+            f"- {after.name} on {after.n} validation rows {after.value:.4g} "
+            f"[{after.low:.4g}, {after.high:.4g}]; "
             f"the base has {before.value:.4g} [{before.low:.4g}, {before.high:.4g}]"
         )
     lines.append(f"- output fingerprint `{record['output']['fingerprint']}`")

@@ -74,7 +74,8 @@ def plan_finetune(
     _check_place(out, inputs, PlaceOptions(overwrite=options.overwrite), problems)
     if found is None or base is None:
         problems.raise_if_any()
-    assert found is not None and base is not None
+    assert found is not None
+    assert base is not None
     task = found.task or _task(base)
     device = options.device or found.device
     with problems.collecting():
@@ -89,7 +90,8 @@ def plan_finetune(
         longest = _longest(base, tokenizer)
         if found.data.max_length > longest:
             raise RecipeError(
-                f"data.max_length: the base reads at most {longest} tokens, not {found.data.max_length}"
+                f"data.max_length: the base reads at most {longest} tokens, "
+                f"not {found.data.max_length}"
             )
         read = classification_rows if task == "classification" else language_rows
         rows = read(found.data, tokenizer, longest, found.training.seed)

@@ -1,4 +1,4 @@
-"""The recipe of a fine-tuning run: YAML to frozen types, every fault found before anything is read."""
+"""The recipe of a fine-tuning run: YAML to frozen types, all faults at once."""
 
 from __future__ import annotations
 
@@ -213,9 +213,8 @@ class _Reader:
             if right:
                 fine[key] = type(like)(value)
             else:
-                self.refuse(
-                    f"training.{key}: {'a word' if isinstance(like, str) else 'a number'}, not {brief(value)}"
-                )
+                kind = "a word" if isinstance(like, str) else "a number"
+                self.refuse(f"training.{key}: {kind}, not {brief(value)}")
         with self.problems.collecting():
             for key, value in fine.items():
                 with self.problems.collecting():
@@ -242,6 +241,11 @@ class _Reader:
                 self.refuse(f"data.validation: a share is in [0, 1), not {share}")
         else:
             other = self.source(validation, "data.validation", folder, "validation")
+        given = self.columns(raw) | self.limits(raw) | self.labels(raw)
+        return None if train is None or self.problems else DataSpec(train, other, share, **given)
+
+    def columns(self, raw: Mapping[str, Any]) -> dict[str, Any]:
+        """What the columns are called and what stands in them."""
         given: dict[str, Any] = {}
         for key in ("text", "label", "prompt", "response", "messages"):
             if key in raw and not isinstance(raw[key], str):
@@ -249,37 +253,49 @@ class _Reader:
             elif key in raw:
                 given[key] = raw[key]
         for key, choices in (("format", ("text", "prompt", "chat")), ("too_long", TOO_LONG)):
-            if raw.get(key) in (None, ""):
-                continue
-            if raw[key] not in choices:
-                self.refuse(
-                    f"data.{key}: {brief(raw[key])} is not known; {did_you_mean(str(raw[key]), choices)}"
-                )
-            else:
-                given[key] = raw[key]
+            value = raw.get(key) or ""
+            if value and value not in choices:
+                hint = did_you_mean(str(value), choices)
+                self.refuse(f"data.{key}: {brief(value)} is not known; {hint}")
+            elif value:
+                given[key] = value
+        return given
+
+    def limits(self, raw: Mapping[str, Any]) -> dict[str, Any]:
+        """How much of the rows is used."""
+        given: dict[str, Any] = {}
         for key in ("max_length", "limit"):
             value = raw.get(key, 0)
             if isinstance(value, bool) or not isinstance(value, int) or value < 0:
                 self.refuse(f"data.{key}: a whole number, not {brief(value)}")
             else:
                 given[key] = value
-        if not isinstance(raw.get("chat", False), bool):
-            self.refuse(f"data.chat: true or false, not {brief(raw['chat'])}")
-        labels, texts = raw.get("labels", []), raw.get("label_texts", {})
+        return given
+
+    def labels(self, raw: Mapping[str, Any]) -> dict[str, Any]:
+        """Labels, what they are called, and whether there are chats to be made."""
+        labels, texts, chat = (
+            raw.get("labels", []),
+            raw.get("label_texts", {}),
+            raw.get("chat", False),
+        )
+        if not isinstance(chat, bool):
+            self.refuse(f"data.chat: true or false, not {brief(chat)}")
         if not isinstance(labels, list) or len({str(x) for x in labels}) != len(labels):
             self.refuse(f"data.labels: a list of different labels, not {brief(labels)}")
+            labels = []
         if not isinstance(texts, Mapping):
             self.refuse(f"data.label_texts: a mapping from labels to texts, not {brief(texts)}")
-        if train is None or self.problems:
-            return None
-        return DataSpec(train, other, share, **given, labels=tuple(map(str, labels)), chat=raw.get("chat", False),
-                        label_texts={str(k): str(v) for k, v in texts.items()})  # fmt: skip
+            texts = {}
+        named = {str(k): str(v) for k, v in texts.items()}
+        return {"labels": tuple(map(str, labels)), "label_texts": named, "chat": chat}
 
     def source(self, value: object, where: str, folder: Path, split: str) -> Source | None:
         raw = {"path": value} if isinstance(value, str) else value
         if not isinstance(raw, Mapping) or not isinstance(raw.get("path"), str) or not raw["path"]:
             self.refuse(
-                f"{where}: a file (.jsonl, .csv, .parquet) or a data set of the hub, not {brief(value)}"
+                f"{where}: a file (.jsonl, .csv, .parquet) or a data set of the hub, "
+                f"not {brief(value)}"
             )
             return None
         self.known(raw, ("path", "split", "config", "revision"), f"{where}: ")

@@ -116,8 +116,10 @@ def classification_rows(spec: DataSpec, tokenizer: Any, longest: int, seed: int)
                                           f"{did_you_mean(row.label, labels)}")  # fmt: skip
     problems.raise_if_any()
     made = [
-        _dataset([Tokens(list(ids), None) for ids in _ids(tokenizer, [r.text for r in rows])], where_of,
-                 [numbers[r.label] for r in rows], tokenizer, spec, longest, problems)
+        _dataset(
+            [Tokens(ids, None) for ids in _ids(tokenizer, [r.text for r in rows])], where_of,
+            [numbers[r.label] for r in rows], tokenizer, spec, longest, problems,
+        )
         for rows, where_of in zip(read, places, strict=True)
     ]  # fmt: skip
     problems.raise_if_any()
@@ -155,7 +157,7 @@ def _format(record: Mapping[str, object], spec: DataSpec) -> str:
         return "text"
     columns = ", ".join(map(str, record))
     raise RecipeError(
-        f"data: no column {spec.messages!r}, {spec.prompt!r} or {spec.text!r}, there are {columns}; "
+        f"data: no column {spec.messages!r}, {spec.prompt!r} or {spec.text!r}, but {columns}; "
         "name yours, for example `text: body`"
     )
 
@@ -246,8 +248,11 @@ def _dataset(
         elif len(row.ids) > limit:
             over += 1
             if over == 1 and spec.too_long == "error":
-                problems.add(RecipeError, f"{where}: {len(row.ids)} tokens, but max_length is {limit}; raise it, or "
-                                          "say `too_long: cut` or `too_long: drop` under data")  # fmt: skip
+                problems.add(
+                    RecipeError,
+                    f"{where}: {len(row.ids)} tokens, but max_length is {limit}; raise it, or say "
+                    "`too_long: cut` or `too_long: drop` under data",
+                )
             if spec.too_long == "drop":
                 continue
             row = Tokens(row.ids[:limit], None if row.targets is None else row.targets[:limit])

@@ -92,8 +92,10 @@ def _model(plan: Plan) -> tuple[nn.Module, Head | None]:
         head, backbone = None, model.backbone
     else:
         encoder = load_encoder(folder, device=plan.device, dtype=torch.float32).model
-        head = make_head(recipe.head, encoder, plan.tokenizer, plan.rows.train, plan.rows.labels,
-                         recipe.data.label_texts, folder=recipe.folder, device=plan.device)  # fmt: skip
+        head = make_head(
+            recipe.head, encoder, plan.tokenizer, plan.rows.train, plan.rows.labels,
+            recipe.data.label_texts, folder=recipe.folder, device=plan.device,
+        )  # fmt: skip
         model = Classifier(encoder, head, train_head=recipe.head == "learned").to(plan.device)
         backbone = encoder.backbone
     if recipe.recompute:
@@ -156,7 +158,7 @@ def places_of(
             lost.append(name)
     if lost and any(backbone.get_parameter(n).ndim > 1 for n in lost):
         raise CheckpointError(
-            f"{base.label}: {listed(lost)}: not in the files as the model holds them; load the model with "
+            f"{base.label}: {listed(lost)}: not in the files as the model holds them; load it with "
             "transformers, save it with save_pretrained, and start from that folder"
         )
     return found

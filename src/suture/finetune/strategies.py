@@ -99,9 +99,9 @@ def lora(
     targets: Targets = ("q", "v"),
     dropout: Annotated[float, Number("share of inputs dropped in training", 0, 0.99)] = 0.0,
 ) -> Way:
-    r"""Train low-rank updates, :math:`W = W_0 + (\alpha / r) B A`; merged into the weights at the end.
+    r"""Train low-rank updates, :math:`W = W_0 + (\alpha / r) B A`.
 
-    The updates are also saved as an adapter that PEFT reads.
+    They are merged into the weights at the end, and also saved as an adapter that PEFT reads.
     """
 
     def way(job: Job) -> Tuned:
@@ -124,7 +124,7 @@ def linearized_lora(
         int, Number("seed of the frozen halves; the same for all tasks", 0, 2**31, whole=True)
     ] = 0,
 ) -> Way:
-    r"""Low-rank updates, each linearized: :math:`W = W_0 + (\alpha / r) B A_0` with :math:`A_0` frozen.
+    r"""Low-rank updates, each linearized: :math:`W = W_0 + (\alpha / r) B A_0`, frozen :math:`A_0`.
 
     Updates of several tasks add up because :math:`A_0` is the same for all; its hash is saved, and
     merging checks it.

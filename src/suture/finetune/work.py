@@ -62,8 +62,8 @@ def _same_run(work: Path, key: str, plan: Plan) -> None:
     held = [p for p in work.iterdir() if p.name not in ("lock", "key")]
     if plan.options.resume and held and (not path.is_file() or path.read_text() != key):
         raise OutputError(
-            f"{work}: holds checkpoints of a run with another recipe, base or rows; take the old recipe to go on "
-            "with them, or --no-resume to start anew"
+            f"{work}: holds checkpoints of a run with another recipe, base or rows; take the old "
+            "recipe to go on with them, or --no-resume to start anew"
         )
     if not plan.options.resume:
         for stale in held:
