@@ -1,6 +1,7 @@
 """What sparse training saves: time, optimizer, state and activations, all ratios in one run.
 
-Usage: talos.py [--model minilm|smollm2|PATH] [--rounds N] [--warmup N] [--batch N] [--length N] [--scratch DIR]
+Usage: talos.py [--model minilm|smollm2|PATH] [--rounds N] [--warmup N] [--batch N] [--length N]
+                [--calibration ROWS] [--threads N] [--scratch DIR]
 
 Methods are interleaved round-robin on one fixed batch, so that a busy machine slows all alike; the
 table has minimum and mean. *forward+backward* runs from inputs to gathered gradients;
@@ -16,7 +17,10 @@ import importlib.util
 import json
 import os
 import platform
+import resource
 import statistics
+import subprocess
+import sys
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -27,6 +31,7 @@ os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
 import torch
+from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from suture.data import Batch, Dataset
@@ -34,8 +39,8 @@ from suture.finetune.calibrate import Calibration, calibrate, prunable, structur
 from suture.finetune.compact import Compact
 from suture.finetune.tangent import Tangent
 from suture.models import Classifier, Head, load_encoder, load_language_model
-from suture.roles import role_of
 from suture.mover import Mover, classification, next_token
+from suture.roles import role_of
 
 HERE = Path(__file__).parent
 
@@ -64,7 +69,8 @@ class Method:
 
 def package(name: str) -> Path:
     spec = importlib.util.find_spec(name)
-    assert spec is not None and spec.submodule_search_locations, f"install {name}"
+    assert spec is not None, f"install {name}"
+    assert spec.submodule_search_locations
     return Path(spec.submodule_search_locations[0])
 
 
@@ -165,7 +171,66 @@ def method_of(name: str, args: Any, masks: dict[str, Tensor] | None, fused: bool
     return Method(name, mover, optimizer, model)
 
 
-def main() -> None:
+def state_of(method: Method) -> int:
+    values = (
+        v for state in method.optimizer.state.values() for k, v in state.items() if k != "step"
+    )
+    return sum(v.numel() * v.element_size() for v in values)
+
+
+def analytic(method: Method, activations: int) -> dict[str, int]:
+    """Bytes while a step runs: what must exist at once, by kind."""
+    parameters = list(method.model.parameters())
+    learning = [p.numel() * 4 for p in parameters if p.requires_grad]
+    if isinstance(method.mover, Compact):
+        positions = sum(
+            c.positions.numel() * c.positions.element_size()
+            for c in method.mover.chosen.values()
+            if c.positions is not None
+        )
+        flat = 8 * method.mover.count  # the entries and their gradient
+        gradients, extra = max(learning), positions + flat
+    else:
+        gradients, extra = sum(learning), 0
+    found = {
+        "parameters": sum(p.numel() * 4 for p in parameters),
+        "gradients": gradients,
+        "state": state_of(method),
+        "positions and flat copies": extra,
+        "activations": activations,
+    }
+    return found | {"total": sum(found.values())}
+
+
+def peak(args: Any, name: str, masks: Path) -> int:
+    """Resident memory at most, of a fresh process that makes three steps."""
+    command = [sys.executable, __file__, "--model", args.model, "--scratch", str(args.scratch)]
+    command += [
+        "--batch",
+        str(args.batch),
+        "--length",
+        str(args.length),
+        "--threads",
+        str(args.threads),
+    ]
+    done = subprocess.run(
+        [*command, "--peak", name, "--masks", str(masks)], check=True, capture_output=True
+    )
+    return int(done.stdout.split()[-1])
+
+
+def child(args: Any) -> None:
+    found = {} if args.peak == "dense" else load_file(args.masks)
+    method = method_of(args.peak, args, {n: m.bool() for n, m in found.items()} or None)
+    del found
+    batch = next(rows(method.model, args.batch, args.length, 2).batches(args.batch))
+    for _ in range(3):
+        forward_backward(method, batch)
+        step(method)
+    print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024)
+
+
+def arguments() -> Any:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--model", default="minilm")
     parser.add_argument("--rounds", type=int, default=50)
@@ -173,55 +238,56 @@ def main() -> None:
     parser.add_argument("--batch", type=int, default=0)
     parser.add_argument("--length", type=int, default=0)
     parser.add_argument("--calibration", type=int, default=256, help="rows")
-    parser.add_argument(
-        "--top", type=int, default=0, help="blocks of the depth-restricted variant; 0: 1/6"
-    )
+    parser.add_argument("--top", type=int, default=0, help="blocks of the restricted variant")
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     parser.add_argument("--scratch", type=Path, default=HERE / "scratch")
+    parser.add_argument("--peak", help=argparse.SUPPRESS)
+    parser.add_argument("--masks", help=argparse.SUPPRESS)
     args = parser.parse_args()
-    torch.set_num_threads(args.threads)
-    size, length = (
-        (args.batch or 32, args.length or 64)
-        if args.model == "minilm"
-        else (args.batch or 4, args.length or 128)
+    small = args.model == "minilm"
+    args.batch, args.length = (
+        args.batch or (32 if small else 4),
+        args.length or (64 if small else 128),
     )
+    return args
 
-    model, loss = loaded(args.model, args.scratch)
-    names = prunable(model)
-    total = sum(p.numel() for n, p in model.named_parameters() if n in set(names))
-    blocks = len({role_of(n).layer for n in names} - {None})
+
+def masks_of(args: Any) -> tuple[dict[str, dict[str, Tensor]], float, int]:
+    """The masks by name of method, the seconds of the first, and how many entries are prunable."""
+    model, _ = loaded(args.model, args.scratch)
+    sizes = {n: p.numel() for n, p in model.named_parameters() if n in set(prunable(model))}
+    total = sum(sizes.values())
+    blocks = len({role_of(n).layer for n in sizes} - {None})
     top = args.top or max(1, blocks // 6)
-    data = rows(model, args.calibration, length, 1)
+    data = rows(model, args.calibration, args.length, 1)
     begun = time.perf_counter()
-    masks = calibrate(model, data, names, Calibration(rows=args.calibration), say=print)
-    calibration = time.perf_counter() - begun
+    whole = calibrate(model, data, list(sizes), Calibration(rows=args.calibration), say=print)
+    seconds = time.perf_counter() - begun
     part = prunable(model, blocks=top)
-    high = calibrate(
-        model,
-        data,
-        part,
-        Calibration(
-            rows=args.calibration,
-            rounds=1,
-            density=min(
-                1.0,
-                0.1 * total / sum(p.numel() for n, p in model.named_parameters() if n in set(part)),
-            ),
-        ),
-    )
-    print("structure of the mask:", {k: round(v, 3) for k, v in list(structure(masks).items())[:6]})
-    del model
+    share = min(1.0, 0.1 * total / sum(sizes[n] for n in part))  # as many entries as the other
+    how = Calibration(rows=args.calibration, rounds=1, density=share)
+    name = f"talos, last {top} of {blocks} blocks"
+    return {"talos": whole, name: calibrate(model, data, part, how)}, seconds, total
 
+
+def main() -> None:
+    args = arguments()
+    torch.set_num_threads(args.threads)
+    if args.peak:
+        child(args)
+        return
+    masks, seconds, total = masks_of(args)
+    found_structure = structure(masks["talos"])
+    print("structure of the mask:", {k: round(v, 3) for k, v in list(found_structure.items())[:6]})
     methods = [
         method_of("dense", args, None),
         method_of("dense, stock AdamW", args, None, fused=False),
-        method_of("talos", args, masks),
-        method_of(f"talos, last {top} of {blocks} blocks", args, high),
+        *(method_of(name, args, chosen) for name, chosen in masks.items()),
     ]
     if args.model == "minilm":
         methods.append(method_of("linearized", args, None))
-    batch_data = rows(methods[0].model, size, length, 2)
-    batch = next(batch_data.batches(size))
+    loss = next_token if args.model != "minilm" else classification
+    batch = next(rows(methods[0].model, args.batch, args.length, 2).batches(args.batch))
     activations = {m.name: saved(m, loss, batch) for m in methods if m.name != "linearized"}
 
     times: dict[str, list[tuple[float, float]]] = {m.name: [] for m in methods}
@@ -231,76 +297,79 @@ def main() -> None:
             if number >= args.warmup:
                 times[method.name].append(taken)
 
-    results = {}
+    results: dict[str, Any] = {}
     for method in methods:
         both, opt = zip(*times[method.name], strict=True)
-        state = sum(
-            v.numel() * v.element_size()
-            for s in method.optimizer.state.values()
-            for k, v in s.items()
-            if k != "step"
-        )
-        index = sum(
-            c.positions.numel() * c.positions.element_size()
-            for c in getattr(method.mover, "chosen", {}).values()
-            if c.positions is not None
-        )
         results[method.name] = {
-            "forward_backward": {
-                "min": min(both),
-                "mean": statistics.mean(both),
-                "std": statistics.pstdev(both),
-            },
-            "optimizer": {
-                "min": min(opt),
-                "mean": statistics.mean(opt),
-                "std": statistics.pstdev(opt),
-            },
-            "state": state,
-            "positions": index,
+            "forward_backward": spread(both),
+            "optimizer": spread(opt),
+            "state": state_of(method),
             "trained": sum(p.numel() for p in method.mover.trained().values()),
             "activations": activations.get(method.name),
         }
-    dense = results["dense"]
-    fb = statistics.mean(t for t, _ in times["talos"])
+        if method.name in activations:
+            results[method.name]["analytic"] = analytic(method, activations[method.name])
+    methods.clear()
+    args.scratch.mkdir(parents=True, exist_ok=True)
+    for name in ("dense", *masks):
+        path = args.scratch / "masks.safetensors"
+        save_file(
+            {n: m.to(torch.uint8) for n, m in masks.get(name, {}).items()}
+            or {"none": torch.zeros(1)},
+            path,
+        )
+        results[name]["peak"] = peak(args, name, path)
+
+    each = results["talos"]["forward_backward"]["mean"]
     found = {
-        "model": args.model, "batch": [size, length], "rounds": args.rounds, "prunable": total,
-        "calibration": {"seconds": calibration, "rows": args.calibration, "rounds": 4,
-                        "in_talos_steps": calibration / fb},
-        "structure": structure(masks), "methods": results,
-        "machine": {"processor": platform.processor() or platform.machine(), "cores": os.cpu_count(),
-                    "threads": args.threads, "load": os.getloadavg(), "torch": torch.__version__},
-    }  # fmt: skip
+        "model": args.model,
+        "batch": [args.batch, args.length],
+        "rounds": args.rounds,
+        "prunable": total,
+        "calibration": {"seconds": seconds, "rows": args.calibration, "in_steps": seconds / each},
+        "structure": found_structure,
+        "methods": results,
+        "machine": {
+            "processor": platform.processor() or platform.machine(),
+            "cores": os.cpu_count(),
+            "threads": args.threads,
+            "load": os.getloadavg(),
+            "torch": torch.__version__,
+        },
+    }
     path = HERE / f"talos-{Path(args.model).name}.json"
     path.write_text(json.dumps(found, indent=2) + "\n")
-    show(results, dense)
-    print(
-        f"calibration: {calibration:.1f} s for {args.calibration} rows and 4 rounds = {calibration / fb:.0f} steps"
-    )
+    show(results)
+    cost = f"{seconds:.1f} s for {args.calibration} rows and 4 rounds"
+    print(f"calibration: {cost} = {seconds / each:.0f} steps")
 
 
-def show(results: dict[str, Any], dense: dict[str, Any]) -> None:
-    head = [
-        "",
-        "fwd+bwd min",
-        "ratio",
-        "mean",
-        "ratio",
-        "optimizer min",
-        "ratio",
-        "mean ratio",
-        "state",
-        "activations",
-    ]
+def spread(values: tuple[float, ...]) -> dict[str, float]:
+    return {"min": min(values), "mean": statistics.mean(values), "std": statistics.pstdev(values)}
+
+
+def show(results: dict[str, Any]) -> None:
+    dense = results["dense"]
+    head = ["", "fwd+bwd min", "ratio", "mean ratio", "optimizer min", "ratio", "mean ratio",
+            "state", "activations", "analytic", "peak RSS"]  # fmt: skip
     print("| " + " | ".join(head) + " |\n|" + "---|" * len(head))
     for name, r in results.items():
         fb, opt = r["forward_backward"], r["optimizer"]
         d, o = dense["forward_backward"], dense["optimizer"]
-        acts = "" if r["activations"] is None else f"{r['activations'] / dense['activations']:.3f}"
+        acts = f"{r['activations'] / dense['activations']:.3f}" if r["activations"] else ""
         cells = [
-            name, f"{fb['min'] * 1e3:.1f} ms", f"{fb['min'] / d['min']:.3f}", f"{fb['mean'] * 1e3:.1f} ms", f"{fb['mean'] / d['mean']:.3f}",
-            f"{opt['min'] * 1e3:.2f} ms", f"{opt['min'] / o['min']:.3f}", f"{opt['mean'] / o['mean']:.3f}", f"{r['state'] / dense['state']:.3f}", acts,
-        ]  # fmt: skip
+            name,
+            f"{fb['min'] * 1e3:.0f} ms",
+            f"{fb['min'] / d['min']:.3f}",
+            f"{fb['mean'] / d['mean']:.3f}",
+            f"{opt['min'] * 1e3:.2f} ms",
+            f"{opt['min'] / o['min']:.3f}",
+            f"{opt['mean'] / o['mean']:.3f}",
+            f"{r['state'] / dense['state']:.3f}",
+            acts,
+            f"{r['analytic']['total'] / 1e6:.0f} MB" if "analytic" in r else "",
+            f"{r['peak'] / 1e6:.0f} MB" if "peak" in r else "",
+        ]
         print("| " + " | ".join(cells) + " |")
 
 

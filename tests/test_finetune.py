@@ -11,6 +11,7 @@ import signal
 import subprocess
 import sys
 import time
+import types
 import warnings
 from pathlib import Path
 from typing import Any
@@ -23,16 +24,24 @@ import yaml
 import suture
 import tiny_model
 from suture import snapshot
-from suture.errors import MismatchError, NonFiniteError, OutputError, RecipeError, SutureError
+from suture.errors import (
+    MismatchError,
+    MissingExtraError,
+    NonFiniteError,
+    OutputError,
+    RecipeError,
+    SutureError,
+)
 from suture.evals import EVALS
 from suture.finetune import STRATEGIES, finetune, load_tuned, plan_finetune, read_finetune
 from suture.finetune import run as module
-from suture.finetune.rows import language_rows
 from suture.finetune.recipe import DataSpec, Source
+from suture.finetune.rows import language_rows
+from suture.finetune.trackers import tracker
 from suture.mask import Mask
 from suture.models import Classifier, Encoder, Head, save_head, save_model
 from suture.run import merge
-from suture.tune import TuneSettings
+from suture.tune import Progress, TuneSettings
 
 EXAMPLES: dict[str, dict[str, Any]] = {
     "full": {},
@@ -479,7 +488,7 @@ def test_only_what_the_assistant_says_is_a_target(talker: Path) -> None:
     assert rows.targets[0] == (0, 0, 1, 1, 1)
     chat = language_rows(dataclasses.replace(pairs, chat=True), plan.tokenizer, 32, 0).train
     assert chat.targets is not None
-    assert [words[i] for i in chat.ids[0]][0] == "one"
+    assert words[chat.ids[0][0]] == "one"
 
 
 # -- wrong input -----------------------------------------------------------------------------------
@@ -699,6 +708,32 @@ def test_an_interrupt_says_how_to_go_on(shop: Path, tmp_path: Path) -> None:
     assert process.returncode == 3, errors
     assert "goes on from here" in errors
     assert saved.exists()
+
+
+def test_curves_go_to_trackio_or_say_what_is_missing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Every step's numbers, by phase; without the library the extra is named."""
+    at = Progress(3, 9, 0.5, 1e-3, 1.0, 2.0, 7.0, 0.25)
+    seen: list[Any] = []
+    fake = types.ModuleType("trackio")
+    fake.init = lambda **facts: seen.append(facts["name"])  # type: ignore[attr-defined]
+    fake.log = lambda values, step: seen.append((values, step))  # type: ignore[attr-defined]
+    fake.finish = lambda: seen.append("done")  # type: ignore[attr-defined]
+    monkeypatch.setitem(sys.modules, "trackio", fake)
+    with tracker("trackio", tmp_path / "out", {}) as note:
+        note("train", at)
+    numbers = {"loss": 0.5, "lr": 1e-3, "tokens_per_second": 7.0, "validation": 0.25}
+    assert seen == ["out", ({f"train/{k}": v for k, v in numbers.items()}, 3), "done"]
+
+    monkeypatch.setitem(sys.modules, "trackio", None)
+    with pytest.raises(MissingExtraError, match="trackio"), tracker("trackio", tmp_path, {}):
+        pass
+    with (
+        pytest.raises(RecipeError, match="did you mean 'tensorboard'"),
+        tracker("tensorbord", tmp_path, {}),
+    ):
+        pass
 
 
 def test_strategies_are_listed() -> None:

@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Iterator
 from dataclasses import replace
+from types import SimpleNamespace
 
 import pytest
 import torch
+from accelerate.state import AcceleratorState
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
@@ -18,7 +21,7 @@ from suture.finetune.compact import Compact
 from suture.finetune.tangent import LinearizedBody, Tangent, product
 from suture.models import Classifier, Head, recompute_activations
 from suture.mover import classification
-from suture.tune import TuneSettings, slope, tune
+from suture.tune import TuneSettings, refuse_sharded, slope, tune
 
 SETTINGS = TuneSettings(epochs=9, batch=8, lr=2e-3, weight_decay=0.1, clip=0.5, seed=1)
 
@@ -128,17 +131,47 @@ def test_accumulated_gradients_are_those_of_one_large_batch() -> None:
         torch.testing.assert_close(a, b, rtol=1e-3, atol=1e-4)
 
 
-def test_half_precision_and_gradient_checkpointing_train_chosen_entries_only() -> None:
-    """Autocast to bfloat16, and activations computed anew: the rest keeps its bits all the same."""
+@pytest.fixture
+def other_precision() -> Iterator[None]:
+    """accelerate fixes the precision for the life of a process; tests want more than one."""
+    AcceleratorState._reset_state(True)
+    yield
+    AcceleratorState._reset_state(True)
+
+
+def test_mixed_precision_moves_chosen_entries_only(other_precision: None) -> None:
+    """Autocast to bfloat16: losses near those of float32, the rest keeps its bits."""
+    model, rows = classifier(), data()
+    start, twin = copy.deepcopy(model), copy.deepcopy(model)
+    masks = random_masks(model)
+    how = replace(SETTINGS, epochs=1, precision="bf16")
+    mixed = tune(model, rows, how, mover=Compact(model, masks))
+    AcceleratorState._reset_state(True)
+    plain = tune(twin, rows, replace(how, precision="no"), mover=Compact(twin, masks))
+    assert mixed.losses != plain.losses
+    assert mixed.losses == pytest.approx(plain.losses, rel=0.05)
+    for (name, p), q in zip(model.named_parameters(), start.parameters(), strict=True):
+        mask = masks.get(name, torch.zeros_like(p, dtype=torch.bool))
+        assert torch.equal(p[~mask], q[~mask])
+
+
+@pytest.mark.parametrize("kind", ["FSDP", "DEEPSPEED", "MEGATRON_LM"])
+def test_models_spread_over_processes_are_refused(kind: str) -> None:
+    """No process would hold whole tensors there; one device, or several whole models, is fine."""
+    with pytest.raises(RecipeError, match="is not supported"):
+        refuse_sharded(SimpleNamespace(distributed_type=kind))
+    refuse_sharded(SimpleNamespace(distributed_type="MULTI_GPU"))
+
+
+def test_recomputed_activations_train_chosen_entries_only() -> None:
+    """The same losses as without, and the rest keeps its bits."""
     model, rows = classifier(), data()
     start = copy.deepcopy(model)
     masks = random_masks(model)
     recompute_activations(model.encoder.backbone)  # type: ignore[arg-type]
     twin = copy.deepcopy(start)
     plain = tune(twin, rows, replace(SETTINGS, epochs=1), mover=Compact(twin, masks))
-    mixed = tune(
-        model, rows, replace(SETTINGS, epochs=1, precision="no"), mover=Compact(model, masks)
-    )
+    mixed = tune(model, rows, replace(SETTINGS, epochs=1), mover=Compact(model, masks))
     assert mixed.losses == pytest.approx(plain.losses, rel=1e-5)
     for (name, p), q in zip(model.named_parameters(), start.parameters(), strict=True):
         mask = masks.get(name, torch.zeros_like(p, dtype=torch.bool))

@@ -104,13 +104,17 @@ def test_real_architectures_equal_a_loop_over_samples() -> None:
 def test_what_cannot_be_had_is_refused() -> None:
     """An embedding, a tied parameter, and a module that does not see one row a sample."""
     net = Net()
-    with pytest.raises(SutureError, match="last.weight"):
-        with persample(net, ["last.wight"], lambda *_: None):
-            pass
+    with (
+        pytest.raises(SutureError, match="last.weight"),
+        persample(net, ["last.wight"], lambda *_: None),
+    ):
+        pass
     net.last.weight = net.twice.weight
-    with pytest.raises(SutureError, match="tied"):
-        with persample(net, ["twice.weight"], lambda *_: None):
-            pass
+    with (
+        pytest.raises(SutureError, match="tied"),
+        persample(net, ["twice.weight"], lambda *_: None),
+    ):
+        pass
     with pytest.raises(SutureError, match="one row a sample"):
         line = nn.Linear(2, 1)
         with persample(line, ["weight"], lambda *_: None) as each:
