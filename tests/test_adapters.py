@@ -313,8 +313,8 @@ def test_another_base_by_name_is_told(where: Path, tmp_path: Path) -> None:
     recipe = {"base": str(where / "bf16"), "method": "linear", "models": {"it": str(where / "ada")}}
     plan = plan_recipe(recipe, None, Options())
 
-    assert len(plan.recipe.notes) == 1
-    lines_of(plan.recipe.notes[0], "says it was trained on", "llama", "put on", "bf16")
+    assert len(plan.notes) == 1
+    lines_of(plan.notes[0], "says it was trained on", "llama", "put on", "bf16")
 
 
 def test_an_adapted_model_is_not_copied(where: Path) -> None:

@@ -37,7 +37,19 @@ from making import (
 )
 from suture.merges import METHODS
 
-COMMANDS = ["inspect", "diff", "merge", "patch", "analyze", "report", "methods", "demo"]
+COMMANDS = [
+    "inspect",
+    "diff",
+    "merge",
+    "extract-lora",
+    "patch",
+    "analyze",
+    "report",
+    "finetune",
+    "strategies",
+    "methods",
+    "demo",
+]
 
 
 @pytest.fixture

@@ -19,11 +19,11 @@ ROOT = Path(suture.__file__).parent
 
 ORDER = [
     "errors", "spec", "roles", "loops", "machine", "kernels", "checkpoint", "views", "layers",
-    "vocabulary", "chat", "embeddings", "adapters", "ggufs", "opening", "writer", "stream",
-    "vector", "profile", "select", "mask", "patchfile", "patch", "gather", "analysis", "merges",
-    "engine", "recipe_types", "mergekit", "recipe", "card", "models", "data", "tune", "evals",
-    "report", "page", "run", "patching", "lowrank", "analyze", "demo_tasks", "demo", "cli",
-    "__main__",
+    "vocabulary", "chat", "embeddings", "adapters", "ggufs", "opening", "forms", "writer",
+    "stream", "vector", "profile", "select", "mask", "patchfile", "patch", "gather", "analysis",
+    "merges", "engine", "recipe_types", "mergekit", "recipe", "card", "models", "data",
+    "persample", "snapshot", "mover", "tune", "evals", "report", "page", "run", "patching",
+    "lowrank", "analyze", "finetune", "demo_tasks", "demo", "cli", "__main__",
 ]  # fmt: skip
 """The way of a tensor, top to bottom."""
 
@@ -32,10 +32,11 @@ PLACES = {
     "llvmlite": {"loops", "machine"},
     "transformers": {"models"},
     "tokenizers": {"models"},
+    "accelerate": {"tune"},
+    "peft": {"finetune"},
     "typer": {"cli"},
     "rich": {"cli"},
     "gguf": {"ggufs"},
-    "peft": set(),
     "altair": {"page"},
     "vl_convert": {"page"},
     "jinja2": {"page"},
@@ -45,7 +46,9 @@ PLACES = {
     "pickle": set(),
 }
 """Where a tool may be imported; others import it nowhere."""
-TORCH = {"checkpoint", "models", "data", "tune", "evals", "demo", "lowrank"}
+TORCH = {
+    "checkpoint", "models", "data", "persample", "snapshot", "mover", "tune", "evals", "finetune", "demo", "lowrank",
+}  # fmt: skip
 """Where torch may be imported, and in ``checkpoint`` only when a torch tensor is asked for."""
 TORCH_LATE = {"checkpoint.py", "merges/spectral.py"}
 """Where it is imported inside of functions only: by a torch tensor, by merges of whole matrices."""

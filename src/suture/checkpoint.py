@@ -220,6 +220,9 @@ class Checkpoint(Mapping[str, Array]):
     checkpoint gives a ``TaskVector``; adding two is an error.
     """
 
+    restricted = False
+    """Whether it is known to be made from something that must not be passed on."""
+
     def __init__(
         self, where: Path, label: str, files: list[Path], index: Mapping[str, str] | None = None
     ) -> None:
@@ -231,8 +234,6 @@ class Checkpoint(Mapping[str, Array]):
         self.folder = where if where.is_dir() else where.parent
         self.specs: dict[str, TensorSpec] = {}
         self.places: dict[str, Place] = {}
-        self.restricted = False
-        """Whether it is known to be made from something that must not be passed on."""
         self.aliases: dict[str, str] = {}
         """Second names of tied tensors, which are not in ``specs``, and what they are tied to."""
         self._descriptors: dict[int, int] = {}

@@ -677,6 +677,160 @@ def _method_data(method: Any) -> dict[str, Any]:
     }
 
 
+class Training:
+    """Progress of training on standard error: a bar on a terminal, else a line now and then."""
+
+    def __init__(self, quiet: bool = False) -> None:
+        self._quiet = quiet
+        self._bars: Any = None
+        self._tasks: dict[str, Any] = {}
+        self._told = 0.0
+        if sys.stderr.isatty() and not quiet:
+            from rich.console import Console
+            from rich.progress import (
+                BarColumn,
+                MofNCompleteColumn,
+                Progress,
+                TextColumn,
+                TimeRemainingColumn,
+            )
+
+            self._bars = Progress(
+                TextColumn("{task.description:<8}"), BarColumn(), MofNCompleteColumn(),
+                TimeRemainingColumn(), TextColumn("{task.fields[now]}", style="dim", markup=False),
+                console=Console(stderr=True), transient=True,
+            )  # fmt: skip
+
+    def __enter__(self) -> Training:
+        if self._bars is not None:
+            self._bars.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if self._bars is not None:
+            self._bars.stop()
+
+    def say(self, text: str) -> None:
+        """Tell something that is not a step."""
+        if not self._quiet:
+            _say(text) if self._bars is None else self._bars.console.print(
+                _clean(text), markup=False
+            )
+
+    def tell(self, phase: str, at: Any) -> None:
+        """Tell of a step."""
+        score = "" if at.score is None else f", validation {at.score:.4f}"
+        now = f"loss {at.loss:.4f}, lr {at.lr:.2e}, {at.tokens_per_second:,.0f} tokens/s{score}"
+        if self._bars is not None:
+            if phase not in self._tasks:
+                self._tasks[phase] = self._bars.add_task(phase, total=at.steps, now="")
+            self._bars.update(self._tasks[phase], completed=at.step, now=now)
+        elif not self._quiet:
+            due = time.monotonic() - self._told > 10 or at.step == at.steps or at.score is not None
+            if due:
+                self._told = time.monotonic()
+                _say(f"{phase}: step {at.step} of {at.steps}, {now}, {at.eta:.0f} s left")
+
+
+@app.command()
+def finetune(
+    recipe: Annotated[Path, typer.Argument(help="A recipe (YAML).")],
+    out: Annotated[Path, typer.Option("--out", "-o", help="The folder to write.")],
+    device: Annotated[
+        str | None, typer.Option("--device", help="cpu, cuda, cuda:1, ...; overrides the recipe.")
+    ] = None,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="Check everything and say what would be done.")
+    ] = False,
+    overwrite: Annotated[
+        bool, typer.Option("--overwrite", help="Replace an older output, at the end.")
+    ] = False,
+    no_resume: Annotated[
+        bool, typer.Option("--no-resume", help="Start anew even if an interrupted run left work.")
+    ] = False,
+    log: Annotated[
+        str | None, typer.Option("--log", help="Also write curves: tensorboard or trackio.")
+    ] = None,
+    as_json: Json = False,
+) -> None:
+    """Fine-tune a model by a recipe into a new folder; interrupted, the same command goes on."""
+    with _errors(as_json):
+        from suture.finetune import run
+        from suture.finetune.trackers import tracker
+
+        how = run.Options(overwrite=overwrite, resume=not no_resume, device=device)
+        plan = run.plan_finetune(recipe, out, how)
+        if dry_run:
+            found = run.describe(plan)
+        else:
+            with Training(as_json) as shown, tracker(log, out, plan.recipe.resolved()) as note:
+                rows, name = len(plan.rows.train), plan.recipe.strategy.name
+                shown.say(f"{name}: {rows} rows, {plan.steps} steps on {plan.device}")
+
+                def tell(phase: str, at: Any) -> None:
+                    shown.tell(phase, at)
+                    note(phase, at)
+
+                report = run.execute(plan, say=shown.say, tell=tell)
+    if dry_run:
+        if as_json:
+            _print(found)
+            return
+        for key, value in found.items():
+            _tell(f"{key:<11}{value if isinstance(value, str) else json.dumps(value)}")
+        _tell("nothing was written; leave out --dry-run to train")
+    elif as_json:
+        _print(report.to_dict())
+    else:
+        for line in report.notes:
+            _tell(f"note: {line}")
+        for key, text in run.report_rows(report):
+            _tell(f"{key:<18}{text}")
+
+
+@app.command()
+def strategies(
+    name: Annotated[str | None, typer.Argument(help="Show this one in full.")] = None,
+    as_json: Json = False,
+) -> None:
+    """List the fine-tuning strategies with their parameters, defaults and papers."""
+    with _errors(as_json):
+        from suture.finetune import STRATEGIES, strategy
+
+        chosen = list(STRATEGIES.values()) if name is None else [strategy(name)]
+        found = {s.name: _strategy_data(s) for s in chosen}
+    if as_json:
+        _print(found)
+        return
+    for key, row in found.items():
+        _tell(f"{key:<17} {row['title']}: {row['paper']}")
+        if name is not None:
+            _tell(f"\n{row['equation']}\n")
+            for parameter, facts in row["parameters"].items():
+                choices = f": {', '.join(facts['choices'])}" if facts["choices"] else ""
+                _tell(f"  {parameter} = {facts['default']}\n      {facts['doc']}{choices}")
+        else:
+            parameters = (f"{k}={v['default']}" for k, v in row["parameters"].items())
+            _tell(" " * 18 + ", ".join(parameters))
+
+
+def _strategy_data(line: Any) -> dict[str, Any]:
+    return {
+        "title": line.title,
+        "paper": line.paper,
+        "equation": line.equation,
+        "sparse": line.sparse,
+        "parameters": {
+            p.name: {
+                "default": "(required)" if p.required else p.default,
+                "doc": p.doc,
+                "choices": list(p.choices),
+            }
+            for p in line.parameters.values()
+        },
+    }
+
+
 @app.command()
 def demo(
     out: Annotated[Path, typer.Option("--out", help="Where to write.")] = Path("demo"),

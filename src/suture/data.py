@@ -11,7 +11,7 @@ import hashlib
 import json
 import random
 from collections import defaultdict
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, NamedTuple
 import torch
 from torch import Tensor
 
-from suture.errors import RecipeError, did_you_mean
+from suture.errors import MissingExtraError, RecipeError, did_you_mean
 
 if TYPE_CHECKING:
     from suture.models import Tokenizer
@@ -59,6 +59,9 @@ class Batch(NamedTuple):
     """``(batch,)`` int64: the position of each label in the list of labels; -1 without one."""
     rows: tuple[int, ...]
     """The positions of these rows in the data."""
+    targets: Tensor | None = None
+    """``(batch, length)`` int64: 1 where a language model shall learn to predict the token;
+    without it, every token counts."""
 
 
 def rows_of(pairs: Iterable[tuple[str, str]]) -> list[Row]:
@@ -76,25 +79,31 @@ def read_rows(
     Raises:
         RecipeError: the file is missing, is neither kind, or a row lacks a column.
     """
-    readers = {".jsonl": _jsonl, ".csv": _csv}
-    if path.suffix not in readers:
-        raise RecipeError(f"{path}: data is read from {' and '.join(readers)} files")
-    rows = []
+    return [
+        Row(
+            cell(record, text, where),
+            cell(record, label, where) if label else "",
+            cell(record, group, where) if group else "",
+        )
+        for where, record in read_records(path)
+    ]
+
+
+def read_records(path: Path) -> list[tuple[str, Mapping[str, object]]]:
+    """Read a ``.jsonl``, ``.csv`` or ``.parquet`` file: where each row stands, and its cells.
+
+    Raises:
+        RecipeError: the file is missing, of another kind, or empty.
+    """
+    if path.suffix not in READERS:
+        raise RecipeError(f"{path}: data is read from {' and '.join(READERS)} files")
     try:
-        for number, record in readers[path.suffix](path):
-            where = f"{path}, line {number}"
-            rows.append(
-                Row(
-                    _cell(record, text, where),
-                    _cell(record, label, where) if label else "",
-                    _cell(record, group, where) if group else "",
-                )
-            )
+        records = [(f"{path}, line {n}", record) for n, record in READERS[path.suffix](path)]
     except (OSError, UnicodeDecodeError) as error:
         raise RecipeError(f"{path}: cannot be read: {error}") from error
-    if not rows:
+    if not records:
         raise RecipeError(f"{path}: holds no rows")
-    return rows
+    return records
 
 
 def split(rows: Iterable[Row], *, seed: int, validation: float, test: float) -> Split:
@@ -144,6 +153,8 @@ class Dataset:
     """Position of every row's label; -1 without one."""
     pad: int
     """The id that fills short rows."""
+    targets: tuple[tuple[int, ...], ...] | None = None
+    """1 for every token that is to be predicted, where not all are."""
 
     def __len__(self) -> int:
         return len(self.ids)
@@ -187,7 +198,12 @@ def collate(data: Dataset, rows: Sequence[int]) -> Batch:
         length = len(data.ids[i])
         ids[at, :length] = torch.tensor(data.ids[i], dtype=torch.int64)
         mask[at, :length] = 1
-    return Batch(ids, mask, torch.tensor([data.labels[i] for i in rows]), tuple(rows))
+    targets = None
+    if data.targets is not None:
+        targets = torch.zeros_like(mask)
+        for at, i in enumerate(rows):
+            targets[at, : len(data.ids[i])] = torch.tensor(data.targets[i], dtype=torch.int64)
+    return Batch(ids, mask, torch.tensor([data.labels[i] for i in rows]), tuple(rows), targets)
 
 
 def tokenise(
@@ -234,7 +250,36 @@ def _csv(path: Path) -> Iterator[tuple[int, Mapping[str, object]]]:
             yield reader.line_num, record
 
 
-def _cell(record: Mapping[str, object], column: str, where: str) -> str:
+def _parquet(path: Path) -> Iterator[tuple[int, Mapping[str, object]]]:
+    try:
+        from pyarrow import ArrowException
+        from pyarrow.parquet import ParquetFile
+    except ImportError as error:
+        raise MissingExtraError("a Parquet file", "data") from error
+    try:
+        number = 0
+        for part in ParquetFile(path).iter_batches():
+            for record in part.to_pylist():
+                number += 1
+                yield number, record
+    except ArrowException as error:
+        raise RecipeError(f"{path}: not a Parquet file: {error}") from error
+
+
+READERS: dict[str, Callable[[Path], Iterator[tuple[int, Mapping[str, object]]]]] = {
+    ".jsonl": _jsonl,
+    ".csv": _csv,
+    ".parquet": _parquet,
+}
+"""What reads a file, by its ending."""
+
+
+def cell(record: Mapping[str, object], column: str, where: str) -> str:
+    """A cell as text.
+
+    Raises:
+        RecipeError: the row has no such column.
+    """
     value = record.get(column)
     if value is None:
         known = [str(key) for key, given in record.items() if given is not None]

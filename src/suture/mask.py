@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import json
 import threading
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -23,9 +25,22 @@ class Mask:
     ``&``, ``|``, ``-`` and ``~`` are those of sets, over the same tensors.
     """
 
-    def __init__(self, shapes: Mapping[str, tuple[int, ...]], bits: Mapping[str, Array]) -> None:
+    def __init__(
+        self,
+        shapes: Mapping[str, tuple[int, ...]],
+        bits: Mapping[str, Array],
+        about: Mapping[str, Any] | None = None,
+    ) -> None:
         self.shapes = dict(shapes)
         self.bits = dict(bits)
+        self.about = dict(about or {})
+        """How it was made and of what, for those who read the file; set algebra drops it."""
+
+    @classmethod
+    def of(cls, entries: Mapping[str, Array], about: Mapping[str, Any] | None = None) -> Mask:
+        """A mask of boolean arrays."""
+        bits = {n: np.packbits(e.reshape(-1), bitorder="little") for n, e in entries.items()}
+        return cls({n: tuple(e.shape) for n, e in entries.items()}, bits, about)
 
     def __getitem__(self, name: str) -> Array:
         """The mask of one tensor as booleans in its shape."""
@@ -93,6 +108,8 @@ class Mask:
         from safetensors.numpy import save_file
 
         metadata = {f"shape {n}": ",".join(map(str, s)) for n, s in self.shapes.items()}
+        if self.about:
+            metadata["about"] = json.dumps(self.about, sort_keys=True)
         save_file(self.bits, path, metadata={"format": "suture.mask", **metadata})
 
     @classmethod
@@ -116,7 +133,13 @@ class Mask:
             bits = TensorSpec("BOOL", shapes[name]).numel
             if spec.dtype != "U8" or spec.shape != (-(-bits // 8),):
                 raise SutureError(f"{path}: the mask of {name} does not have {bits} bits")
-        return cls(shapes, dict(checkpoint))
+        try:
+            about = json.loads(metadata.get("about", "{}"))
+        except ValueError:
+            about = None
+        if not isinstance(about, dict):
+            raise SutureError(f"{path}: what it says about itself is not a JSON object")
+        return cls(shapes, dict(checkpoint), about)
 
 
 class _Packing(Visitor[None]):

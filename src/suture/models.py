@@ -21,7 +21,7 @@ from typing import Any, Generic, NamedTuple, Protocol, TypeVar
 
 from safetensors import SafetensorError, safe_open
 
-from suture.errors import CheckpointError, MissingExtraError, OutputError
+from suture.errors import CheckpointError, MissingExtraError, OutputError, RecipeError
 
 try:
     import torch
@@ -103,6 +103,8 @@ class Head:
     """``(classes, dim)`` float32."""
     bias: Tensor
     """``(classes,)`` float32."""
+    cosine: bool = False
+    """Whether features are scaled to length 1 before they are read."""
 
 
 class Classifier(nn.Module):
@@ -116,6 +118,7 @@ class Classifier(nn.Module):
         super().__init__()
         classes, dim = head.weight.shape
         self.labels = head.labels
+        self.cosine = head.cosine
         self.encoder = encoder
         self.linear = nn.Linear(dim, classes, device=head.weight.device)
         with torch.no_grad():
@@ -125,13 +128,25 @@ class Classifier(nn.Module):
 
     def forward(self, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
         """Logits ``(batch, classes)`` of token ids ``(batch, length)``."""
-        logits: Tensor = self.linear(self.encoder(input_ids, attention_mask))
+        features: Tensor = self.encoder(input_ids, attention_mask)
+        if self.cosine:
+            features = nn.functional.normalize(features, dim=-1)
+        logits: Tensor = self.linear(features)
         return logits
+
+    def with_body(self, body: nn.Module) -> Classifier:
+        """The same head, this very module of it, on another body."""
+        other = Classifier.__new__(Classifier)
+        nn.Module.__init__(other)
+        other.labels, other.cosine = self.labels, self.cosine
+        other.encoder, other.linear = body, self.linear  # type: ignore[assignment]
+        other.train(self.training)
+        return other
 
     def head(self) -> Head:
         """The head as a value of its own, on the CPU."""
         weight, bias = self.linear.weight.detach().cpu(), self.linear.bias.detach().cpu()
-        return Head(self.labels, weight.clone(), bias.clone())
+        return Head(self.labels, weight.clone(), bias.clone(), self.cosine)
 
 
 def masked_mean(hidden: Tensor, attention_mask: Tensor) -> Tensor:
@@ -174,6 +189,26 @@ def evaluating(model: nn.Module) -> Iterator[None]:
         yield
     finally:
         model.train(was_training)
+
+
+def recompute_activations(backbone: nn.Module) -> None:
+    """Save memory in training: activations inside of blocks are computed a second time.
+
+    Raises:
+        RecipeError: the architecture cannot do it.
+    """
+    # transformers 5 renames the method
+    new = getattr(backbone, "activation_checkpointing_enable", None)
+    old = getattr(backbone, "gradient_checkpointing_enable", None)
+    try:
+        if new is not None:
+            new({"use_reentrant": False})
+        elif old is not None:
+            old({"use_reentrant": False})
+        else:
+            raise ValueError("it has no such switch")
+    except ValueError as error:
+        raise RecipeError(f"activations cannot be computed anew in this model: {error}") from error
 
 
 # -- folders ---------------------------------------------------------------------------------------
@@ -269,7 +304,8 @@ def save_head(head: Head, path: Path) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     partial = path.with_name(f".{path.name}.partial")
     tensors = {"weight": head.weight.contiguous(), "bias": head.bias.contiguous()}
-    save_file(tensors, partial, {"labels": json.dumps(head.labels)})
+    about = {"labels": json.dumps(head.labels)} | ({"cosine": "true"} if head.cosine else {})
+    save_file(tensors, partial, about)
     partial.replace(path)
 
 
@@ -282,7 +318,8 @@ def load_head(path: Path, *, device: str = "cpu") -> Head:
     try:
         with safe_open(path, "pt", device=device) as file:
             labels = tuple(json.loads(file.metadata()["labels"]))
-            head = Head(labels, file.get_tensor("weight"), file.get_tensor("bias"))
+            cosine = file.metadata().get("cosine") == "true"
+            head = Head(labels, file.get_tensor("weight"), file.get_tensor("bias"), cosine)
     except (OSError, SafetensorError, KeyError, TypeError, ValueError) as error:
         raise CheckpointError(f"{path}: not a head saved by Suture: {error}") from error
     if head.weight.ndim != 2 or len(labels) != len(head.weight) or len(labels) != len(head.bias):

@@ -271,7 +271,8 @@ def write_patch(
 
 def is_patch(checkpoint: Checkpoint) -> bool:
     """Whether a file that was opened as a checkpoint is a patch."""
-    alone = len(checkpoint.files) == 1 and checkpoint.path.is_file()
+    path = checkpoint.path
+    alone = len(checkpoint.files) == 1 and path.is_file() and path.suffix == ".safetensors"
     return alone and read_header(checkpoint.path).metadata.get("format") == FORMAT
 
 

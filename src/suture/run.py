@@ -50,6 +50,7 @@ from suture.errors import (
     RecipeError,
     SutureError,
 )
+from suture.forms import PLAIN, check_forms
 from suture.ggufs import Gguf
 from suture.layers import Stretch, cut, depth_of, depths, sliced_config, stack_of
 from suture.mergekit import differences, native
@@ -395,6 +396,7 @@ def _planned(
         notes += aligned.notes
         parts = _parts(recipe, aligned.inputs, problems)
         _check_fit(recipe, parts, problems, notes)
+    check_forms({n: c for n, c in inputs.items() if n != "base"}, problems)
     with problems.collecting():
         carried_files(list(inputs.values()))
     problems.raise_if_any()
@@ -1111,6 +1113,7 @@ def provenance(plan: Plan, outcome: Outcome, out: Path) -> dict[str, Any]:
         "schema": SCHEMA,
         "kind": "merge",
         **({"restricted": True} if any(map(is_restricted, plan.inputs.values())) else {}),
+        **_form(plan),
         "recipe": recipe,
         "inputs": {
             label: {"path": paths[label], "fingerprint": outcome.fingerprints[label],
@@ -1146,6 +1149,14 @@ def _place_inputs(recipe: dict[str, Any], plan: Plan, out: Path) -> dict[str, st
     for name, entry in recipe["models"].items():
         entry["path"] = paths[name]
     return paths
+
+
+def _form(plan: Plan) -> dict[str, str]:
+    """How the output is to be read, where that is not plainly."""
+    tuned = {n: c for n, c in plan.inputs.items() if n != "base"}
+    form = check_forms(tuned, Problems())
+    found = {"form": form.kind, "adapter": form.adapter}
+    return {k: v for k, v in found.items() if v not in ("", PLAIN)}
 
 
 def _portable(checkpoint: Checkpoint, out: Path) -> str:

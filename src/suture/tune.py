@@ -10,20 +10,27 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from suture.data import Batch, Dataset
-from suture.errors import MissingExtraError, NonFiniteError, RecipeError
+from suture.data import Batch, Dataset, collate, plan
+from suture.errors import CheckpointError, MissingExtraError, NonFiniteError, RecipeError
 from suture.models import Head
+from suture.mover import Loss, Mover, classification, to
+from suture.snapshot import Snapshot, read_snapshot, write_snapshot
 
 PRECISIONS = ("no", "fp16", "bf16")
 """What ``TuneSettings.precision`` may be."""
+
+
+SCHEDULES = ("linear", "cosine", "constant")
+"""What ``TuneSettings.schedule`` may be."""
 
 
 @dataclass(frozen=True)
@@ -32,6 +39,8 @@ class TuneSettings:
 
     epochs: int = 1
     """How often every row is seen."""
+    steps: int = 0
+    """Stop after so many steps, if the epochs have more; 0: they decide."""
     batch: int = 32
     """Rows in a batch."""
     accumulate: int = 1
@@ -39,7 +48,9 @@ class TuneSettings:
     lr: float = 5e-5
     """Peak learning rate."""
     warmup: float = 0.1
-    """Share of the steps over which the rate rises linearly to its peak; then it falls to 0."""
+    """Share of the steps over which the rate rises linearly to its peak."""
+    schedule: str = "linear"
+    """How the rate falls to 0 after the peak: linear or cosine; or constant, it does not."""
     weight_decay: float = 0.01
     """Decoupled weight decay of matrices; vectors (norms, biases) are never decayed."""
     clip: float = 1.0
@@ -48,16 +59,25 @@ class TuneSettings:
     """Mixed precision: no, fp16 or bf16."""
     seed: int = 0
     """Seed of the order of rows and of dropout."""
+    validate_every: int = 0
+    """Steps between looks at the validation rows; 0: after each epoch."""
+    patience: int = 0
+    """Stop after so many looks without a better one, and keep the best; 0: never."""
+    save_every: int = 100
+    """Steps between checkpoints to resume from."""
 
     def __post_init__(self) -> None:
-        for name in ("epochs", "batch", "accumulate"):
-            if getattr(self, name) < 1:
-                raise RecipeError(f"{name} must be at least 1; got {getattr(self, name)}")
+        least = {"epochs": 1, "batch": 1, "accumulate": 1, "save_every": 1}
+        for name in (*least, "steps", "validate_every", "patience"):
+            if getattr(self, name) < least.get(name, 0):
+                at_least = least.get(name, 0)
+                raise RecipeError(f"{name} must be at least {at_least}; got {getattr(self, name)}")
         if not (0 <= self.warmup <= 1 and self.lr > 0 and self.weight_decay >= 0 and self.clip > 0):
             raise RecipeError(f"warmup is a share, the other rates are positive; got {self}")
-        if self.precision not in PRECISIONS:
-            known = ", ".join(PRECISIONS)
-            raise RecipeError(f"precision is one of {known}; got {self.precision!r}")
+        for name, known in (("precision", PRECISIONS), ("schedule", SCHEDULES)):
+            if getattr(self, name) not in known:
+                hint = ", ".join(known)
+                raise RecipeError(f"{name} is one of {hint}; got {getattr(self, name)!r}")
 
 
 @dataclass(frozen=True)
@@ -76,6 +96,10 @@ class Progress:
     """Since the beginning."""
     eta: float
     """Seconds that the rest will take at this speed."""
+    tokens_per_second: float = 0.0
+    """Since the beginning, padding not counted."""
+    score: float | None = None
+    """What the validation rows gave after this step, if they were looked at."""
 
 
 @dataclass(frozen=True)
@@ -89,19 +113,14 @@ class TuneResult:
     losses: tuple[float, ...]
     """Mean loss of every step."""
     seconds: float
-    """Wall time."""
+    """Wall time, that of interrupted runs not counted."""
+    scores: tuple[tuple[int, float], ...] = ()
+    """Steps and scores of every look at the validation rows."""
+    best: int | None = None
+    """The step whose weights were kept, if it is not the last."""
 
 
-Loss = Callable[[nn.Module, Batch], Tensor]
-"""Mean loss of one batch, a scalar; the batch is on the model's device."""
-
-
-def classification(model: nn.Module, batch: Batch) -> Tensor:
-    """Cross-entropy of a classifier."""
-    return F.cross_entropy(model(batch.input_ids, batch.attention_mask).float(), batch.labels)
-
-
-def tune(
+def tune(  # noqa: PLR0913 - who trains by hand needs each of these now and then
     model: nn.Module,
     data: Dataset,
     settings: TuneSettings,
@@ -109,82 +128,235 @@ def tune(
     loss: Loss = classification,
     device: str = "cpu",
     progress: Callable[[Progress], None] | None = None,
+    mover: Mover | None = None,
+    score: Callable[[nn.Module], float] | None = None,
+    checkpoint: Path | None = None,
 ) -> TuneResult:
     """Train the parameters of ``model`` that ask for gradients, in place.
 
     The result depends on model, data and settings only: randomness is seeded inside, and the
     caller's random state is as before afterwards. The model keeps its mode.
 
+    Args:
+        model: what to train.
+        data: the rows.
+        settings: how to train.
+        loss: of one batch.
+        device: where the model is and the batches go.
+        progress: is told after every step.
+        mover: how to train, where it is not the plain way.
+        score: looks at validation rows; the larger the better.
+        checkpoint: a file to resume from, if it is there, and to save to. An interrupted run that
+            goes on from it ends with the same losses and the same weights.
+
     Raises:
         MissingExtraError: accelerate is not installed.
         NonFiniteError: the loss became NaN or infinite.
+        OutputError: the checkpoint cannot be written.
         RecipeError: there is nothing to train, or nothing to train on.
     """
-    trained = [p for p in model.parameters() if p.requires_grad]
+    mover = mover or Mover(model, loss)
+    trained = mover.trained()
     if not trained or not len(data):
         raise RecipeError(f"nothing to train: {len(trained)} parameters, {len(data)} rows")
     accelerator = _accelerator(settings.precision, device)
 
     # the plan: every process takes its share of the batches, and all take equally many
     each = math.ceil(len(data) / settings.batch) // accelerator.num_processes
-    steps = math.ceil(each / settings.accumulate) * settings.epochs
+    epoch_steps = math.ceil(each / settings.accumulate)
+    steps = min(epoch_steps * settings.epochs, settings.steps or epoch_steps * settings.epochs)
     if not steps:
         raise RecipeError(f"{len(data)} rows do not give each of the processes a batch")
+    lengths = [len(row) for row in data.ids]
 
-    # the optimizer: a linear rise to the peak rate, a linear fall to zero
-    matrices = {"params": [p for p in trained if p.ndim > 1], "weight_decay": settings.weight_decay}
-    vectors = {"params": [p for p in trained if p.ndim < 2], "weight_decay": 0.0}
-    optimizer = torch.optim.AdamW([matrices, vectors], lr=settings.lr)
-    rate = torch.optim.lr_scheduler.LambdaLR(
-        optimizer, lambda step: slope(step, steps, settings.warmup)
-    )
-    was_training = model.training
-    prepared, stepper = accelerator.prepare(model, optimizer)
-    prepared.train()
+    # the optimizer: AdamW; the rate is a function of the step, so it has no state of its own
+    was_training = mover.model.training
+    mover.prepare(accelerator)
+    optimizer = torch.optim.AdamW(mover.groups(settings.weight_decay), lr=settings.lr, fused=True)
+    stepper = accelerator.prepare(optimizer)
+    mover.model.train()
 
     # the loop
-    losses: list[float] = []
-    examples, began = 0, time.perf_counter()
     with _seeded(settings.seed, accelerator.device):
-        for epoch in range(settings.epochs):
-            batches = list(data.batches(settings.batch, seed=settings.seed * 1_000_003 + epoch))
-            mine = batches[accelerator.process_index :: accelerator.num_processes][:each]
-            for start in range(0, len(mine), settings.accumulate):
-                group = [to(b, accelerator.device) for b in mine[start:][: settings.accumulate]]
-                total = _backward(accelerator, prepared, group, loss)
-                if not math.isfinite(total):
-                    where = f"step {len(losses) + 1}: a smaller lr than {settings.lr} may help"
-                    raise NonFiniteError(f"the loss is {total} at {where}")
-                accelerator.clip_grad_norm_(trained, settings.clip)
-                lr = float(optimizer.param_groups[0]["lr"])
-                stepper.step()
-                rate.step()
-                stepper.zero_grad()
+        run = _Run(mover, optimizer, stepper, accelerator, checkpoint)
+        run.resume()
+        for step in range(run.step, 0 if run.stopped else steps):
+            epoch, place = divmod(step, epoch_steps)
+            if place == 0 or step == run.step:
+                order = plan(lengths, settings.batch, seed=settings.seed * 1_000_003 + epoch)
+                mine = order[accelerator.process_index :: accelerator.num_processes][:each]
+            rows = mine[place * settings.accumulate :][: settings.accumulate]
+            group = [to(collate(data, r), accelerator.device) for r in rows]
 
-                losses.append(total)
-                examples += sum(len(b.rows) for b in group) * accelerator.num_processes
-                if progress is not None:
-                    speed = examples / (time.perf_counter() - began)
-                    eta = (steps - len(losses)) * (examples / len(losses)) / speed
-                    progress(Progress(len(losses), steps, total, lr, speed, eta))
+            lr = settings.lr * slope(step, steps, settings.warmup, settings.schedule)
+            total = run.move(group, lr, settings.clip)
+            if not math.isfinite(total):
+                raise NonFiniteError(_not_finite(total, step + 1, settings, run))
+            if score is not None and _is_time(step, steps, settings.validate_every or epoch_steps):
+                run.look(score, settings.patience)
+            if run.stopped or _is_time(step, steps, settings.save_every):
+                run.save()
+            if progress is not None:
+                progress(run.progress(steps, lr))
+            if run.stopped:
+                break
+        run.keep_best()
+        mover.after()
 
-    model.train(was_training)
-    return TuneResult(steps, examples, tuple(losses), time.perf_counter() - began)
+    mover.model.train(was_training)
+    batches = run.step * settings.accumulate * accelerator.num_processes
+    examples = min(batches * settings.batch, len(data) * settings.epochs)
+    seconds = time.perf_counter() - run.began
+    return TuneResult(run.step, examples, tuple(run.losses), seconds, tuple(run.scores), run.kept)
 
 
-def _backward(accelerator: Any, model: nn.Module, group: Sequence[Batch], loss: Loss) -> float:
-    """Add up the gradients of a group of batches; the mean loss of its rows.
+def _is_time(step: int, steps: int, every: int) -> bool:
+    """Whether something is due after a step, counted from 0; always after the last."""
+    return (step + 1) % every == 0 or step + 1 == steps
 
-    Every batch weighs by its rows, so that a group is the same as one large batch.
-    """
-    rows, total = sum(len(batch.rows) for batch in group), 0.0
-    for number, batch in enumerate(group, 1):
-        last = number == len(group)  # processes exchange gradients once a step, not once a batch
-        with nullcontext() if last else accelerator.no_sync(model), accelerator.autocast():
-            value = loss(model, batch) * (len(batch.rows) / rows)
-            accelerator.backward(value)
-        total += float(value.detach())
-    return total
+
+def _not_finite(total: float, step: int, settings: TuneSettings, run: _Run) -> str:
+    kept = f"; the checkpoint of step {run.saved} is kept" if run.saved else ""
+    return f"the loss is {total} at step {step}: a smaller lr than {settings.lr} may help{kept}"
+
+
+class _Run:
+    """What changes while training, and how it gets to disk and back."""
+
+    def __init__(
+        self,
+        mover: Mover,
+        optimizer: torch.optim.AdamW,
+        stepper: Any,
+        accelerator: Any,
+        path: Path | None,
+    ) -> None:
+        self.mover, self.optimizer, self.stepper = mover, optimizer, stepper
+        self.accelerator, self.path = accelerator, path
+        self.trained = mover.trained()
+        self.losses: list[float] = []
+        self.scores: list[tuple[int, float]] = []
+        self.best: dict[str, Tensor] = {}
+        self.kept: int | None = None
+        self.stopped = False
+        self.first = self.saved = 0
+        self.rows = self.tokens = 0
+        self.began = time.perf_counter()
+
+    @property
+    def step(self) -> int:
+        """Steps done."""
+        return len(self.losses)
+
+    def move(self, group: Sequence[Batch], lr: float, clip: float) -> float:
+        """One step of the optimizer on a group of batches; their mean loss.
+
+        A batch weighs by its rows, so that a group is the same as one large batch. With a loss
+        that is no number nothing moves.
+        """
+        for part in self.optimizer.param_groups:
+            part["lr"] = lr
+        count = sum(len(batch.rows) for batch in group)
+        total = sum(
+            self.mover.gradients(
+                self.accelerator, batch, len(batch.rows) / count, batch is group[-1]
+            )
+            for batch in group
+        )
+        if not math.isfinite(total):
+            return total
+        self.mover.before(self.accelerator, lr)
+        self.accelerator.clip_grad_norm_(list(self.trained.values()), clip)
+        self.stepper.step()
+        self.stepper.zero_grad()
+        self.mover.after()
+        self.losses.append(total)
+        self.rows += count * self.accelerator.num_processes
+        tokens = sum(int(batch.attention_mask.sum()) for batch in group)
+        self.tokens += tokens * self.accelerator.num_processes
+        return total
+
+    def progress(self, steps: int, lr: float) -> Progress:
+        """Where training stands now."""
+        spent = time.perf_counter() - self.began
+        eta = (steps - self.step) * spent / (self.step - self.first)
+        looked = self.scores[-1][1] if self.scores and self.scores[-1][0] == self.step else None
+        speeds = self.rows / spent, self.tokens / spent
+        return Progress(self.step, steps, self.losses[-1], lr, speeds[0], eta, speeds[1], looked)
+
+    def look(self, score: Callable[[nn.Module], float], patience: int) -> None:
+        """Score the model; remember it if it is the best, stop if it has not been for long."""
+        found = score(self.mover.evaluated)
+        earlier = [value for _, value in self.scores]
+        self.scores.append((self.step, found))
+        if patience and (not earlier or found > max(earlier)):
+            self.best = {n: p.detach().clone() for n, p in self.trained.items()}
+            self.kept = self.step
+        since = sum(1 for at, _ in self.scores if self.kept is not None and at > self.kept)
+        self.stopped = bool(patience) and since >= patience
+
+    @torch.no_grad()
+    def keep_best(self) -> None:
+        """Put the best weights back, where they were remembered."""
+        for name, value in self.best.items():
+            self.trained[name].copy_(value)
+
+    def save(self) -> None:
+        """Write a checkpoint, if there is a place for it."""
+        if self.path is None or not self.accelerator.is_main_process:
+            return
+        tensors: dict[str, Tensor] = {f"trained/{n}": p for n, p in self.trained.items()}
+        tensors |= {f"best/{n}": t for n, t in self.best.items()}
+        for number, state in self.optimizer.state_dict()["state"].items():
+            tensors |= {f"optimizer/{number}/{word}": value for word, value in state.items()}
+        tensors["random/cpu"] = torch.get_rng_state()
+        if self.accelerator.device.type == "cuda":
+            tensors["random/cuda"] = torch.cuda.get_rng_state(self.accelerator.device)
+        scaler = self.accelerator.scaler
+        facts = {
+            "losses": self.losses,
+            "scores": self.scores,
+            "kept": self.kept,
+            "stopped": self.stopped,
+            "scaler": None if scaler is None else scaler.state_dict(),
+        }
+        write_snapshot(Snapshot(tensors, facts), self.path)
+        self.saved = self.step
+
+    @torch.no_grad()
+    def resume(self) -> None:
+        """Go on from the checkpoint, if there is one."""
+        found = None if self.path is None else read_snapshot(self.path)
+        if found is None:
+            return
+        held = found.part("trained")
+        if held.keys() != self.trained.keys() or any(
+            held[n].shape != p.shape for n, p in self.trained.items()
+        ):
+            raise CheckpointError(f"{self.path}: is of another run; move it away")
+        for name, parameter in self.trained.items():
+            parameter.copy_(held[name])
+        self.best = {n: t.to(self.trained[n].device) for n, t in found.part("best").items()}
+        state: dict[int, dict[str, Tensor]] = {}
+        for key, value in found.part("optimizer").items():
+            number, word = key.split("/")
+            state.setdefault(int(number), {})[word] = value
+        groups = self.optimizer.state_dict()["param_groups"]
+        self.optimizer.load_state_dict({"state": state, "param_groups": groups})
+        facts = found.facts
+        self.losses, self.scores = list(facts["losses"]), [tuple(s) for s in facts["scores"]]
+        self.kept, self.stopped = facts["kept"], facts["stopped"]
+        self.first = self.saved = self.step
+        if facts["scaler"] is not None and self.accelerator.scaler is not None:
+            self.accelerator.scaler.load_state_dict(facts["scaler"])
+        torch.set_rng_state(found.tensors["random/cpu"])
+        if "random/cuda" in found.tensors:
+            torch.cuda.set_rng_state(found.tensors["random/cuda"], self.accelerator.device)
+        self.mover.after()
+
+
+SHARDED = ("FSDP", "DEEPSPEED", "MEGATRON_LM")
+"""Ways to spread one model over processes, in which no process holds a whole tensor."""
 
 
 def _accelerator(precision: str, device: str) -> Any:
@@ -200,7 +372,23 @@ def _accelerator(precision: str, device: str) -> Any:
         raise RecipeError(f"{what}: {error}") from error
     if accelerator.device.type != kind:
         raise RecipeError(f"cannot train on {device}: only {accelerator.device.type} is here")
+    refuse_sharded(accelerator)
     return accelerator
+
+
+def refuse_sharded(accelerator: Any) -> None:
+    """Refuse to train where no process holds whole tensors.
+
+    Raises:
+        RecipeError: accelerate is set up for FSDP, DeepSpeed or Megatron.
+    """
+    kind = str(getattr(accelerator.distributed_type, "value", accelerator.distributed_type))
+    if kind.upper() in SHARDED:
+        raise RecipeError(
+            f"accelerate is set up for {kind}, which is not supported: masks and checkpoints need "
+            "whole tensors in every process; use one device, or several with a whole model each "
+            "(`accelerate launch --multi_gpu`)"
+        )
 
 
 @contextmanager
@@ -210,18 +398,15 @@ def _seeded(seed: int, device: torch.device) -> Iterator[None]:
         yield
 
 
-def slope(step: int, steps: int, warmup: float) -> float:
+def slope(step: int, steps: int, warmup: float, schedule: str = "linear") -> float:
     """Factor on the peak rate at a step counted from 0: up to 1 linearly, then down towards 0."""
     rising = round(warmup * steps)
     if step < rising:
         return (step + 1) / rising
-    return (steps - step) / max(1, steps - rising)
-
-
-def to(batch: Batch, device: torch.device) -> Batch:
-    """The same batch on a device."""
-    ids, mask = batch.input_ids.to(device), batch.attention_mask.to(device)
-    return Batch(ids, mask, batch.labels.to(device), batch.rows)
+    if schedule == "constant":
+        return 1.0
+    left = (steps - step) / max(1, steps - rising)
+    return left if schedule == "linear" else 0.5 - 0.5 * math.cos(math.pi * left)
 
 
 def fit_head(

@@ -156,7 +156,6 @@ class Planned(Checkpoint):
         self, name: str, folder: Path, specs: Mapping[str, TensorSpec], config: Mapping[str, Any]
     ) -> None:
         self.path, self.label, self.folder, self.files = folder, name, folder, []
-        self.restricted = False
         self.config = dict(config)
         self.aliases = tied_to(specs.keys()) if ties_embeddings(self.config) else {}
         self.specs = {n: spec for n, spec in specs.items() if n not in self.aliases}

@@ -30,7 +30,11 @@ def loss(model: nn.Module, batches: Iterable[Batch], *, device: str = "cpu") -> 
     with evaluating(model):
         for batch in batches:
             ids, mask = batch.input_ids.to(device), batch.attention_mask.to(device)
-            each = token_losses(model(ids, mask), ids, mask)
+            if batch.targets is not None:  # the answer is judged, not the prompt
+                mask = batch.targets.to(device)
+                each = token_losses(model(ids, batch.attention_mask.to(device)), ids, mask)
+            else:
+                each = token_losses(model(ids, mask), ids, mask)
             sums += each.sum(1).tolist()
             counts += (mask[:, 1:].sum(1)).tolist()
     if not all(map(math.isfinite, sums)):

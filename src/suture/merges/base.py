@@ -195,8 +195,8 @@ class Parameter:
             return f"{brief(value)} is not one of {', '.join(self.choices)}; " + did_you_mean(
                 str(value), self.choices
             )
-        assert isinstance(self.meta, Number)
-        return self.meta.problem(value)
+        found: str | None = self.meta.problem(value)
+        return found
 
 
 def _plain(default: Any) -> Any:

@@ -1,0 +1,80 @@
+"""A tuned folder as the model it is: with its head, and linearized where it says so."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+from torch import nn
+
+from suture.checkpoint import open_checkpoint, read_json
+from suture.engine import checkpoint_fingerprint
+from suture.errors import CheckpointError, MismatchError
+from suture.forms import LINEARIZED, RECORD_LIMIT, form_of
+from suture.models import (
+    Classifier,
+    Encoder,
+    LanguageModel,
+    load_encoder,
+    load_head,
+    load_language_model,
+)
+
+
+def load_tuned(
+    folder: Path, *, head: Path | None = None, base: Path | None = None, device: str = "cpu"
+) -> nn.Module:
+    """Load what ``suture finetune`` wrote, or a merge of such folders, ready to be evaluated.
+
+    Args:
+        folder: the folder.
+        head: the head of the task; by default the one in the folder, if there is one.
+        base: what a linearized model is linearized around; by default where its record says.
+        device: where to.
+
+    Raises:
+        CheckpointError: the folder holds no such model.
+        MismatchError: the base is not the one it was trained on.
+    """
+    head = head or (
+        folder / "head.safetensors" if (folder / "head.safetensors").is_file() else None
+    )
+    checkpoint = open_checkpoint(folder)
+    if form_of(checkpoint).kind != LINEARIZED:
+        body = _body(folder, head, device)
+        if head and isinstance(body, Encoder):
+            return Classifier(body, load_head(head, device=device)).eval()
+        return body
+
+    from suture.finetune.tangent import LinearizedBody
+
+    inputs = read_json(folder / "suture.json", RECORD_LIMIT).get("inputs", {}).get("base", {})
+    where = base or folder / str(inputs.get("path", ""))
+    if not where.is_dir():
+        raise CheckpointError(
+            f"{folder}: is linearized around a base that is not at {where}; name the base"
+        )
+    found = checkpoint_fingerprint(open_checkpoint(where))
+    if found != inputs.get("fingerprint"):
+        raise MismatchError(
+            f"{where}: is not the base of {folder} (its fingerprint is {found}, "
+            f"not {inputs.get('fingerprint')})"
+        )
+    start, end = _body(where, head, device), _body(folder, head, device)
+    moved = dict(end.named_parameters())
+    with torch.no_grad():
+        tau = {n: moved[n] - p for n, p in start.named_parameters()}
+    start.requires_grad_(False)
+    linear = LinearizedBody(start, tau)
+    if head and isinstance(start, Encoder):
+        return Classifier(start, load_head(head, device=device)).with_body(linear).eval()
+    return linear.eval()
+
+
+def _body(folder: Path, head: Path | None, device: str) -> Encoder | LanguageModel:
+    config = read_json(folder / "config.json")
+    names = config.get("architectures") or [""]
+    causal = any(word in names[0] for word in ("ForCausalLM", "LMHeadModel"))
+    if causal and head is None:
+        return load_language_model(folder, device=device, dtype=torch.float32).model
+    return load_encoder(folder, device=device, dtype=torch.float32).model

@@ -1,0 +1,180 @@
+"""The folder that a run leaves: the base's tensors with the trained ones in their places."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import yaml
+from torch import Tensor
+
+from suture.card import carried_files, config_text, licence_of, model_name
+from suture.checkpoint import Checkpoint, open_checkpoint
+from suture.engine import checkpoint_fingerprint, output_specs
+from suture.errors import OutputError
+from suture.evals import Metric
+from suture.finetune.packed import Place
+from suture.finetune.recipe import Finetune
+from suture.models import Head, save_head
+from suture.spec import DTYPES
+from suture.writer import _sync_folder, index_of, plan_shards
+
+TORCH = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
+
+
+def write_weights(
+    base: Checkpoint,
+    trained: Mapping[str, Tensor],
+    places: Mapping[str, Place],
+    dtype: str | None,
+    folder: Path,
+) -> str:
+    """Write ``model*.safetensors``; the fingerprint of what was written.
+
+    What was not trained is copied byte for byte, unless another dtype is asked for.
+
+    Args:
+        base: the checkpoint that training started from.
+        trained: parameters by name, as they are now.
+        places: where each stands in the base's files.
+        dtype: of floating tensors in the output; ``None`` keeps the base's.
+        folder: an empty folder.
+
+    Raises:
+        OutputError: the disk is full or refuses.
+    """
+    inside: dict[str, list[str]] = {}
+    for name in trained:
+        inside.setdefault(places[name].name, []).append(name)
+    specs = output_specs(base, dtype)
+    shards = plan_shards(specs)
+    try:
+        for shard in shards:
+            with (folder / shard.name).open("wb") as file:
+                file.write(shard.header)
+                for name, at in sorted(shard.offsets.items(), key=lambda pair: pair[1]):
+                    assert file.tell() == at
+                    value = base.tensor(name)
+                    if name in inside:
+                        value = value.clone()
+                        for own in inside[name]:
+                            part = places[own].of(value)
+                            part.copy_(trained[own].detach().to("cpu", value.dtype))
+                        if len(inside[name]) == 1 and places[inside[name][0]].stop is None:
+                            value = trained[inside[name][0]].detach().cpu()
+                    if DTYPES[specs[name].dtype].computable:
+                        value = value.to(TORCH[specs[name].dtype])
+                    raw = (
+                        value.contiguous().reshape(-1).view(torch.uint8).numpy()
+                        if value.numel()
+                        else np.empty(0, np.uint8)
+                    )
+                    file.write(raw.data)
+                file.flush()
+                os.fsync(file.fileno())
+        index = index_of(shards, specs)
+        if index is not None:
+            (folder / "model.safetensors.index.json").write_text(index, encoding="utf-8")
+    except OSError as error:
+        raise _full(folder, error) from error
+    return checkpoint_fingerprint(open_checkpoint(folder))
+
+
+def write_beside(
+    base: Checkpoint,
+    recipe: Finetune,
+    record: Mapping[str, Any],
+    head: Head | None,
+    folder: Path,
+    name: str,
+) -> None:
+    """Write configuration, tokenizer, head, card and provenance."""
+    try:
+        for file, path in carried_files([base]).items():
+            shutil.copyfile(path, folder / file)
+        texts = {
+            "config.json": config_text(base.config, recipe.dtype),
+            "suture.json": json.dumps(record, indent=2, ensure_ascii=False) + "\n",
+            "README.md": card(base, recipe, record, name),
+        }
+        for file, text in texts.items():
+            (folder / file).write_text(text, encoding="utf-8")
+        if head is not None:
+            save_head(head, folder / "head.safetensors")
+    except OSError as error:
+        raise _full(folder, error) from error
+
+
+def publish(folder: Path, out: Path, *, overwrite: bool) -> None:
+    """Make the folder appear under its name, whole, in one step."""
+    try:
+        for path in folder.rglob("*"):
+            if path.is_file():
+                with path.open("rb") as file:
+                    os.fsync(file.fileno())
+        _sync_folder(folder)
+        if out.is_dir() and not any(out.iterdir()):
+            out.rmdir()
+        if out.exists():
+            if not overwrite:
+                raise OutputError(f"{out}: appeared while its run was going on; it was left alone")
+            old = folder.with_name("old")
+            out.rename(old)
+        folder.rename(out)
+        _sync_folder(out.parent)
+    except OSError as error:
+        raise _full(out, error) from error
+
+
+def _full(folder: Path, error: OSError) -> OutputError:
+    return OutputError(
+        f"{folder}: {error.strerror or error}; the training is kept, and the same command goes on "
+        "from it"
+    )
+
+
+def card(base: Checkpoint, recipe: Finetune, record: Mapping[str, Any], name: str) -> str:
+    """The README of a fine-tuned model: front matter for the hub, then what was done, in words."""
+    front: dict[str, Any] = {
+        "tags": ["suture", "fine-tuning"],
+        "library_name": "transformers",
+        "base_model": model_name(base),
+    }
+    licence = licence_of(base)
+    if licence:
+        front["license"] = licence
+    results = record["results"]
+    strategy = recipe.strategy
+    lines = [
+        f"---\n{yaml.safe_dump(front, sort_keys=False)}---\n",
+        f"# {name}\n",
+        f"Fine-tuned with Suture {record['suture']} by **{strategy.title}** ({strategy.paper}).\n",
+        f"{strategy.equation}\n",
+    ]
+    if record["form"] != "plain":
+        lines.append(
+            "**These weights are those of a linearized model.** They are the base plus a "
+            "direction; evaluate them to first order around the base "
+            "(`suture.finetune.load_tuned`), not as an ordinary model.\n"
+        )
+    lines += [
+        "## Result\n",
+        f"- {results['trained']:,} entries trained, {results['share']:.2%} of the model",
+        f"- {results['steps']} steps, loss {results['loss']['first']:.4g} to "
+        f"{results['loss']['last']:.4g}",
+    ]
+    if results["metric"]:
+        before, after = Metric.read(results["base_metric"]), Metric.read(results["metric"])
+        lines.append(
+            f"- {after.name} on {after.n} validation rows {after.value:.4g} "
+            f"[{after.low:.4g}, {after.high:.4g}]; "
+            f"the base has {before.value:.4g} [{before.low:.4g}, {before.high:.4g}]"
+        )
+    lines.append(f"- output fingerprint `{record['output']['fingerprint']}`")
+    return "\n".join(lines) + "\n"

@@ -1,0 +1,312 @@
+"""The recipe of a fine-tuning run: YAML to frozen types, all faults at once."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field, fields
+from pathlib import Path
+from typing import Any
+
+from suture.errors import Problems, RecipeError, brief, did_you_mean
+from suture.finetune.base import Strategy
+from suture.finetune.strategies import strategy
+from suture.recipe import RECIPE_LIMIT, parse_yaml
+from suture.spec import WORD_OF, dtype_named
+from suture.tune import TuneSettings
+
+KEYS = ("base", "strategy", "parameters", "task", "data", "head", "training", "output", "device")
+TASKS = ("classification", "language-model")
+HEADS = ("probe", "zero-shot", "learned")
+TOO_LONG = ("error", "cut", "drop")
+
+
+@dataclass(frozen=True)
+class Source:
+    """Where rows come from: a file, or a data set of the hub."""
+
+    path: str
+    split: str = ""
+    """Of a hub data set."""
+    config: str | None = None
+    revision: str | None = None
+
+
+@dataclass(frozen=True)
+class DataSpec:
+    """The rows and what their columns are called."""
+
+    train: Source
+    validation: Source | None = None
+    share: float = 0.1
+    """Share of the training rows held out for validation, where it has no source of its own."""
+    text: str = "text"
+    label: str = "label"
+    prompt: str = "prompt"
+    response: str = "response"
+    messages: str = "messages"
+    format: str = ""
+    """text, prompt or chat; found out from the columns unless given."""
+    labels: tuple[str, ...] = ()
+    """The labels there are, in order; by default those of the training rows, sorted."""
+    label_texts: Mapping[str, str] = field(default_factory=dict)
+    """What a zero-shot head reads for a label, where not its name."""
+    max_length: int = 0
+    """Most tokens of a row; 0 for what the model can read."""
+    too_long: str = "error"
+    limit: int = 0
+    """Use only the first so many training rows; 0 for all."""
+    chat: bool = False
+    """Whether prompts and responses are put into the chat template."""
+
+
+@dataclass(frozen=True)
+class Finetune:
+    """A run, as data: after ``read_finetune`` every key is known and every value checked."""
+
+    base: str
+    strategy: Strategy
+    data: DataSpec
+    parameters: Mapping[str, Any] = field(default_factory=dict)
+    task: str | None = None
+    head: str = "probe"
+    training: TuneSettings = field(default_factory=TuneSettings)
+    recompute: bool = False
+    """Whether activations are computed anew in the backward pass, to save memory."""
+    dtype: str | None = None
+    """The dtype of the output; ``None`` keeps that of the base."""
+    device: str = "auto"
+    folder: Path = field(default_factory=Path)
+
+    def resolved(self) -> dict[str, Any]:
+        """The recipe with every default written out, as plain data that can be read again."""
+        known = self.strategy.parameters
+        shared = {n: self.parameters.get(n, p.default) for n, p in known.items()}
+        data = asdict(self.data)
+        train, validation = data.pop("train"), data.pop("validation")
+        share = data.pop("share")
+        data = {k: list(v) if isinstance(v, tuple) else v for k, v in data.items()}
+        return {
+            "base": self.base,
+            "strategy": self.strategy.name,
+            "parameters": {k: list(v) if isinstance(v, tuple) else v for k, v in shared.items()},
+            "task": self.task,
+            "data": {"train": train, "validation": validation or share, **data},
+            "head": self.head,
+            "training": {**asdict(self.training), "recompute": self.recompute},
+            "output": {"dtype": None if self.dtype is None else WORD_OF[self.dtype]},
+            "device": self.device,
+        }
+
+
+def read_finetune(source: Path | Mapping[str, Any], folder: Path | None = None) -> Finetune:
+    """Read a recipe file, or a mapping.
+
+    Raises:
+        RecipeError: everything that is wrong with it, at once.
+    """
+    if isinstance(source, Mapping):
+        raw, where = dict(source), folder or Path()
+    else:
+        raw, where = _parsed(source), folder or source.parent
+    problems = Problems()
+    found = _Reader(raw, problems).recipe(where)
+    problems.raise_if_any()
+    assert found is not None
+    return found
+
+
+def _parsed(source: Path) -> dict[str, Any]:
+    try:
+        if source.stat().st_size > RECIPE_LIMIT:
+            raise RecipeError(f"{source}: too large for a recipe")
+        return parse_yaml(source.read_text(encoding="utf-8"), str(source))
+    except OSError as error:
+        raise RecipeError(f"{source}: {error.strerror}") from None
+    except UnicodeDecodeError:
+        raise RecipeError(f"{source}: not a text file") from None
+
+
+class _Reader:
+    """Reads one recipe; every fault is noted."""
+
+    def __init__(self, raw: dict[str, Any], problems: Problems) -> None:
+        self.raw, self.problems = raw, problems
+
+    def refuse(self, text: str) -> None:
+        self.problems.add(RecipeError, text)
+
+    def known(self, raw: Mapping[str, Any], keys: tuple[str, ...], where: str) -> None:
+        for key in raw:
+            if key not in keys:
+                self.refuse(f"{where}unknown key {key!r}; {did_you_mean(str(key), keys)}")
+
+    def section(self, key: str) -> dict[str, Any]:
+        found = self.raw.get(key)
+        if found is None:
+            return {}
+        if not isinstance(found, Mapping):
+            self.refuse(f"{key}: a mapping, not {brief(found)}")
+            return {}
+        return {str(k): v for k, v in found.items()}
+
+    def word(self, key: str, choices: tuple[str, ...], default: Any) -> Any:
+        value = self.raw.get(key)
+        if value is None:
+            return default
+        if value not in choices:
+            self.refuse(f"{key}: {brief(value)} is not known; {did_you_mean(str(value), choices)}")
+            return default
+        return value
+
+    def recipe(self, folder: Path) -> Finetune | None:
+        self.known(self.raw, KEYS, "")
+        base, name = self.raw.get("base"), self.raw.get("strategy")
+        if not isinstance(base, str) or not base:
+            self.refuse("base: the path or hub id of the model to start from")
+        found, parameters = None, self.section("parameters")
+        with self.problems.collecting():
+            if not isinstance(name, str):
+                raise RecipeError("strategy: missing; `suture strategies` lists them")
+            found = strategy(name)
+            found.settings(parameters, self.problems)
+        training, recompute = self.training()
+        dtype = self.dtype()
+        task = self.word("task", TASKS, None)
+        head = self.raw.get("head", "probe")
+        if not isinstance(head, str) or not head:
+            self.refuse(f"head: {', '.join(HEADS)} or the file of a saved head, not {brief(head)}")
+        elif head not in HEADS and not (folder / head).is_file():
+            self.refuse(f"head: no file {folder / head}; {did_you_mean(head, HEADS)}")
+        device = self.raw.get("device", "auto")
+        if not isinstance(device, str):
+            self.refuse(f"device: auto, cpu or cuda, not {brief(device)}")
+        data = self.data(folder)
+        if self.problems or found is None or data is None:
+            return None
+        return Finetune(str(base), found, data, parameters, task, str(head), training, recompute,
+                        dtype, str(device), folder)  # fmt: skip
+
+    def training(self) -> tuple[TuneSettings, bool]:
+        raw = self.section("training")
+        recompute = raw.pop("recompute", False)
+        if not isinstance(recompute, bool):
+            self.refuse(f"training.recompute: true or false, not {brief(recompute)}")
+        default = TuneSettings()
+        names = tuple(f.name for f in fields(TuneSettings))
+        self.known(raw, (*names, "recompute"), "training: ")
+        fine = {}
+        for key in names:
+            if key not in raw:
+                continue
+            value, like = raw[key], getattr(default, key)
+            if key == "precision" and value is False:  # YAML reads a bare `no` as false
+                value = "no"
+            number = isinstance(value, int | float) and not isinstance(value, bool)
+            if isinstance(like, str):
+                right = isinstance(value, str)
+            else:
+                right = (
+                    number
+                    and abs(value) < 2**63
+                    and (isinstance(like, float) or value == int(value))
+                )
+            if right:
+                fine[key] = type(like)(value)
+            else:
+                kind = "a word" if isinstance(like, str) else "a number"
+                self.refuse(f"training.{key}: {kind}, not {brief(value)}")
+        with self.problems.collecting():
+            for key, value in fine.items():
+                with self.problems.collecting():
+                    TuneSettings(**{key: value})
+        return (default if self.problems else TuneSettings(**fine)), bool(recompute)
+
+    def dtype(self) -> str | None:
+        raw = self.section("output")
+        self.known(raw, ("dtype",), "output: ")
+        with self.problems.collecting():
+            return None if raw.get("dtype") is None else dtype_named(str(raw["dtype"]))
+        return None
+
+    def data(self, folder: Path) -> DataSpec | None:
+        raw = self.section("data")
+        names = tuple(f.name for f in fields(DataSpec) if f.name != "share")
+        self.known(raw, names, "data: ")
+        train = self.source(raw.get("train"), "data.train", folder, "train")
+        validation, share = raw.get("validation", 0.1), 0.1
+        other = None
+        if isinstance(validation, int | float) and not isinstance(validation, bool):
+            share = float(validation)
+            if not 0 <= share < 1:
+                self.refuse(f"data.validation: a share is in [0, 1), not {share}")
+        else:
+            other = self.source(validation, "data.validation", folder, "validation")
+        given = self.columns(raw) | self.limits(raw) | self.labels(raw)
+        return None if train is None or self.problems else DataSpec(train, other, share, **given)
+
+    def columns(self, raw: Mapping[str, Any]) -> dict[str, Any]:
+        """What the columns are called and what stands in them."""
+        given: dict[str, Any] = {}
+        for key in ("text", "label", "prompt", "response", "messages"):
+            if key in raw and not isinstance(raw[key], str):
+                self.refuse(f"data.{key}: the name of a column, not {brief(raw[key])}")
+            elif key in raw:
+                given[key] = raw[key]
+        for key, choices in (("format", ("text", "prompt", "chat")), ("too_long", TOO_LONG)):
+            value = raw.get(key) or ""
+            if value and value not in choices:
+                hint = did_you_mean(str(value), choices)
+                self.refuse(f"data.{key}: {brief(value)} is not known; {hint}")
+            elif value:
+                given[key] = value
+        return given
+
+    def limits(self, raw: Mapping[str, Any]) -> dict[str, Any]:
+        """How much of the rows is used."""
+        given: dict[str, Any] = {}
+        for key in ("max_length", "limit"):
+            value = raw.get(key, 0)
+            if isinstance(value, bool) or not isinstance(value, int) or value < 0:
+                self.refuse(f"data.{key}: a whole number, not {brief(value)}")
+            else:
+                given[key] = value
+        return given
+
+    def labels(self, raw: Mapping[str, Any]) -> dict[str, Any]:
+        """Labels, what they are called, and whether there are chats to be made."""
+        labels, texts, chat = (
+            raw.get("labels", []),
+            raw.get("label_texts", {}),
+            raw.get("chat", False),
+        )
+        if not isinstance(chat, bool):
+            self.refuse(f"data.chat: true or false, not {brief(chat)}")
+        if not isinstance(labels, list) or len({str(x) for x in labels}) != len(labels):
+            self.refuse(f"data.labels: a list of different labels, not {brief(labels)}")
+            labels = []
+        if not isinstance(texts, Mapping):
+            self.refuse(f"data.label_texts: a mapping from labels to texts, not {brief(texts)}")
+            texts = {}
+        named = {str(k): str(v) for k, v in texts.items()}
+        return {"labels": tuple(map(str, labels)), "label_texts": named, "chat": chat}
+
+    def source(self, value: object, where: str, folder: Path, split: str) -> Source | None:
+        raw = {"path": value} if isinstance(value, str) else value
+        if not isinstance(raw, Mapping) or not isinstance(raw.get("path"), str) or not raw["path"]:
+            self.refuse(
+                f"{where}: a file (.jsonl, .csv, .parquet) or a data set of the hub, "
+                f"not {brief(value)}"
+            )
+            return None
+        self.known(raw, ("path", "split", "config", "revision"), f"{where}: ")
+        path = str(raw["path"])
+        local = folder / path
+        if local.is_file():
+            return Source(str(local))
+        looks = (
+            path.count("/") == 1 and not path.startswith((".", "/", "~")) and not Path(path).suffix
+        )
+        if not looks:
+            self.refuse(f"{where}: no file {local}")
+            return None
+        return Source(path, str(raw.get("split") or split), raw.get("config"), raw.get("revision"))

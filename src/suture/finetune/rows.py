@@ -1,0 +1,278 @@
+"""Rows of a recipe to tokenised data: classification, plain text, prompts with responses, chats."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from suture.data import Dataset, Row, cell, draw, labels_of, read_records
+from suture.errors import MissingExtraError, Problems, RecipeError, did_you_mean
+from suture.finetune.recipe import DataSpec, Source
+
+Record = tuple[str, Mapping[str, object]]
+"""Where a row stands, and its cells."""
+
+
+class Rows(NamedTuple):
+    """Tokenised rows, and what they mean."""
+
+    train: Dataset
+    validation: Dataset
+    labels: tuple[str, ...]
+    notes: tuple[str, ...]
+
+
+class Tokens(NamedTuple):
+    """One row: its token ids, and which of them are to be predicted (``None``: all)."""
+
+    ids: list[int]
+    targets: list[int] | None
+
+
+def records_of(source: Source) -> list[Record]:
+    """The rows of a file or of a data set of the hub.
+
+    Raises:
+        MissingExtraError: the hub's library is not installed.
+        RecipeError: they cannot be read, or there are none.
+    """
+    if not source.split:
+        return read_records(Path(source.path))
+    try:
+        from datasets import load_dataset
+    except ImportError as error:
+        raise MissingExtraError("a data set of the hub", "data") from error
+    where = f"{source.path} ({source.split})"
+    try:
+        found = load_dataset(
+            source.path, source.config, split=source.split, revision=source.revision
+        )
+    except (OSError, ValueError, RuntimeError) as error:
+        raise RecipeError(
+            f"{where}: cannot be read: {' '.join(str(error).split())[:300]}"
+        ) from error
+    rows = [(f"{where}, row {n}", record) for n, record in enumerate(found)]
+    if not rows:
+        raise RecipeError(f"{where}: holds no rows")
+    names = getattr(found.features.get("label"), "names", None)
+    if names:  # class numbers of the hub have names
+        rows = [
+            (w, {**r, "label": names[r["label"]] if 0 <= r["label"] < len(names) else None})
+            for w, r in rows
+        ]
+    return rows
+
+
+def split_records(spec: DataSpec, seed: int) -> tuple[list[Record], list[Record]]:
+    """Training and validation rows; a share is held out by a hash of each row, not by its place."""
+    train = records_of(spec.train)
+    if spec.limit:
+        train = train[: spec.limit]
+    if spec.validation is not None:
+        return train, records_of(spec.validation)
+    sides: tuple[list[Record], list[Record]] = ([], [])
+    for where, record in train:
+        sides[draw(seed, repr(sorted(record.items()))) < spec.share].append((where, record))
+    if not sides[0] or (spec.share and not sides[1]):
+        side = "validation" if sides[0] else "training"
+        raise RecipeError(
+            f"data.validation: {spec.share} of {len(train)} rows leaves no {side} rows"
+        )
+    return sides
+
+
+def classification_rows(spec: DataSpec, tokenizer: Any, longest: int, seed: int) -> Rows:
+    """Texts with labels.
+
+    Raises:
+        RecipeError: an unknown column, a label out of range, an empty side, a row too long; all
+            kinds of faults at once, the first rows of each.
+    """
+    sides, problems = split_records(spec, seed), Problems()
+    read: list[list[Row]] = []
+    places: list[list[str]] = []
+    for side in sides:
+        rows, where_of = [], []
+        for where, record in side:
+            with problems.collecting():
+                rows.append(Row(cell(record, spec.text, where), cell(record, spec.label, where)))
+                where_of.append(where)
+        read.append(rows)
+        places.append(where_of)
+    problems.raise_if_any()
+    labels = spec.labels or labels_of(read[0])
+    if len(labels) < 2:
+        problems.add(
+            RecipeError,
+            f"data: all training rows have the label {labels[0]!r}; there is nothing to learn",
+        )
+    numbers = {label: i for i, label in enumerate(labels)}
+    for rows, where_of in zip(read, places, strict=True):
+        for row, where in zip(rows, where_of, strict=True):
+            if row.label not in numbers:
+                known = "data.labels" if spec.labels else "the training rows"
+                problems.add(RecipeError, f"{where}: the label {row.label!r} is not among {known}; "
+                                          f"{did_you_mean(row.label, labels)}")  # fmt: skip
+    problems.raise_if_any()
+    made = [
+        _dataset(
+            [Tokens(ids, None) for ids in _ids(tokenizer, [r.text for r in rows])], where_of,
+            [numbers[r.label] for r in rows], tokenizer, spec, longest, problems,
+        )
+        for rows, where_of in zip(read, places, strict=True)
+    ]  # fmt: skip
+    problems.raise_if_any()
+    return Rows(made[0][0], made[1][0], labels, tuple(note for _, notes in made for note in notes))
+
+
+def language_rows(spec: DataSpec, tokenizer: Any, longest: int, seed: int) -> Rows:
+    """Rows of a language model: plain text, prompts with responses, or chats.
+
+    Raises:
+        RecipeError: as for classification; also no chat template, or a row without a response.
+    """
+    sides, problems = split_records(spec, seed), Problems()
+    kind = spec.format or _format(sides[0][0][1], spec)
+    made = []
+    for side in sides:
+        tokens, places = [], []
+        for where, record in side:
+            with problems.collecting():
+                tokens.append(_language_row(kind, spec, record, where, tokenizer))
+                places.append(where)
+        made.append(
+            _dataset(tokens, places, [-1] * len(tokens), tokenizer, spec, longest, problems)
+        )
+    problems.raise_if_any()
+    return Rows(made[0][0], made[1][0], (), tuple(note for _, notes in made for note in notes))
+
+
+def _format(record: Mapping[str, object], spec: DataSpec) -> str:
+    if spec.messages in record:
+        return "chat"
+    if spec.prompt in record:
+        return "prompt"
+    if spec.text in record:
+        return "text"
+    columns = ", ".join(map(str, record))
+    raise RecipeError(
+        f"data: no column {spec.messages!r}, {spec.prompt!r} or {spec.text!r}, but {columns}; "
+        "name yours, for example `text: body`"
+    )
+
+
+def _language_row(
+    kind: str, spec: DataSpec, record: Mapping[str, object], where: str, tokenizer: Any
+) -> Tokens:
+    end = [] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id]
+    if kind == "text":
+        return Tokens(_ids(tokenizer, [cell(record, spec.text, where)])[0] + end, None)
+    if kind == "chat":
+        return _chat(_messages(record.get(spec.messages), where, spec.messages), where, tokenizer)
+    prompt, response = cell(record, spec.prompt, where), cell(record, spec.response, where)
+    if spec.chat:
+        return _chat(
+            [{"role": "user", "content": prompt}, {"role": "assistant", "content": response}],
+            where,
+            tokenizer,
+        )
+    before = _ids(tokenizer, [prompt])[0]
+    after = list(tokenizer([response], add_special_tokens=False)["input_ids"][0]) + end
+    return Tokens(before + after, [0] * len(before) + [1] * len(after))
+
+
+def _messages(value: object, where: str, column: str) -> list[dict[str, str]]:
+    fine = (
+        isinstance(value, list)
+        and value
+        and all(
+            isinstance(m, Mapping)
+            and isinstance(m.get("role"), str)
+            and isinstance(m.get("content"), str)
+            for m in value
+        )
+    )
+    if not fine:
+        raise RecipeError(
+            f"{where}: {column!r} is a list of messages, each with a role and a content"
+        )
+    assert isinstance(value, list)
+    return [{"role": m["role"], "content": m["content"]} for m in value]
+
+
+def _chat(messages: Sequence[dict[str, str]], where: str, tokenizer: Any) -> Tokens:
+    """A chat in the model's template; what the assistant says is what is to be predicted.
+
+    The template is asked for every beginning of the chat: what an assistant's turn adds to the
+    prompt before it is the turn, whatever the template writes around it.
+    """
+    if not getattr(tokenizer, "chat_template", None):
+        raise RecipeError(
+            "the base has no chat template; use a prompt and a response column, or plain text"
+        )
+
+    def ids(part: Sequence[dict[str, str]], ask: bool = False) -> list[int]:
+        text = tokenizer.apply_chat_template(list(part), tokenize=False, add_generation_prompt=ask)
+        return list(tokenizer([text], add_special_tokens=False)["input_ids"][0])
+
+    whole = ids(messages)
+    targets = [0] * len(whole)
+    for at, message in enumerate(messages):
+        if message["role"] != "assistant":
+            continue
+        before, after = ids(messages[:at], ask=True), ids(messages[: at + 1])
+        if whole[: len(before)] != before or whole[: len(after)] != after:
+            raise RecipeError(
+                f"{where}: the chat template writes the beginning of a chat in another way when it "
+                "goes on, so the assistant's words cannot be told; use one answer a row"
+            )
+        targets[len(before) : len(after)] = [1] * (len(after) - len(before))
+    return Tokens(whole, targets)
+
+
+def _ids(tokenizer: Any, texts: list[str]) -> list[list[int]]:
+    return [list(ids) for ids in tokenizer(texts)["input_ids"]] if texts else []
+
+
+def _dataset(
+    tokens: Sequence[Tokens], places: Sequence[str], labels: Sequence[int], tokenizer: Any,
+    spec: DataSpec, longest: int, problems: Problems,
+) -> tuple[Dataset, list[str]]:  # fmt: skip
+    limit = spec.max_length or longest
+    kept: list[tuple[Tokens, int]] = []
+    over, notes = 0, []
+    for row, where, label in zip(tokens, places, labels, strict=True):
+        if not row.ids:
+            problems.add(RecipeError, f"{where}: no tokens: is its text empty?")
+        elif len(row.ids) > limit:
+            over += 1
+            if over == 1 and spec.too_long == "error":
+                problems.add(
+                    RecipeError,
+                    f"{where}: {len(row.ids)} tokens, but max_length is {limit}; raise it, or say "
+                    "`too_long: cut` or `too_long: drop` under data",
+                )
+            if spec.too_long == "drop":
+                continue
+            row = Tokens(row.ids[:limit], None if row.targets is None else row.targets[:limit])
+        if row.targets is not None and not any(row.targets[1:]):
+            problems.add(
+                RecipeError, f"{where}: nothing to predict: the response is empty, or was cut away"
+            )
+        kept.append((row, label))
+    if over:
+        done = {"cut": "cut", "drop": "left out", "error": "too long"}[spec.too_long]
+        notes.append(
+            f"{over} of {len(tokens)} rows have more than {limit} tokens; they were {done}"
+        )
+    if tokens and not kept:
+        problems.add(RecipeError, f"data: every row has more than {limit} tokens")
+    chosen = [row for row, _ in kept]
+    targets = None
+    if any(row.targets is not None for row in chosen):
+        targets = tuple(tuple(row.targets or [1] * len(row.ids)) for row in chosen)
+    ids = tuple(tuple(row.ids) for row in chosen)
+    return Dataset(
+        ids, tuple(label for _, label in kept), tokenizer.pad_token_id or 0, targets
+    ), notes

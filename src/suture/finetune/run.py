@@ -1,0 +1,220 @@
+"""From a recipe to a tuned folder: train, evaluate, publish; prints nothing."""
+
+from __future__ import annotations
+
+import shutil
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from suture.checkpoint import Checkpoint
+from suture.engine import checkpoint_fingerprint
+from suture.errors import CheckpointError, OutputError, Problems
+from suture.evals import EVALS, Metric
+from suture.finetune.base import Job, Say, Tuned, backbone_of
+from suture.finetune.heads import make_head
+from suture.finetune.outcome import FinetuneReport, provenance, report_of, report_rows
+from suture.finetune.output import publish, write_beside, write_weights
+from suture.finetune.packed import Place, unpack
+from suture.finetune.plan import Options, Plan, describe, plan_finetune
+from suture.finetune.work import workshop
+from suture.models import (
+    Classifier,
+    Head,
+    load_encoder,
+    load_language_model,
+    recompute_activations,
+)
+from suture.mover import Mover, classification, next_token
+from suture.spec import listed
+from suture.tune import Progress, TuneResult, TuneSettings, tune
+
+Tell = Callable[[str, Progress], None]
+"""Is told the phase and where training stands, after every step."""
+
+
+def finetune(
+    recipe: Path | Mapping[str, Any],
+    out: Path,
+    *,
+    say: Say = lambda _: None,
+    tell: Tell | None = None,
+    **options: Any,
+) -> FinetuneReport:
+    """Follow a recipe file (or mapping) into a folder; keywords as the fields of ``Options``.
+
+    Raises:
+        SutureError: the recipe, an input or the output is at fault; all problems at once.
+    """
+    return execute(plan_finetune(recipe, out, Options(**options)), say=say, tell=tell)
+
+
+def execute(plan: Plan, *, say: Say = lambda _: None, tell: Tell | None = None) -> FinetuneReport:
+    """Train as planned and publish the folder; an interrupted run goes on where it stopped.
+
+    Raises:
+        SutureError: training failed, or the output cannot be written; the last checkpoint is kept.
+    """
+    began = time.perf_counter()
+    fingerprint = checkpoint_fingerprint(plan.base)
+    with workshop(plan, fingerprint) as work:
+        model, head = _model(plan)
+        job = _job(plan, model, fingerprint, work, say, tell)
+        evaluation = _evaluation(plan)
+        before = None if evaluation is None else evaluation(model)
+        way = plan.recipe.strategy.make(
+            **plan.recipe.strategy.settings(plan.recipe.parameters, Problems())
+        )
+        started = time.perf_counter()
+        tuned = way(job)
+        trained_for = time.perf_counter() - started
+        after = None if evaluation is None else evaluation(tuned.evaluated or model)
+        tuned.finish()
+        if head is not None:
+            assert isinstance(model, Classifier)
+            head = model.head()
+        report = report_of(plan, tuned, before, after, began, trained_for)
+        return _written(plan, job, tuned, head, report, work)
+
+
+def _model(plan: Plan) -> tuple[nn.Module, Head | None]:
+    """The model in float32 on its device, and the head of a classifier."""
+    folder, recipe = plan.base.folder, plan.recipe
+    if plan.task == "language-model":
+        model: nn.Module = load_language_model(
+            folder, device=plan.device, dtype=torch.float32
+        ).model
+        head, backbone = None, model.backbone
+    else:
+        encoder = load_encoder(folder, device=plan.device, dtype=torch.float32).model
+        head = make_head(
+            recipe.head, encoder, plan.tokenizer, plan.rows.train, plan.rows.labels,
+            recipe.data.label_texts, folder=recipe.folder, device=plan.device,
+        )  # fmt: skip
+        model = Classifier(encoder, head, train_head=recipe.head == "learned").to(plan.device)
+        backbone = encoder.backbone
+    if recipe.recompute:
+        assert isinstance(backbone, nn.Module)
+        recompute_activations(backbone)
+    return model, head
+
+
+def _job(
+    plan: Plan, model: nn.Module, fingerprint: str, work: Path, say: Say, tell: Tell | None
+) -> Job:
+    recipe = plan.recipe
+    body = "backbone." if plan.task == "language-model" else "encoder.backbone."
+    backbone = backbone_of(model, body)
+    apart = unpack(backbone) if recipe.strategy.sparse else {}
+    score = _score(plan)
+
+    def run(mover: Mover, phase: str, settings: TuneSettings) -> TuneResult:
+        if phase == "dense":  # a means to a mask: not looked at, never stopped early
+            settings = replace(settings, patience=0)
+        return tune(
+            mover.model, plan.rows.train, settings, device=plan.device, mover=mover,
+            progress=None if tell is None else lambda at: tell(phase, at),
+            score=None if phase == "dense" else score, checkpoint=work / f"{phase}.safetensors",
+        )  # fmt: skip
+
+    loss = next_token if plan.task == "language-model" else classification
+    calibration = plan.rows.validation if len(plan.rows.validation) else plan.rows.train
+    return Job(
+        model, body, plan.rows.train, calibration, loss, recipe.training, plan.device, plan.base,
+        fingerprint, places_of(model, body, apart, plan.base), run, work, say, recipe.folder,
+    )  # fmt: skip
+
+
+def places_of(
+    model: nn.Module, body: str, apart: Mapping[str, Place], base: Checkpoint
+) -> dict[str, Place]:
+    """Where each parameter of the body stands in the base's files, checked by its values.
+
+    Raises:
+        CheckpointError: a matrix stands nowhere: the loader has renamed or recombined tensors.
+    """
+    backbone = backbone_of(model, body)
+    prefix = str(getattr(backbone, "base_model_prefix", "") or "")
+    found, lost = {}, []
+    for name, parameter in backbone.named_parameters():
+        place = apart.get(name, Place(name))
+        names = [place.name, f"{prefix}.{place.name}", place.name.removeprefix(f"{prefix}.")]
+        for candidate in names:
+            if candidate not in base.specs:
+                continue
+            there = place._replace(name=candidate)
+            held = there.of(base.tensor(candidate))
+            if held.shape == parameter.shape and torch.equal(
+                held.float(), parameter.detach().float().cpu()
+            ):
+                found[body + name] = there
+                break
+        else:
+            lost.append(name)
+    if lost and any(backbone.get_parameter(n).ndim > 1 for n in lost):
+        raise CheckpointError(
+            f"{base.label}: {listed(lost)}: not in the files as the model holds them; load it with "
+            "transformers, save it with save_pretrained, and start from that folder"
+        )
+    return found
+
+
+def _evaluation(plan: Plan) -> Callable[[nn.Module], Metric] | None:
+    rows = plan.rows.validation
+    if not len(rows):
+        return None
+    kind = "loss" if plan.task == "language-model" else "accuracy"
+    return lambda model: EVALS[kind](
+        model, rows.batches(plan.recipe.training.batch), device=plan.device
+    )[0]
+
+
+def _score(plan: Plan) -> Callable[[nn.Module], float] | None:
+    measure = _evaluation(plan)
+    if measure is None:
+        return None
+    sign = -1.0 if plan.task == "language-model" else 1.0
+    return lambda model: sign * measure(model).value
+
+
+def _written(
+    plan: Plan, job: Job, tuned: Tuned, head: Head | None, report: FinetuneReport, work: Path
+) -> FinetuneReport:
+    folder = work / "model"
+    shutil.rmtree(folder, ignore_errors=True)
+    folder.mkdir()
+    trained = _moved(job)
+    try:
+        fingerprint = write_weights(plan.base, trained, job.places, plan.recipe.dtype, folder)
+        if tuned.masks is not None:
+            about = {"strategy": plan.recipe.strategy.name, **plan.recipe.parameters}
+            job.mask(tuned.masks, about).save(folder / "mask.safetensors")
+        if tuned.save is not None:
+            tuned.save(folder)
+    except OSError as error:
+        raise OutputError(f"{folder}: {error.strerror or error}; the training is kept") from error
+    report = replace(report, fingerprint=fingerprint)
+    record = provenance(plan, job, tuned, report)
+    write_beside(plan.base, plan.recipe, record, head, folder, plan.out.name)
+    plan.base.check_unchanged()
+    publish(folder, plan.out.resolve(), overwrite=plan.options.overwrite)
+    return report
+
+
+def _moved(job: Job) -> dict[str, torch.Tensor]:
+    """The parameters of the body by the names they had before adapters were put around them."""
+    found: dict[str, torch.Tensor] = {}
+    for name, parameter in job.model.named_parameters():
+        plain = name.replace(".base_layer.", ".")
+        if plain in job.places:
+            found[plain] = parameter
+    return found
+
+
+__all__ = ["FinetuneReport", "Options", "Plan", "describe", "execute", "finetune",
+           "plan_finetune", "report_rows"]  # fmt: skip
