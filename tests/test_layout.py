@@ -19,8 +19,8 @@ ROOT = Path(suture.__file__).parent
 
 ORDER = [
     "errors", "spec", "roles", "loops", "machine", "kernels", "checkpoint", "views", "writer",
-    "stream", "vector", "profile", "select", "mask", "merges", "engine", "recipe", "card", "models", "data",
-    "tune", "evals", "report", "run", "demo_tasks", "demo", "cli", "__main__",
+    "stream", "vector", "profile", "select", "stats", "importance", "mask", "graft", "merges", "engine", "recipe", "card", "models", "data",
+    "tune", "measure", "learned", "evals", "report", "run", "regions", "demo_tasks", "demo", "cli", "__main__",
 ]  # fmt: skip
 """The way of a tensor, top to bottom."""
 
@@ -35,7 +35,7 @@ PLACES = {
     "pickle": set(),
 }
 """Where a tool may be imported; others import it nowhere."""
-TORCH = {"checkpoint", "models", "data", "tune", "evals", "demo"}
+TORCH = {"checkpoint", "models", "data", "tune", "measure", "learned", "evals", "demo"}
 """Where torch may be imported, and in ``checkpoint`` only when a torch tensor is asked for."""
 
 
