@@ -20,7 +20,7 @@ ROOT = Path(suture.__file__).parent
 ORDER = [
     "errors", "spec", "roles", "loops", "machine", "kernels", "checkpoint", "views", "writer",
     "stream", "vector", "profile", "select", "stats", "importance", "mask", "graft", "merges", "engine", "recipe", "card", "models", "data",
-    "tune", "measure", "learned", "evals", "report", "run", "regions", "demo_tasks", "demo", "cli", "__main__",
+    "tune", "evals", "measure", "learned", "report", "run", "regions", "demo_tasks", "demo", "cli", "__main__",
 ]  # fmt: skip
 """The way of a tensor, top to bottom."""
 

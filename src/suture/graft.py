@@ -11,13 +11,12 @@ their order, and subtracting a task would not give back the sum without it.)
 from __future__ import annotations
 
 from collections.abc import Mapping
-from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from suture.checkpoint import Array, Checkpoint
+from suture.checkpoint import Array, Checkpoint, read_header
 from suture.errors import MismatchError, Problems, SutureError
 from suture.mask import GRAFT, MaskFile, StoredMask, popcount
 from suture.spec import DTYPES, TensorSpec, listed
@@ -88,8 +87,6 @@ def check_shapes(mask: StoredMask, model: Checkpoint, label: str = "") -> None:
 
 def is_graft(path: Path) -> bool:
     """Whether a path is a file that ``write_graft`` wrote."""
-    from suture.checkpoint import read_header
-
     if path.suffix != ".safetensors" or not path.is_file():
         return False
     try:
@@ -134,6 +131,8 @@ class _Grafted:
         self.base, self.mask, self.name = base, mask, name
         self.origin = (base, name)
         self.sources = (base, mask.checkpoint)
+        self._before: Array | None = None
+        """Entries marked before every 65,536th position, counted at the first read."""
 
     @property
     def spec(self) -> TensorSpec:
@@ -156,22 +155,20 @@ class _Grafted:
 
     def _rank(self, position: int) -> int:
         """How many entries are marked before this position, a multiple of 8."""
+        if self._before is None:
+            self._before = self._ranks()
         step = position // _STEP
-        bits = np.empty((position - step * _STEP) // 8, np.uint8)
-        self.mask.read(self.name, step * _STEP, bits)
-        return int(_ranks(self.mask, self.name)[step]) + popcount(bits)
+        return int(self._before[step]) + self._marked(step * _STEP, position)
 
+    def _marked(self, start: int, stop: int) -> int:
+        bits = np.empty(-(-(stop - start) // 8), np.uint8)
+        self.mask.read(self.name, start, bits)
+        return popcount(bits)
 
-@lru_cache(maxsize=4096)
-def _ranks(mask: StoredMask, name: str) -> Array:
-    """Entries marked before every 65,536th position."""
-    numel = TensorSpec("BOOL", mask.shapes[name]).numel
-    found = [0]
-    for start in range(0, numel, _STEP):
-        bits = np.empty(-(-min(_STEP, numel - start) // 8), np.uint8)
-        mask.read(name, start, bits)
-        found.append(found[-1] + popcount(bits))
-    return np.array(found, np.int64)
+    def _ranks(self) -> Array:
+        numel = self.spec.numel
+        counts = [self._marked(at, min(at + _STEP, numel)) for at in range(0, numel, _STEP)]
+        return np.cumsum([0, *counts], dtype=np.int64)
 
 
 __all__ = ["VALUES", "check_shapes", "is_graft", "open_graft", "write_graft"]

@@ -290,7 +290,21 @@ def _native(raw: dict[str, Any], problems: Problems, folder: Path) -> Recipe:
     recipe = Recipe(_UNKNOWN, models, base, {}, space, policy, dtype, shard_size, folder)
     if found is None:
         return recipe
+    parameters = _located(found, parameters, folder)
     return _checked(replace(recipe, method=found, parameters=parameters), problems)
+
+
+def _located(how: Method, parameters: dict[str, Any], folder: Path) -> dict[str, Any]:
+    """The parameters with the paths of files taken from the recipe's folder on."""
+
+    def at(path: object) -> object:
+        return str(folder / path) if isinstance(path, str) else path
+
+    found = dict(parameters)
+    for name in found.keys() & {n for n, p in how.parameters.items() if p.files}:
+        value = found[name]
+        found[name] = {k: at(v) for k, v in value.items()} if isinstance(value, Mapping) else at(value)  # fmt: skip
+    return found
 
 
 def _known(raw: Mapping[str, Any], keys: Sequence[str], where: str, problems: Problems) -> None:

@@ -37,7 +37,8 @@ from suture.errors import (
     RecipeError,
     SutureError,
 )
-from suture.merges import method
+from suture.graft import is_graft, open_graft
+from suture.merges import Beside, Context, method
 from suture.recipe import SCHEMA, ModelEntry, Policy, Recipe, parse_recipe, read_recipe
 from suture.roles import ParamSpace, check_selectors
 from suture.spec import DTYPES, PIECE, WORD_OF, Piece, dtype_named, listed, readable
@@ -67,6 +68,8 @@ class Plan:
     """The checkpoints by label, the base first."""
     out: Path | None
     options: Options
+    beside: Beside = Beside()
+    """What is known of the files that the merge reads besides its models."""
 
     @property
     def nbytes(self) -> int:
@@ -278,10 +281,12 @@ def make_plan(
         carried_files(list(inputs.values()))
     problems.raise_if_any()
     job = _job(recipe, inputs, options)
+    context = Context(job.sources, job.names, job.models, job.threads, job.block, None)
+    beside = job.merge.beside(context, problems)
     if out is not None:
         _check_room(out, job, options, problems)
     problems.raise_if_any()
-    return Plan(recipe, job, inputs, out, options)
+    return Plan(recipe, job, inputs, out, options, beside)
 
 
 def _opened(recipe: Recipe, problems: Problems) -> dict[str, Checkpoint]:
@@ -291,9 +296,20 @@ def _opened(recipe: Recipe, problems: Problems) -> dict[str, Checkpoint]:
     for label, path in paths.items():
         with problems.collecting():
             checkpoint = open_checkpoint(path, recipe.folder)
+            if is_graft(checkpoint.path):
+                checkpoint = _grafted(checkpoint, found.get("base"))
             found[label] = checkpoint
             refuse_uncomputable(checkpoint)
     return found
+
+
+def _grafted(graft: Checkpoint, base: Checkpoint | None) -> Checkpoint:
+    """The model that a graft makes of the base."""
+    if base is None:
+        raise RecipeError(f"{graft.label}: is a graft, weights to be put into a base; name the base")
+    view = open_graft(graft.path, base)
+    view.label = graft.label
+    return view
 
 
 def _row_names(recipe: Recipe) -> list[str]:
@@ -504,6 +520,7 @@ def _key(plan: Plan) -> str:
         "order": list(plan.job.models),
         "nonfinite": plan.options.allow_nonfinite,
         "inputs": {label: c.identity for label, c in plan.inputs.items()},
+        "beside": plan.beside.identity,
         "shards": [[s.name, s.size, hashlib.sha256(s.header).hexdigest()]
                    for s in plan_shards(plan.job.specs, plan.recipe.shard_size)],
     }  # fmt: skip
@@ -520,6 +537,13 @@ def _check_fingerprints(plan: Plan, outcome: Outcome) -> None:
                 MismatchError,
                 f"{label}: {plan.inputs[label].label} is not the model that was merged then "
                 f"(fingerprint {found}, not {expected})",
+            )
+    for label, expected in plan.beside.expected.items():
+        if outcome.fingerprints.get(label) != expected:
+            problems.add(
+                MismatchError,
+                f"{label}: {plan.inputs[label].label} is not the model that the masks or "
+                "statistics of this recipe were made from; make them again",
             )
     problems.raise_if_any()
 
@@ -547,6 +571,12 @@ def provenance(plan: Plan, outcome: Outcome, out: Path) -> dict[str, Any]:
         recipe["base"] = paths["base"]
     for name, entry in recipe["models"].items():
         entry["path"] = paths[name]
+    for name in [n for n, p in plan.recipe.method.parameters.items() if p.files]:
+        files = plan.recipe.parameters.get(name)
+        if isinstance(files, Mapping):
+            recipe["parameters"][name] = {m: os.path.relpath(f, out) for m, f in files.items()}
+        elif files is not None:
+            recipe["parameters"][name] = os.path.relpath(files, out)
     dtypes: dict[str, int] = {}
     for spec in plan.job.specs.values():
         word = WORD_OF.get(spec.dtype, spec.dtype)

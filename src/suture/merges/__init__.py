@@ -5,14 +5,25 @@ from __future__ import annotations
 from importlib.metadata import entry_points
 
 from suture.errors import RecipeError, did_you_mean
-from suture.merges.base import Context, Merge, Method, Parameter, PerModel, Scalar, each, settings
+from suture.merges.base import (
+    Beside,
+    Context,
+    Merge,
+    Method,
+    Parameter,
+    PerModel,
+    Scalar,
+    each,
+    settings,
+)
 from suture.merges.consensus import consensus
 from suture.merges.dare import dare_linear, dare_ties
 from suture.merges.linear import linear, slerp, task_arithmetic
-from suture.merges.ties import stitch, ties
+from suture.merges.stitch import stitch
+from suture.merges.ties import ties
 
 __all__ = [
-    "METHODS", "Context", "Merge", "Method", "Parameter", "PerModel", "Scalar", "each", "method",
+    "METHODS", "Beside", "Context", "Merge", "Method", "Parameter", "PerModel", "Scalar", "each", "method",
     "settings",
 ]  # fmt: skip
 
@@ -26,7 +37,7 @@ METHODS: dict[str, Method] = {
         Method(dare_linear, "DARE", "Yu et al. 2024, arXiv:2311.03099", random=True),
         Method(dare_ties, "DARE with TIES", "Yu et al. 2024, arXiv:2311.03099", random=True),
         Method(consensus, "Consensus (TALL masks)", "Wang et al. 2024, arXiv:2405.07813"),
-        Method(stitch, "Localize-and-Stitch, dataless", "He et al. 2025, arXiv:2408.13656"),
+        Method(stitch, "Localize-and-Stitch", "He et al. 2025, arXiv:2408.13656"),
         Method(slerp, "SLERP", "Shoemake 1985, doi:10.1145/325165.325242", needs_base=False,
                least=2, most=2, ordered=True),
     )

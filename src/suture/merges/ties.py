@@ -1,4 +1,4 @@
-"""Methods that select entries by magnitude: TIES and dataless Localize-and-Stitch."""
+"""TIES: entries selected by magnitude, a sign elected, the entries that agree merged."""
 
 from __future__ import annotations
 
@@ -9,7 +9,6 @@ import numpy as np
 
 from suture import kernels
 from suture.merges.base import (
-    Array,
     Choice,
     Context,
     Density,
@@ -151,29 +150,3 @@ def _majority(context: Context, selection: Selection, weight: PerModel, elect: i
     sweep(context.sources, tasks_of(context.names, context.sources.reference.specs), balance,
           threads=context.threads, block=context.block, progress=context.progress)  # fmt: skip
     return (balance.total > 0) - (balance.total < 0)
-
-
-def stitch(
-    *,
-    weight: Weight = each(1.0),
-    density: Density = each(0.05),
-    scale: Scale = Scalar(1.0),
-    scope: Scope = "global",
-) -> Merge[Selection]:
-    r"""Keep the largest entries of each task vector; average where the kept regions overlap.
-
-    Dataless Localize-and-Stitch: with masks :math:`\gamma_i` of the ``density`` largest entries,
-    :math:`\theta = \theta_0 + \sum_i \gamma_i \tau_i / \max(1, \sum_i \gamma_i)`. An entry that one
-    model alone selected arrives whole, so nothing has to be tuned.
-    """
-
-    def prepare(context: Context) -> Selection:
-        return selected(context, density, scope, exact_count)
-
-    def combine(block: Block, state: Selection) -> None:
-        weights: Array = weight.row(block)
-        for start, stop, keys in state.segments(block):
-            kernels.masked_mean(block.rows, weights, keys, start, stop, block.out)
-        scaled(block, scale)
-
-    return Merge(combine, prepare, passes=1, facts=selection_facts)
