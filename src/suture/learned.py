@@ -157,7 +157,7 @@ def learn(
 
     Args:
         vector: tuned minus base; its tensors are those that have logits.
-        model: the base or the tuned model; what the vector's tensors hold is set, and set back.
+        model: the base, loaded; its tensors of the vector are set, and set back at the end.
         data: rows of the task.
         settings: how to train.
         objective: what the loss of a row is.

@@ -38,7 +38,8 @@ from suture.errors import (
     SutureError,
 )
 from suture.graft import is_graft, open_graft
-from suture.merges import Beside, Context, method
+from suture.merges import Beside, Context, Method, method
+from suture.merges import method as method_named
 from suture.recipe import SCHEMA, ModelEntry, Policy, Recipe, parse_recipe, read_recipe
 from suture.roles import ParamSpace, check_selectors
 from suture.spec import DTYPES, PIECE, WORD_OF, Piece, dtype_named, listed, readable
@@ -164,7 +165,8 @@ def merged(
         return _applied(models, base, parameters, dtype)
     own: dict[str, dict[str, Any]] = {model: {} for model in models}
     for key, value in list(parameters.items()):
-        if isinstance(value, Mapping) and value and value.keys() <= own.keys():
+        by_model = isinstance(value, Mapping) and value and value.keys() <= own.keys()
+        if by_model and not _files(method_named(name), key):
             for model, number in parameters.pop(key).items():
                 own[model][key] = number
     raw: dict[str, Any] = {
@@ -353,12 +355,17 @@ def _job(recipe: Recipe, inputs: Mapping[str, Checkpoint], options: Options) -> 
     )  # fmt: skip
 
 
+def _files(how: Method, parameter: str) -> bool:
+    """Whether a parameter names a file for each model."""
+    return parameter in how.parameters and how.parameters[parameter].files
+
+
 def _check_patterns(recipe: Recipe, reference: Checkpoint, problems: Problems) -> None:
     sections = [("parameters", recipe.parameters)]
     sections += [(f"models.{n}", e.parameters) for n, e in recipe.models.items()]
     for where, section in sections:
         for key, value in section.items():
-            if isinstance(value, Mapping):
+            if isinstance(value, Mapping) and not _files(recipe.method, key):
                 with problems.collecting():
                     check_selectors([str(p) for p in value], reference.specs, f"{where}.{key}")
 
@@ -571,7 +578,7 @@ def provenance(plan: Plan, outcome: Outcome, out: Path) -> dict[str, Any]:
         recipe["base"] = paths["base"]
     for name, entry in recipe["models"].items():
         entry["path"] = paths[name]
-    for name in [n for n, p in plan.recipe.method.parameters.items() if p.files]:
+    for name in [n for n in recipe["parameters"] if _files(plan.recipe.method, n)]:
         files = plan.recipe.parameters.get(name)
         if isinstance(files, Mapping):
             recipe["parameters"][name] = {m: os.path.relpath(f, out) for m, f in files.items()}
