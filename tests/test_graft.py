@@ -21,7 +21,9 @@ from suture.mask import StoredMask
 NAMES = ("ada", "bob", "cyd")
 
 
-def masks_of(family: Any, folder: Path, names: Any, density: float = 0.3, rule: str = "random") -> None:
+def masks_of(
+    family: Any, folder: Path, names: Any, density: float = 0.3, rule: str = "random"
+) -> None:
     """A mask file for each model."""
     folder.mkdir(exist_ok=True)
     base = suture.open(family.base_path)
@@ -34,7 +36,9 @@ def grafts_of(family: Any, masks: Path, folder: Path, names: Any) -> dict[str, P
     found = {}
     for name in names:
         found[name] = folder / f"{name}.safetensors"
-        write_graft(found[name], suture.open(family.paths[name]), StoredMask(masks / f"{name}.safetensors"))
+        write_graft(
+            found[name], suture.open(family.paths[name]), StoredMask(masks / f"{name}.safetensors")
+        )
     return found
 
 
@@ -45,7 +49,9 @@ def test_stitching_with_masks_is_the_mean_over_those_that_mark(
     """Entries of exactly 0, 1, 2 and 3 masks get nothing, the delta, and the mean of 2 and of 3."""
     models = family(flavour)
     masks_of(models, tmp_path / "masks", NAMES, 0.6)
-    what = toy.recipe("stitch", models.some(*NAMES), models.base_path, masks=str(tmp_path / "masks"))
+    what = toy.recipe(
+        "stitch", models.some(*NAMES), models.base_path, masks=str(tmp_path / "masks")
+    )
 
     out, _ = toy.run(tmp_path / "out", what)
 
@@ -60,7 +66,9 @@ def test_stitching_with_masks_is_the_mean_over_those_that_mark(
         near = torch.from_numpy(np.asarray(expected)).to(models.base[name].dtype)
         if near.dtype in (torch.bfloat16, torch.float16):
             apart = toy.steps_apart(out[name], near)
-            assert ((apart <= 1) | ((out[name].float() - near.float()).abs().flatten().numpy() < 1e-6)).all()
+            assert (
+                (apart <= 1) | ((out[name].float() - near.float()).abs().flatten().numpy() < 1e-6)
+            ).all()
         else:
             torch.testing.assert_close(out[name], near, rtol=1e-6, atol=1e-6)
     assert met == {0, 1, 2, 3}
@@ -96,7 +104,11 @@ def test_a_graft_is_the_base_with_marked_weights(flavour: str, family: Any, tmp_
     assert mask == Mask.load(tmp_path / "masks" / "ada.safetensors")
     for name, tensor in models.base.items():
         tuned = models.models["ada"][name]
-        expected = torch.where(torch.from_numpy(mask[name]), tuned, tensor) if name in mask.shapes else tensor
+        expected = (
+            torch.where(torch.from_numpy(mask[name]), tuned, tensor)
+            if name in mask.shapes
+            else tensor
+        )
         raw, width = toy.raw_bytes(expected), expected.element_size()
         for start in (0, 1, 9, 13):
             stop = min(expected.numel(), start + 30)
@@ -110,11 +122,15 @@ def test_large_tensors_are_grafted_from_any_entry(tmp_path: Path) -> None:
     """Ranks count across steps of 65,536 entries."""
     draw = torch.Generator().manual_seed(0)
     base = {"w": torch.randn(300_001, generator=draw).to(torch.bfloat16)}
-    tuned = {"w": (base["w"].float() + 0.1 * torch.randn(300_001, generator=draw)).to(torch.bfloat16)}
+    tuned = {
+        "w": (base["w"].float() + 0.1 * torch.randn(300_001, generator=draw)).to(torch.bfloat16)
+    }
     one, two = toy.folder(tmp_path / "base", base), toy.folder(tmp_path / "tuned", tuned)
     tau = suture.open(two) - suture.open(one)
     suture.localize(tau, density=0.2).save(tmp_path / "m.safetensors")
-    write_graft(tmp_path / "g.safetensors", suture.open(two), StoredMask(tmp_path / "m.safetensors"))
+    write_graft(
+        tmp_path / "g.safetensors", suture.open(two), StoredMask(tmp_path / "m.safetensors")
+    )
 
     view = open_graft(tmp_path / "g.safetensors", suture.open(one))
 
@@ -142,7 +158,9 @@ def test_tasks_come_and_go_without_the_others_checkpoints(family: Any, tmp_path:
 
     for number, names in enumerate([*itertools.permutations(NAMES), NAMES[:2]]):
         files = {n: grafts[n] for n in names}
-        what = toy.recipe("stitch", files, models.base_path, masks={n: str(p) for n, p in files.items()})
+        what = toy.recipe(
+            "stitch", files, models.base_path, masks={n: str(p) for n, p in files.items()}
+        )
         out, _ = toy.run(tmp_path / f"later-{number}", what)
         assert toy.same_bytes(out, at_once[tuple(sorted(names))]) == []
 
@@ -151,7 +169,9 @@ def test_the_record_of_a_stitch_makes_it_again(family: Any, tmp_path: Path) -> N
     """``suture.json`` names the masks relative to the output, and gives the same bytes."""
     models = family("bf16")
     masks_of(models, tmp_path / "masks", NAMES)
-    what = toy.recipe("stitch", models.some(*NAMES), models.base_path, masks=str(tmp_path / "masks"))
+    what = toy.recipe(
+        "stitch", models.some(*NAMES), models.base_path, masks=str(tmp_path / "masks")
+    )
     out, _ = toy.run(tmp_path / "out", what)
 
     again, _ = toy.run(tmp_path / "again", tmp_path / "out" / "suture.json")  # type: ignore[arg-type]
@@ -164,7 +184,9 @@ def test_masks_that_do_not_fit_are_refused(family: Any, tmp_path: Path) -> None:
     models = family("f32")
     masks = tmp_path / "masks"
     masks_of(models, masks, ("ada",))
-    Mask({"other.weight": (4,)}, {"other.weight": np.zeros(1, np.uint8)}).save(masks / "bob.safetensors")
+    Mask({"other.weight": (4,)}, {"other.weight": np.zeros(1, np.uint8)}).save(
+        masks / "bob.safetensors"
+    )
     shape = Mask({"model.norm.weight": (9,)}, {"model.norm.weight": np.zeros(2, np.uint8)})
     shape.save(masks / "cyd.safetensors")
 
@@ -177,7 +199,10 @@ def test_masks_that_do_not_fit_are_refused(family: Any, tmp_path: Path) -> None:
     refused(r"bob.*lacks other\.weight: a mask of another model", masks=str(masks))
     refused(r"is \[8\] in the model and \[9\] in the mask", masks=str(masks))
     refused("nonesuch", masks=str(tmp_path / "nonesuch"))
-    refused("'bob' has no file; files are paired by model name", masks={"ada": str(masks / "ada.safetensors")})
+    refused(
+        "'bob' has no file; files are paired by model name",
+        masks={"ada": str(masks / "ada.safetensors")},
+    )
     refused("neither a folder nor a mapping", masks=3)
 
 

@@ -145,7 +145,9 @@ def test_positive_scores_only(rule: str, family: Any) -> None:
     arrays(
         np.float32,
         st.integers(2, 60),
-        elements=st.floats(-(2.0**63), 2.0**63, width=32).filter(lambda x: x == 0 or abs(x) >= 2.0**-62),
+        elements=st.floats(-(2.0**63), 2.0**63, width=32).filter(
+            lambda x: x == 0 or abs(x) >= 2.0**-62
+        ),
     )
 )
 def test_order_is_kept_where_scores_have_signs(scores: Array) -> None:
@@ -219,5 +221,6 @@ def test_every_rule_is_documented() -> None:
     """Each rule has a title, an equation or a reason, and a place in the docs."""
     page = (Path(__file__).parent.parent / "docs" / "localize.md").read_text(encoding="utf-8")
     for name, rule in RULES.items():
-        assert rule.equation and rule.title
+        assert rule.equation
+        assert rule.title
         assert f"`{name}`" in page

@@ -62,9 +62,7 @@ def task(tmp_path_factory: pytest.TempPathFactory) -> Any:
     return Task
 
 
-def objective_value(
-    task: Any, logits: dict[str, torch.Tensor], reg: str, strength: float
-) -> float:
+def objective_value(task: Any, logits: dict[str, torch.Tensor], reg: str, strength: float) -> float:
     """J(S) by its definition, in float64, with a fresh model."""
     model = task.model().double()
     parameters = dict(model.encoder.backbone.named_parameters())
@@ -99,10 +97,18 @@ def test_the_gradient_is_that_of_the_objective(reg: str, task: Any) -> None:
     slopes = {n: gradient(trainer.use[n], s, reg, strength) for n, s in trainer.logits.items()}
 
     for _ in range(4):
-        way = {n: torch.randn(s.shape, generator=draw, dtype=torch.float64) for n, s in trainer.logits.items()}
+        way = {
+            n: torch.randn(s.shape, generator=draw, dtype=torch.float64)
+            for n, s in trainer.logits.items()
+        }
         step = 1e-5
         ahead, back = (
-            objective_value(task, {n: s + sign * step * way[n] for n, s in trainer.logits.items()}, reg, strength)
+            objective_value(
+                task,
+                {n: s + sign * step * way[n] for n, s in trainer.logits.items()},
+                reg,
+                strength,
+            )
             for sign in (1, -1)
         )
         expected = (ahead - back) / (2 * step)
@@ -136,7 +142,9 @@ def test_learning_lowers_the_loss_and_leaves_the_model_alone(task: Any) -> None:
     before = {n: p.clone() for n, p in model.named_parameters()}
     seen: list[Any] = []
 
-    found = learn(task.vector, model, task.rows, LearnSettings(epochs=8, reg="none"), progress=seen.append)
+    found = learn(
+        task.vector, model, task.rows, LearnSettings(epochs=8, reg="none"), progress=seen.append
+    )
 
     assert found.facts["losses"][-1] < found.facts["losses"][0]
     assert [e.epoch for e in seen] == list(range(1, 9))
@@ -150,7 +158,9 @@ def test_learned_logits_become_masks(task: Any, tmp_path: Path) -> None:
     found = learn(task.vector, task.model(), task.rows, LearnSettings(epochs=3))
     found.save(tmp_path / "logits.safetensors")
 
-    some = suture.localize(task.vector, "learned", density=0.02, stats=tmp_path / "logits.safetensors")
+    some = suture.localize(
+        task.vector, "learned", density=0.02, stats=tmp_path / "logits.safetensors"
+    )
     open_ = suture.localize(task.vector, "learned", positive=True, stats=found)
 
     assert some.count == round(0.02 * some.size)
@@ -165,7 +175,9 @@ def test_one_step_ranks_by_the_saving(task: Any) -> None:
 
     mask = suture.localize(task.vector, "first_order", density=0.05, stats=stats)
 
-    saving = np.concatenate([(-task.vector[n] * stats.whole("grad", n)).ravel() for n in sorted(task.vector)])
+    saving = np.concatenate(
+        [(-task.vector[n] * stats.whole("grad", n)).ravel() for n in sorted(task.vector)]
+    )
     marks = np.concatenate([mask[n].ravel() for n in sorted(task.vector)])
     assert marks.sum() == round(0.05 * marks.size)
     assert saving[marks].min() >= saving[~marks].max()
@@ -176,7 +188,13 @@ def test_the_released_schedule() -> None:
     problems = Problems()
     found = settings_from({"preset": "released", "epochs": 2}, problems)
 
-    assert (found.lr, found.logit, found.reg, found.strength, found.start) == (1e7, 5.0, "polarize", 10.0, 1e-5)
+    assert (found.lr, found.logit, found.reg, found.strength, found.start) == (
+        1e7,
+        5.0,
+        "polarize",
+        10.0,
+        1e-5,
+    )
     assert (found.epochs, PRESETS["released"].epochs, found.step) == (2, 10, "raw")
     assert not problems
 
@@ -206,7 +224,13 @@ def test_wrong_settings_are_told_at_once() -> None:
 
     with pytest.raises(RecipeError) as caught:
         problems.raise_if_any()
-    for part in ("learn.reg: 'l2'", "learn.epochs", "learn.start", "learn.lr", "unknown key 'rate'"):
+    for part in (
+        "learn.reg: 'l2'",
+        "learn.epochs",
+        "learn.start",
+        "learn.lr",
+        "unknown key 'rate'",
+    ):
         assert part in str(caught.value)
 
 
@@ -228,7 +252,9 @@ def test_what_cannot_be_learned_from_is_refused(task: Any) -> None:
 
 def test_logits_are_statistics(task: Any, tmp_path: Path) -> None:
     """Their file says what they were made from."""
-    found = learn(task.vector, task.model(), task.rows, LearnSettings(epochs=1), facts={"model": "abc"})
+    found = learn(
+        task.vector, task.model(), task.rows, LearnSettings(epochs=1), facts={"model": "abc"}
+    )
     found.save(tmp_path / "l.safetensors")
     facts = Stats.load(tmp_path / "l.safetensors").facts
 

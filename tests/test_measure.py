@@ -200,7 +200,11 @@ def test_statistics_on_disk(tmp_path: Path) -> None:
     back = Stats.load(path)
 
     assert back.facts == found.facts
-    assert (back.facts["model"], back.facts["data"], back.facts["rows"]) == ("abc", data_hash(data), 11)
+    assert (back.facts["model"], back.facts["data"], back.facts["rows"]) == (
+        "abc",
+        data_hash(data),
+        11,
+    )
     assert back.kinds == ["grad", "gram"]
     assert back.names("gram") == found.names("gram")
     for key, values in found.tensors.items():
@@ -237,7 +241,9 @@ def test_statistics_of_another_model_are_refused(tmp_path: Path) -> None:
 
     with pytest.raises(RecipeError, match="no 'fisher' statistics"):
         found.check(["fisher"], {})
-    with pytest.raises(MismatchError, match="no grad of other: are these the statistics of another"):
+    with pytest.raises(
+        MismatchError, match="no grad of other: are these the statistics of another"
+    ):
         found.check(["grad"], {"other": TensorSpec("F32", (2,))})
     with pytest.raises(MismatchError, match=r"the model's tensor \[16, 5\]"):
         found.check(["grad"], {name: TensorSpec("F32", (16, 5))})
@@ -257,5 +263,7 @@ def test_names_of_files_find_their_parameters() -> None:
     found = parameters_of(LanguageModel(backbone), names)
 
     assert list(found) == names
-    assert set(parameters_of(classifier())) == set(parameters_of(Encoder(classifier().encoder.backbone)))
+    assert set(parameters_of(classifier())) == set(
+        parameters_of(Encoder(classifier().encoder.backbone))
+    )
     assert labels_of(tiny_model.rows(4)) == LABELS

@@ -1,4 +1,4 @@
-"""Importance rules: the number by which each entry of a task vector is ranked; ``RULES``, the table.
+"""Importance rules, ``RULES``: the numbers by which the entries of a task vector are ranked.
 
 A rule is a pure function of a ``Look``: one stretch of one tensor, its delta, its weights and its
 statistics. Scores are computed when they are read, block by block, by a view of the model whose
@@ -27,27 +27,27 @@ from suture.views import View
 
 
 class Look(NamedTuple):
-    """What a rule sees: ``count`` entries of one flattened tensor from ``start`` on."""
+    """What a rule sees: ``size`` entries of one flattened tensor from ``start`` on."""
 
     name: str
     start: int
-    count: int
+    size: int
     shape: tuple[int, ...]
     """Of the whole tensor."""
     delta: Array
-    """Tuned minus base: float32[count]."""
+    """Tuned minus base: float32[size]."""
     weight: Array
-    """The weights of the model that the statistics are of: float32[count]."""
+    """The weights of the model that the statistics are of: float32[size]."""
     stats: Stats | None
     key: int
     """Of the random stream of this tensor."""
 
     def stat(self, kind: str) -> Array:
-        """A statistic of these entries, float32[count]: of its input for those of inputs."""
+        """A statistic of these entries, float32[size]: of its input for those of inputs."""
         assert self.stats is not None
         if kind not in OF_INPUTS:
-            return self.stats.read(kind, self.name, self.start, self.count)
-        columns = np.arange(self.start, self.start + self.count) % self.shape[-1]
+            return self.stats.read(kind, self.name, self.start, self.size)
+        columns = np.arange(self.start, self.start + self.size) % self.shape[-1]
         return self.stats.whole(kind, self.name)[columns]
 
 
@@ -62,9 +62,9 @@ def random(look: Look) -> Array:
     The draw depends on seed, model, tensor and position and on nothing else.
     """
     first = look.start // 4 * 4
-    words = np.zeros((look.start - first + look.count + 3) // 4 * 4, np.uint32)
+    words = np.zeros((look.start - first + look.size + 3) // 4 * 4, np.uint32)
     kernels.random_words(look.key, first, words.size, words)
-    drawn = words[look.start - first :][: look.count]
+    drawn = words[look.start - first :][: look.size]
     return ((drawn >> 2) + np.uint32(1)).view(np.float32)  # 30 bits and never 0: only order counts
 
 
@@ -109,7 +109,7 @@ def wanda(look: Look) -> Array:
     Linear layers only; an entry of any other tensor has the score 0 and is never kept.
     """
     if look.stats is None or look.stats.shape("input_norm", look.name) is None:
-        return np.zeros(look.count, np.float32)
+        return np.zeros(look.size, np.float32)
     return np.abs(look.weight) * look.stat("input_norm")
 
 
@@ -232,7 +232,7 @@ class Scoring:
         return View(self.tuned, {name: _Score(self, name) for name in names}, {})
 
     def scores(self, name: str, start: int, count: int) -> Array:
-        """The scores of some entries as the rule gives them: float32[count].
+        """The scores of some entries as the rule gives them: float32[size].
 
         Raises:
             NonFiniteError: a model, or the statistics, hold NaN or infinity here.

@@ -66,14 +66,20 @@ class LearnSettings:
         for name in ("start", "logit", "strength", "lr"):
             value = getattr(self, name)
             fine = isinstance(value, int | float) and not isinstance(value, bool)
-            if not fine or not math.isfinite(value) or value < 0 or (value == 0) > (name == "strength"):
+            if (
+                not fine
+                or not math.isfinite(value)
+                or value < 0
+                or (value == 0) > (name == "strength")
+            ):
                 yield f"{name}: a positive number, not {brief(value)}"
             elif name == "start" and value > 1:
                 yield f"start: a density, in (0, 1]; got {brief(value)}"
         for name, known in (("reg", REGS), ("step", STEPS)):
             if getattr(self, name) not in known:
-                hint = did_you_mean(str(getattr(self, name)), known)
-                yield f"{name}: {brief(getattr(self, name))} is not one of {', '.join(known)}; {hint}"
+                given = getattr(self, name)
+                hint = did_you_mean(str(given), known)
+                yield f"{name}: {brief(given)} is not one of {', '.join(known)}; {hint}"
 
 
 PRESETS: dict[str, LearnSettings] = {
@@ -85,7 +91,9 @@ PRESETS: dict[str, LearnSettings] = {
 over batches of mean gradients, so that more data make longer steps."""
 
 
-def settings_from(raw: Mapping[str, Any], problems: Problems, where: str = "learn") -> LearnSettings:
+def settings_from(
+    raw: Mapping[str, Any], problems: Problems, where: str = "learn"
+) -> LearnSettings:
     """Read settings from plain data; ``preset`` names those that are not given."""
     given = dict(raw)
     preset = given.pop("preset", "default")

@@ -31,7 +31,9 @@ def packed_bytes(shape: tuple[int, ...]) -> int:
     return -(-TensorSpec("BOOL", shape).numel // 8)
 
 
-def popcount(bits: Array, other: Array | None = None, how: Callable[..., Array] | None = None) -> int:
+def popcount(
+    bits: Array, other: Array | None = None, how: Callable[..., Array] | None = None
+) -> int:
     """How many bits are set in ``bits``, or in ``how(bits, other)``, piece by piece."""
     total = 0
     for start in range(0, bits.size, _CHUNK):
@@ -153,23 +155,12 @@ class Mask:
         marked entries hypergeometric, so that it is drawn without permuting anything.
         """
         theirs = self._same(other).bits
-        sizes = {n: TensorSpec("BOOL", shape).numel for n, shape in self.shapes.items()}
-        counts = {n: (popcount(self.bits[n]), popcount(theirs[n])) for n in sizes if sizes[n]}
-        mine, others = (sum(c[side] for c in counts.values()) for side in (0, 1))
-        total = sum(sizes.values())
-        draw = np.random.Generator(np.random.Philox(seed))
-        shared = np.zeros(draws, np.int64)
-        for name, (a, b) in sorted(counts.items()):
-            shared += _intersections(draw, sizes[name], a, b, draws)
-        expected = sum(a * b / sizes[n] for n, (a, b) in counts.items())
-        low, high = np.quantile(shared, [0.025, 0.975]) if draws else (expected, expected)
-
-        def index(common: float) -> float:
-            union = mine + others - common
-            return float(common / union) if union else 0.0
-
-        return Overlap(self.jaccard(other), index(mine * others / max(1, total)), index(expected),
-                       index(float(low)), index(float(high)))  # fmt: skip
+        counts = {}
+        for name, bits in self.bits.items():
+            both = popcount(bits, theirs[name], np.bitwise_and)
+            size = TensorSpec("BOOL", self.shapes[name]).numel
+            counts[name] = Shared(size, popcount(bits), popcount(theirs[name]), both)
+        return overlap_of(counts, seed=seed, draws=draws)
 
     def save(self, path: Path) -> None:
         """Write the mask as a safetensors file: bits as U8, shapes in the metadata.
@@ -190,6 +181,33 @@ class Mask:
         """
         stored = StoredMask(Path(path))
         return cls(stored.shapes, {n: stored.checkpoint[n] for n in stored.shapes}, stored.about)
+
+
+class Shared(NamedTuple):
+    """What two masks of one tensor have in common."""
+
+    size: int
+    one: int
+    other: int
+    both: int
+
+
+def overlap_of(counts: Mapping[str, Shared], *, seed: int = 0, draws: int = 1000) -> Overlap:
+    """The overlap of two masks from their counts, by tensor; see ``Mask.overlap``."""
+    total, mine, others, both = (sum(c[i] for c in counts.values()) for i in range(4))
+    draw = np.random.Generator(np.random.Philox(seed))
+    shared = np.zeros(draws, np.int64)
+    for _, c in sorted(counts.items()):
+        shared += _intersections(draw, c.size, c.one, c.other, draws)
+    expected = sum(c.one * c.other / max(1, c.size) for c in counts.values())
+    low, high = np.quantile(shared, [0.025, 0.975]) if draws else (expected, expected)
+
+    def index(common: float) -> float:
+        union = mine + others - common
+        return float(common / union) if union else 0.0
+
+    return Overlap(index(both), index(mine * others / max(1, total)), index(expected),
+                   index(float(low)), index(float(high)))  # fmt: skip
 
 
 def _intersections(
@@ -242,6 +260,30 @@ class StoredMask:
     def read(self, name: str, start: int, out: Array) -> None:
         """Fill ``out`` (uint8) with packed bits from entry ``start``, a multiple of 8, on."""
         self.checkpoint.read_into(name, start // 8, out)
+
+    def overlap(self, other: StoredMask, *, seed: int = 0, draws: int = 1000) -> Overlap:
+        """As ``Mask.overlap``, in the memory of two pieces.
+
+        Raises:
+            SutureError: the masks are those of other tensors.
+        """
+        if self.shapes != other.shapes:
+            raise SutureError("masks combine only over the same tensors")
+        one, two = np.empty(_CHUNK, np.uint8), np.empty(_CHUNK, np.uint8)
+        counts = {}
+        for name, shape in self.shapes.items():
+            found = np.zeros(3, np.int64)
+            for at in range(0, packed_bytes(shape), _CHUNK):
+                size = min(_CHUNK, packed_bytes(shape) - at)
+                self.read(name, 8 * at, one[:size])
+                other.read(name, 8 * at, two[:size])
+                found += (
+                    popcount(one[:size]),
+                    popcount(two[:size]),
+                    popcount(one[:size], two[:size], np.bitwise_and),
+                )
+            counts[name] = Shared(TensorSpec("BOOL", shape).numel, *map(int, found))
+        return overlap_of(counts, seed=seed, draws=draws)
 
 
 def _about(path: Path, metadata: Mapping[str, str]) -> dict[str, Any]:
@@ -411,7 +453,7 @@ def check_question(
         yield f"the rule {rule} needs statistics: {', '.join(found.needs)}"
 
 
-def localize(
+def localize(  # noqa: PLR0913  every word of the question
     vector: TaskVector,
     rule: str = "magnitude",
     *,
@@ -468,6 +510,18 @@ def localize(
 
 
 __all__ = [
-    "FORMAT", "GRAFT", "Located", "Mask", "MaskFile", "Overlap", "StoredMask", "check_question",
-    "locate", "localize", "packed_bytes", "popcount",
+    "FORMAT",
+    "GRAFT",
+    "Located",
+    "Mask",
+    "MaskFile",
+    "Overlap",
+    "Shared",
+    "StoredMask",
+    "check_question",
+    "localize",
+    "locate",
+    "overlap_of",
+    "packed_bytes",
+    "popcount",
 ]  # fmt: skip

@@ -128,7 +128,7 @@ def data_hash(data: Dataset) -> str:
     return hashlib.blake2b(text.encode(), digest_size=16).hexdigest()
 
 
-def measure(
+def measure(  # noqa: PLR0913  every word of the question
     model: nn.Module,
     data: Dataset,
     kinds: Sequence[str],
@@ -352,9 +352,7 @@ class _Call:
 class _Taps:
     """Notes what every layer that owns one of the parameters reads and gives, inside ``with``."""
 
-    def __init__(
-        self, model: nn.Module, parameters: Mapping[str, nn.Parameter], rows: int
-    ) -> None:
+    def __init__(self, model: nn.Module, parameters: Mapping[str, nn.Parameter], rows: int) -> None:
         self.rows = rows
         self.calls: list[_Call] = []
         self._odd = False

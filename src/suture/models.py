@@ -31,6 +31,10 @@ except ImportError as error:
     raise MissingExtraError("loading a model", "models") from error
 
 
+FLOAT32 = torch.float32
+"""What models are loaded in to be measured, whatever their files hold."""
+
+
 class Tokenizer(Protocol):
     """The part of a tokenizer that the library uses."""
 

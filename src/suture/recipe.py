@@ -303,7 +303,8 @@ def _located(how: Method, parameters: dict[str, Any], folder: Path) -> dict[str,
     found = dict(parameters)
     for name in found.keys() & {n for n, p in how.parameters.items() if p.files}:
         value = found[name]
-        found[name] = {k: at(v) for k, v in value.items()} if isinstance(value, Mapping) else at(value)  # fmt: skip
+        by_model = isinstance(value, Mapping)
+        found[name] = {k: at(v) for k, v in value.items()} if by_model else at(value)
     return found
 
 

@@ -69,7 +69,7 @@ class Plan:
     """The checkpoints by label, the base first."""
     out: Path | None
     options: Options
-    beside: Beside = Beside()
+    beside: Beside = field(default_factory=Beside)
     """What is known of the files that the merge reads besides its models."""
 
     @property
@@ -294,7 +294,7 @@ def make_plan(
 def _opened(recipe: Recipe, problems: Problems) -> dict[str, Checkpoint]:
     paths = {} if recipe.base is None else {"base": recipe.base}
     paths |= {name: entry.path for name, entry in recipe.models.items()}
-    found = {}
+    found: dict[str, Checkpoint] = {}
     for label, path in paths.items():
         with problems.collecting():
             checkpoint = open_checkpoint(path, recipe.folder)
@@ -308,7 +308,9 @@ def _opened(recipe: Recipe, problems: Problems) -> dict[str, Checkpoint]:
 def _grafted(graft: Checkpoint, base: Checkpoint | None) -> Checkpoint:
     """The model that a graft makes of the base."""
     if base is None:
-        raise RecipeError(f"{graft.label}: is a graft, weights to be put into a base; name the base")
+        raise RecipeError(
+            f"{graft.label}: is a graft, weights to be put into a base; name the base"
+        )
     view = open_graft(graft.path, base)
     view.label = graft.label
     return view

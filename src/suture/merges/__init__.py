@@ -23,8 +23,8 @@ from suture.merges.stitch import stitch
 from suture.merges.ties import ties
 
 __all__ = [
-    "METHODS", "Beside", "Context", "Merge", "Method", "Parameter", "PerModel", "Scalar", "each", "method",
-    "settings",
+    "METHODS", "Beside", "Context", "Merge", "Method", "Parameter", "PerModel", "Scalar", "each",
+    "method", "settings",
 ]  # fmt: skip
 
 METHODS: dict[str, Method] = {

@@ -309,15 +309,22 @@ def settings(
         else:
             value = given.get(name, parameter.default)
             where = f"parameters.{name}"
-            if parameter.files:
-                found[name] = _files(parameter, value, [m for m, _ in per_model], where, problems)
-            elif parameter.per_tensor:
-                found[name] = _scalar(parameter, value, where, problems)
-            else:
-                fine = _check(parameter, value, where, problems)
-                whole = fine and isinstance(parameter.meta, Number) and parameter.meta.whole
-                found[name] = int(value) if whole else value
+            models = [m for m, _ in per_model]
+            found[name] = _shared(parameter, value, models, where, problems)
     return found
+
+
+def _shared(
+    parameter: Parameter, value: Any, models: Sequence[str], where: str, problems: Problems
+) -> Any:
+    """A parameter of the whole merge in its type."""
+    if parameter.files:
+        return _files(parameter, value, models, where, problems)
+    if parameter.per_tensor:
+        return _scalar(parameter, value, where, problems)
+    fine = _check(parameter, value, where, problems)
+    whole = fine and isinstance(parameter.meta, Number) and parameter.meta.whole
+    return int(value) if whole else value
 
 
 def _files(
