@@ -220,9 +220,9 @@ def test_a_broken_model_leaves_nothing(workshop: Path, tmp_path: Path) -> None:
     """A loss that is NaN names the model and the step; the folder is not there."""
     loaded = load_encoder(workshop / "one", dtype=torch.float32)
     with torch.no_grad():
-        next(p for n, p in loaded.model.named_parameters() if n.endswith("query.weight"))[0, 0] = (
-            1e38
-        )
+        for name, p in loaded.model.named_parameters():
+            if name.endswith("query.weight"):
+                p[0, 0] = float("nan")
     save_model(loaded.model, loaded.tokenizer, tmp_path / "broken")
     alone = {"one": tasks()["one"]}
     where = recipe(
