@@ -4,8 +4,8 @@ Usage: localize.py [--entries N] [--scratch DIR] [--rules magnitude random] [--d
 
 The base is zero (a file of holes) and the model random bfloat16, so that a count of all 32,768
 magnitudes by numpy, which shares no code with Suture, gives the exact top-k, ties by position. Each
-rule runs as a process of its own; "above start" is its peak memory beyond the same command on a tiny
-model. Prints a table and writes ``benchmarks/localize.json``.
+rule is a process of its own; "above start" is its peak memory beyond the same command on a tiny
+model. Prints a table; writes ``benchmarks/localize.json``.
 """
 
 from __future__ import annotations

@@ -5,7 +5,7 @@ Usage: localize_tasks.py [--out DIR] [--seeds 0 1 2] [--quick] [--threads N]
 The tasks, heads and experts are those of the demo (MiniLM; four tasks), with the seed of the split,
 of training and of every draw changed together. Two tables are made:
 
-1. Retention ``(m(graft) - m(base)) / (m(expert) - m(base))`` on test rows of ``theta0 + mask * tau``
+1. Retention ``(m(graft) - m(base)) / (m(expert) - m(base))`` on test rows of ``theta0 + mask tau``
    for learned, one-step, magnitude and random masks of the same densities, mean over tasks.
 2. Accuracy of stitched models beside soup, task arithmetic (scale chosen on validation rows), TIES,
    DARE and Consensus, as a share of the expert. A method whose density or scale is open chooses it

@@ -123,7 +123,8 @@ class Stats:
                     )
 
     def _check_inputs(self, kind: str, specs: Mapping[str, TensorSpec]) -> None:
-        if not set(self.names(kind)) & specs.keys():
+        matrices = [n for n, spec in specs.items() if len(spec.shape) == 2]
+        if matrices and not set(self.names(kind)) & specs.keys():
             raise MismatchError(
                 f"{self.where}: no {kind} of any of these tensors: are these the statistics of "
                 "another model?"
@@ -148,7 +149,7 @@ class Stats:
         metadata = {"format": FORMAT, "facts": json.dumps(self.facts, sort_keys=True)}
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
-            tensors = {k: np.ascontiguousarray(v, np.float32) for k, v in self.tensors.items()}
+            tensors = {k: np.asarray(v, np.float32, order="C") for k, v in self.tensors.items()}
             save_file(dict(sorted(tensors.items())), partial, metadata=metadata)
             partial.replace(path)
         except OSError as error:

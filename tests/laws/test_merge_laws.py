@@ -36,8 +36,10 @@ NEUTRAL: dict[str, Neutral] = {
     "consensus": Neutral({"min_tasks": 1}),
     "stitch": Neutral({"density": 1.0}),
     "slerp": Neutral(times=2),
+    "fisher_merging": Neutral(),
+    "regmean": Neutral(),
 }
-AVERAGING = {"linear", "slerp"}
+AVERAGING = {"linear", "slerp", "fisher_merging", "regmean"}
 """Methods that average whole weights, so that an entry only one model changed is watered down."""
 LIVELY: dict[str, dict[str, Any]] = {
     "ties": {"density": 0.3},
@@ -53,6 +55,7 @@ VARIANTS = [
     ("stitch", {"density": 0.3, "scope": "tensor"}),
     ("dare_linear", {"density": 0.4, "rescale": "l1"}),
     ("dare_ties", {"density": 0.4, "rescale": "l1"}),
+    ("fisher_merging", {"normalize": True}),
 ]
 each_variant = pytest.mark.parametrize(
     ("method", "parameters"),
@@ -343,6 +346,8 @@ def test_a_number_for_one_tensor_changes_that_tensor_only(
         pytest.skip(f"has no {key}")
     if parameters.get("zero_sign") == "majority":
         pytest.skip("the majority sign is one number for all tensors")
+    if parameters.get("normalize") and "stats" in METHODS[method].parameters:
+        pytest.skip("the norm of the statistics is one number for all tensors")
     if "scope" in METHODS[method].parameters:
         parameters = {**parameters, "scope": "tensor"}
     models = family("f32")
@@ -366,6 +371,8 @@ def test_a_shard_merged_alone_is_the_shard_of_the_whole(
     """Tensors may be merged in parts where they do not compete with one another."""
     if parameters.get("zero_sign") == "majority":
         pytest.skip("the majority sign is one number for all tensors")
+    if parameters.get("normalize") and "stats" in METHODS[method].parameters:
+        pytest.skip("the norm of the statistics is one number for all tensors")
     if "scope" in METHODS[method].parameters:
         parameters = {**parameters, "scope": "tensor"}
     models = family("bf16", grid=True)

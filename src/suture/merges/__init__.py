@@ -19,6 +19,7 @@ from suture.merges.base import (
 from suture.merges.consensus import consensus
 from suture.merges.dare import dare_linear, dare_ties
 from suture.merges.linear import linear, slerp, task_arithmetic
+from suture.merges.measured import fisher_merging, regmean
 from suture.merges.stitch import stitch
 from suture.merges.ties import ties
 
@@ -38,6 +39,8 @@ METHODS: dict[str, Method] = {
         Method(dare_ties, "DARE with TIES", "Yu et al. 2024, arXiv:2311.03099", random=True),
         Method(consensus, "Consensus (TALL masks)", "Wang et al. 2024, arXiv:2405.07813"),
         Method(stitch, "Localize-and-Stitch", "He et al. 2025, arXiv:2408.13656"),
+        Method(fisher_merging, "Fisher merging", "Matena and Raffel 2022, arXiv:2111.09832"),
+        Method(regmean, "RegMean", "Jin et al. 2023, arXiv:2212.09849"),
         Method(slerp, "SLERP", "Shoemake 1985, doi:10.1145/325165.325242", needs_base=False,
                least=2, most=2, ordered=True),
     )
