@@ -23,7 +23,7 @@ import math
 import shutil
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -271,6 +271,14 @@ class Bench:
         return len(prints) == 1
 
 
+def quicken() -> None:
+    """Fewer rows, steps and choices: to see that everything works, not for its numbers."""
+    global ROWS, LEARN
+    ROWS, LEARN = 8, replace(LEARN, epochs=3)
+    for method, grid in GRIDS.items():
+        GRIDS[method] = grid[-2:]
+
+
 def interval(values: Sequence[float]) -> dict[str, float]:
     """Mean over seeds with its 95 % t interval."""
     n = len(values)
@@ -318,7 +326,7 @@ def tables(results: Mapping[str, Any]) -> str:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--out", type=Path, default=Path("localize-tasks"))
+    parser.add_argument("--out", type=Path, default=Path("out/localize-tasks"))
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--quick", action="store_true", help="two small tasks, to see it work")
@@ -326,6 +334,7 @@ def main() -> None:
     torch.set_num_threads(args.threads)
     tasks = list(TASKS)
     if args.quick:
+        quicken()
         tasks = [demo.shortened(t) for t in TASKS if t.name in demo.QUICK]
     retention: dict[str, dict[str, list[float]]] = {r: {} for r in RULES}
     merges: dict[str, list[tuple[dict[str, Any], list[float]]]] = {m: [] for m in GRIDS}

@@ -158,6 +158,21 @@ def test_localize_then_stitch(workshop: Path, tmp_path: Path) -> None:
     assert not (tmp_path / "wrong").exists()
 
 
+def test_what_is_measured_weighs_merges(workshop: Path, tmp_path: Path) -> None:
+    """Kinds named under ``measure`` are kept for Fisher merging and RegMean, which find them."""
+    where = recipe(workshop, "kinds.yaml", tasks=tasks(), measure=["gram", "fisher"])
+    assert making.invoke("localize", where, "-o", tmp_path / "out").code == 0
+    stats = Stats.load(tmp_path / "out" / "stats" / "one.safetensors")
+    assert stats.kinds == ["fisher", "gram"]
+    models = {m: workshop / m for m in ("one", "two")}
+
+    for method in toy.NEED_STATS:
+        what = toy.recipe(method, models, workshop / "base", stats=str(tmp_path / "out" / "stats"))
+        out, report = toy.run(tmp_path / method, what)
+        assert report.facts["statistics"][0]["rows"] == 20
+        assert out.keys() == toy.read(workshop / "base").keys()
+
+
 def test_a_dry_run_writes_nothing(workshop: Path, tmp_path: Path) -> None:
     """It says what would be done, for people and as JSON."""
     where = recipe(workshop, "dry.yaml", rule="snip", tasks=tasks())
@@ -176,7 +191,7 @@ def test_everything_wrong_is_told_at_once(workshop: Path, tmp_path: Path) -> Non
     what = {
         "base": "base", "models": {"one": "nonesuch", "two": {"path": "two", "density": 0}},
         "rule": "fisher", "scope": "globl", "densty": 0.1, "density": 1.5, "seed": -1,
-        "space": {"exclude": ["embeding"]}, "at": "here",
+        "space": {"exclude": ["embeding"]}, "at": "here", "measure": ["grams"],
         "tasks": {"two": {"data": "nothing.jsonl", "rows": 0}, "three": {"data": "rows.jsonl"}},
     }  # fmt: skip
     (workshop / "wrong.yaml").write_text(yaml.safe_dump(what))
@@ -189,7 +204,7 @@ def test_everything_wrong_is_told_at_once(workshop: Path, tmp_path: Path) -> Non
         "models.two.density: the share of entries kept, in (0, 1]; got 0", "seed: from 0",
         "did you mean 'embedding'?", "at: where statistics are measured", "nothing.jsonl",
         "tasks.two.head: a classifier needs its head", "tasks.two.rows: at least 1",
-        "no model 'three'", "needs data for 'one'",
+        "no model 'three'", "measure: no statistics 'grams'; did you mean 'gram'?", "needs data for 'one'",
     )  # fmt: skip
     assert not list(tmp_path.iterdir())
 

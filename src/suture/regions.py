@@ -32,7 +32,7 @@ from suture.importance import Rule, Scoring, rule_named
 from suture.mask import Located, MaskFile, StoredMask, check_question, locate
 from suture.recipe import parse_yaml
 from suture.roles import DEFAULT_SPACE, ParamSpace, check_selectors, layer_key, role_of
-from suture.stats import Stats
+from suture.stats import KINDS, Stats
 from suture.vector import TaskVector, align
 
 if TYPE_CHECKING:
@@ -44,7 +44,7 @@ SCHEMA = 1
 """Version of the layout of ``localize.json``."""
 RECORD = "localize.json"
 KEYS = ("base", "models", "rule", "density", "scope", "positive", "seed", "space", "stats", "tasks",
-        "at", "learn", "device")  # fmt: skip
+        "at", "learn", "measure", "device")  # fmt: skip
 TASK_KEYS = ("data", "kind", "head", "text", "label", "max_length", "rows", "batch", "draws")
 Say = Callable[[str], None]
 
@@ -81,9 +81,15 @@ class Regions:
     tasks: Mapping[str, Task] = field(default_factory=dict)
     at: str = "tuned"
     learn: LearnSettings | None = None
+    measure: tuple[str, ...] = ()
+    """Statistics that are kept besides those that the rule needs, for merges by statistics."""
     device: str = "cpu"
     raw: Mapping[str, Any] = field(default_factory=dict)
     """As it was written."""
+
+    def needs(self, rule: Rule) -> tuple[str, ...]:
+        """Every kind of statistics that is wanted."""
+        return tuple(dict.fromkeys((*rule.needs, *self.measure)))
 
 
 @dataclass(frozen=True)
@@ -115,7 +121,7 @@ class Plan:
         entries = sum(self.base.specs[n].numel for n in self.names)
         return {
             "rule": self.rule.name,
-            "needs": list(self.rule.needs),
+            "needs": list(self.recipe.needs(self.rule)),
             "scope": self.recipe.scope,
             "tensors": len(self.names),
             "entries": entries,
@@ -207,7 +213,7 @@ class _Reader:
             self.one(self.raw, "positive", bool, False), seed,
             ParamSpace(self.words(space, "include", default.include),
                        self.words(space, "exclude", default.exclude)),
-            self.stats(models), self.tasks(models), at, settings,
+            self.stats(models), self.tasks(models), at, settings, self.measured(rule),
             self.one(self.raw, "device", str, "cpu"), dict(self.raw),
         )  # fmt: skip
 
@@ -248,6 +254,20 @@ class _Reader:
                 hint = did_you_mean(name, list(models)) if models else "there are none"
                 self.note(f"{key}: no model {name!r}; {hint}")
         return {n: v for n, v in found.items() if n in models}
+
+    def measured(self, rule: str) -> tuple[str, ...]:
+        """The kinds that are measured besides."""
+        found = self.raw.get("measure", [])
+        if not isinstance(found, list) or not all(isinstance(k, str) for k in found):
+            self.note(f"measure: a list of kinds of statistics, not {brief(found)}")
+            return ()
+        for kind in found:
+            if kind not in KINDS or kind == "logit":
+                known = [k for k in KINDS if k != "logit"]
+                self.note(f"measure: no statistics {kind!r}; {did_you_mean(kind, known)}")
+        if found and rule == "learned":
+            self.note("measure: the rule learned trains and measures nothing; use another recipe")
+        return tuple(k for k in found if k in KINDS)
 
     def stats(self, models: Mapping[str, str]) -> dict[str, Path]:
         found = {}
@@ -313,7 +333,9 @@ def plan_regions(
     base, models = _opened(recipe, place, problems)
     names = _names(recipe, base, problems)
     stats = _stats(recipe, rule, base, names, problems)
-    material = {} if rule is None or not rule.needs else _material(recipe, rule, models, problems)
+    material = (
+        {} if rule is None or not recipe.needs(rule) else _material(recipe, rule, models, problems)
+    )
     _check_place(out, [c for c in (base, *models.values()) if c is not None], overwrite, problems)
     problems.raise_if_any()
     assert base is not None
@@ -340,14 +362,18 @@ def _question(recipe: Regions, problems: Problems) -> Rule | None:
         rule = rule_named(recipe.rule)
     except RecipeError:
         return None
-    for name in recipe.models if rule.needs else ():
+    for name in recipe.models if recipe.needs(rule) else ():
         if name not in recipe.stats and name not in recipe.tasks:
             problems.add(
                 RecipeError,
-                f"tasks: the rule {rule.name} needs data for {name!r}: `tasks: {{{name}: {{data: "
+                f"tasks: {_why(recipe, rule)} needs data for {name!r}: `tasks: {{{name}: {{data: "
                 "..., head: ...}}}`, or `stats: {" + name + ": FILE}` measured before",
             )
     return rule
+
+
+def _why(recipe: Regions, rule: Rule) -> str:
+    return f"the rule {rule.name}" if rule.needs else f"measure: {', '.join(recipe.measure)}"
 
 
 def _opened(
@@ -388,7 +414,7 @@ def _stats(
             stats = Stats.load(path)
             assert rule is not None
             assert base is not None
-            stats.check(rule.needs, {n: base.specs[n] for n in names})
+            stats.check(recipe.needs(rule), {n: base.specs[n] for n in names})
             found[name] = stats
     return found
 
@@ -588,7 +614,7 @@ def _natural(key: str) -> list[tuple[int, str]]:
 def _stats_for(
     plan: Plan, model: str, prints: Mapping[str, str], staging: Path, say: Say
 ) -> Stats | None:
-    if not plan.rule.needs:
+    if not plan.recipe.needs(plan.rule):
         return None
     if model in plan.stats:
         stats = plan.stats[model]
@@ -644,7 +670,7 @@ def _measured(plan: Plan, model: str, prints: Mapping[str, str], say: Say) -> St
         assert recipe.learn is not None
         return learn(vector, net, data, recipe.learn, objective=objective, device=recipe.device,
                      facts=facts, progress=tell)  # fmt: skip
-    return measure(net, data, plan.rule.needs, names=plan.names, objective=objective,
+    return measure(net, data, plan.recipe.needs(plan.rule), names=plan.names, objective=objective,
                    batch=task.batch, draws=task.draws, seed=recipe.seed, device=recipe.device,
                    facts=facts)  # fmt: skip
 

@@ -137,7 +137,7 @@ class Parameter:
         self.choices: tuple[str, ...] = get_args(kind) if get_origin(kind) is Literal else ()
         self.flag = kind is bool
         self.required = default is inspect.Parameter.empty
-        self.default = _plain(default)
+        self.default = None if self.required else _plain(default)
 
     @property
     def doc(self) -> str:
@@ -331,11 +331,11 @@ def _files(
     parameter: Parameter, value: object, models: Sequence[str], where: str, problems: Problems
 ) -> dict[str, str] | None:
     """The file of each model, paired by name."""
-    if value is inspect.Parameter.empty:
-        problems.add(RecipeError, f"{where}: missing; {parameter.doc}")
-    if value is inspect.Parameter.empty or not _check(parameter, value, where, problems):
-        return None
     if value is None:
+        if parameter.required:
+            problems.add(RecipeError, f"{where}: missing; {parameter.doc}")
+        return None
+    if not _check(parameter, value, where, problems):
         return None
     if isinstance(value, str):
         return {m: f"{value}/{m}.safetensors" for m in models}
@@ -360,5 +360,5 @@ def _scalar(parameter: Parameter, value: object, where: str, problems: Problems)
     for pattern, number in value.items():
         if _check(parameter, number, f"{where}[{pattern!r}]", problems):
             rules.append((str(pattern), float(number)))
-    default = next((v for p, v in rules if p == "*"), parameter.default)
+    default: Any = next((v for p, v in rules if p == "*"), parameter.default)
     return Scalar(float(default), tuple(rules))
