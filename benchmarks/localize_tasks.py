@@ -6,7 +6,8 @@ The tasks, heads and experts are those of the demo (MiniLM; four tasks), with th
 of training and of every draw changed together. Two tables are made:
 
 1. Retention ``(m(graft) - m(base)) / (m(expert) - m(base))`` on test rows of ``theta0 + mask tau``
-   for learned, one-step, magnitude and random masks of the same densities, mean over tasks.
+   for learned, one-step, magnitude and random masks of the same densities; gains summed over
+   tasks.
 2. Accuracy of stitched models beside soup, task arithmetic (scale chosen on validation rows), TIES,
    DARE and Consensus, as a share of the expert. A method whose density or scale is open chooses it
    on the same validation rows, among at most six.
@@ -74,6 +75,8 @@ class Expert:
     few: Dataset
     """The training rows that masks may see."""
     vector: TaskVector
+    key: str
+    """Identifies its weights, and what they were trained on."""
 
 
 class Bench:
@@ -93,6 +96,7 @@ class Bench:
             self.experts = [self._expert(shop, t, places, tokenizer) for t in tasks]
         finally:
             demo.SEED = before
+        self.key = demo.digest([self.base.key, [e.key for e in self.experts]])
 
     def _expert(self, shop: Any, task: TextTask, places: Any, tokenizer: Any) -> Expert:
         rows = list(task.read(places))
@@ -108,14 +112,14 @@ class Bench:
         vector = (suture.open(model.folder) - self.checkpoint).select(
             exclude=["embedding", "head", "pooler"]
         )
-        return Expert(task.name, model.folder, head, column.data, few, vector)
+        return Expert(task.name, model.folder, head, column.data, few, vector, model.key)
 
     # -- numbers, each made once ------------------------------------------------------------------
 
     def once(self, name: str, inputs: Any, make: Callable[[], float]) -> float:
         """A number from its file, or made now."""
         path = self.out / "numbers" / f"{name}.json"
-        key = demo.digest(inputs)
+        key = demo.digest([self.key, inputs])
         if path.exists():
             found = json.loads(path.read_text())
             if found["key"] == key:
@@ -151,7 +155,7 @@ class Bench:
         if rule in ("magnitude", "random"):
             return None
         settings = repr(LEARN) if rule == "learned" else ""
-        key = demo.digest([settings, ROWS])[:8]
+        key = demo.digest([settings, ROWS, expert.key])[:8]
         path = self.out / "stats" / f"{expert.name}-{rule}-{key}.safetensors"
         if not path.exists():
             began = time.perf_counter()
@@ -178,15 +182,18 @@ class Bench:
     # -- table 1 -----------------------------------------------------------------------------------
 
     def retention(self, rule: str, density: float) -> float:
-        """Mean over tasks of the share of the expert's gain that a graft keeps."""
-        shares = []
+        """The share of the experts' gains that grafts keep: gains summed over tasks.
+
+        (A mean of ratios would be ruled by the task with the smallest gain.)
+        """
+        kept, gain = 0.0, 0.0
         for expert in self.experts:
             low, high = self.ends(expert, "test")
             name = f"graft-{expert.name}-{rule}-{density:g}"
             inputs = [repr(LEARN) if rule == "learned" else "", ROWS]
             value = self.once(name, inputs, lambda e=expert: self._graft(e, rule, density))  # type: ignore[misc]
-            shares.append((value - low) / (high - low) if high != low else 1.0)
-        return sum(shares) / len(shares)
+            kept, gain = kept + value - low, gain + high - low
+        return kept / gain if gain else math.nan
 
     def _graft(self, expert: Expert, rule: str, density: float) -> float:
         mask = self.mask(expert, rule, density)
@@ -228,6 +235,7 @@ class Bench:
             "method": method,
             "parameters": dict(parameters),
             "space": {"exclude": ["embedding", "head", "pooler"]},
+            "policy": {"missing": "base"},  # position numbers, which transformers does not save
         }
         if method == "dare_linear":
             recipe["parameters"]["seed"] = self.seed
@@ -256,7 +264,7 @@ class Bench:
             self.mask(e, "magnitude", 0.05).save(state / f".{e.name}.safetensors")
             bits = StoredMask(state / f".{e.name}.safetensors")
             write_graft(state / f"{e.name}.safetensors", suture.open(e.folder), bits)
-        common = {"base": str(self.base.folder), "method": "stitch",
+        common = {"base": str(self.base.folder), "method": "stitch", "policy": {"missing": "base"},
                   "space": {"exclude": ["embedding", "head", "pooler"]}}  # fmt: skip
         paths = {e.name: str((state / f"{e.name}.safetensors").resolve()) for e in self.experts}
         runs = {
@@ -296,7 +304,7 @@ def cell(found: Mapping[str, float]) -> str:
 
 def tables(results: Mapping[str, Any]) -> str:
     lines = [
-        "Retention of grafted single tasks (1: the expert, 0: the base), mean over "
+        "Retention of grafted single tasks (1: the expert, 0: the base), gains summed over "
         f"{', '.join(results['tasks'])}; {len(results['seeds'])} seed(s), 95 % t intervals.",
         "",
         "| density | " + " | ".join(RULES) + " |",

@@ -62,6 +62,19 @@ def at(value: float | Mapping[str, float], name: str, default: float) -> float:
     return next((v for p, v in value.items() if fnmatchcase(name, p)), default)
 
 
+def statistics(kind: str, of: slow.Vectors) -> dict[str, dict[str, Array]]:
+    """The invented statistics that ``toy.recipe`` gives these models."""
+    shapes = {n: tuple(t.shape) for n, t in toy.base_tensors().items()}
+    found: dict[str, dict[str, Array]] = {}
+    for model, vector in of.items():
+        for name in vector:
+            kinds = toy.invented(model, name, shapes[name])
+            if kind in kinds:
+                values = kinds[kind] if kind == "gram" else kinds[kind].ravel()
+                found.setdefault(model, {})[name] = values
+    return found
+
+
 TWINS: dict[str, Callable[[slow.Vectors, Case], dict[str, Array]]] = {
     "linear": lambda v, c: slow.linear(v, c.each("weight", 1.0), **c.options("normalize")),
     "slerp": lambda v, c: slow.slerp(v, c.number("t", 0.5)),
@@ -87,6 +100,13 @@ TWINS: dict[str, Callable[[slow.Vectors, Case], dict[str, Array]]] = {
     "consensus": lambda v, c: slow.consensus(
         v, c.each("weight", 1.0), c.each("tall_threshold", 0.4), c.number("scale", 1.0),
         **c.options("min_tasks"),
+    ),
+    "fisher_merging": lambda v, c: slow.fisher_merging(
+        v, c.each("weight", 1.0), statistics("fisher", v), c.number("scale", 1.0),
+        **c.options("floor", "normalize"),
+    ),
+    "regmean": lambda v, c: slow.regmean(
+        v, statistics("gram", v), c.number("scale", 1.0), **c.options("alpha")
     ),
 }  # fmt: skip
 """Each method's twin, with the defaults that the method's signature has."""
@@ -136,6 +156,16 @@ CASES = [
     Case("consensus", {"min_tasks": 1, "tall_threshold": 0.2, "scale": 0.4173}, WEIGHTS),
     Case("consensus", {"min_tasks": 3, "tall_threshold": PATTERNS}),
     Case("consensus", {"min_tasks": 0}, WEIGHTS),
+    Case("fisher_merging"),
+    Case(
+        "fisher_merging",
+        {"normalize": True, "floor": 1e-3, "scale": PATTERNS},
+        {"bob": {"weight": 1.2941}},
+    ),
+    Case("fisher_merging", models=MODELS[:1]),
+    Case("regmean"),
+    Case("regmean", {"alpha": 0.3173, "scale": 0.7113}),
+    Case("regmean", {"alpha": 1.0}, models=MODELS[:2]),
 ]
 TIES_OPTIONS = [
     Case("ties", {"density": density, "elect": elect, "aggregate": aggregate, "zero_sign": zero})

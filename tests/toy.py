@@ -171,19 +171,25 @@ NEED_STATS = ("fisher_merging", "regmean")
 """Methods that weigh models by what was measured of them."""
 
 
+def invented(model: str, name: str, shape: tuple[int, ...]) -> dict[str, np.ndarray[Any, Any]]:
+    """Statistics of one tensor of one model by kind; they depend on the two names alone."""
+    draw = np.random.default_rng(zlib.crc32(f"{model} {name}".encode()))
+    found = {"fisher": draw.random(shape, np.float32)}
+    if len(shape) == 2 and min(shape) > 0 and shape[1] < 2000:
+        x = draw.standard_normal((2 * shape[1], shape[1]), np.float32)
+        found["gram"] = x.T @ x / len(x)
+    return found
+
+
 def invented_stats(model: Path) -> Path:
-    """Statistics of every kind that a merge reads, drawn for the tensors of a model."""
+    """Statistics of every kind that a merge reads, drawn for the tensors of a model, as a file."""
     place = model if model.is_dir() else model.parent
     path = place.parent / f".{place.name}.stats.safetensors"
     if not path.exists():
         tensors = {"gram/none": np.eye(2, dtype=np.float32)}
         for name, tensor in read(place).items():
-            shape, key = tuple(tensor.shape), zlib.crc32(f"{place.name} {name}".encode())
-            draw = np.random.default_rng(key)
-            tensors[f"fisher/{name}"] = draw.random(shape, np.float32)
-            if len(shape) == 2 and min(shape) > 0 and shape[1] < 2000:
-                x = draw.standard_normal((2 * shape[1], shape[1]), np.float32)
-                tensors[f"gram/{name}"] = x.T @ x / len(x)
+            kinds = invented(place.name, name, tuple(tensor.shape))
+            tensors |= {f"{kind}/{name}": values for kind, values in kinds.items()}
         Stats(tensors, {}, "").save(path)
     return path
 
