@@ -20,9 +20,9 @@ ROOT = Path(suture.__file__).parent
 ORDER = [
     "errors", "spec", "roles", "loops", "machine", "kernels", "checkpoint", "views", "layers",
     "vocabulary", "chat", "embeddings", "adapters", "ggufs", "opening", "writer", "stream",
-    "vector", "profile", "select", "mask", "patchfile", "patch", "gather", "merges", "engine",
-    "recipe_types", "mergekit", "recipe", "card", "models", "data", "tune", "evals", "report",
-    "run", "patching", "lowrank", "demo_tasks", "demo", "cli", "__main__",
+    "vector", "profile", "select", "stats", "importance", "mask", "graft", "patchfile", "patch", "gather", "merges", "engine",
+    "recipe_types", "mergekit", "recipe", "card", "models", "data", "tune", "evals", "measure",
+    "learned", "report", "run", "patching", "lowrank", "regions", "demo_tasks", "demo", "cli", "__main__",
 ]  # fmt: skip
 """The way of a tensor, top to bottom."""
 
@@ -39,7 +39,7 @@ PLACES = {
     "pickle": set(),
 }
 """Where a tool may be imported; others import it nowhere."""
-TORCH = {"checkpoint", "models", "data", "tune", "evals", "demo", "lowrank"}
+TORCH = {"checkpoint", "models", "data", "tune", "measure", "learned", "evals", "demo", "lowrank"}
 """Where torch may be imported, and in ``checkpoint`` only when a torch tensor is asked for."""
 TORCH_LATE = {"checkpoint.py", "merges/spectral.py"}
 """Where it is imported inside of functions only: by a torch tensor, by merges of whole matrices."""
