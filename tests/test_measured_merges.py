@@ -123,3 +123,19 @@ def test_statistics_are_paired_by_name(method: str, family: Any, tmp_path: Path)
         tmp_path / "two", {**right, "parameters": {"stats": dict(reversed(files.items()))}}
     )
     assert toy.same_bytes(one, two) == []
+
+
+@pytest.mark.parametrize("method", [*toy.NEED_STATS, "stitch"])
+def test_files_about_whole_models_are_refused_beside_slices(
+    method: str, family: Any, tmp_path: Path
+) -> None:
+    """Slices give layers other numbers, so that statistics or masks would meet the wrong ones."""
+    models = family("f32")
+    more = {"masks": str(tmp_path)} if method == "stitch" else {}
+    what = toy.recipe(method, models.some("ada"), models.base_path, **more)
+    what["slices"] = [{"sources": {"base": [0, 1], "ada": [0, 1]}}]
+
+    with pytest.raises(RecipeError, match="slices: .* reads files about whole models") as caught:
+        toy.run(tmp_path / "out", what)
+
+    assert "missing" not in str(caught.value)
