@@ -9,7 +9,7 @@ SHELL := bash
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
 .NOTPARALLEL:
-.PHONY: help test check lint format docs proofs bench demo clean
+.PHONY: help test check lint format docs proofs bench tables demo clean
 
 PYTHON ?= python3
 VENV ?= .venv
@@ -56,6 +56,9 @@ proofs: $(STAMPS)/test  ## run the slow proofs
 
 bench: $(STAMPS)/bench  ## measure speed and memory on this machine
 	$(BIN)/python benchmarks/run.py $(ARGS)
+
+tables: $(STAMPS)/demo  ## masks and stitching on the demo's tasks, 3 seeds; hours, goes on where it stopped
+	$(BIN)/python benchmarks/localize_tasks.py $(ARGS)
 
 demo: $(STAMPS)/demo  ## the main job on small real models, end to end
 	$(BIN)/suture demo $(ARGS)

@@ -43,6 +43,7 @@ COMMANDS = [
     "merge",
     "extract-lora",
     "patch",
+    "localize",
     "analyze",
     "report",
     "finetune",

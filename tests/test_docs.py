@@ -149,7 +149,8 @@ def generated(what: str) -> str:
     for name, m in METHODS.items():
         base = "yes" if m.needs_base else "if given" if m.optional_base else "no"
         number = f"{m.least}" if m.most == m.least else f"{m.least} or more"
-        kind = "whole" if m.tensorwise else str(m.make().passes + 1)
+        needed: dict[str, dict[str, str]] = {n: {} for n, p in m.parameters.items() if p.required}
+        kind = "whole" if m.tensorwise else str(m.make(**needed).passes + 1)
         rows.append(f"| `{name}` | {m.title} | {number} | {base} | {kind} | {m.paper} |")
     head = "| method | | models | base | passes | source |"
     return "\n".join([head, "|---|---|---|---|---|---|", *rows]) + "\n"

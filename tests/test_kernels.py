@@ -613,6 +613,23 @@ def test_masked_mean_averages_who_selected(make: Callable[[int, int, int], Array
     assert out[0] == out[2999] == 9
 
 
+@pytest.mark.parametrize("count", [1, 8, 1000, 3001])
+def test_stitching_averages_whose_bit_is_set(count: int) -> None:
+    """The mean over the rows whose bit is set, and 0 where none is."""
+    rows = sample_rows(3, count, 5)
+    weights = np.array([1.0, 0.5, 3.0], np.float32)
+    marks = np.random.default_rng(count).random((3, count)) < 0.4
+    bits = np.packbits(marks, axis=1, bitorder="little")
+    out = np.full(count + 1, 9, np.float32)
+
+    kernels.stitched(rows, weights, bits, count, out)
+
+    total = (np.where(marks, rows[:, :count], 0) * weights[:, None]).astype(np.float64).sum(0)
+    expected = total / np.maximum(marks.sum(0), 1)
+    np.testing.assert_allclose(out[:count], expected, rtol=1e-6, atol=1e-6)
+    assert out[count] == 9
+
+
 @pytest.mark.parametrize("least", [0, 1, 2, 3, 4])
 def test_consensus_counts_who_holds_their_own(least: int) -> None:
     """On values that float32 adds exactly, the mask is the paper's, equality included."""

@@ -20,10 +20,11 @@ ROOT = Path(suture.__file__).parent
 ORDER = [
     "errors", "spec", "roles", "loops", "machine", "kernels", "checkpoint", "views", "layers",
     "vocabulary", "chat", "embeddings", "adapters", "ggufs", "opening", "forms", "writer",
-    "stream", "vector", "profile", "select", "mask", "patchfile", "patch", "gather", "analysis",
-    "merges", "engine", "recipe_types", "mergekit", "recipe", "card", "models", "data",
-    "persample", "snapshot", "mover", "tune", "evals", "report", "page", "run", "patching",
-    "lowrank", "analyze", "finetune", "demo_tasks", "demo", "cli", "__main__",
+    "stream", "vector", "profile", "select", "stats", "importance", "mask", "graft", "patchfile",
+    "patch", "gather", "analysis", "merges", "engine", "recipe_types", "mergekit", "recipe",
+    "card", "models", "data", "persample", "snapshot", "mover", "tune", "evals", "measure",
+    "learned", "report", "page", "run", "patching", "lowrank", "regions", "analyze", "finetune",
+    "demo_tasks", "demo", "cli", "__main__",
 ]  # fmt: skip
 """The way of a tensor, top to bottom."""
 
@@ -47,7 +48,7 @@ PLACES = {
 }
 """Where a tool may be imported; others import it nowhere."""
 TORCH = {
-    "checkpoint", "models", "data", "persample", "snapshot", "mover", "tune", "evals", "finetune", "demo", "lowrank",
+    "checkpoint", "models", "data", "persample", "snapshot", "mover", "tune", "evals", "finetune", "demo", "lowrank", "measure", "learned",
 }  # fmt: skip
 """Where torch may be imported, and in ``checkpoint`` only when a torch tensor is asked for."""
 TORCH_LATE = {"checkpoint.py", "merges/spectral.py"}

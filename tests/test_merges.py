@@ -78,6 +78,19 @@ class Given(dict[str, dict[str, Array]]):
     shapes: dict[str, tuple[int, ...]]
 
 
+def statistics(kind: str, of: slow.Vectors) -> dict[str, dict[str, Array]]:
+    """The invented statistics that ``toy.recipe`` gives these models."""
+    shapes = {n: tuple(t.shape) for n, t in toy.base_tensors().items()}
+    found: dict[str, dict[str, Array]] = {}
+    for model, vector in of.items():
+        for name in vector:
+            kinds = toy.invented(model, name, shapes[name])
+            if kind in kinds:
+                values = kinds[kind] if kind == "gram" else kinds[kind].ravel()
+                found.setdefault(model, {})[name] = values
+    return found
+
+
 TWINS: dict[str, Callable[[Given, Case], dict[str, Array]]] = {
     "linear": lambda v, c: slow.linear(v, c.each("weight", 1.0), **c.options("normalize")),
     "slerp": lambda v, c: slow.slerp(v, c.number("t", 0.5)),
@@ -159,6 +172,13 @@ TWINS: dict[str, Callable[[Given, Case], dict[str, Array]]] = {
     "consensus": lambda v, c: slow.consensus(
         v, c.each("weight", 1.0), c.each("tall_threshold", 0.4), c.number("scale", 1.0),
         **c.options("min_tasks"),
+    ),
+    "fisher_merging": lambda v, c: slow.fisher_merging(
+        v, c.each("weight", 1.0), statistics("fisher", v), c.number("scale", 1.0),
+        **c.options("floor", "normalize"),
+    ),
+    "regmean": lambda v, c: slow.regmean(
+        v, statistics("gram", v), c.number("scale", 1.0), **c.options("alpha")
     ),
 }  # fmt: skip
 """Each method's twin, with the defaults that the method's signature has."""
@@ -258,6 +278,16 @@ CASES = [
     Case("iso_c", {"isotropy": 0.3}),
     Case("iso_cts", {"scale": 0.7137}, WEIGHTS),
     Case("iso_cts", {"common": 0.3, "isotropy": 0.9}, models=MODELS[:2]),
+    Case("fisher_merging"),
+    Case(
+        "fisher_merging",
+        {"normalize": True, "floor": 1e-3, "scale": PATTERNS},
+        {"bob": {"weight": 1.2941}},
+    ),
+    Case("fisher_merging", models=MODELS[:1]),
+    Case("regmean"),
+    Case("regmean", {"alpha": 0.3173, "scale": 0.7113}),
+    Case("regmean", {"alpha": 1.0}, models=MODELS[:2]),
 ]
 TIES_OPTIONS = [
     Case("ties", {"density": density, "elect": elect, "aggregate": aggregate, "zero_sign": zero})

@@ -125,7 +125,9 @@ def test_a_seed_may_stand_in_every_recipe() -> None:
     """So that a recipe can change its method; it is checked, and used by methods that draw."""
     for name, method in METHODS.items():
         models = dict(list({"a": "./a", "b": "./b"}.items())[: method.most])
-        read_recipe({"base": "./base", "models": models, "method": name, "parameters": {"seed": 7}})
+        needed = {n: "./files" for n, p in method.parameters.items() if p.required}
+        parameters = {"seed": 7, **needed}
+        read_recipe({"base": "./base", "models": models, "method": name, "parameters": parameters})
         with pytest.raises(RecipeError, match="seed"):
             read_recipe(
                 {"base": "x", "models": models, "method": name, "parameters": {"seed": "x"}}

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import zlib
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -15,6 +16,7 @@ from safetensors.torch import load_file, save_file
 from suture.roles import ParamSpace
 from suture.run import MergeReport, merge
 from suture.spec import TensorSpec
+from suture.stats import Stats
 
 Tensors = dict[str, torch.Tensor]
 
@@ -165,6 +167,33 @@ def read(where: Path) -> Tensors:
     return found
 
 
+NEED_STATS = ("fisher_merging", "regmean")
+"""Methods that weigh models by what was measured of them."""
+
+
+def invented(model: str, name: str, shape: tuple[int, ...]) -> dict[str, np.ndarray[Any, Any]]:
+    """Statistics of one tensor of one model by kind; they depend on the two names alone."""
+    draw = np.random.default_rng(zlib.crc32(f"{model} {name}".encode()))
+    found = {"fisher": draw.random(shape, np.float32)}
+    if len(shape) == 2 and min(shape) > 0 and shape[1] < 2000:
+        x = draw.standard_normal((2 * shape[1], shape[1]), np.float32)
+        found["gram"] = x.T @ x / len(x)
+    return found
+
+
+def invented_stats(model: Path) -> Path:
+    """Statistics of every kind that a merge reads, drawn for the tensors of a model, as a file."""
+    place = model if model.is_dir() else model.parent
+    path = place.parent / f".{place.name}.stats.safetensors"
+    if not path.exists():
+        tensors = {"gram/none": np.eye(2, dtype=np.float32)}
+        for name, tensor in read(place).items():
+            kinds = invented(place.name, name, tuple(tensor.shape))
+            tensors |= {f"{kind}/{name}": values for kind, values in kinds.items()}
+        Stats(tensors, {}, "").save(path)
+    return path
+
+
 def recipe(
     method: str,
     models: Mapping[str, Path],
@@ -176,6 +205,8 @@ def recipe(
     """A recipe as a mapping; keywords that are no section of it are parameters of the method."""
     known = {k: sections.pop(k) for k in ("space", "policy", "output") if k in sections}
     entries = {n: {"path": str(p), **(own or {}).get(n, {})} for n, p in models.items()}
+    if method in NEED_STATS and "stats" not in sections:
+        sections["stats"] = {n: str(invented_stats(Path(p))) for n, p in models.items()}
     found = {"method": method, "models": entries, "parameters": sections, **known}
     return found if base is None else {"base": str(base), **found}
 

@@ -564,6 +564,62 @@ def patch_show(
 
 
 @app.command()
+def localize(
+    recipe: Annotated[Path, typer.Argument(help="A recipe (YAML): base, models, rule, density.")],
+    out: Annotated[Path, typer.Option("--out", "-o", help="The folder of masks to write.")],
+    threads: Threads = None,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="Check everything and say what would be done.")
+    ] = False,
+    overwrite: Annotated[
+        bool, typer.Option("--overwrite", help="Replace an older folder of masks.")
+    ] = False,
+    values: Annotated[
+        bool,
+        typer.Option(
+            "--values",
+            help="Write the marked weights, too: grafts, which stitch without their models.",
+        ),
+    ] = False,
+    as_json: Json = False,
+) -> None:
+    """Find the entries that carry a model's skill: a mask for each model, by an importance rule."""
+    with _errors(as_json), Bars(as_json) as bars:
+        from suture import machine, regions
+
+        machine.announce = lambda: _say("compiling for this processor (once, some ten seconds)")
+        plan = regions.plan_regions(recipe, out, threads=threads, overwrite=overwrite,
+                                    values=values)  # fmt: skip
+        if not dry_run:
+            record = regions.execute(plan, bars.stage, _silent if as_json else _say)
+    if dry_run:
+        found = plan.describe()
+        _print(found) if as_json else _show_regions(found)
+    elif as_json:
+        _print(record)
+    else:
+        for line in regions.lines(record, out):
+            _tell(line)
+
+
+def _silent(text: str) -> None:
+    """For --json: say nothing."""
+
+
+def _show_regions(found: dict[str, Any]) -> None:
+    needs = f", from {', '.join(found['needs'])}" if found["needs"] else ", without data"
+    _tell(f"rule     {found['rule']}{needs}; scope {found['scope']}")
+    for model, label in found["models"].items():
+        rows = f", {found['rows'][model]} rows" if model in found["rows"] else ""
+        density = found["densities"][model]
+        share = "every positive entry" if density is None else f"density {density:g}"
+        _tell(f"model    {model}: {label}, {share}{rows}")
+    _tell(f"output   {found['output']['path']}: {found['tensors']} tensors, {found['entries']:,} "
+          f"entries, {readable(found['output']['bytes'])}")  # fmt: skip
+    _tell("nothing was written; leave out --dry-run to localize")
+
+
+@app.command()
 def analyze(
     recipe: Annotated[Path, typer.Argument(help="What to look at (YAML).")],
     out: Annotated[Path, typer.Option("--out", "-o", help="The folder to write.")],

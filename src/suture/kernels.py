@@ -68,6 +68,7 @@ drop = Kernel("drop", f"{_V}, {_K}, i8, f8, i8")
 magnitudes = Kernel("magnitudes", f"{_V}, {_K}, i8, i8, f8[:, ::1], {_V}", _four)
 gram = Kernel("gram", f"{_R}, i8, f8[:, :, ::1], {_V}", _four)
 extremes = Kernel("extremes", f"{_V}, i8, f8[::1]")
+stitched = Kernel("stitched", f"{_R}, {_W}, u1[:, ::1], i8, {_V}, {_V}", _four)
 keep_between = Kernel("keep_between", f"{_R}, {_K}, {_K}, i8, i8")
 add_magnitudes = Kernel("add_magnitudes", f"{_R}, i8, f8[:, ::1], {_V}", _four)
 vote_and_merge = Kernel(

@@ -815,6 +815,29 @@ def extremes(row: Array, count: int, found: Array) -> None:
     found[1] += some
 
 
+@_kernel
+def stitched(
+    rows: Array, weights: Array, bits: Array, count: int, out: Array, scratch: Array
+) -> None:
+    """Average, entry by entry, the weighted rows whose bit is set; 0 where none is."""
+    chosen = scratch[:TILE]
+    for first in range(0, count, TILE):
+        size = min(TILE, count - first)
+        total = out[first : first + size]
+        total[:] = np.float32(0)
+        chosen[:] = np.float32(0)
+        for model in range(rows.shape[0]):
+            row = rows[model][first : first + size]
+            weight = weights[model]
+            for j in range(size):
+                place = first + j
+                on = (bits[model, place >> 3] >> np.uint8(place & 7)) & np.uint8(1)
+                total[j] += weight * row[j] if on else np.float32(0)
+                chosen[j] += np.float32(on)
+        for j in range(size):
+            total[j] = total[j] / max(chosen[j], np.float32(1))
+
+
 STRIP = 512
 """Columns that ``add_low_rank`` works on at once, so that its right factor stays in the cache."""
 

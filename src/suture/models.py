@@ -21,7 +21,13 @@ from typing import Any, Generic, NamedTuple, Protocol, TypeVar
 
 from safetensors import SafetensorError, safe_open
 
-from suture.errors import CheckpointError, MissingExtraError, OutputError, RecipeError
+from suture.errors import (
+    CheckpointError,
+    MismatchError,
+    MissingExtraError,
+    OutputError,
+    RecipeError,
+)
 
 try:
     import torch
@@ -30,6 +36,10 @@ try:
     from torch import Tensor, nn
 except ImportError as error:
     raise MissingExtraError("loading a model", "models") from error
+
+
+FLOAT32 = torch.float32
+"""What models are loaded in to be measured, whatever their files hold."""
 
 
 class Tokenizer(Protocol):
@@ -157,6 +167,38 @@ def masked_mean(hidden: Tensor, attention_mask: Tensor) -> Tensor:
     """
     mask = attention_mask.unsqueeze(-1).to(hidden.dtype)
     return (hidden * mask).sum(1) / mask.sum(1).clamp(min=1)
+
+
+def parameters_of(model: nn.Module, names: Iterable[str] | None = None) -> dict[str, nn.Parameter]:
+    """The parameters of a model by the names that they have in its checkpoint.
+
+    Args:
+        model: a ``Classifier``, ``Encoder`` or ``LanguageModel``, or any other module.
+        names: those that are wanted; by default all of the backbone, and never a head of ours.
+
+    Raises:
+        MismatchError: the model has no such parameter.
+    """
+    inner = model.encoder if isinstance(model, Classifier) else model
+    backbone = inner.backbone if isinstance(inner, Encoder | LanguageModel) else inner
+    found = dict(backbone.named_parameters())
+    if names is None:
+        return found
+    prefix = f"{getattr(backbone, 'base_model_prefix', '')}."  # which files have or lack
+    wanted: dict[str, nn.Parameter] = {}
+    missing = []
+    for name in names:
+        parameter = found.get(name, found.get(name.removeprefix(prefix), found.get(prefix + name)))
+        if parameter is None:
+            missing.append(name)
+        else:
+            wanted[name] = parameter
+    if missing:
+        shown = ", ".join(missing[:5]) + (f" and {len(missing) - 5} more" if missing[5:] else "")
+        raise MismatchError(
+            f"{type(backbone).__name__} has no parameters {shown}; leave them out of the `space`"
+        )
+    return wanted
 
 
 @torch.inference_mode()

@@ -426,8 +426,17 @@ def _native(raw: dict[str, Any], problems: Problems, folder: Path) -> Recipe:
                     slices=slices, tokenizer=tokenizer, chat_template=template)  # fmt: skip
     if found is None:
         return recipe
+    parameters = _located(found, parameters, folder)
     recipe = checked(replace(recipe, method=found, parameters=parameters), problems)
-    for number, cut in enumerate(slices):
+    given = {n for own in (parameters, *(cut.parameters for cut in slices)) for n in own}
+    files = [n for n, p in found.parameters.items() if p.files and (p.required or n in given)]
+    if slices and files:
+        problems.add(
+            RecipeError,
+            f"slices: {found.name} reads files about whole models ({', '.join(files)}), whose "
+            "layers would have other numbers here; merge the models whole",
+        )
+    for number, cut in enumerate(() if files else slices):
         where = f"slices[{number}]"
         own = [(n, s.parameters) for n, s in cut.sources.items()]
         settings(found, cut.parameters, own, problems, f"{where}.parameters",
@@ -440,6 +449,20 @@ def _native(raw: dict[str, Any], problems: Problems, folder: Path) -> Recipe:
         return recipe
     stages = {name: (dict(stage), Lines()) for name, stage in inner.items()}
     return _with_stages(recipe, stages, folder, problems)
+
+
+def _located(how: Method, parameters: Mapping[str, Any], folder: Path) -> dict[str, Any]:
+    """The parameters with the paths of files taken from the recipe's folder on."""
+
+    def at(path: object) -> object:
+        return str(folder / path) if isinstance(path, str) else path
+
+    found = dict(parameters)
+    for name in found.keys() & {n for n, p in how.parameters.items() if p.files}:
+        value = found[name]
+        by_model = isinstance(value, Mapping)
+        found[name] = {k: at(v) for k, v in value.items()} if by_model else at(value)
+    return found
 
 
 def _dtype(word: object) -> str | None:

@@ -52,9 +52,12 @@ from suture.errors import (
 )
 from suture.forms import PLAIN, check_forms
 from suture.ggufs import Gguf
+from suture.graft import is_graft, open_graft
 from suture.layers import Stretch, cut, depth_of, depths, sliced_config, stack_of
 from suture.mergekit import differences, native
-from suture.merges import PerModel, Scalar, method
+from suture.merges import Beside, Context, Method, PerModel, Scalar, method
+from suture.merges import method as method_named
+from suture.merges.presets import preset as preset_named
 from suture.opening import open_model
 from suture.patch import Patch
 from suture.patchfile import is_patch
@@ -121,6 +124,8 @@ class Plan:
     """The tokenizer files of the output, where they are not those of an input."""
     whole: tuple[Shard, ...] = ()
     """Files of the reference that the output has byte for byte, where they may be linked."""
+    beside: tuple[Beside, ...] = ()
+    """What is known of the files that each job reads besides its models."""
 
     @property
     def ready(self) -> bool:
@@ -230,7 +235,8 @@ def merged(
         return _applied(models, base, parameters, dtype)
     own: dict[str, dict[str, Any]] = {model: {} for model in models}
     for key, value in list(parameters.items()):
-        if isinstance(value, Mapping) and value and value.keys() <= own.keys():
+        by_model = isinstance(value, Mapping) and value and value.keys() <= own.keys()
+        if by_model and not _files(method_named(name or preset_named(str(preset)).method), key):
             for model, number in parameters.pop(key).items():
                 own[model][key] = number
     raw: dict[str, Any] = {
@@ -405,12 +411,19 @@ def _planned(
     for job in jobs:
         for problem in job.merge.check(job.names, job.models):
             problems.add(RecipeError, f"{recipe.method.name}: {problem}")
+    beside = tuple(
+        job.merge.beside(
+            Context(job.sources, job.names, job.models, job.threads, job.block, None), problems
+        )
+        for job in jobs
+    )
     config = _config(recipe, parts, aligned.inputs)
     notes += [n for c in inputs.values() if isinstance(c, Adapted) for n in c.notes]
     told = tuple(dict.fromkeys((*recipe.notes, *notes)))
     plan = Plan(recipe, jobs, inputs, out, options, config, told,
                 {name: stages[name] for name in recipe.stages}, made, views=aligned.inputs,
-                files=aligned.files, whole=_whole(jobs) if options.link else ())  # fmt: skip
+                files=aligned.files, whole=_whole(jobs) if options.link else (),
+                beside=beside)  # fmt: skip
     if out is not None:
         _check_room(out, plan, problems)
     problems.raise_if_any()
@@ -437,6 +450,8 @@ def _opened(
             checkpoint = open_model(path, recipe.folder, found.get("base"))
             if is_patch(checkpoint):
                 checkpoint = _patched(checkpoint, found.get("base"))
+            elif is_graft(checkpoint.path):
+                checkpoint = _grafted(checkpoint, found.get("base"))
             found[label] = checkpoint
             refuse_uncomputable(checkpoint)
     return found
@@ -458,6 +473,17 @@ def _patched(file: Checkpoint, base: Checkpoint | None) -> Checkpoint:
         raise RecipeError(f"{file.label}: a patch stands for a model only beside its base; name it")
     view = Patch.load(file.path).apply(base)
     view.path, view.label = file.path, file.label
+    return view
+
+
+def _grafted(graft: Checkpoint, base: Checkpoint | None) -> Checkpoint:
+    """The model that a graft makes of the base."""
+    if base is None:
+        raise RecipeError(
+            f"{graft.label}: is a graft, weights to be put into a base; name the base"
+        )
+    view = open_graft(graft.path, base)
+    view.label = graft.label
     return view
 
 
@@ -729,6 +755,11 @@ def _config(
     return config
 
 
+def _files(how: Method, parameter: str) -> bool:
+    """Whether a parameter names a file for each model."""
+    return parameter in how.parameters and how.parameters[parameter].files
+
+
 def _check_patterns(
     recipe: Recipe, names: Collection[str], problems: Problems, notes: list[str]
 ) -> None:
@@ -740,7 +771,7 @@ def _check_patterns(
         places += [(f"slices[{number}].sources.{n}", s.parameters) for n, s in one.sources.items()]
     for where, section in places:
         for key, value in section.items():
-            if not isinstance(value, Mapping):
+            if not isinstance(value, Mapping) or _files(recipe.method, key):
                 continue
             try:
                 check_selectors([str(p) for p in value], names, f"{where}.{key}")
@@ -1016,6 +1047,7 @@ def _key(plan: Plan) -> str:
                      if lens.identity is not None],
         "files": {name: hashlib.sha256(content).hexdigest()
                   for name, content in (plan.files or {}).items()},
+        "beside": [one.identity for one in plan.beside],
         "shards": [[s.name, s.size, hashlib.sha256(s.header).hexdigest()]
                    for s in plan_shards(plan.specs, plan.recipe.shard_size, plan.whole)],
     }  # fmt: skip
@@ -1032,6 +1064,13 @@ def _check_fingerprints(plan: Plan, outcome: Outcome) -> None:
                 MismatchError,
                 f"{label}: {plan.inputs[label].label} is not the model that was merged then "
                 f"(fingerprint {found}, not {expected})",
+            )
+    for label, expected in [item for one in plan.beside for item in one.expected.items()]:
+        if outcome.fingerprints.get(label) != expected:
+            problems.add(
+                MismatchError,
+                f"{label}: {plan.inputs[label].label} is not the model that the masks or "
+                "statistics of this recipe were made from; make them again",
             )
     for label in plan.made:
         folder = plan.inputs[label].path
@@ -1138,7 +1177,10 @@ def provenance(plan: Plan, outcome: Outcome, out: Path) -> dict[str, Any]:
 
 
 def _place_inputs(recipe: dict[str, Any], plan: Plan, out: Path) -> dict[str, str]:
-    """Write into a recipe where its models are, seen from the output; stages keep their names."""
+    """Write into a recipe where its models and files are, seen from the output.
+
+    Stages keep their names.
+    """
     told = _paths(plan.recipe)
     paths = {
         label: told[label] if label in plan.made else _portable(c, out)
@@ -1148,6 +1190,12 @@ def _place_inputs(recipe: dict[str, Any], plan: Plan, out: Path) -> dict[str, st
         recipe["base"] = paths["base"]
     for name, entry in recipe["models"].items():
         entry["path"] = paths[name]
+    for name in [n for n in recipe["parameters"] if _files(plan.recipe.method, n)]:
+        files = plan.recipe.parameters.get(name)
+        if isinstance(files, Mapping):
+            recipe["parameters"][name] = {m: os.path.relpath(f, out) for m, f in files.items()}
+        elif files is not None:
+            recipe["parameters"][name] = os.path.relpath(files, out)
     return paths
 
 

@@ -53,8 +53,12 @@ NEUTRAL: dict[str, Neutral] = {
     "tsv_merge": Neutral(),
     "iso_c": Neutral({"isotropy": 0.0}),
     "iso_cts": Neutral({"isotropy": 0.0, "common": 1.0}),
+    "fisher_merging": Neutral(),
+    "regmean": Neutral(),
 }
-AVERAGING = {"linear", "slerp", "nuslerp", "multislerp", "karcher", "model_stock"}
+AVERAGING = {
+    "linear", "slerp", "nuslerp", "multislerp", "karcher", "model_stock", "fisher_merging", "regmean",
+}  # fmt: skip
 """Methods that average vectors, so that an entry only one model changed is watered down."""
 MIXING = {"tsv_merge", "iso_c", "iso_cts", "sce", "arcee_fusion", "nearswap", "passthrough"}
 """Methods in which entries of a tensor decide about each other, or that take only one model."""
@@ -93,6 +97,7 @@ VARIANTS = [
     ("model_stock", {"over": "row", "clamp": False}),
     ("nuslerp", {"over": "row"}),
     ("nuslerp", {"over": "column"}),
+    ("fisher_merging", {"normalize": True}),
 ]
 each_variant = pytest.mark.parametrize(
     ("method", "parameters"),
@@ -388,6 +393,8 @@ def test_a_number_for_one_tensor_changes_that_tensor_only(
         pytest.skip(f"has no {key}")
     if parameters.get("zero_sign") == "majority":
         pytest.skip("the majority sign is one number for all tensors")
+    if parameters.get("normalize") and "stats" in METHODS[method].parameters:
+        pytest.skip("the norm of the statistics is one number for all tensors")
     if "scope" in METHODS[method].parameters:
         parameters = {**parameters, "scope": "tensor"}
     models = family("f32")
@@ -412,6 +419,8 @@ def test_a_shard_merged_alone_is_the_shard_of_the_whole(
     """Tensors may be merged in parts where they do not compete with one another."""
     if parameters.get("zero_sign") == "majority":
         pytest.skip("the majority sign is one number for all tensors")
+    if parameters.get("normalize") and "stats" in METHODS[method].parameters:
+        pytest.skip("the norm of the statistics is one number for all tensors")
     if "scope" in METHODS[method].parameters:
         parameters = {**parameters, "scope": "tensor"}
     models = family("bf16", grid=True)

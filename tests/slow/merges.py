@@ -253,3 +253,52 @@ def slerp(weights: Vectors, t: Callable[[str], float]) -> dict[str, Array]:
         left, right = math.sin((1 - place) * angle), math.sin(place * angle)
         found[name] = (left * a + right * b) / math.sin(angle)
     return found
+
+
+def fisher_merging(
+    deltas: Vectors, weight: Shares, fishers: Vectors, scale: Callable[[str], float],
+    floor: float = 1e-10, normalize: bool = False,
+) -> dict[str, Array]:  # fmt: skip
+    """The mean of the task vectors, each entry weighed by its model's Fisher information."""
+    sizes = {
+        model: math.sqrt(math.fsum(x * x for row in own.values() for x in row.tolist()))
+        for model, own in fishers.items()
+    }
+    found = {}
+    for name in next(iter(deltas.values())):
+        factors = [float(np.float32(w)) for w in weight(name)]
+        out = []
+        for i in range(len(next(iter(deltas.values()))[name])):
+            above = below = 0.0
+            for w, (model, vector) in zip(factors, deltas.items(), strict=True):
+                share = float(fishers[model][name][i]) / (sizes[model] if normalize else 1.0)
+                above += w * (share + floor) * vector[name][i]
+                below += w * (share + floor)
+            out.append(above / below if below else 0.0)
+        found[name] = np.array(out, np.float64)
+    return _times(found, scale)
+
+
+def regmean(
+    deltas: Vectors, grams: Mapping[str, Mapping[str, Array]], scale: Callable[[str], float],
+    alpha: float = 0.9,
+) -> dict[str, Array]:  # fmt: skip
+    """Row by row, the minimum of the summed quadratic forms; the mean where there is no Gram."""
+    found = {}
+    for name in next(iter(deltas.values())):
+        rows = [vector[name] for vector in deltas.values()]
+        if any(name not in grams[model] for model in deltas):
+            found[name] = np.array([math.fsum(c) / len(rows) for c in zip(*rows, strict=True)])
+            continue
+        hats = []
+        for model in deltas:
+            gram = grams[model][name].astype(np.float64)
+            ridge = 1e-6 * gram.trace() / len(gram)
+            hats.append(alpha * gram + np.diag((1 - alpha) * gram.diagonal() + ridge))
+        n = len(hats[0])
+        out = []
+        for at in range(0, len(rows[0]), n):
+            right = sum(hat @ row[at : at + n] for hat, row in zip(hats, rows, strict=True))
+            out.append(np.linalg.inv(sum(hats)) @ right)
+        found[name] = np.concatenate(out)
+    return _times(found, scale)

@@ -6,6 +6,7 @@ from importlib.metadata import entry_points
 
 from suture.errors import RecipeError, did_you_mean
 from suture.merges.base import (
+    Beside,
     Context,
     Curve,
     Merge,
@@ -20,17 +21,19 @@ from suture.merges.base import (
 from suture.merges.consensus import consensus
 from suture.merges.dare import dare_linear, dare_ties
 from suture.merges.linear import linear, passthrough, slerp, task_arithmetic
+from suture.merges.measured import fisher_merging, regmean
 from suture.merges.overlap import ram, ramplus_tl, sce
 from suture.merges.pairs import arcee_fusion, nearswap
 from suture.merges.sparse import breadcrumbs, breadcrumbs_ties, della, della_linear
 from suture.merges.spectral import iso_c, iso_cts, tsv_merge
 from suture.merges.sphere import karcher, multislerp, nuslerp
+from suture.merges.stitch import stitch
 from suture.merges.stock import model_stock
-from suture.merges.ties import stitch, ties
+from suture.merges.ties import ties
 
 __all__ = [
-    "METHODS", "Context", "Curve", "Merge", "Method", "Parameter", "PerModel", "Scalar", "Value",
-    "each", "method", "settings",
+    "METHODS", "Beside", "Context", "Curve", "Merge", "Method", "Parameter", "PerModel", "Scalar",
+    "Value", "each", "method", "settings",
 ]  # fmt: skip
 
 METHODS: dict[str, Method] = {
@@ -43,7 +46,9 @@ METHODS: dict[str, Method] = {
         Method(dare_linear, "DARE", "Yu et al. 2024, arXiv:2311.03099", random=True),
         Method(dare_ties, "DARE with TIES", "Yu et al. 2024, arXiv:2311.03099", random=True),
         Method(consensus, "Consensus (TALL masks)", "Wang et al. 2024, arXiv:2405.07813"),
-        Method(stitch, "Localize-and-Stitch, dataless", "He et al. 2025, arXiv:2408.13656"),
+        Method(stitch, "Localize-and-Stitch", "He et al. 2025, arXiv:2408.13656"),
+        Method(fisher_merging, "Fisher merging", "Matena and Raffel 2022, arXiv:2111.09832"),
+        Method(regmean, "RegMean", "Jin et al. 2023, arXiv:2212.09849"),
         Method(passthrough, "Passthrough", "Goddard et al. 2024, arXiv:2403.13257",
                needs_base=False, most=1),
         Method(breadcrumbs, "Model Breadcrumbs", "Davari and Belilovsky 2024, arXiv:2312.06795"),

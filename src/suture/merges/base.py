@@ -145,6 +145,22 @@ class Number:
 
 
 @dataclass(frozen=True)
+class Files:
+    """What a parameter that names one file a model means: a folder, or a mapping by model."""
+
+    doc: str
+
+    def problem(self, value: object) -> str | None:
+        """What is wrong with ``value``; ``None`` when nothing is."""
+        if isinstance(value, str) or (
+            isinstance(value, Mapping)
+            and all(isinstance(k, str) and isinstance(v, str) for k, v in value.items())
+        ):
+            return None
+        return f"{self.doc}; {brief(value)} is neither a folder nor a mapping from models to files"
+
+
+@dataclass(frozen=True)
 class Choice:
     """What a parameter with a few named values means."""
 
@@ -171,10 +187,11 @@ class Parameter:
         self.name = name
         self.per_model = kind is PerModel
         self.per_tensor = kind in (PerModel, Scalar)
+        self.files = isinstance(self.meta, Files)
         self.choices: tuple[str, ...] = get_args(kind) if get_origin(kind) is Literal else ()
         self.flag = kind is bool
         self.required = default is inspect.Parameter.empty
-        self.default = _plain(default)
+        self.default = None if self.required else _plain(default)
 
     @property
     def doc(self) -> str:
@@ -195,6 +212,8 @@ class Parameter:
             return f"{brief(value)} is not one of {', '.join(self.choices)}; " + did_you_mean(
                 str(value), self.choices
             )
+        if self.files and value is None and not self.required:
+            return None
         found: str | None = self.meta.problem(value)
         return found
 
@@ -217,6 +236,20 @@ class Context:
     threads: int | None
     block: int
     progress: Progress | None
+
+
+@dataclass(frozen=True)
+class Beside:
+    """What is known of the files that a merge reads besides its models."""
+
+    identity: tuple[object, ...] = ()
+    """Tells cheaply whether they are still the same, as plain data."""
+    expected: Mapping[str, str] = field(default_factory=dict)
+    """Fingerprints that inputs must have, by label, for these files to be about them."""
+
+
+def _no_files(context: Context, problems: Problems) -> Beside:
+    return Beside()
 
 
 def _nothing(context: Context) -> Any:
@@ -262,6 +295,8 @@ class Merge(Generic[S]):
     """How often ``prepare`` reads the models, for estimates."""
     facts: Callable[[S], dict[str, Any]] = _no_facts
     """What the report tells of the state: densities reached, ties, ..."""
+    beside: Callable[[Context, Problems], Beside] = _no_files
+    """Opens the headers of files that are read besides the models, and notes what does not fit."""
     keeps: Callable[[str], bool] = _never
     """Whether a tensor comes out as it is in the first model, so that it can simply be copied."""
     check: Callable[[Sequence[str], Sequence[str]], Iterable[str]] = _no_problems
@@ -370,13 +405,41 @@ def settings(
         else:
             value = given.get(name, parameter.default)
             where = f"{shared}.{name}"
-            if parameter.per_tensor:
-                found[name] = _scalar(parameter, value, where, problems)
-            else:
-                fine = _check(parameter, value, where, problems)
-                whole = fine and isinstance(parameter.meta, Number) and parameter.meta.whole
-                found[name] = int(value) if whole else value
+            models = [m for m, _ in per_model]
+            found[name] = _shared(parameter, value, models, where, problems)
     return found
+
+
+def _shared(
+    parameter: Parameter, value: Any, models: Sequence[str], where: str, problems: Problems
+) -> Any:
+    """A parameter of the whole merge in its type."""
+    if parameter.files:
+        return _files(parameter, value, models, where, problems)
+    if parameter.per_tensor:
+        return _scalar(parameter, value, where, problems)
+    fine = _check(parameter, value, where, problems)
+    whole = fine and isinstance(parameter.meta, Number) and parameter.meta.whole
+    return int(value) if whole else value
+
+
+def _files(
+    parameter: Parameter, value: object, models: Sequence[str], where: str, problems: Problems
+) -> dict[str, str] | None:
+    """The file of each model, paired by name."""
+    if value is None:
+        if parameter.required:
+            problems.add(RecipeError, f"{where}: missing; {parameter.doc}")
+        return None
+    if not _check(parameter, value, where, problems):
+        return None
+    if isinstance(value, str):
+        return {m: f"{value}/{m}.safetensors" for m in models}
+    assert isinstance(value, Mapping)
+    for model in sorted({*models} ^ {*value}):
+        hint = f"is given, but {did_you_mean(model, models)}" if model in value else "has no file"
+        problems.add(RecipeError, f"{where}: {model!r} {hint}; files are paired by model name")
+    return {m: str(value[m]) for m in models if m in value}
 
 
 def _check(parameter: Parameter, value: object, where: str, problems: Problems) -> bool:
@@ -393,7 +456,7 @@ def _scalar(parameter: Parameter, value: object, where: str, problems: Problems)
         (str(pattern), _value(parameter, number, f"{where}[{pattern!r}]", problems))
         for pattern, number in value.items()
     )
-    default = next((v for p, v in rules if p == "*"), parameter.default)
+    default: Any = next((v for p, v in rules if p == "*"), parameter.default)
     return Scalar(default if isinstance(default, Curve) else float(default), rules)
 
 

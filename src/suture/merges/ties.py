@@ -1,4 +1,4 @@
-"""Methods that select entries by magnitude: TIES and dataless Localize-and-Stitch."""
+"""TIES: entries selected by magnitude, a sign elected, the entries that agree merged."""
 
 from __future__ import annotations
 
@@ -158,29 +158,3 @@ def _majority(context: Context, state: _Trimmed, weight: PerModel, elect: int) -
     sweep(context.sources, tasks_of(context.names, context.sources.reference.specs), balance,
           threads=context.threads, block=context.block, progress=context.progress)  # fmt: skip
     return (balance.total > 0) - (balance.total < 0)
-
-
-def stitch(
-    *,
-    weight: Weight = each(1.0),
-    density: Density = each(0.05),
-    scale: Scale = Scalar(1.0),
-    scope: Scope = "global",
-) -> Merge[Selection]:
-    r"""Keep the largest entries of each task vector; average where the kept regions overlap.
-
-    Dataless Localize-and-Stitch: with masks :math:`\gamma_i` of the ``density`` largest entries,
-    :math:`\theta = \theta_0 + \sum_i \gamma_i \tau_i / \max(1, \sum_i \gamma_i)`. An entry that one
-    model alone selected arrives whole, so nothing has to be tuned.
-    """
-
-    def prepare(context: Context) -> Selection:
-        return selected(context, density, scope, exact_count)
-
-    def combine(block: Block, state: Selection) -> None:
-        weights: Array = weight.row(block)
-        for start, stop, keys in state.segments(block):
-            block.fuse(Combine(kernels.MASKED_MEAN, weights, keys, factor=scale.at(block.name)),
-                       start=start, stop=stop)  # fmt: skip
-
-    return Merge(combine, prepare, passes=1, facts=selection_facts)

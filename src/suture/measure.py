@@ -1,0 +1,506 @@
+"""A model over rows to statistics, in one pass; the meters live and die here.
+
+Gradients are those of single rows, exactly: the loss of a row depends on that row alone, so its
+gradient of a layer's weights follows from what the layer read and from the gradient of what it
+gave, without a backward pass for each row. This is checked against autograd on the first batch;
+where a model mixes rows, or uses a parameter outside of a simple layer, rows go one at a time.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from suture.data import Batch, Dataset
+from suture.errors import NonFiniteError, RecipeError, did_you_mean
+from suture.evals.loss import token_losses
+from suture.models import evaluating, parameters_of
+from suture.mover import to
+from suture.stats import OF_INPUTS, Stats, check_kinds
+
+GRADIENTS = ("fisher", "empirical_fisher", "abs_grad", "grad")
+"""The kinds that need gradients."""
+Labelling = tuple[Tensor, Tensor]
+"""Loss of every row under labels that the model gives, and the weight of these labels, (rows,)."""
+
+
+@dataclass(frozen=True)
+class Objective:
+    """What the loss of a row is."""
+
+    name: str
+    logits: Callable[[nn.Module, Batch], Tensor]
+    losses: Callable[[Tensor, Batch], Tensor]
+    """Loss of every row, ``(rows,)``, from the logits; a row's depends on that row alone."""
+    labellings: Callable[[Tensor, Batch, int, int], Iterator[Labelling]]
+    """The same under labels that the model itself gives, for the true Fisher information; from
+    logits, batch, number of draws and seed."""
+    labelled: bool = True
+    """Whether rows need a label."""
+
+
+def _logits(model: nn.Module, batch: Batch) -> Tensor:
+    found: Tensor = model(batch.input_ids, batch.attention_mask).float()
+    return found
+
+
+def _class_losses(logits: Tensor, batch: Batch) -> Tensor:
+    return F.cross_entropy(logits, batch.labels, reduction="none")
+
+
+def _every_class(logits: Tensor, batch: Batch, draws: int, seed: int) -> Iterator[Labelling]:
+    logs = logits.log_softmax(1)
+    for label in range(logits.shape[1]):
+        yield -logs[:, label], logs[:, label].detach().exp()
+
+
+def _text_losses(logits: Tensor, batch: Batch) -> Tensor:
+    each = token_losses(logits, batch.input_ids, batch.attention_mask)
+    return each.sum(1) / batch.attention_mask[:, 1:].sum(1).clamp(min=1)
+
+
+def _drawn_texts(logits: Tensor, batch: Batch, draws: int, seed: int) -> Iterator[Labelling]:
+    # Positions are drawn independently given the text so far; the square of the summed gradient is
+    # then an unbiased estimate, because the gradients of positions have mean zero.
+    logs = logits[:, :-1].log_softmax(2)
+    mask = batch.attention_mask[:, 1:]
+    for draw in range(draws):
+        labels = torch.zeros_like(batch.input_ids[:, 1:])
+        for at, row in enumerate(batch.rows):  # of its own generator: no row depends on its batch
+            length = int(mask[at].sum())
+            if length:
+                generator = torch.Generator().manual_seed((seed * 1_000_003 + row) * 1009 + draw)
+                shares = logs[at, :length].detach().exp().cpu()
+                drawn = torch.multinomial(shares, 1, generator=generator)
+                labels[at, :length] = drawn[:, 0].to(labels.device)
+        losses = -logs.gather(2, labels[..., None])[..., 0] * mask
+        yield losses.sum(1) / mask.sum(1).clamp(min=1), torch.full_like(losses[:, 0], 1 / draws)
+
+
+OBJECTIVES = {
+    o.name: o
+    for o in (
+        Objective("classification", _logits, _class_losses, _every_class),
+        Objective("causal", _logits, _text_losses, _drawn_texts, labelled=False),
+    )
+}
+"""Cross-entropy of a classifier; mean loss of the next token of a language model, a row each."""
+
+
+def objective_named(name: str) -> Objective:
+    """Look up an objective.
+
+    Raises:
+        RecipeError: there is none of this name.
+    """
+    if name not in OBJECTIVES:
+        raise RecipeError(f"no objective {name!r}; {did_you_mean(name, list(OBJECTIVES))}")
+    return OBJECTIVES[name]
+
+
+def check_rows(data: Dataset, objective: Objective) -> None:
+    """Refuse rows that give no loss.
+
+    Raises:
+        RecipeError: there are no rows, or labels are missing.
+    """
+    if not len(data):
+        raise RecipeError("nothing to measure on: there are no rows")
+    bare = sum(label < 0 for label in data.labels)
+    if objective.labelled and bare:
+        raise RecipeError(
+            f"{bare} of {len(data)} rows have no label; {objective.name} needs one on each"
+        )
+
+
+def data_hash(data: Dataset) -> str:
+    """A hash of token ids and labels."""
+    text = json.dumps([data.ids, data.labels], separators=(",", ":"))
+    return hashlib.blake2b(text.encode(), digest_size=16).hexdigest()
+
+
+def measure(  # noqa: PLR0913  every word of the question
+    model: nn.Module,
+    data: Dataset,
+    kinds: Sequence[str],
+    *,
+    names: Sequence[str] | None = None,
+    objective: Objective = OBJECTIVES["classification"],
+    batch: int = 8,
+    draws: int = 1,
+    seed: int = 0,
+    device: str = "cpu",
+    facts: Mapping[str, Any] | None = None,
+    progress: Callable[[int], None] | None = None,
+) -> Stats:
+    """Gather statistics of a model, which is left as it was, over all rows of ``data``.
+
+    Args:
+        model: what is measured, in evaluation mode; on ``device``.
+        data: tokenised rows.
+        kinds: of ``stats.KINDS``, any set of them in one pass.
+        names: parameters by their names in the checkpoint; by default every one.
+        objective: what the loss of a row is.
+        batch: rows that go through the model together; changes speed and memory only.
+        draws: labels drawn for each position, for the true Fisher of a language model.
+        seed: of those draws.
+        device: where model and batches are.
+        facts: kept with the statistics: ``model``, its fingerprint; ``at``, base or tuned.
+        progress: called with the number of rows done since the last call.
+
+    Raises:
+        NonFiniteError: the loss of a row is NaN or infinite.
+        RecipeError: there is nothing to measure, labels are missing, or no such kind.
+        MismatchError: the model lacks a parameter.
+    """
+    wanted = check_kinds(kinds)
+    check_rows(data, objective)
+    parameters = parameters_of(model, names)
+    sums = _Sums(wanted, parameters)
+    inputs = _Inputs(model, parameters, wanted)
+    rows = _Rows(model, parameters, objective, sums, draws, seed)
+    with evaluating(model), _only(model, parameters):
+        for part in data.batches(batch):
+            found = to(part, torch.device(device))
+            if inputs.kinds:
+                losses = inputs.add(found, objective)
+                if not sums.kinds:
+                    rows.note(losses)
+            if sums.kinds:
+                rows.add(found)
+            if progress is not None:
+                progress(len(part.rows))
+    count = len(data)
+    known = {
+        "rows": count, "tokens": sum(map(len, data.ids)), "loss": rows.loss / count,
+        "data": data_hash(data), "objective": objective.name, "one_row_at_a_time": rows.single,
+        "shared": inputs.shared, **({"draws": draws, "seed": seed} if "fisher" in wanted else {}),
+        **(facts or {}),
+    }  # fmt: skip
+    return Stats(sums.means(count) | inputs.found(), known, "the measured statistics")
+
+
+@contextmanager
+def _only(model: nn.Module, parameters: Mapping[str, nn.Parameter]) -> Iterator[None]:
+    """Let only these parameters ask for gradients inside."""
+    before = {p: p.requires_grad for p in model.parameters()}
+    chosen = {id(p) for p in parameters.values()}
+    try:
+        for parameter in before:
+            parameter.requires_grad_(id(parameter) in chosen)
+        yield
+    finally:
+        for parameter, asked in before.items():
+            parameter.requires_grad_(asked)
+
+
+class _Sums:
+    """Sums over rows of what becomes of their gradients."""
+
+    def __init__(self, kinds: Sequence[str], parameters: Mapping[str, nn.Parameter]) -> None:
+        self.kinds = [k for k in kinds if k in GRADIENTS]
+        self.totals = {
+            k: {n: torch.zeros_like(p, dtype=torch.float32) for n, p in parameters.items()}
+            for k in self.kinds
+        }
+
+    @property
+    def given(self) -> bool:
+        """Whether gradients on the given labels are wanted."""
+        return any(k != "fisher" for k in self.kinds)
+
+    def add(self, name: str, gradient: Tensor) -> None:
+        """Add the gradient of one row on its own label."""
+        gradient = gradient.float()
+        for kind, total in ((k, self.totals[k][name]) for k in self.kinds):
+            if kind == "abs_grad":
+                total += gradient.abs()
+            elif kind == "grad":
+                total += gradient
+            elif kind == "empirical_fisher":
+                total.addcmul_(gradient, gradient)
+
+    def add_drawn(self, name: str, gradient: Tensor, weight: float) -> None:
+        """Add the gradient of one row on a label that the model gives."""
+        gradient = gradient.float()
+        self.totals["fisher"][name].addcmul_(gradient, gradient, value=weight)
+
+    def means(self, rows: int) -> dict[str, Any]:
+        """The means over rows, by ``kind/parameter``."""
+        return {
+            f"{kind}/{name}": (total / rows).cpu().numpy()
+            for kind, totals in self.totals.items()
+            for name, total in totals.items()
+        }
+
+
+Add = Callable[[str, int, Tensor], None]
+"""Takes the name of a parameter, the place of a row in its batch, and the row's gradient."""
+
+
+@dataclass
+class _Rows:
+    """Runs batches through the model and hands the gradient of every row to the sums."""
+
+    model: nn.Module
+    parameters: Mapping[str, nn.Parameter]
+    objective: Objective
+    sums: _Sums
+    draws: int
+    seed: int
+    loss: float = 0.0
+    single: bool = False
+    """Whether rows go one at a time."""
+    checked: bool = False
+
+    def add(self, batch: Batch) -> None:
+        """Add the rows of one batch."""
+        if not self.checked:
+            self.single = not self._simple(batch)
+            self.checked = True
+        if self.single:
+            for at in range(len(batch.rows)):
+                self._one(_row(batch, at))
+        else:
+            self._many(batch)
+
+    def note(self, losses: Tensor) -> None:
+        """Add to the loss."""
+        total = float(losses.detach().sum())
+        if not math.isfinite(total):
+            raise NonFiniteError(
+                f"the loss of a row is {total}: the model is broken, or too large for its dtype"
+            )
+        self.loss += total
+
+    def _one(self, batch: Batch) -> None:
+        for losses, weight in self._passes(batch):
+            found = torch.autograd.grad(losses.sum(), list(self.parameters.values()),
+                                        retain_graph=True, allow_unused=True)  # fmt: skip
+            for name, gradient in zip(self.parameters, found, strict=True):
+                if gradient is not None and weight is None:
+                    self.sums.add(name, gradient)
+                elif gradient is not None and weight is not None:
+                    self.sums.add_drawn(name, gradient, float(weight[0]))
+
+    def _passes(self, batch: Batch) -> Iterator[tuple[Tensor, Tensor | None]]:
+        """Losses of all rows on their own labels, then on those that the model gives."""
+        logits = self.objective.logits(self.model, batch)
+        losses = self.objective.losses(logits, batch)
+        self.note(losses)
+        if self.sums.given:
+            yield losses, None
+        if "fisher" in self.sums.kinds:
+            yield from self.objective.labellings(logits, batch, self.draws, self.seed)
+
+    def _many(self, batch: Batch) -> None:
+        with _Taps(self.model, self.parameters, len(batch.rows)) as taps:
+            for losses, weight in self._passes(batch):
+                weights = None if weight is None else weight.tolist()
+                for name, at, gradient in taps.gradients(losses.sum()):
+                    if weights is None:
+                        self.sums.add(name, gradient)
+                    else:
+                        self.sums.add_drawn(name, gradient, weights[at])
+
+    def _simple(self, batch: Batch) -> bool:
+        """Whether the layers' own gradients add up to those that autograd gives."""
+        with _Taps(self.model, self.parameters, len(batch.rows)) as taps:
+            losses = self.objective.losses(self.objective.logits(self.model, batch), batch)
+            if not taps.complete:
+                return False
+            total = losses.sum()
+            true = torch.autograd.grad(total, list(self.parameters.values()), retain_graph=True,
+                                       allow_unused=True)  # fmt: skip
+            found = {n: torch.zeros_like(p) for n, p in self.parameters.items()}
+            for name, _, gradient in taps.gradients(total):
+                found[name] += gradient
+        for name, gradient in zip(self.parameters, true, strict=True):
+            known = torch.zeros_like(found[name]) if gradient is None else gradient
+            if float((found[name] - known).abs().max()) > 1e-4 * float(known.abs().max()) + 1e-7:
+                return False
+        return True
+
+
+def _row(batch: Batch, at: int) -> Batch:
+    length = int(batch.attention_mask[at].sum())
+    one = slice(at, at + 1)
+    return Batch(batch.input_ids[one, :length], batch.attention_mask[one, :length],
+                 batch.labels[one], batch.rows[one])  # fmt: skip
+
+
+@dataclass(frozen=True)
+class _Call:
+    """What a layer read and gave."""
+
+    layer: nn.Module
+    names: Mapping[str, str]
+    """From the layer's own name of a parameter to the model's."""
+    read: Tensor
+    gave: Tensor
+
+
+class _Taps:
+    """Notes what every layer that owns one of the parameters reads and gives, inside ``with``."""
+
+    def __init__(self, model: nn.Module, parameters: Mapping[str, nn.Parameter], rows: int) -> None:
+        self.rows = rows
+        self.calls: list[_Call] = []
+        self._odd = False
+        self._names = {id(p): n for n, p in parameters.items()}
+        self._layers = {}
+        owned: set[int] = set()
+        for layer in model.modules():
+            mine = {own: self._names[id(p)] for own, p in layer.named_parameters(recurse=False)
+                    if id(p) in self._names}  # fmt: skip
+            if mine and not any(layer.children()):
+                self._layers[layer] = mine
+                owned |= {id(p) for p in layer.parameters(recurse=False)}
+        self._odd = not self._names.keys() <= owned
+        self._hooks: list[Any] = []
+
+    @property
+    def complete(self) -> bool:
+        """Whether every parameter was seen at work in simple layers that keep rows apart."""
+        seen = {name for call in self.calls for name in call.names.values()}
+        return not self._odd and seen == set(self._names.values())
+
+    def __enter__(self) -> _Taps:
+        for layer in self._layers:
+            self._hooks.append(layer.register_forward_pre_hook(self._before, with_kwargs=True))
+            self._hooks.append(layer.register_forward_hook(self._after))
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for hook in self._hooks:
+            hook.remove()
+        self.calls.clear()
+
+    def _before(self, layer: nn.Module, args: Any, kwargs: Any) -> Any:
+        if len(args) != 1 or kwargs or not isinstance(args[0], Tensor):
+            self._odd = True
+            return None
+        if isinstance(layer, nn.Embedding) and args[0].shape[0] == 1 < self.rows:
+            # Positions are looked up once for all rows; here each row looks them up for itself.
+            return (args[0].expand(self.rows, *args[0].shape[1:]),), kwargs
+        return None
+
+    def _after(self, layer: nn.Module, args: Any, output: Any) -> None:
+        read = args[0] if len(args) == 1 else None
+        if not (isinstance(read, Tensor) and isinstance(output, Tensor)) or not (
+            read.dim() and output.dim() and len(read) == len(output) == self.rows
+        ):
+            self._odd = True
+            return
+        self.calls.append(_Call(layer, self._layers[layer], read.detach(), output))
+
+    def gradients(self, total: Tensor) -> Iterator[tuple[str, int, Tensor]]:
+        """The gradient of every row: name of the parameter, place in the batch, gradient.
+
+        Calls of one parameter (tied tensors, repeated layers) are summed before they are given.
+        """
+        backs = torch.autograd.grad(total, [c.gave for c in self.calls], retain_graph=True,
+                                    allow_unused=True)  # fmt: skip
+        by_name: dict[str, list[tuple[str, _Call, Tensor]]] = {}
+        for call, back in zip(self.calls, backs, strict=True):
+            if back is not None:
+                for own, name in call.names.items():
+                    by_name.setdefault(name, []).append((own, call, back))
+        for name, uses in by_name.items():
+            for at in range(self.rows):
+                parts = [_gradient(call, own, back, at) for own, call, back in uses]
+                yield name, at, parts[0] if len(parts) == 1 else torch.stack(parts).sum(0)
+
+
+def _gradient(call: _Call, own: str, back: Tensor, at: int) -> Tensor:
+    """The gradient of one row with respect to one parameter of a layer."""
+    if isinstance(call.layer, nn.Linear):
+        given = back[at].reshape(-1, back.shape[-1])
+        if own == "bias":
+            return given.sum(0)
+        return given.T @ call.read[at].reshape(-1, call.read.shape[-1])
+    with torch.enable_grad():
+        gave = call.layer.forward(call.read[at : at + 1])
+        parameter = call.layer.get_parameter(own)
+        (found,) = torch.autograd.grad(gave, parameter, back[at : at + 1])
+    return found
+
+
+class _Inputs:
+    """Sums over tokens of what linear layers read."""
+
+    def __init__(
+        self, model: nn.Module, parameters: Mapping[str, nn.Parameter], kinds: Sequence[str]
+    ) -> None:
+        self.kinds = [k for k in kinds if k in OF_INPUTS]
+        self.model = model
+        self.shared: dict[str, str] = {}
+        """Layers that are handed the very same tensor as another one, whose sum is theirs too."""
+        names = {id(p): n for n, p in parameters.items()}
+        self._layers: dict[nn.Module, str] = {
+            layer: names[id(layer.weight)]
+            for layer in model.modules()
+            if isinstance(layer, nn.Linear) and id(layer.weight) in names
+        }
+        self._totals: dict[str, Tensor] = {}
+        self._tokens: dict[str, int] = {}
+
+    def add(self, batch: Batch, objective: Objective) -> Tensor:
+        """Add what the layers read of one batch; the losses of its rows."""
+        read: list[tuple[Tensor, str]] = []  # held for the pass, so that no two have one identity
+
+        def note(layer: nn.Module, args: tuple[Tensor, ...]) -> None:
+            name = self._layers[layer]
+            same = next((other for held, other in read if held is args[0]), None)
+            if same is not None and name not in self._totals:
+                self.shared[name] = same
+            if name not in self.shared:
+                read.append((args[0], name))
+                self._sum(name, _tokens_of(args[0], batch.attention_mask.bool()))
+
+        hooks = [layer.register_forward_pre_hook(note) for layer in self._layers]
+        try:
+            with torch.no_grad():
+                return objective.losses(objective.logits(self.model, batch), batch)
+        finally:
+            for hook in hooks:
+                hook.remove()
+
+    def _sum(self, name: str, x: Tensor) -> None:
+        x = x.double()
+        new = x.T @ x if "gram" in self.kinds else x.square().sum(0)
+        self._totals[name] = self._totals[name] + new if name in self._totals else new
+        self._tokens[name] = self._tokens.get(name, 0) + len(x)
+
+    def found(self) -> dict[str, Any]:
+        """The statistics by ``kind/parameter``."""
+        out = {}
+        for name, total in self._totals.items():
+            if "gram" in self.kinds:
+                out[f"gram/{name}"] = (total / max(1, self._tokens[name])).float().cpu().numpy()
+            if "input_norm" in self.kinds:
+                squares = total.diagonal() if "gram" in self.kinds else total
+                out[f"input_norm/{name}"] = squares.sqrt().float().cpu().numpy()
+        return out
+
+
+def _tokens_of(x: Tensor, mask: Tensor) -> Tensor:
+    """The inputs of all tokens that are no padding, ``(tokens, inputs)``."""
+    if x.shape[:2] == mask.shape:
+        return x[mask]
+    flat = x.reshape(-1, x.shape[-1])
+    return flat[mask.reshape(-1)] if len(flat) == mask.numel() else flat
+
+
+__all__ = [
+    "OBJECTIVES", "Objective", "check_rows", "data_hash", "measure", "objective_named",
+]  # fmt: skip

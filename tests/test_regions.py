@@ -1,0 +1,298 @@
+"""`suture localize`: from a recipe to a folder of masks; what is wrong is told at once."""
+
+from __future__ import annotations
+
+import json
+import random
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+import yaml
+
+import making
+import suture
+import tiny_model
+import toy
+from suture import Mask, Stats
+from suture.models import Head, load_encoder, save_head, save_model
+
+LABELS = ("colour", "sky")
+
+
+@pytest.fixture(scope="module")
+def workshop(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A tiny encoder, two models near it, a head, rows."""
+    folder = tmp_path_factory.mktemp("workshop")
+    tiny_model.folder(folder / "base")
+    for number, name in enumerate(("one", "two")):
+        loaded = load_encoder(folder / "base", dtype=torch.float32)
+        draw = torch.Generator().manual_seed(number)
+        with torch.no_grad():
+            for p in loaded.model.parameters():
+                p.add_(0.05 * torch.randn(p.shape, generator=draw))
+        save_model(loaded.model, loaded.tokenizer, folder / name)
+    draw = torch.Generator().manual_seed(7)
+    head = Head(LABELS, torch.randn(2, 16, generator=draw), torch.zeros(2))
+    save_head(head, folder / "head.safetensors")
+    rows = [{"text": r.text, "label": r.label} for r in tiny_model.rows(20)]
+    (folder / "rows.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    return folder
+
+
+def recipe(workshop: Path, name: str = "r.yaml", **more: Any) -> Path:
+    found = {"base": "base", "models": {"one": "one", "two": "two"}, "density": 0.05, **more}
+    path = workshop / name
+    path.write_text(yaml.safe_dump({k: v for k, v in found.items() if v is not None}))
+    return path
+
+
+def tasks(**more: Any) -> dict[str, Any]:
+    entry = {"data": "rows.jsonl", "head": "head.safetensors", "max_length": 16, **more}
+    return {"one": entry, "two": entry}
+
+
+def test_masks_without_data(workshop: Path, tmp_path: Path) -> None:
+    """The folder holds the masks that Python gives, and a record that fits them."""
+    said = making.invoke("localize", recipe(workshop), "-o", tmp_path / "out", "--json")
+
+    record = said.json
+    assert said.code == 0, said.err
+    assert json.loads((tmp_path / "out" / "localize.json").read_text()) == record
+    base = suture.open(workshop / "base")
+    masks = {}
+    for model in ("one", "two"):
+        tau = (suture.open(workshop / model) - base).select(exclude=["embedding", "head"])
+        mask = masks[model] = Mask.load(tmp_path / "out" / f"{model}.safetensors")
+        assert mask == suture.localize(tau, density=0.05)
+        found = record["masks"][model]
+        assert found["kept"] == mask.count == round(0.05 * mask.size)
+        for section in ("layers", "roles"):
+            assert sum(r["kept"] for r in found[section].values()) == mask.count
+            assert sum(r["entries"] for r in found[section].values()) == mask.size
+        row = found["roles"]["mlp.up"]
+        names = [n for n in mask.shapes if n.endswith("intermediate.dense.weight")]
+        assert row["kept"] == sum(int(mask[n].sum()) for n in names)
+        assert row["enrichment"] == pytest.approx(row["density"] / mask.density)
+        assert mask.about["model"] == record["inputs"][model]["fingerprint"]
+    (pair,) = record["overlaps"]
+    assert pair["jaccard"] == masks["one"].jaccard(masks["two"])
+    assert pair["independent"] == pytest.approx(0.05 / 1.95, rel=1e-2)
+    assert pair["low"] <= pair["matched"] <= pair["high"]
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["out"]
+
+
+@pytest.mark.parametrize(
+    ("rule", "more"),
+    [
+        ("fisher", {}),
+        ("snip", {"at": "base"}),
+        ("delta_grad", {"scope": "tensor"}),
+        ("first_order", {"positive": True, "density": None}),
+        ("wanda", {}),
+        ("learned", {"learn": {"epochs": 2}}),
+    ],
+)
+def test_masks_from_data(rule: str, more: Any, workshop: Path, tmp_path: Path) -> None:
+    """Statistics are measured, kept, and give the same masks when they are named instead of data."""
+    where = recipe(workshop, f"{rule}.yaml", rule=rule, tasks=tasks(), **more)
+
+    said = making.invoke("localize", where, "-o", tmp_path / "out", "--threads", 1)
+
+    assert said.code == 0, said.err
+    kept = {m: str(tmp_path / "out" / "stats" / f"{m}.safetensors") for m in ("one", "two")}
+    stats = Stats.load(Path(kept["one"]))
+    record = json.loads((tmp_path / "out" / "localize.json").read_text())
+    whose = "base" if more.get("at") == "base" else "one"
+    assert stats.facts["model"] == record["inputs"][whose]["fingerprint"]
+    assert stats.facts["rows"] == 20
+    again = recipe(workshop, f"{rule}-again.yaml", rule=rule, stats=kept,
+                   **{k: v for k, v in more.items() if k != "learn"})  # fmt: skip
+    assert making.invoke("localize", again, "-o", tmp_path / "again").code == 0
+    for model in ("one", "two"):
+        one, other = (Mask.load(tmp_path / d / f"{model}.safetensors") for d in ("out", "again"))
+        assert one == other
+        if "density" not in more:
+            assert one.count == (
+                round(0.05 * one.size) if more.get("scope") != "tensor" else one.count
+            )
+
+
+def test_masks_of_a_language_model(workshop: Path, tmp_path: Path) -> None:
+    """``kind: causal`` needs rows of text and no head."""
+    for number, name in enumerate(("lm", "lm-tuned")):
+        save_model(tiny_model.language_model(number), tiny_model.tokenizer(), tmp_path / name)
+    what = {
+        "base": str(tmp_path / "lm"), "models": {"m": str(tmp_path / "lm-tuned")}, "rule": "fisher",
+        "density": 0.1, "tasks": {"m": {"data": "rows.jsonl", "kind": "causal", "max_length": 16}},
+    }  # fmt: skip
+    (workshop / "lm.yaml").write_text(yaml.safe_dump(what))
+
+    said = making.invoke("localize", workshop / "lm.yaml", "-o", tmp_path / "out")
+
+    assert said.code == 0, said.err
+    mask = Mask.load(tmp_path / "out" / "m.safetensors")
+    assert mask.count == round(0.1 * mask.size)
+
+
+def test_localize_then_stitch(workshop: Path, tmp_path: Path) -> None:
+    """Masks and grafts from the command line stitch to the same bytes; another model is refused."""
+    where = recipe(workshop, "both.yaml", rule="random", density=0.4)
+    for flag, out in (((), "masks"), (("--values",), "state")):
+        assert making.invoke("localize", where, "-o", tmp_path / out, *flag).code == 0
+    made = {}
+    for kind, models in (
+        ("masks", {"one": workshop / "one", "two": workshop / "two"}),
+        ("state", {m: tmp_path / "state" / f"{m}.safetensors" for m in ("one", "two")}),
+    ):
+        what = toy.recipe("stitch", models, workshop / "base", masks=str(tmp_path / kind))
+        made[kind], _ = toy.run(tmp_path / f"stitched-{kind}", what)
+    wrong = toy.recipe("stitch", {"one": workshop / "two", "two": workshop / "one"}, workshop / "base",
+                       masks=str(tmp_path / "masks"))  # fmt: skip
+
+    assert toy.same_bytes(made["masks"], made["state"]) == []
+    with pytest.raises(suture.MismatchError, match="not the model that the masks"):
+        toy.run(tmp_path / "wrong", wrong)
+    assert not (tmp_path / "wrong").exists()
+
+
+def test_what_is_measured_weighs_merges(workshop: Path, tmp_path: Path) -> None:
+    """Kinds named under ``measure`` are kept for Fisher merging and RegMean, which find them."""
+    where = recipe(workshop, "kinds.yaml", tasks=tasks(), measure=["gram", "fisher"])
+    assert making.invoke("localize", where, "-o", tmp_path / "out").code == 0
+    stats = Stats.load(tmp_path / "out" / "stats" / "one.safetensors")
+    assert stats.kinds == ["fisher", "gram"]
+    models = {m: workshop / m for m in ("one", "two")}
+
+    for method in toy.NEED_STATS:
+        what = toy.recipe(method, models, workshop / "base", stats=str(tmp_path / "out" / "stats"))
+        out, report = toy.run(tmp_path / method, what)
+        assert report.facts["statistics"][0]["rows"] == 20
+        assert out.keys() == toy.read(workshop / "base").keys()
+
+
+def test_a_dry_run_writes_nothing(workshop: Path, tmp_path: Path) -> None:
+    """It says what would be done, for people and as JSON."""
+    where = recipe(workshop, "dry.yaml", rule="snip", tasks=tasks())
+
+    text = making.invoke("localize", where, "-o", tmp_path / "out", "--dry-run")
+    data = making.invoke("localize", where, "-o", tmp_path / "out", "--dry-run", "--json").json
+
+    assert text.code == 0
+    making.lines_of(text.out, "snip, from abs_grad", "density 0.05, 20 rows", "nothing was written")
+    assert data["needs"] == ["abs_grad"]
+    assert not list(tmp_path.iterdir())
+
+
+def test_everything_wrong_is_told_at_once(workshop: Path, tmp_path: Path) -> None:
+    """Words, numbers, models, data: one message, nothing written, exit code 2."""
+    what = {
+        "base": "base", "models": {"one": "nonesuch", "two": {"path": "two", "density": 0}},
+        "rule": "fisher", "scope": "globl", "densty": 0.1, "density": 1.5, "seed": -1,
+        "space": {"exclude": ["embeding"]}, "at": "here", "measure": ["grams"],
+        "tasks": {"two": {"data": "nothing.jsonl", "rows": 0}, "three": {"data": "rows.jsonl"}},
+    }  # fmt: skip
+    (workshop / "wrong.yaml").write_text(yaml.safe_dump(what))
+
+    said = making.invoke("localize", workshop / "wrong.yaml", "-o", tmp_path / "out")
+
+    assert said.code == 2
+    making.lines_of(
+        said.err, "did you mean 'density'?", "did you mean 'global'?", "nonesuch: no such file",
+        "models.two.density: the share of entries kept, in (0, 1]; got 0", "seed: from 0",
+        "did you mean 'embedding'?", "at: where statistics are measured", "nothing.jsonl",
+        "tasks.two.head: a classifier needs its head", "tasks.two.rows: at least 1",
+        "no model 'three'", "measure: no statistics 'grams'; did you mean 'gram'?", "needs data for 'one'",
+    )  # fmt: skip
+    assert not list(tmp_path.iterdir())
+
+
+def test_bad_data_is_refused(workshop: Path, tmp_path: Path) -> None:
+    """Empty data, missing labels, labels the head lacks, statistics of another model."""
+    (workshop / "empty.jsonl").write_text("\n")
+    (workshop / "bare.jsonl").write_text('{"text": "red sun"}\n')
+    (workshop / "odd.jsonl").write_text('{"text": "red sun", "label": "sea"}\n')
+    for file, match in (("empty", "holds no rows"), ("bare", "no column 'label'"),
+                        ("odd", "the head has no label 'sea'")):  # fmt: skip
+        where = recipe(workshop, "bad.yaml", rule="snip", tasks=tasks(data=f"{file}.jsonl"))
+        said = making.invoke("localize", where, "-o", tmp_path / "out")
+        assert said.code == 2
+        assert match in said.err
+    alone = {"one": tasks()["one"]}
+    where = recipe(workshop, "ok.yaml", rule="snip", tasks=alone, models={"one": "one"})
+    assert making.invoke("localize", where, "-o", tmp_path / "masks").code == 0
+    foreign = recipe(workshop, "foreign.yaml", rule="snip", models={"two": "two"},
+                     stats={"two": str(tmp_path / "masks" / "stats" / "one.safetensors")})  # fmt: skip
+    said = making.invoke("localize", foreign, "-o", tmp_path / "out")
+    assert said.code == 2
+    assert "measured on another model than two" in said.err
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["masks"]
+
+
+def test_a_broken_model_leaves_nothing(workshop: Path, tmp_path: Path) -> None:
+    """A loss that is NaN names the model and the step; the folder is not there."""
+    loaded = load_encoder(workshop / "one", dtype=torch.float32)
+    with torch.no_grad():
+        for name, p in loaded.model.named_parameters():
+            if name.endswith("query.weight"):
+                p[0, 0] = float("nan")
+    save_model(loaded.model, loaded.tokenizer, tmp_path / "broken")
+    alone = {"one": tasks()["one"]}
+    where = recipe(
+        workshop, "nan.yaml", rule="snip", tasks=alone, models={"one": str(tmp_path / "broken")}
+    )
+
+    said = making.invoke("localize", where, "-o", tmp_path / "out")
+
+    assert said.code == 2, said.out
+    assert "while measuring one" in said.err
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["broken"]
+
+
+def test_an_older_folder_is_replaced_only_when_asked(workshop: Path, tmp_path: Path) -> None:
+    """And what Suture did not write is never replaced."""
+    where = recipe(workshop, "over.yaml")
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine" / "notes.txt").write_text("mine")
+    assert making.invoke("localize", where, "-o", tmp_path / "out").code == 0
+
+    again = making.invoke("localize", where, "-o", tmp_path / "out")
+    mine = making.invoke("localize", where, "-o", tmp_path / "mine", "--overwrite")
+
+    assert (again.code, mine.code) == (2, 2)
+    assert "add --overwrite" in again.err
+    assert "was not written by `suture localize`" in mine.err
+    assert making.invoke("localize", where, "-o", tmp_path / "out", "--overwrite").code == 0
+
+
+def test_the_null_of_permuted_masks_is_a_permutation() -> None:
+    """The drawn intersections have mean and spread of masks that are really permuted."""
+    draw = np.random.default_rng(0)
+    shapes = {"a": (400,), "b": (300,)}
+    marks = [
+        {"a": draw.random(400) < s, "b": draw.random(300) < t} for s, t in ((0.5, 0.1), (0.4, 0.2))
+    ]
+    one, other = (
+        Mask(shapes, {n: np.packbits(x, bitorder="little") for n, x in m.items()}) for m in marks
+    )
+    found = one.overlap(other, draws=4000)
+    real = []
+    for _ in range(1500):
+        both = sum(int((draw.permutation(marks[0][n]) & marks[1][n]).sum()) for n in shapes)
+        total = sum(int(m[n].sum()) for m in marks for n in shapes)
+        real.append(both / (total - both))
+
+    assert found.matched == pytest.approx(np.mean(real), rel=0.01)
+    assert found.low == pytest.approx(np.quantile(real, 0.025), abs=0.01)
+    assert found.high == pytest.approx(np.quantile(real, 0.975), abs=0.01)
+    assert found.jaccard == one.jaccard(other)
+
+
+def test_counts_are_exact_on_odd_sizes() -> None:
+    """Popcounts take words and rests alike."""
+    random.seed(1)
+    for size in (0, 1, 7, 8, 9, 8_388_608 + 77):
+        bits = np.frombuffer(random.randbytes(size), np.uint8)
+        assert suture.mask.popcount(bits) == int(np.unpackbits(bits).sum())  # type: ignore[attr-defined]
