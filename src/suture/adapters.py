@@ -510,8 +510,12 @@ class Adapted(View):
     @property
     def adapters(self) -> list[Adapter]:
         """The adapters on the base, the first one first."""
-        below = self.base.adapters if isinstance(self.base, Adapted) else []
-        return [*below, self.adapter]
+        return [*self.base.adapters, self.adapter]
+
+    @property
+    def put_on(self) -> Checkpoint:
+        """What the last of its adapters is put on."""
+        return self.base
 
     def untied(self) -> list[str]:
         """Aliases of the base whose bytes differ from the tensor they should be tied to."""

@@ -222,6 +222,10 @@ class Checkpoint(Mapping[str, Array]):
 
     restricted = False
     """Whether it is known to be made from something that must not be passed on."""
+    notes: tuple[str, ...] = ()
+    """What whoever uses it should know."""
+    has_tokenizer = False
+    """Whether a tokenizer stands in the file of weights itself."""
 
     def __init__(
         self, where: Path, label: str, files: list[Path], index: Mapping[str, str] | None = None
@@ -380,6 +384,16 @@ class Checkpoint(Mapping[str, Array]):
     def nbytes(self) -> int:
         """Bytes of all tensors."""
         return sum(spec.nbytes for spec in self.specs.values())
+
+    @property
+    def adapters(self) -> list[Any]:
+        """The adapters that are on it, in order."""
+        return []
+
+    @property
+    def put_on(self) -> Checkpoint | None:
+        """What the last of its adapters is put on."""
+        return None
 
     @property
     def numel(self) -> int:

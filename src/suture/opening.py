@@ -5,10 +5,8 @@ from __future__ import annotations
 import os
 from pathlib import Path
 
-from suture.adapters import adapted, is_adapter, open_adapter
 from suture.checkpoint import Checkpoint, locate, open_checkpoint, place_of
 from suture.errors import CheckpointError
-from suture.ggufs import find_gguf, open_gguf
 
 
 def open_model(
@@ -30,10 +28,24 @@ def open_model(
         MismatchError: an adapter does not fit its base.
     """
     first, *rest = parts_of(os.fspath(model), near)
-    if base is not None and first and is_adapter(locate(first, near)):
+    if base is not None and first and _may_be_adapter(locate(first, near)):
         found, rest = base, [first, *rest]
     else:
         found = _open_whole(first, near)
+    return _with_adapters(found, rest, near) if rest else found
+
+
+def _may_be_adapter(path: Path) -> bool:
+    if not (path / "adapter_config.json").is_file():
+        return False
+    from suture.adapters import is_adapter
+
+    return is_adapter(path)
+
+
+def _with_adapters(found: Checkpoint, rest: list[str], near: Path | None) -> Checkpoint:
+    from suture.adapters import adapted, is_adapter, open_adapter
+
     for part in rest:
         folder = locate(part, near)
         if not is_adapter(folder):
@@ -46,8 +58,10 @@ def open_model(
 
 
 def _open_whole(text: str, near: Path | None) -> Checkpoint:
-    if text:
-        where = locate(text, near)
+    where = locate(text, near) if text else None
+    if where is not None and (where.suffix == ".gguf" or any(where.glob("*.gguf"))):
+        from suture.ggufs import find_gguf, open_gguf
+
         gguf = find_gguf(where, text)
         if gguf is not None:
             return open_gguf(gguf, text)

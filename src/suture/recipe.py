@@ -15,7 +15,6 @@ from typing import Any
 
 import yaml
 
-from suture import mergekit
 from suture.chat import read_chat_template
 from suture.errors import Problems, RecipeError, brief, did_you_mean
 from suture.merges import Method, method, settings
@@ -361,7 +360,9 @@ def _from_provenance(text: str, source: Path, folder: Path, problems: Problems) 
 
 def _from_raw(raw: dict[str, Any], folder: Path, problems: Problems) -> Recipe:
     if "merge_method" in raw:
-        return mergekit.translated(raw, folder, problems)
+        from suture.mergekit import translated
+
+        return translated(raw, folder, problems)
     return _native(raw, problems, folder)
 
 

@@ -17,7 +17,6 @@ from pathlib import Path
 from typing import Any
 
 import suture
-from suture.adapters import Adapted, Adapter
 from suture.card import carried_files, carried_tokenizer, config_text, is_restricted, model_card
 from suture.checkpoint import (
     JSON_LIMIT,
@@ -51,16 +50,11 @@ from suture.errors import (
     SutureError,
 )
 from suture.forms import PLAIN, check_forms
-from suture.ggufs import Gguf
-from suture.graft import is_graft, open_graft
 from suture.layers import Stretch, cut, depth_of, depths, sliced_config, stack_of
-from suture.mergekit import differences, native
 from suture.merges import Beside, Context, Method, PerModel, Scalar, method
 from suture.merges import method as method_named
 from suture.merges.presets import preset as preset_named
 from suture.opening import open_model
-from suture.patch import Patch
-from suture.patchfile import is_patch
 from suture.recipe import SCHEMA, parse_recipe, read_recipe
 from suture.recipe_types import ModelEntry, Policy, Recipe, Slice
 from suture.roles import EVERYTHING, ParamSpace, check_selectors, layer_parts, selects, tied_to
@@ -418,7 +412,7 @@ def _planned(
         for job in jobs
     )
     config = _config(recipe, parts, aligned.inputs)
-    notes += [n for c in inputs.values() if isinstance(c, Adapted) for n in c.notes]
+    notes += [note for c in inputs.values() for note in c.notes]
     told = tuple(dict.fromkeys((*recipe.notes, *notes)))
     plan = Plan(recipe, jobs, inputs, out, options, config, told,
                 {name: stages[name] for name in recipe.stages}, made, views=aligned.inputs,
@@ -448,10 +442,8 @@ def _opened(
                 found[label] = _output_of(path, stages[path])
                 continue
             checkpoint = open_model(path, recipe.folder, found.get("base"))
-            if is_patch(checkpoint):
-                checkpoint = _patched(checkpoint, found.get("base"))
-            elif is_graft(checkpoint.path):
-                checkpoint = _grafted(checkpoint, found.get("base"))
+            if checkpoint.path.is_file():
+                checkpoint = _put_on(checkpoint, found.get("base"))
             found[label] = checkpoint
             refuse_uncomputable(checkpoint)
     return found
@@ -467,23 +459,22 @@ def _output_of(name: str, plan: Plan) -> Checkpoint:
     return found
 
 
-def _patched(file: Checkpoint, base: Checkpoint | None) -> Checkpoint:
-    """A patch that a recipe names as a model: the base with the patch on it."""
+def _put_on(file: Checkpoint, base: Checkpoint | None) -> Checkpoint:
+    """What a file means beside a base: a patch or a graft is the base with it on."""
+    from suture.graft import is_graft, open_graft
+    from suture.patch import Patch
+    from suture.patchfile import is_patch
+
+    patch = is_patch(file)
+    if not patch and not is_graft(file.path):
+        return file
     if base is None:
-        raise RecipeError(f"{file.label}: a patch stands for a model only beside its base; name it")
-    view = Patch.load(file.path).apply(base)
+        what = "a patch stands for a model only beside its base; name it"
+        if not patch:
+            what = "is a graft, weights to be put into a base; name the base"
+        raise RecipeError(f"{file.label}: {what}")
+    view = Patch.load(file.path).apply(base) if patch else open_graft(file.path, base)
     view.path, view.label = file.path, file.label
-    return view
-
-
-def _grafted(graft: Checkpoint, base: Checkpoint | None) -> Checkpoint:
-    """The model that a graft makes of the base."""
-    if base is None:
-        raise RecipeError(
-            f"{graft.label}: is a graft, weights to be put into a base; name the base"
-        )
-    view = open_graft(graft.path, base)
-    view.label = graft.label
     return view
 
 
@@ -901,9 +892,7 @@ def _check_factors(plan: Plan, problems: Problems) -> None:
     """Note NaN and infinity in the factors of adapters, whose products would hide where from."""
     if plan.options.allow_nonfinite:
         return
-    found = {
-        a.folder: a for c in plan.inputs.values() if isinstance(c, Adapted) for a in c.adapters
-    }
+    found = {a.folder: a for c in plan.inputs.values() for a in c.adapters}
     for adapter in found.values():
         with problems.collecting():
             adapter.check_finite()
@@ -1119,9 +1108,9 @@ def _convert_tokenizer(plan: Plan, writer: Writer) -> tuple[str, ...]:
     if plan.files is not None or carried_files(donors).keys() & set(TOKENIZER):
         return ()
     for donor in donors:
-        while isinstance(donor, Adapted):
-            donor = donor.base
-        if isinstance(donor, Gguf) and donor.has_tokenizer:
+        while donor.put_on is not None:
+            donor = donor.put_on
+        if donor.has_tokenizer:
             try:
                 from suture.models import gguf_tokenizer
 
@@ -1209,26 +1198,26 @@ def _form(plan: Plan) -> dict[str, str]:
 
 def _portable(checkpoint: Checkpoint, out: Path) -> str:
     """A hub id as it is; a path relative to the output, so that both can move together."""
-    if isinstance(checkpoint, Adapted):
-        return f"{_portable(checkpoint.base, out)}+{_place(checkpoint.adapter, out)}"
+    if checkpoint.put_on is not None:
+        return f"{_portable(checkpoint.put_on, out)}+{_place(checkpoint.adapters[-1], out)}"
     if is_from_hub(checkpoint):
         return checkpoint.label
     return os.path.relpath(checkpoint.path, out)
 
 
-def _place(adapter: Adapter, out: Path) -> str:
+def _place(adapter: Any, out: Path) -> str:
     if adapter.folder.parent.name == "snapshots":
-        return adapter.label
+        return str(adapter.label)
     return os.path.relpath(adapter.folder, out)
 
 
 def _made_of(checkpoint: Checkpoint, out: Path) -> dict[str, Any]:
     """The base and the adapters of a model that is put together, with the adapters' digests."""
-    if not isinstance(checkpoint, Adapted):
+    if checkpoint.put_on is None:
         return {}
-    whole: Checkpoint = checkpoint
-    while isinstance(whole, Adapted):
-        whole = whole.base
+    whole = checkpoint
+    while whole.put_on is not None:
+        whole = whole.put_on
     adapters = [{"path": _place(a, out), "fingerprint": checkpoint_fingerprint(a.weights)}
                 for a in checkpoint.adapters]  # fmt: skip
     return {"made_of": {"base": _portable(whole, out), "adapters": adapters}}
@@ -1276,6 +1265,8 @@ def explain(recipe: Path | Mapping[str, Any]) -> dict[str, Any]:
     Raises:
         RecipeError: everything that is wrong with it, at once; models are not opened.
     """
+    from suture.mergekit import differences, native
+
     found = read_recipe(recipe)
     merges = {**found.stages, "": found}
     return {
