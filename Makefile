@@ -52,6 +52,7 @@ format: $(STAMPS)/check  ## format the code and repair what ruff can repair
 	$(BIN)/ruff check --fix .
 
 proofs: $(STAMPS)/test  ## run the slow proofs
+	@$(PIP) --no-deps -r requirements/proofs.txt
 	$(PYTEST) -n $(WORKERS) --dist loadfile -m slow $(ARGS)
 
 bench: $(STAMPS)/bench  ## measure speed and memory on this machine
