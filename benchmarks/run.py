@@ -79,8 +79,9 @@ def recipe(scratch: Path, method: str, prefix: str, density: bool) -> Path:
         more = ", density: 0.2" if density else ""
         lines += [f"  - model: {scratch / f'{prefix}{i}'}",
                   f"    parameters: {{weight: {0.2 + 0.1 * i}{more}}}"]  # fmt: skip
-    lines += [f"merge_method: {method}", f"base_model: {scratch / f'{prefix}0'}",
-              "dtype: float32", "out_dtype: bfloat16"]  # fmt: skip
+    if method != "linear":  # which would average the base, too
+        lines.append(f"base_model: {scratch / f'{prefix}0'}")
+    lines += [f"merge_method: {method}", "dtype: float32", "out_dtype: bfloat16"]
     path.write_text("\n".join(lines) + "\n")
     return path
 
