@@ -52,6 +52,8 @@ __all__ = sorted([*_HOMES, "__version__"])
 def __getattr__(name: str) -> Any:
     if name not in _HOMES:
         raise AttributeError(f"module 'suture' has no attribute {name!r}")
+    if name in ("Checkpoint", "open"):  # what they give learns to subtract there
+        import_module("suture.vector")
     return getattr(import_module(f"suture.{_HOMES[name]}"), _NAMED.get(name, name))
 
 

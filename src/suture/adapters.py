@@ -21,7 +21,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from suture import kernels
-from suture.checkpoint import PICKLES, Array, Checkpoint, _inside, read_json
+from suture.checkpoint import PICKLES, Array, Checkpoint, _inside, read_json, ties_embeddings
 from suture.errors import CheckpointError, MismatchError, NonFiniteError, Problems, brief
 from suture.roles import role_of, tied_to
 from suture.spec import DTYPES, F32, TensorSpec, listed
@@ -585,7 +585,7 @@ class _Fit:
         return None if original is None else (self.base, original)
 
     def _tied(self, name: str) -> str | None:
-        return self.ties.get(name) if _ties(self.config) else None
+        return self.ties.get(name) if ties_embeddings(self.config) else None
 
     def _set(self, name: str, lens: Lens) -> None:
         tied = self._tied(name)
@@ -720,13 +720,6 @@ def _renaming(modules: Collection[str], names: Collection[str]) -> tuple[int, st
             if all(prefix + ".".join(m.split(".")[strip:]) in there for m in wanted):
                 return strip, prefix
     return 0, ""
-
-
-def _ties(config: Mapping[str, Any]) -> bool:
-    inner = config.get("text_config")
-    return config.get("tie_word_embeddings") is True or (
-        isinstance(inner, Mapping) and inner.get("tie_word_embeddings") is True
-    )
 
 
 def _sections(config: Mapping[str, Any]) -> tuple[dict[str, Any], list[dict[str, Any]]]:

@@ -19,8 +19,8 @@ from typing import Any
 import numpy as np
 
 import suture
-from suture.adapters import _CONV1D, CONFIG, WEIGHTS, Adapted, LowRank, Product, _ties
-from suture.checkpoint import Checkpoint, is_from_hub
+from suture.adapters import _CONV1D, CONFIG, WEIGHTS, Adapted, LowRank, Product
+from suture.checkpoint import Checkpoint, is_from_hub, ties_embeddings
 from suture.engine import checkpoint_fingerprint
 from suture.errors import MissingExtraError, OutputError, Problems, RecipeError
 from suture.roles import EVERYTHING, role_of, tied_to
@@ -238,7 +238,7 @@ def _kind(name: str, base: Checkpoint) -> str | None:
         return None
     role = role_of(name).kind
     if role in ("embedding", "position"):
-        return None if role == "embedding" and _ties(base.config) else "embedding"
+        return None if role == "embedding" and ties_embeddings(base.config) else "embedding"
     if role in ("norm", "scale"):
         return None
     flips = base.config.get("model_type") in (
@@ -391,7 +391,9 @@ def _whole(
             key = f"base_model.model.{other}"
             pending.tensors[key] = _result(other, base, models, factors)
     for copy, original in tied_to({*base.specs, *base.aliases, "lm_head.weight"}).items():
-        if original == name and _ties(base.config):  # PEFT reads a tied tensor under both names
+        if original == name and ties_embeddings(
+            base.config
+        ):  # PEFT reads a tied tensor under both names
             pending.tying = True
             same = pending.tensors[f"base_model.model.{name}"].clone()
             pending.tensors[f"base_model.model.{copy}"] = same

@@ -33,9 +33,10 @@ from suture.recipe_types import (
     section,
     short,
 )
-from suture.roles import ParamSpace
+from suture.roles import DEFAULT_SPACE, ParamSpace
 from suture.spec import PROMOTED, dtype_named
 from suture.vocabulary import from_mergekit
+from suture.writer import SHARD_SIZE
 
 KEYS = ("models", "slices", "modules", "merge_method", "base_model", "dtype", "out_dtype",
         "parameters", "tokenizer", "tokenizer_source", "chat_template")  # fmt: skip
@@ -142,9 +143,13 @@ class _Reader:
     def path(self, value: object, where: str) -> str:
         """The path or hub id of a model, in mergekit's short or long form, with its adapter."""
         if isinstance(value, Mapping):  # {model: {path: ..., revision: ...}, lora: ...}
+            keys = ("path", "revision") if "path" in value else ("model", "lora")
+            refuse_unknown(value, keys, f"{where}: ", self.problems)
             parts = [value.get("model", value), *([value["lora"]] if value.get("lora") else [])]
             found = []
             for part in parts:
+                if isinstance(part, Mapping) and part is not value:
+                    refuse_unknown(part, ("path", "revision"), f"{where}: ", self.problems)
                 if isinstance(part, Mapping) and isinstance(part.get("path"), str):
                     revision = part.get("revision")
                     found.append(f"{part['path']}@{revision}" if revision else str(part["path"]))
@@ -506,8 +511,15 @@ def native(recipe: Recipe) -> dict[str, Any]:
             found[key] = value
     if recipe.space == ParamSpace((), ()):
         found["space"] = {"exclude": []}
-    if recipe.dtype is not None:
-        found["output"] = {"dtype": whole["output"]["dtype"]}
+    elif recipe.space != DEFAULT_SPACE:
+        found["space"] = whole["space"]
+    policy = {k: v for k, v in whole["policy"].items() if v != getattr(Policy(), k)}
+    output = {k: v for k, v in whole["output"].items() if v not in (None, SHARD_SIZE)}
+    for key, value in (("policy", policy), ("output", output),
+                       ("tokenizer", whole.get("tokenizer")),
+                       ("chat_template", whole.get("chat_template"))):  # fmt: skip
+        if value:
+            found[key] = value
     if recipe.stages:
         found["stages"] = {name: native(stage) for name, stage in recipe.stages.items()}
     return found

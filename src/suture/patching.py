@@ -276,9 +276,8 @@ def apply_patches(
     Raises:
         SutureError: what is wrong, with nothing written.
     """
-    composed = Patch.compose(patches, on_overlap) if len(patches) != 1 else patches[0]
-    if on_overlap not in ON_OVERLAP:
-        Patch.compose(patches, on_overlap)
+    single = len(patches) == 1 and on_overlap in ON_OVERLAP
+    composed = patches[0] if single else Patch.compose(patches, on_overlap)
     said = {"scale": scale, "on_overlap": on_overlap, "force": force}
     return _run("apply", composed.scaled(scale), patches, model, out, said, options, stage)
 

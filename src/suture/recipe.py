@@ -414,7 +414,7 @@ def _native(raw: dict[str, Any], problems: Problems, folder: Path) -> Recipe:
     with problems.collecting():
         dtype = _dtype(output.get("dtype"))
     with problems.collecting():
-        shard_size = bytes_from(output.get("shard_size", SHARD_SIZE))
+        shard_size = _size(output.get("shard_size", SHARD_SIZE))
     base = base if isinstance(base, str) else None
     labels = [*models, *([] if base is None else ["base"])]
     slices = _slices(raw.get("slices"), labels, problems)
@@ -469,7 +469,21 @@ def _located(how: Method, parameters: Mapping[str, Any], folder: Path) -> dict[s
 def _dtype(word: object) -> str | None:
     if word is None or word == PROMOTED:
         return PROMOTED if word else None
-    return dtype_named(str(word))
+    try:
+        return dtype_named(str(word))
+    except RecipeError as error:
+        raise RecipeError(f"output.dtype: {error}") from None
+
+
+def _size(given: Any) -> int:
+    """The bytes of a shard; a small number without a unit was meant to have one."""
+    try:
+        size = bytes_from(given)
+    except RecipeError as error:
+        raise RecipeError(f"output.shard_size: {error}") from None
+    if size < 100:
+        raise RecipeError(f"output.shard_size: {size} bytes; write a unit, such as {size}GB")
+    return size
 
 
 def _slices(raw: object, labels: Sequence[str], problems: Problems) -> tuple[Slice, ...]:
@@ -534,6 +548,9 @@ def _models(raw: object, problems: Problems) -> dict[str, ModelEntry]:
         return {}
     found = {}
     for name, entry in raw.items():
+        if not isinstance(name, str | int) or isinstance(name, bool):  # YAML reads `no` as false
+            problems.add(RecipeError, f"models: {name!r} is no name; put it in quotes")
+            continue
         entry = {"path": entry} if isinstance(entry, str) else entry
         if not isinstance(entry, Mapping) or not isinstance(entry.get("path"), str):
             problems.add(

@@ -271,7 +271,7 @@ def short(path: str, all_paths: Sequence[str]) -> str:
         name = _end(path, number)
         if name not in TAKEN and [_end(p, number) for p in all_paths].count(name) == 1:
             return name
-    return path
+    return f"./{path}" if path in TAKEN else path
 
 
 def _end(path: str, number: int) -> str:

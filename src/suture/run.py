@@ -11,6 +11,7 @@ import os
 import shutil
 import time
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import asdict, dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
@@ -344,6 +345,8 @@ def make_plan(
     stages = _stages(recipe, options, problems)
     made = {label: _stage_key(stages[path]) for label, path in _paths(recipe).items()
             if path in stages}  # fmt: skip
+    if out is not None:
+        _check_others(recipe, out, stages, problems)
     return _planned(recipe, out, options, opened, problems, stages, made)
 
 
@@ -581,8 +584,9 @@ def _check_fit(
     for part in parts:
         for checkpoint in part.views.values():
             if checkpoint is not part.reference:
+                # mergekit goes by the architecture, whose lists know no buffers.
                 align(part.reference, checkpoint, problems, recipe.policy.missing == "base",
-                      recipe.policy.extra == "drop")  # fmt: skip
+                      recipe.policy.extra == "drop", recipe.kit is not None)  # fmt: skip
     if recipe.slices:
         _check_stacking(parts, problems)
     if len(parts) < len(recipe.cuts):
@@ -779,16 +783,40 @@ def _check_place(
     out: Path, inputs: Mapping[str, Checkpoint], options: Options, problems: Problems
 ) -> None:
     try:
-        place = out.resolve()
-        for label, checkpoint in inputs.items():
-            held = {checkpoint.path, *checkpoint.files}
-            ours = (place, staging_of(place))
-            if any(o.is_relative_to(p) or p.is_relative_to(o) for p in held for o in ours):
-                problems.add(OutputError, f"{out}: holds the input {label!r}; write somewhere else")
-                return
-        _check_free(out, place, options, problems)
+        held = {label: {c.path, *c.files} for label, c in inputs.items()}
+        if _apart(out, held, problems):
+            _check_free(out, out.resolve(), options, problems)
     except (OSError, RuntimeError) as error:  # a name too long, a link to itself
         problems.add(OutputError, f"{out}: {getattr(error, 'strerror', None) or error}")
+
+
+def _apart(out: Path, held: Mapping[str, Collection[Path]], problems: Problems) -> bool:
+    """Whether an output, and the place where it is prepared, are apart from what is read."""
+    place = out.resolve()
+    ours = (place, staging_of(place))
+    for label, paths in held.items():
+        if any(o.is_relative_to(p) or p.is_relative_to(o) for p in paths for o in ours):
+            problems.add(OutputError, f"{out}: holds the input {label!r}; write somewhere else")
+            return False
+    return True
+
+
+def _check_others(
+    recipe: Recipe, out: Path, stages: Mapping[str, Plan], problems: Problems
+) -> None:
+    """Note where an output would replace what is read besides its models."""
+    held: dict[str, Collection[Path]] = {
+        f"{label} of stage {name}": {c.path, *c.files}
+        for name, stage in stages.items()
+        for label, c in stage.inputs.items()
+        if not isinstance(c, Planned) and label not in stage.made
+    }
+    for name, one in {**{n: s.recipe for n, s in stages.items()}, "": recipe}.items():
+        if one.tokenizer is not None and one.tokenizer.source not in (UNION, "base", *one.models):
+            folder = one.folder / Path(one.tokenizer.source).expanduser()
+            held[f"tokenizer{name and ' of stage '}{name}"] = {folder.resolve()}
+    with suppress(OSError, RuntimeError):  # _check_place says what is wrong with the path
+        _apart(out, held, problems)
 
 
 def _check_recipe_stays(recipe: Path, out: Path, problems: Problems) -> None:

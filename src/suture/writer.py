@@ -276,7 +276,7 @@ class Writer:
         file, offset = self._places[name]
         offset += start * DTYPES[self.specs[name].dtype].itemsize
         try:
-            got = os.pread(self._descriptors[file], raw.size, offset)
+            got = _pread(self._descriptors[file], raw.size, offset)
         except OSError:
             got = b""  # what cannot be read back is written again
         raw[: len(got)] = np.frombuffer(got, np.uint8)
@@ -418,6 +418,8 @@ if hasattr(os, "pwrite"):
     def _pwrite(descriptor: int, raw: Array, offset: int) -> int:
         return os.pwrite(descriptor, raw.data, offset)
 
+    _pread = os.pread
+
 else:  # Windows
     _seek = threading.Lock()
 
@@ -425,6 +427,11 @@ else:  # Windows
         with _seek:
             os.lseek(descriptor, offset, os.SEEK_SET)
             return os.write(descriptor, raw.data)
+
+    def _pread(descriptor: int, size: int, offset: int, /) -> bytes:
+        with _seek:
+            os.lseek(descriptor, offset, os.SEEK_SET)
+            return os.read(descriptor, size)
 
 
 def _exchange(one: Path, other: Path) -> bool:
