@@ -129,6 +129,24 @@ def test_a_tied_model_answers_as_with_the_adapter(
     assert (model(tokens).logits - expected).abs().max() < 1e-5
 
 
+def test_a_model_tied_by_default_is_untied_too(tmp_path: Path) -> None:
+    """A config that says nothing of ties means them for GPT-2: its head keeps the old values."""
+    torch.manual_seed(6)
+    config = transformers.GPT2Config(vocab_size=41, n_embd=24, n_layer=1, n_head=4, n_positions=64)
+    transformers.GPT2LMHeadModel(config).save_pretrained(tmp_path / "base")
+    written = json.loads((tmp_path / "base" / "config.json").read_text())
+    written.pop("tie_word_embeddings", None)
+    (tmp_path / "base" / "config.json").write_text(json.dumps(written))
+    folder = adapting.adapter(tmp_path / "base", tmp_path / "it", target_modules=["wte"])
+    base = suture.open(tmp_path / "base")
+
+    found = suture.open(f"{tmp_path / 'base'}+{folder}")
+
+    assert found.config["tie_word_embeddings"] is False
+    assert (found["lm_head.weight"] == base["transformer.wte.weight"]).all()
+    assert (found["transformer.wte.weight"] != base["transformer.wte.weight"]).any()
+
+
 def test_bytes_do_not_depend_on_where_reading_starts(where: Path, tmp_path: Path) -> None:
     """Any stretch of a computed tensor has the bytes it has in the whole one, for DoRA as well."""
     draw = np.random.default_rng(0)
