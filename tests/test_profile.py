@@ -147,6 +147,15 @@ def test_integers_have_no_delta(tmp_path: Path) -> None:
     assert found["total"]["changed"] == 0
 
 
+def test_buffers_of_one_model_are_named(tmp_path: Path) -> None:
+    """A diff goes on without them, and says on which side they are."""
+    ids = packed([1, 2], "I64")
+    base, tuned = models(tmp_path, llama(0) | {"model.position_ids": ids}, llama(1))
+
+    assert diff(base, tuned)["only_in_base"] == ["model.position_ids"]
+    assert diff(base, tuned)["only_in_tuned"] == []
+
+
 def test_what_is_no_number_is_refused(tmp_path: Path) -> None:
     """A norm of NaN would be a report of nothing; the tensor is named."""
     tuned = llama(0) | {"model.norm.weight": packed(np.full(16, np.nan))}

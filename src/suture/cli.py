@@ -16,7 +16,7 @@ import typer
 
 import suture
 from suture.errors import SutureError
-from suture.spec import readable
+from suture.spec import listed, readable
 
 DONE, FAILED, WRONG, INTERRUPTED = range(4)
 
@@ -220,6 +220,9 @@ def diff(
             _tell(f"{name:<{width}}{_profile_row(row)}")
         _tell()
     _tell(f"{'total':<8}{_profile_row(found['total'])}")
+    for side in ("base", "tuned"):
+        if names := found[f"only_in_{side}"]:
+            _tell(f"only in the {side} model: {listed(names)}")
 
 
 def _profile_row(row: dict[str, Any]) -> str:

@@ -183,7 +183,7 @@ def diff(base: Checkpoint, tuned: Checkpoint, progress: Progress | None = None) 
 
     Every row holds elements, changed entries, the Euclidean norm of the delta, that norm relative
     to the base's, the largest magnitude, and the cosine between base and tuned weights. Sums are
-    exact in float64 and do not depend on threads.
+    exact in float64 and do not depend on threads. Buffers that only one of the two has are named.
 
     Raises:
         MismatchError: the two do not hold the same tensors.
@@ -203,6 +203,8 @@ def diff(base: Checkpoint, tuned: Checkpoint, progress: Progress | None = None) 
     return {
         "base": base.label,
         "tuned": tuned.label,
+        "only_in_base": sorted(base.specs.keys() - tuned.specs.keys()),
+        "only_in_tuned": sorted(tuned.specs.keys() - base.specs.keys()),
         "total": _row(names, base, visitor),
         "layers": {k: _row(v, base, visitor) for k, v in sorted(layers.items(), key=_by_number)},
         "roles": {k: _row(v, base, visitor) for k, v in sorted(roles.items())},
