@@ -690,22 +690,30 @@ def methods(
         _print(found)
         return
     for key, row in found.items():
-        _tell(f"{key:<17} {row['title']}: {row['paper']}")
-        if name is not None:
-            _tell(f"\n{row['equation']}\n\n{row['needs']}\n")
-            for parameter, facts in row["parameters"].items():
-                choices = f": {', '.join(facts['choices'])}" if facts["choices"] else ""
-                _tell(f"  {parameter} = {facts['default']}{facts['scope']}")
-                _tell(f"      {facts['doc']}{choices}")
-            for preset, facts in row["presets"].items():
-                given = ", ".join(f"{k}={v}" for k, v in facts["parameters"].items())
-                where = f" ({facts['note']})" if facts["note"] else ""
-                _tell(f"\n  preset {preset}: {facts['source']}{where}\n      {given}")
-        else:
-            parameters = (f"{k}={v['default']}" for k, v in row["parameters"].items())
-            _tell(" " * 18 + ", ".join(parameters))
-            if row["presets"]:
-                _tell(" " * 18 + "presets: " + ", ".join(row["presets"]))
+        _show_line(key, row, whole=name is not None)
+
+
+def _show_line(key: str, row: dict[str, Any], *, whole: bool) -> None:
+    """One line of a table of methods or strategies: in short, or with all that is known of it."""
+    _tell(f"{key:<17} {row['title']}: {row['paper']}")
+    presets = row.get("presets", {})
+    if not whole:
+        parameters = (f"{k}={v['default']}" for k, v in row["parameters"].items())
+        _tell(" " * 18 + ", ".join(parameters))
+        if presets:
+            _tell(" " * 18 + "presets: " + ", ".join(presets))
+        return
+    _tell(f"\n{row['equation']}\n")
+    if "needs" in row:
+        _tell(f"{row['needs']}\n")
+    for parameter, facts in row["parameters"].items():
+        choices = f": {', '.join(facts['choices'])}" if facts["choices"] else ""
+        _tell(f"  {parameter} = {facts['default']}{facts.get('scope', '')}")
+        _tell(f"      {facts['doc']}{choices}")
+    for preset, facts in presets.items():
+        given = ", ".join(f"{k}={v}" for k, v in facts["parameters"].items())
+        where = f" ({facts['note']})" if facts["note"] else ""
+        _tell(f"\n  preset {preset}: {facts['source']}{where}\n      {given}")
 
 
 def _method_data(method: Any) -> dict[str, Any]:
@@ -862,15 +870,7 @@ def strategies(
         _print(found)
         return
     for key, row in found.items():
-        _tell(f"{key:<17} {row['title']}: {row['paper']}")
-        if name is not None:
-            _tell(f"\n{row['equation']}\n")
-            for parameter, facts in row["parameters"].items():
-                choices = f": {', '.join(facts['choices'])}" if facts["choices"] else ""
-                _tell(f"  {parameter} = {facts['default']}\n      {facts['doc']}{choices}")
-        else:
-            parameters = (f"{k}={v['default']}" for k, v in row["parameters"].items())
-            _tell(" " * 18 + ", ".join(parameters))
+        _show_line(key, row, whole=name is not None)
 
 
 def _strategy_data(line: Any) -> dict[str, Any]:

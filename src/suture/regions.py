@@ -31,6 +31,7 @@ from suture.graft import write_graft
 from suture.importance import Rule, Scoring, rule_named
 from suture.mask import Located, MaskFile, StoredMask, check_question, locate
 from suture.recipe import parse_yaml
+from suture.recipe_types import refuse_unknown, section
 from suture.roles import DEFAULT_SPACE, ParamSpace, check_selectors, layer_key, role_of
 from suture.stats import KINDS, Stats
 from suture.vector import TaskVector, align
@@ -144,20 +145,6 @@ class _Reader:
     def note(self, text: str) -> None:
         self.problems.add(RecipeError, text)
 
-    def known(self, raw: Mapping[str, Any], keys: Sequence[str], where: str = "") -> None:
-        for key in raw:
-            if key not in keys:
-                self.note(f"{where}unknown key {key!r}; {did_you_mean(str(key), keys)}")
-
-    def section(self, key: str) -> dict[str, Any]:
-        found = self.raw.get(key)
-        if found is None:
-            return {}
-        if not isinstance(found, Mapping):
-            self.note(f"{key}: a mapping, not {brief(found)}")
-            return {}
-        return {str(k): v for k, v in found.items()}
-
     def one(
         self, raw: Mapping[str, Any], key: str, kind: type, default: Any, where: str = ""
     ) -> Any:
@@ -185,7 +172,7 @@ class _Reader:
         return tuple(found)
 
     def regions(self) -> Regions:
-        self.known(self.raw, KEYS)
+        refuse_unknown(self.raw, KEYS, "", self.problems)
         base = self.one(self.raw, "base", str, "")
         if not base:
             self.note("base: missing; what the models were tuned from")
@@ -197,10 +184,10 @@ class _Reader:
         seed = self.one(self.raw, "seed", int, 0)
         if not 0 <= seed < 2**63:
             self.note(f"seed: from 0 to 2**63 - 1, not {seed}")
-        space = self.section("space")
-        self.known(space, ("include", "exclude"), "space: ")
+        space = section(self.raw, "space", self.problems)
+        refuse_unknown(space, ("include", "exclude"), "space: ", self.problems)
         default = ParamSpace()
-        learn = self.section("learn")
+        learn = section(self.raw, "learn", self.problems)
         settings = None
         if rule == "learned":
             from suture.learned import settings_from
@@ -220,7 +207,7 @@ class _Reader:
     def models(self) -> tuple[dict[str, str], dict[str, float | None]]:
         paths: dict[str, str] = {}
         densities: dict[str, float | None] = {}
-        entries = self.section("models")
+        entries = section(self.raw, "models", self.problems)
         if not entries:
             self.note("models: a mapping from names to paths, with at least one model")
         for name, entry in entries.items():
@@ -228,7 +215,7 @@ class _Reader:
             if not isinstance(found, Mapping) or not isinstance(found.get("path"), str):
                 self.note(f"models.{name}: a path, or a mapping with a path, not {brief(entry)}")
                 continue
-            self.known(found, ("path", "density"), f"models.{name}: ")
+            refuse_unknown(found, ("path", "density"), f"models.{name}: ", self.problems)
             if name in ("base", "stats", "") or not name.isprintable() or set(name) & set("/\\"):
                 self.note(f"models: {name!r} cannot be the name of a mask file")
                 continue
@@ -248,7 +235,7 @@ class _Reader:
 
     def paired(self, key: str, models: Mapping[str, str]) -> dict[str, Any]:
         """A section with one entry a model, by name."""
-        found = self.section(key)
+        found = section(self.raw, key, self.problems)
         for name in found:
             if name not in models:
                 hint = did_you_mean(name, list(models)) if models else "there are none"
@@ -285,7 +272,7 @@ class _Reader:
             if not isinstance(entry, Mapping) or not isinstance(entry.get("data"), str):
                 self.note(f"tasks.{name}: a mapping with data, a .jsonl or .csv file")
                 continue
-            self.known(entry, TASK_KEYS, f"tasks.{name}: ")
+            refuse_unknown(entry, TASK_KEYS, f"tasks.{name}: ", self.problems)
             kind = self.one(entry, "kind", str, "classification", where)
             if kind not in ("classification", "causal"):
                 self.note(f"{where}kind: classification or causal, not {kind!r}")

@@ -10,6 +10,7 @@ from typing import Any
 from suture.analysis import BASES
 from suture.errors import Problems, RecipeError, brief, did_you_mean
 from suture.recipe import parse_yaml
+from suture.recipe_types import refuse_unknown, section
 from suture.roles import DEFAULT_SPACE, ParamSpace
 from suture.select import SCOPES
 
@@ -87,7 +88,7 @@ class _Reader:
         self.problems.add(RecipeError, text)
 
     def request(self, folder: Path) -> Request:
-        self.known(self.raw, _KEYS, "")
+        refuse_unknown(self.raw, _KEYS, "", self.problems)
         base = self.raw.get("base")
         if not isinstance(base, str):
             self.refuse("base: name what the models were fine-tuned from, a path or hub id")
@@ -114,20 +115,6 @@ class _Reader:
             self.bases(len(models)), self.space(), seed, folder,
         )  # fmt: skip
 
-    def known(self, raw: Mapping[Any, Any], keys: Sequence[str], where: str) -> None:
-        for key in raw:
-            if key not in keys:
-                self.refuse(f"{where}unknown key {key!r}; {did_you_mean(str(key), keys)}")
-
-    def section(self, key: str) -> dict[str, Any]:
-        found = self.raw.get(key)
-        if found is None:
-            return {}
-        if not isinstance(found, Mapping):
-            self.refuse(f"{key}: a mapping, not {brief(found)}")
-            return {}
-        return {str(k): v for k, v in found.items()}
-
     def words(self, value: object, where: str, known: Sequence[str]) -> tuple[str, ...]:
         words = [value] if isinstance(value, str) else value
         if not isinstance(words, list) or not all(isinstance(w, str) for w in words):
@@ -140,7 +127,7 @@ class _Reader:
 
     def models(self, key: str) -> dict[str, str]:
         found = {}
-        for name, path in self.section(key).items():
+        for name, path in section(self.raw, key, self.problems).items():
             path = path.get("path") if isinstance(path, Mapping) else path
             if not isinstance(path, str):
                 self.refuse(f"{key}.{name}: a path or hub id, not {brief(path)}")
@@ -173,8 +160,8 @@ class _Reader:
         return found
 
     def bases(self, models: int) -> BasisRequest:
-        raw = self.section("bases")
-        self.known(raw, ("kinds", "size", "write"), "bases: ")
+        raw = section(self.raw, "bases", self.problems)
+        refuse_unknown(raw, ("kinds", "size", "write"), "bases: ", self.problems)
         kinds = self.words(raw.get("kinds", list(BASES)), "bases.kinds", list(BASES))
         write = self.words(raw.get("write", []), "bases.write", kinds or list(BASES))
         size = raw.get("size")
@@ -186,8 +173,8 @@ class _Reader:
         return BasisRequest(kinds, size, write)
 
     def space(self) -> ParamSpace:
-        raw = self.section("space")
-        self.known(raw, ("include", "exclude"), "space: ")
+        raw = section(self.raw, "space", self.problems)
+        refuse_unknown(raw, ("include", "exclude"), "space: ", self.problems)
         include = self.words(raw.get("include", list(DEFAULT_SPACE.include)), "space.include", ())
         exclude = self.words(raw.get("exclude", list(DEFAULT_SPACE.exclude)), "space.exclude", ())
         return ParamSpace(include, exclude)

@@ -11,6 +11,7 @@ from suture.errors import Problems, RecipeError, brief, did_you_mean
 from suture.finetune.base import Strategy
 from suture.finetune.strategies import strategy
 from suture.recipe import RECIPE_LIMIT, parse_yaml
+from suture.recipe_types import refuse_unknown, section
 from suture.spec import WORD_OF, dtype_named
 from suture.tune import TuneSettings
 
@@ -135,20 +136,6 @@ class _Reader:
     def refuse(self, text: str) -> None:
         self.problems.add(RecipeError, text)
 
-    def known(self, raw: Mapping[str, Any], keys: tuple[str, ...], where: str) -> None:
-        for key in raw:
-            if key not in keys:
-                self.refuse(f"{where}unknown key {key!r}; {did_you_mean(str(key), keys)}")
-
-    def section(self, key: str) -> dict[str, Any]:
-        found = self.raw.get(key)
-        if found is None:
-            return {}
-        if not isinstance(found, Mapping):
-            self.refuse(f"{key}: a mapping, not {brief(found)}")
-            return {}
-        return {str(k): v for k, v in found.items()}
-
     def word(self, key: str, choices: tuple[str, ...], default: Any) -> Any:
         value = self.raw.get(key)
         if value is None:
@@ -159,11 +146,11 @@ class _Reader:
         return value
 
     def recipe(self, folder: Path) -> Finetune | None:
-        self.known(self.raw, KEYS, "")
+        refuse_unknown(self.raw, KEYS, "", self.problems)
         base, name = self.raw.get("base"), self.raw.get("strategy")
         if not isinstance(base, str) or not base:
             self.refuse("base: the path or hub id of the model to start from")
-        found, parameters = None, self.section("parameters")
+        found, parameters = None, section(self.raw, "parameters", self.problems)
         with self.problems.collecting():
             if not isinstance(name, str):
                 raise RecipeError("strategy: missing; `suture strategies` lists them")
@@ -187,13 +174,13 @@ class _Reader:
                         dtype, str(device), folder)  # fmt: skip
 
     def training(self) -> tuple[TuneSettings, bool]:
-        raw = self.section("training")
+        raw = section(self.raw, "training", self.problems)
         recompute = raw.pop("recompute", False)
         if not isinstance(recompute, bool):
             self.refuse(f"training.recompute: true or false, not {brief(recompute)}")
         default = TuneSettings()
         names = tuple(f.name for f in fields(TuneSettings))
-        self.known(raw, (*names, "recompute"), "training: ")
+        refuse_unknown(raw, (*names, "recompute"), "training: ", self.problems)
         fine = {}
         for key in names:
             if key not in raw:
@@ -222,16 +209,16 @@ class _Reader:
         return (default if self.problems else TuneSettings(**fine)), bool(recompute)
 
     def dtype(self) -> str | None:
-        raw = self.section("output")
-        self.known(raw, ("dtype",), "output: ")
+        raw = section(self.raw, "output", self.problems)
+        refuse_unknown(raw, ("dtype",), "output: ", self.problems)
         with self.problems.collecting():
             return None if raw.get("dtype") is None else dtype_named(str(raw["dtype"]))
         return None
 
     def data(self, folder: Path) -> DataSpec | None:
-        raw = self.section("data")
+        raw = section(self.raw, "data", self.problems)
         names = tuple(f.name for f in fields(DataSpec) if f.name != "share")
-        self.known(raw, names, "data: ")
+        refuse_unknown(raw, names, "data: ", self.problems)
         train = self.source(raw.get("train"), "data.train", folder, "train")
         validation, share = raw.get("validation", 0.1), 0.1
         other = None
@@ -298,7 +285,7 @@ class _Reader:
                 f"not {brief(value)}"
             )
             return None
-        self.known(raw, ("path", "split", "config", "revision"), f"{where}: ")
+        refuse_unknown(raw, ("path", "split", "config", "revision"), f"{where}: ", self.problems)
         path = str(raw["path"])
         local = folder / path
         if local.is_file():
