@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import re
 from pathlib import Path
 from typing import Any
 
@@ -38,7 +39,9 @@ from suture.models import (
     save_model,
 )
 from suture.suites import work
+from suture.suites.gate import read_gate
 from suture.suites.plan import Options, plan_suite
+from suture.suites.suite import read_suite
 
 WORDS = tiny_model.WORDS[2:]
 
@@ -549,6 +552,7 @@ WRONG = [
     ("evaluations:\n  a: {kind: loss, data: rows.jsonl, limit: -1}", "evaluations.a.limit: a whole number from 0, not -1"),
     ("evaluations:\n  a: {kind: loss, data: rows.jsonl, utility: 3}", "evaluations.a.utility: true or false"),
     ("evaluations:\n  a: {kind: loss, data: rows.jsonl, category: nothing}", "rows.jsonl, line 1 has no column 'nothing'"),
+    ("evaluations:\n  a: {kind: loss, data: many.jsonl, category: text}", "300 categories and languages"),
     ("evaluations:\n  a: {kind: loss, data: rows.jsonl, max_length: 99}", "max_length: base reads at most 32 tokens, not 99"),
     ("evaluations:\n  utility: {kind: loss, data: rows.jsonl}", "none of utility, base, expert"),
     ("evaluations:\n  a b: {kind: loss, data: rows.jsonl}", "a name is a word that rules can use"),
@@ -579,6 +583,7 @@ def desk(shop: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     for name in ("base", "base-encoder", "rows.jsonl", "head.safetensors"):
         (where / name).symlink_to(shop / name)
     (where / "empty.jsonl").write_text("\n")
+    written(where / "many.jsonl", [{"text": f"red {i}"} for i in range(300)])
     save_head(
         Head(("colour", "sky"), torch.zeros(2, 4), torch.zeros(2)), where / "wide.safetensors"
     )
@@ -724,10 +729,10 @@ def test_the_command_plans_asks_and_tells(shop: Path, tmp_path: Path) -> None:
 
     said = invoke(*line, "--limit", 5)
     assert said.code == 0
-    assert said.err.startswith("quick: 3 evaluation(s), 15 rows, 2 model(s) on cpu")
+    assert said.err.startswith("quick.first5: 3 evaluation(s), 15 rows, 2 model(s) on cpu")
     lines_of(said.out, "words.perplexity", "pick.accuracy")
-    assert said.out.splitlines()[-1] == f"wrote {out / 'edit.quick.json'}"
-    assert read_result(out / "base.quick.json").evaluations["words"].metrics[0].n == 5
+    assert said.out.splitlines()[-1] == f"wrote {out / 'edit.quick.first5.json'}"
+    assert read_result(out / "base.quick.first5.json").evaluations["words"].metrics[0].n == 5
 
     found = invoke(*line, "--json").json["results"]
     assert [r["model"] for r in found] == ["base", "edit"]
@@ -748,3 +753,29 @@ def test_a_linearized_language_model_can_answer_too() -> None:
 
     assert isinstance(model, LanguageModel)
     assert generate(Models(Wrapped()), asked, prompts) == generate(Models(model), asked, prompts)
+
+
+def test_the_suites_and_gates_of_the_docs_and_examples_can_be_read(tmp_path: Path) -> None:
+    """With files of those names beside them, nothing is wrong with them."""
+    root = Path(__file__).parents[1]
+    text = (root / "docs" / "evaluate.md").read_text()
+    blocks = re.findall(r"^```yaml\n(.*?)^```$", text, re.MULTILINE | re.DOTALL)
+    suites = [b for b in blocks if "evaluations:" in b]
+    gates = [b for b in blocks if ">=" in b]
+    assert (len(suites), len(gates)) == (1, 1)
+    suites.append((root / "examples" / "eval-quick.yaml").read_text())
+    gates.append((root / "examples" / "gate.yaml").read_text())
+    for body in suites:
+        for name in re.findall(r"[\w-]+\.(?:jsonl|csv)", body):
+            written(tmp_path / name, rows(1))
+        (tmp_path / "suite.yaml").write_text(body)
+        problems = Problems()
+        found = read_suite(tmp_path / "suite.yaml", problems)
+        problems.raise_if_any()
+        assert found is not None
+        assert len(found.questions) >= 3
+    for body in gates:
+        (tmp_path / "gate.yaml").write_text(body)
+        problems = Problems()
+        assert len(read_gate(tmp_path / "gate.yaml", problems)) >= 2
+        problems.raise_if_any()
