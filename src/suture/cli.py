@@ -584,6 +584,10 @@ def localize(
             help="Write the marked weights, too: grafts, which stitch without their models.",
         ),
     ] = False,
+    restricted: Annotated[
+        bool,
+        typer.Option("--restricted", help="Mark them, and what is made with them: not to share."),
+    ] = False,
     as_json: Json = False,
 ) -> None:
     """Find the entries that carry a model's skill: a mask for each model, by an importance rule."""
@@ -592,7 +596,7 @@ def localize(
 
         machine.announce = lambda: _say("compiling for this processor (once, some ten seconds)")
         plan = regions.plan_regions(recipe, out, threads=threads, overwrite=overwrite,
-                                    values=values)  # fmt: skip
+                                    values=values, restricted=restricted)  # fmt: skip
         if not dry_run:
             record = regions.execute(plan, bars.stage, _silent if as_json else _say)
     if dry_run:

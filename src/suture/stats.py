@@ -58,6 +58,11 @@ class Stats:
         """The kinds there are."""
         return sorted({key.partition("/")[0] for key in self.tensors})
 
+    @property
+    def restricted(self) -> bool:
+        """Whether they, and what is made with them, must not be passed on."""
+        return self.facts.get("restricted") is True
+
     def names(self, kind: str) -> list[str]:
         """The parameters for which there is this kind, sorted."""
         found = {key.partition("/")[2] for key in self.tensors if key.startswith(f"{kind}/")}
