@@ -210,7 +210,7 @@ def test_gradient_and_curvature_are_those_of_autograd(kind: str) -> None:
 
     joined = torch.cat([g.reshape(-1) for g in gradient.values()])
     torch.testing.assert_close(joined, slope, rtol=1e-8, atol=1e-10)
-    assert value == pytest.approx(float(loss(flat)), rel=1e-10)
+    assert value == pytest.approx(float(loss(flat).detach()), rel=1e-10)
     moved = torch.cat([g.reshape(-1) for g in field.curve(direction).values()]).numpy()
     ahead = torch.cat([g.reshape(-1) for g in direction.values()]).numpy()
     np.testing.assert_allclose(moved, hessian @ ahead, rtol=1e-7, atol=1e-10)
@@ -301,7 +301,7 @@ def test_analyze_diagnoses_a_merge(shop: Path, tmp_path: Path) -> None:
             data = tokenise(rows, loaded.tokenizer, labels=head.labels, max_length=16)
             (batch,) = data.batches(20)
             logits = Classifier(loaded.model, head)(batch.input_ids, batch.attention_mask)
-            true = float(nn.functional.cross_entropy(logits, batch.labels))
+            true = float(nn.functional.cross_entropy(logits, batch.labels).detach())
             assert found["factors"]["models"][number][key] == pytest.approx(true, rel=1e-5)
     record = json.loads((tmp_path / "factors" / "analysis.json").read_text())
     again = making.invoke(

@@ -80,12 +80,13 @@ def _places(masks: Mapping[str, Raw]) -> Iterator[Figure]:
         ),
         (
             "roles", None, "role", "Density of each mask by role",
-            "The share of a role's entries that the mask marks. A small part can be dense and still "
-            "hold little of the mask; enrichment, in the table, is density over that of the whole "
-            "mask.", "density",
+            "The share of a role's entries that the mask marks. A small part can be dense and "
+            "still hold little of the mask; enrichment, in the table, is density over that of "
+            "the whole mask.", "density",
         ),
     ):  # fmt: skip
-        rows, table = [], []
+        rows: list[dict[str, Any]] = []
+        table: list[tuple[Any, ...]] = []
         names = xs or list(dict.fromkeys(k for f in masks.values() for k in f[section]))
         for model, found in masks.items():
             for key, part in found[section].items():
@@ -134,7 +135,7 @@ def _overlaps(raw: Raw) -> Iterator[Figure]:
     pairs = list(raw.get("overlaps") or ())
     if not pairs:
         return
-    rows = [
+    rows: list[dict[str, Any]] = [
         {
             "name": f"{p['models'][0]} and {p['models'][1]}",
             "value": float(p["jaccard"]),
@@ -181,7 +182,7 @@ def _overlaps(raw: Raw) -> Iterator[Figure]:
 
 
 def _learning(masks: Mapping[str, Raw]) -> Iterator[Figure]:
-    rows = [
+    rows: list[dict[str, Any]] = [
         {"name": model, "x": float(epoch), "value": float(loss)}
         for model, found in masks.items()
         for epoch, loss in enumerate((found.get("stats") or {}).get("losses") or (), 1)
@@ -192,8 +193,8 @@ def _learning(masks: Mapping[str, Raw]) -> Iterator[Figure]:
     alt_text = "Loss with the soft mask, by epoch of learning."
     yield Figure(
         "Loss while the masks were learned",
-        "The loss of the base with the soft mask's part of the task vector on it, epoch by epoch; a "
-        "line that still falls at the end was stopped early.",
+        "The loss of the base with the soft mask's part of the task vector on it, epoch by epoch; "
+        "a line that still falls at the end was stopped early.",
         (
             Chart(
                 "",

@@ -29,7 +29,7 @@ def merge_of(raw: Raw) -> str:
 
 
 def _line(line: Raw, models: list[Raw]) -> Figure:
-    rows = [
+    rows: list[dict[str, Any]] = [
         {"name": str(s["name"]), "x": float(p["x"]), "value": float(p["value"])}
         for s in line["series"]
         for p in s["points"]
@@ -43,8 +43,8 @@ def _line(line: Raw, models: list[Raw]) -> Figure:
     alt_text = f"Loss of each task from its expert (0) to the merge (1): {ends}."
     return Figure(
         "Loss on the way from each expert to the merge",
-        "Each line is the loss of one task while its expert (0) is moved straight to the merge (1), "
-        "on rows of the task; a hump between the ends is a barrier.",
+        "Each line is the loss of one task while its expert (0) is moved straight to the merge "
+        "(1), on rows of the task; a hump between the ends is a barrier.",
         (
             Chart(
                 "",
@@ -67,7 +67,7 @@ def _line(line: Raw, models: list[Raw]) -> Figure:
 
 
 def _gaps(models: list[Raw]) -> Figure:
-    rows = [
+    rows: list[dict[str, Any]] = [
         {
             "name": str(m["model"]),
             "value": float(m["gap"]),
@@ -123,19 +123,19 @@ def _smoothness(models: list[Raw]) -> Figure:
     for m in models:
         smooth = m["smoothness"]
         secants = {float(s["at"]): float(s["value"]) for s in smooth["secants"]}
-        kinds = {
+        found = {
             "curvature at the expert": smooth["curvature"],
             **{f"on the way, to {t:g}": v for t, v in secants.items()},
             "random directions": smooth["random"],
         }
         rows += [
             {"x": str(m["model"]), "y": k, "value": float(v)}
-            for k, v in kinds.items()
+            for k, v in found.items()
             if v is not None
         ]
-        table += [(m["model"], k, v) for k, v in kinds.items()]
+        table += [(m["model"], k, v) for k, v in found.items()]
         table.append((m["model"], "residual of the curvature", smooth["residual"]))
-    kinds = list(dict.fromkeys(r["y"] for r in rows))
+    kinds = list(dict.fromkeys(str(r["y"]) for r in rows))
     alt_text = "Smoothness of each task's loss, estimated in three ways."
     return Figure(
         "How strongly the loss curves",

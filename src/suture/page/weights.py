@@ -51,8 +51,8 @@ def glance(raw: Raw) -> Iterator[str]:
             "" if relative is None else f" moved by {percent(float(relative))} of the base's length"
         )
         yield (
-            f"{model}{far}: {percent(held)} of its change lies in {layer_words(inside)}; relative to "
-            f"their size, {strong['role']} weights moved most."
+            f"{model}{far}: {percent(held)} of its change lies in {layer_words(inside)}; relative "
+            f"to their size, {strong['role']} weights moved most."
         )
 
 
