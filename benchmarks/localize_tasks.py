@@ -43,6 +43,7 @@ from suture.models import Classifier, Head, load_encoder, load_head, load_tokeni
 from suture.run import merge
 from suture.stats import Stats
 from suture.vector import TaskVector
+from suture.workshop import EVAL_BATCH, Model, Workshop, digest, fingerprint, write
 
 DENSITIES = (0.001, 0.005, 0.01, 0.05, 0.1)
 RULES = ("learned", "first_order", "magnitude", "random")
@@ -87,16 +88,16 @@ class Bench:
         self.out.mkdir(parents=True, exist_ok=True)
         places, versions = packages()
         folder = base_folder(places)
-        self.base = demo.Model("base", "base", folder, demo.fingerprint(folder), "")
+        self.base = Model("base", "base", folder, fingerprint(folder), "")
         self.checkpoint = suture.open(folder)
         tokenizer = load_tokenizer(folder)
-        shop = demo.Workshop(self.out, {"steps": demo.STEPS, "seed": seed, **versions}, say)
+        shop = Workshop(self.out, {"steps": demo.STEPS, "seed": seed, **versions}, say)
         before, demo.SEED = demo.SEED, seed  # of the split, the choice of rows and training
         try:
             self.experts = [self._expert(shop, t, places, tokenizer) for t in tasks]
         finally:
             demo.SEED = before
-        self.key = demo.digest([self.base.key, [e.key for e in self.experts]])
+        self.key = digest([self.base.key, [e.key for e in self.experts]])
 
     def _expert(self, shop: Any, task: TextTask, places: Any, tokenizer: Any) -> Expert:
         rows = list(task.read(places))
@@ -119,14 +120,14 @@ class Bench:
     def once(self, name: str, inputs: Any, make: Callable[[], float]) -> float:
         """A number from its file, or made now."""
         path = self.out / "numbers" / f"{name}.json"
-        key = demo.digest([self.key, inputs])
+        key = digest([self.key, inputs])
         if path.exists():
             found = json.loads(path.read_text())
             if found["key"] == key:
                 return float(found["value"])
         path.parent.mkdir(parents=True, exist_ok=True)
         value = make()
-        demo._write(path, json.dumps({"key": key, "value": value}))
+        write(path, json.dumps({"key": key, "value": value}))
         return value
 
     def accuracy(self, folder: Path, expert: Expert, side: str) -> float:
@@ -136,7 +137,7 @@ class Bench:
 
     @staticmethod
     def _accuracy(encoder: Any, expert: Expert, side: str) -> float:
-        batches = expert.data[side].batches(demo.EVAL_BATCH)
+        batches = expert.data[side].batches(EVAL_BATCH)
         return EVALS["accuracy"](Classifier(encoder, expert.head), batches)[0].value
 
     def ends(self, expert: Expert, side: str) -> tuple[float, float]:
@@ -155,7 +156,7 @@ class Bench:
         if rule in ("magnitude", "random"):
             return None
         settings = repr(LEARN) if rule == "learned" else ""
-        key = demo.digest([settings, ROWS, expert.key])[:8]
+        key = digest([settings, ROWS, expert.key])[:8]
         path = self.out / "stats" / f"{expert.name}-{rule}-{key}.safetensors"
         if not path.exists():
             began = time.perf_counter()
