@@ -19,29 +19,13 @@ import suture
 import tiny_model
 import toy
 from suture import Mask, Stats
-from suture.models import Head, load_encoder, save_head, save_model
-
-LABELS = ("colour", "sky")
+from suture.models import load_encoder, save_model
 
 
 @pytest.fixture(scope="module")
 def workshop(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A tiny encoder, two models near it, a head, rows."""
-    folder = tmp_path_factory.mktemp("workshop")
-    tiny_model.folder(folder / "base")
-    for number, name in enumerate(("one", "two")):
-        loaded = load_encoder(folder / "base", dtype=torch.float32)
-        draw = torch.Generator().manual_seed(number)
-        with torch.no_grad():
-            for p in loaded.model.parameters():
-                p.add_(0.05 * torch.randn(p.shape, generator=draw))
-        save_model(loaded.model, loaded.tokenizer, folder / name)
-    draw = torch.Generator().manual_seed(7)
-    head = Head(LABELS, torch.randn(2, 16, generator=draw), torch.zeros(2))
-    save_head(head, folder / "head.safetensors")
-    rows = [{"text": r.text, "label": r.label} for r in tiny_model.rows(20)]
-    (folder / "rows.jsonl").write_text("\n".join(map(json.dumps, rows)))
-    return folder
+    return tiny_model.workshop(tmp_path_factory.mktemp("workshop"))
 
 
 def recipe(workshop: Path, name: str = "r.yaml", **more: Any) -> Path:

@@ -12,6 +12,7 @@ changed.
 from __future__ import annotations
 
 import json
+import os
 import platform
 import shutil
 import time
@@ -20,6 +21,8 @@ from dataclasses import asdict, replace
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
+
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # before torch: idle threads must not spin
 
 import torch
 import yaml
