@@ -897,10 +897,11 @@ def _strategy_data(line: Any) -> dict[str, Any]:
 @app.command()
 def demo(
     out: Annotated[Path, typer.Option("--out", help="Where to write.")] = Path("demo"),
-    quick: Annotated[bool, typer.Option("--quick", help="Fewer steps: under two minutes.")] = False,
+    quick: Annotated[
+        bool, typer.Option("--quick", help="Fewer steps: under three minutes.")
+    ] = False,
 ) -> None:
-    """Fine-tune, merge and evaluate small real models, end to end."""
-    begun = time.perf_counter()
+    """Fine-tune, merge, localize, stitch, patch and evaluate small real models, end to end."""
     with _errors():
         try:
             from suture.demo import run_demo
@@ -912,8 +913,8 @@ def demo(
                 "pip install 'suture[demo]' and pip install --no-deps -r requirements/demo.txt"
             ) from None
         run_demo(out, quick=quick, say=_say)
-    _tell(f"wrote {out / 'results.json'} and {out / 'results.md'} "
-          f"in {time.perf_counter() - begun:.0f} s")  # fmt: skip
+    page = out / "report.html"
+    _tell(str(page if page.is_file() else out / "results.md"))
 
 
 def main() -> None:
