@@ -69,8 +69,8 @@ def test_a_demo_measures_base_experts_and_merges_and_runs_once(
     assert names == ["base", "topics", "order", OPERATIONS, *demo.MERGES, "stitch-data"]
     assert Report.from_json((small / "results.json").read_text()) == report
     assert (small / "results.md").read_text() == report.to_markdown()
-    assert str(small / "results.md") in said[-2]
-    assert said[-1] == str(small / "report.html")
+    assert str(small / "results.md") in said[-1]
+    assert said[-1].endswith(str(small / "report.html"))
     _check_edits(small, report)
     assert report.entry(OPERATIONS).metrics[OPERATIONS].value == pytest.approx(1, abs=1e-5)
     assert {"torch", "transformers", "suture", "python", "package"} <= report.versions.keys()

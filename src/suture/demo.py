@@ -117,10 +117,8 @@ def run_demo(out: Path, *, quick: bool = False, say: Say) -> Report:
     write(out / "results.json", report.to_json())
     write(out / "results.md", report.to_markdown())
     page = _page(out, say)
-    say(
-        f"done in {time.perf_counter() - began:.0f} s; tables in {out / 'results.md'}, all of it in"
-    )
-    say(str(page))
+    seconds = time.perf_counter() - began
+    say(f"done in {seconds:.0f} s; tables: {out / 'results.md'}; report: {page}")
     return report
 
 
