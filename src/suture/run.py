@@ -178,6 +178,8 @@ class MergeReport:
     resumed: int
     """Pieces taken over from an interrupted run."""
     notes: tuple[str, ...] = ()
+    told: tuple[str, ...] = ()
+    """What the method has to say, a line each."""
 
     def to_dict(self) -> dict[str, Any]:
         """The report as plain data."""
@@ -1010,7 +1012,7 @@ def execute(plan: Plan, stage: Stage | None = None) -> MergeReport:
         plan.out, plan.recipe.method.name, outcome.fingerprints["output"], len(plan.specs),
         plan.merged, plan.reads, plan.nbytes, outcome.seconds, outcome.writeback_loss,
         sum(outcome.moved.values()), outcome.facts, outcome.resumed,
-        (*plan.notes, *plan.told, *told, *_linked(plan, writer)),
+        (*plan.notes, *plan.told, *told, *_linked(plan, writer)), outcome.told,
     )  # fmt: skip
 
 
@@ -1361,6 +1363,7 @@ def report_lines(report: MergeReport) -> Iterator[str]:
     if "density" in report.facts:
         kept = ", ".join(f"{d:.4g}" for d in report.facts["density"])
         yield f"kept shares: {kept}"
+    yield from report.told
     if report.writeback_loss is not None:
         yield (
             f"{report.moved:,} entries moved; rounding to the output dtype undid "

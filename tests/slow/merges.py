@@ -302,3 +302,40 @@ def regmean(
             out.append(np.linalg.inv(sum(hats)) @ right)
         found[name] = np.concatenate(out)
     return _times(found, scale)
+
+
+def led(
+    deltas: Vectors, base: Mapping[str, Array], grads: Vectors, base_grads: Vectors,
+    density: Shares, weight: Shares, elect: str = "both", safety: str | None = None,
+) -> dict[str, Array]:  # fmt: skip
+    """Location, election, disjoint, merge (arXiv:2502.16770), one entry at a time.
+
+    Scores are |weight| times the mean absolute gradient, in float32; at most ``floor(r n)`` entries
+    of a tensor are important, and only with a score above 0.
+    """
+
+    def best(weights: Array, gradient: Array, share: float) -> set[int]:
+        scores = np.abs(weights.astype(np.float32)) * gradient.astype(np.float32)
+        order = sorted(range(len(scores)), key=lambda i: (-scores[i], i))
+        return {i for i in order[: math.floor(share * len(scores))] if scores[i] > 0}
+
+    found = {}
+    for name, start in base.items():
+        elected: dict[str, set[int]] = {}
+        for model, share in zip(deltas, density(name), strict=True):
+            expert = best(start + deltas[model][name], grads[model][name], share)
+            own = best(start, base_grads[model][name], share)
+            every = set(range(len(start)))
+            elected[model] = {
+                "both": expert & own, "expert": expert, "base": own, "either": expert | own,
+                "expert_only": expert - own, "base_only": own - expert,
+                "neither": every - expert - own,
+            }[elect]  # fmt: skip
+        out = np.zeros(len(start))
+        for model, factor in zip(deltas, weight(name), strict=True):
+            for i in elected[model]:
+                rivals = [m for m in deltas if m != model and i in elected[m]]
+                if not rivals or model == safety:
+                    out[i] = float(np.float32(factor)) * deltas[model][name][i]
+        found[name] = out
+    return found

@@ -1,0 +1,350 @@
+"""LED-Merging: entries that matter to base and expert alike, each given to one expert at most."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import numpy as np
+
+from suture import kernels
+from suture.errors import MismatchError, Problems
+from suture.importance import Scoring, rule_named
+from suture.merges.base import (
+    Array,
+    Beside,
+    Choice,
+    Context,
+    Density,
+    Files,
+    Merge,
+    ModelName,
+    Number,
+    PerModel,
+    Scalar,
+    Scale,
+    Scope,
+    Seed,
+    Weight,
+    each,
+)
+from suture.merges.census import Census, Votes, correlations
+from suture.merges.marks import Ranked, agreed, check_stats, ranked
+from suture.merges.votes import scaled
+from suture.roles import role_of
+from suture.stats import Stats
+from suture.stream import Block, sweep, tasks_of
+
+Statistics = Annotated[
+    Mapping[str, str] | None,
+    Files("absolute gradients of each model on its own rows: a folder such as MASKS/stats, or a "
+          "file a model"),
+]  # fmt: skip
+BaseStatistics = Annotated[
+    Mapping[str, str] | None,
+    Files("those of the base on the rows of each model: a folder such as MASKS/stats/base, or a "
+          "file a model"),
+]  # fmt: skip
+Elect = Annotated[
+    Literal["both", "expert", "base", "either", "expert_only", "base_only", "neither"],
+    Choice("which entries a model elects: those that matter to base and expert, to the expert, "
+           "..."),
+]  # fmt: skip
+Disjoint = Annotated[
+    Literal["exclusive", "safety_first", "priority"],
+    Choice("who gets an entry that several models elect: nobody, the safety expert, or the model "
+           "of the highest priority"),
+]  # fmt: skip
+Safety = Annotated[str | None, ModelName("which model is the safety expert")]
+Priority = Annotated[
+    PerModel, Number("who comes first, with `disjoint: priority`: the higher number")
+]
+RuleName = Annotated[
+    Literal["snip", "magnitude", "random"],
+    Choice("how entries are ranked: weight times gradient, or a control by the size of the change "
+           "or by chance"),
+]  # fmt: skip
+Embeddings = Annotated[
+    Literal["elected", "base", "safety"],
+    Choice("token embeddings and heads, where the space has them: elected like all others, left "
+           "to the base, or the safety expert's as a whole"),
+]  # fmt: skip
+Flip = Annotated[
+    bool,
+    Choice("elect the least important entries of all but embeddings and heads, as the released "
+           "scripts do by mistake"),
+]  # fmt: skip
+NEEDS = ("abs_grad",)
+
+
+_PATTERNS: dict[str, Callable[[Array, Array], Array]] = {
+    "both": lambda expert, base: expert & base,
+    "expert": lambda expert, base: expert.copy(),
+    "base": lambda expert, base: base.copy(),
+    "either": lambda expert, base: expert | base,
+    "expert_only": lambda expert, base: expert & ~base,
+    "base_only": lambda expert, base: base & ~expert,
+    "neither": lambda expert, base: ~(expert | base),
+}
+
+
+def _floor(density: float, n: int) -> int:
+    return math.floor(density * n)
+
+
+def _given(number: float, n: int) -> int:
+    return int(number)
+
+
+def led(
+    *,
+    stats: Statistics = None,
+    base_stats: BaseStatistics = None,
+    density: Density = each(0.4),
+    weight: Weight = each(1.0),
+    elect: Elect = "both",
+    disjoint: Disjoint = "exclusive",
+    safety: Safety = None,
+    priority: Priority = each(0.0),
+    scale: Scale = Scalar(1.0),
+    scope: Scope = "tensor",
+    embeddings: Embeddings = "elected",
+    rule: RuleName = "snip",
+    seed: Seed = 0,
+    flip: Flip = False,
+) -> Merge[_State]:
+    r"""Locate, elect, and keep apart: each entry is written by one model at most.
+
+    On the rows :math:`X_i` of model i the base and the model are scored entry by entry,
+    :math:`I(\theta) = E_{x \in X_i} |\theta \odot \nabla \ell_x(\theta)|`. With the
+    :math:`\lfloor r_i n \rfloor` best of each tensor, :math:`N_i^b` of the base and :math:`N_i^f`
+    of the model (only scores above 0), :math:`E_i = N_i^b \cap N_i^f`, :math:`D_i = E_i \setminus
+    \bigcup_{j \ne i} E_j` and :math:`\theta = \theta_0 + \lambda \sum_i w_i 1[D_i] \odot \tau_i`.
+    ``density`` is the paper's ratio :math:`r_i`, of each model. With ``safety_first`` the safety
+    expert keeps all it elects. ``suture localize`` with the rule ``snip`` and ``at: both`` measures
+    what is needed. The controls ``magnitude`` and ``random`` mark as many entries of each tensor as
+    the election would, or, without ``stats``, the share ``density``.
+    """
+    how = _How(stats, base_stats, density, elect, disjoint, safety, priority, scope, embeddings,
+               rule, seed, flip)  # fmt: skip
+
+    def combine(block: Block, state: _State) -> None:
+        owned = state.look(block.name, block.start, block.count).owned
+        kernels.stitched(block.rows, weight.row(block), owned, block.count, block.out)
+        scaled(block, scale)
+
+    return Merge(combine, how.prepare, passes=2 + 2 * how.matched, facts=lambda s: s.facts,
+                 tell=lambda s: lines(s.facts), beside=how.beside, check=how.check)  # fmt: skip
+
+
+def voted(elect: str, expert: Array, base: Array, count: int) -> Array:
+    """What models elect, from the marks of expert and base: uint8[models, bytes]."""
+    found: Array = _PATTERNS[elect](expert, base)
+    if count % 8:
+        found[:, -1] &= np.uint8((1 << count % 8) - 1)  # no marks beyond the last entry
+    return found
+
+
+def kept_apart(elected: Array, priority: Sequence[float]) -> Array:
+    """What each model may write: uint8[models, bytes].
+
+    An entry goes to the elector of the highest priority, and to nobody where two share it.
+    """
+    found = np.zeros_like(elected)
+    taken = np.zeros_like(elected[0])
+    for level in sorted(set(priority), reverse=True):
+        rows = [i for i, own in enumerate(priority) if own == level]
+        once, twice = np.zeros_like(taken), np.zeros_like(taken)
+        for i in rows:
+            twice |= once & elected[i]
+            once |= elected[i]
+        for i in rows:
+            found[i] = elected[i] & ~twice & ~taken
+        taken |= once
+    return found
+
+
+@dataclass(frozen=True)
+class _How:
+    """The parameters of an election."""
+
+    stats: Mapping[str, str] | None
+    base_stats: Mapping[str, str] | None
+    density: PerModel
+    elect: str
+    disjoint: str
+    safety: str | None
+    priority: PerModel
+    scope: str
+    embeddings: str
+    rule: str
+    seed: int
+    flip: bool
+
+    @property
+    def matched(self) -> bool:
+        """Whether a control marks as many entries as the election would."""
+        return self.rule != "snip" and self.stats is not None
+
+    @property
+    def asks_base(self) -> bool:
+        """Whether the base is scored, too."""
+        return self.elect != "expert" and self.stats is not None
+
+    def check(self, names: Sequence[str], models: Sequence[str]) -> Iterator[str]:
+        """What is wrong with the parameters, a line each."""
+        if self.rule == "snip" and self.stats is None:
+            yield ("stats: missing; the folder of statistics that `suture localize` with "
+                   "`rule: snip` and `at: both` writes")  # fmt: skip
+        if self.asks_base and self.base_stats is None:
+            yield (f"base_stats: missing; `elect: {self.elect}` asks the base, too: the folder "
+                   "stats/base that `at: both` writes")  # fmt: skip
+        if self.disjoint == "safety_first" and self.safety is None:
+            yield ("safety: missing; `disjoint: safety_first` needs the name of the safety expert, "
+                   f"one of {', '.join(models)}")  # fmt: skip
+        special = any(role_of(n).kind in ("embedding", "head") for n in names)
+        if self.embeddings == "safety" and self.safety is None:
+            yield "safety: missing; `embeddings: safety` needs the name of the safety expert"
+        if self.embeddings == "safety" and not special:
+            yield ("embeddings: safety: the space of this recipe leaves them out; write "
+                   "`space: {exclude: []}`")  # fmt: skip
+
+    def beside(self, context: Context, problems: Problems) -> Beside:
+        """Check the statistics against the models by their headers."""
+        identity: list[tuple[object, ...]] = []
+        expected: dict[str, str] = {}
+        for model in context.models:
+            if self.stats is None:
+                break
+            with problems.collecting():
+                pair = [(Stats.load(Path(self.stats[model])), "tuned")]
+                if self.asks_base and self.base_stats is not None:
+                    pair.append((Stats.load(Path(self.base_stats[model])), "base"))
+                for stats, at in pair:
+                    identity.append(tuple(stats.tensors.identity))  # type: ignore[attr-defined]
+                    known = check_stats(stats, NEEDS, context, model, at)
+                    agreed(expected, known, stats.where, problems)
+                rows = {stats.facts.get("data") for stats, _ in pair}
+                if len(rows) > 1:
+                    raise MismatchError(
+                        f"{pair[1][0].where}: measured on other rows than {pair[0][0].where}; "
+                        "measure both with `at: both`"
+                    )
+        return Beside(tuple(identity), expected)
+
+    def levels(self, context: Context) -> list[float]:
+        """The priority of each model."""
+        if self.disjoint == "safety_first":
+            return [float(model == self.safety) for model in context.models]
+        if self.disjoint == "priority":
+            return list(self.priority.at("", len(context.models)))
+        return [0.0] * len(context.models)
+
+    def prepare(self, context: Context) -> _State:
+        """Rank, and count what was elected."""
+        number = len(context.models)
+        if self.stats is None:  # a control by itself
+            ranking = self._control(context, lambda n: self.density.at(n, number), _floor)
+            state = _State(self, ranking, None, context)
+            return state.counted(context)
+        found = self._election(context)
+        state = _State(self, found, None, context).counted(context)
+        if not self.matched:
+            return state
+        counts = state.census.elected
+        ranking = self._control(context, lambda n: counts[n], _given)
+        other = _State(self, ranking, found, context).counted(context)
+        other.facts["matched"] = {k: state.facts[k] for k in ("elected", "owned")}
+        return other
+
+    def _election(self, context: Context) -> Ranked:
+        assert self.stats is not None
+        rule, base = rule_named("snip"), context.sources.base
+        assert base is not None
+        scorings, number = [], len(context.models)
+        for model, tuned in zip(context.models, context.sources.models, strict=True):
+            own = Stats.load(Path(self.stats[model]))
+            scorings.append(Scoring(rule, base, tuned, own))
+        for model in context.models if self.asks_base else ():
+            assert self.base_stats is not None
+            own = Stats.load(Path(self.base_stats[model]))
+            scorings.append(Scoring(rule, base, base, own))
+        times = len(scorings) // number
+
+        def densities(name: str) -> tuple[float, ...]:
+            return self.density.at(name, number) * times
+
+        return ranked(context, scorings, densities, _floor, self.scope, self.flip)
+
+    def _control(self, context: Context, numbers: Any, count: Any) -> Ranked:
+        base = context.sources.base
+        assert base is not None
+        scorings = [
+            Scoring(rule_named(self.rule), base, tuned, None, self.seed, model)
+            for model, tuned in zip(context.models, context.sources.models, strict=True)
+        ]
+        scope = "tensor" if self.matched else self.scope
+        return ranked(context, scorings, numbers, count, scope)
+
+
+class _State:
+    """Which entries each model writes, and what is known of them."""
+
+    def __init__(
+        self, how: _How, ranking: Ranked, election: Ranked | None, context: Context
+    ) -> None:
+        self.how, self.ranking = how, ranking
+        self.models = context.models
+        self.levels = how.levels(context)
+        self.control = how.rule != "snip" and (how.stats is None or election is not None)
+        self.facts: dict[str, Any] = {}
+        self.census = Census(context.names, len(context.models), self.look)
+
+    def look(self, name: str, start: int, count: int) -> Votes:
+        """What is marked, elected and written among some entries."""
+        how, number = self.how, len(self.models)
+        bits = self.ranking.bits(name, start, count)
+        expert, base = bits[:number], bits[number:] if len(bits) > number else bits
+        elected = voted("expert" if self.control else how.elect, expert, base, count)
+        if how.embeddings == "elected" or role_of(name).kind not in ("embedding", "head"):
+            return Votes(expert, base, elected, kept_apart(elected, self.levels))
+        whole = np.zeros_like(elected)
+        if how.embeddings == "safety":
+            whole[self.models.index(str(how.safety))] = 0xFF
+        return Votes(expert, base, elected, voted("expert", whole, whole, count))
+
+    def counted(self, context: Context) -> _State:
+        """The same, with the facts: what was elected, shared and written."""
+        number = len(self.models)
+        specs = {n: context.sources.spec(n) for n in context.names}
+        sweep(context.sources, tasks_of(context.names, specs), self.census, threads=context.threads,
+              block=context.block, progress=context.progress)  # fmt: skip
+        both = len(self.ranking.sources.models) > number
+        found = self.census.facts(self.models, sum(s.numel for s in specs.values()), both)
+        found["rank_correlations"] = correlations(self.ranking, self.models, specs)
+        self.facts = found
+        return self
+
+
+def lines(facts: Mapping[str, Any]) -> Iterator[str]:
+    """What to tell of an election, a line each."""
+    for model, share in facts["elected"].items():
+        owned, kept = facts["owned"][model], facts["norm_kept"][model]
+        yield (f"{model}: elects {share:.3%} of the entries and writes {owned:.3%}, which hold "
+               f"{kept:.2%} of its squared change")  # fmt: skip
+    tasks = {
+        tuple(pair["models"]): pair["spearman"] for pair in facts["rank_correlations"]["models"]
+    }
+    for pair in facts["overlaps"]:
+        one, other = pair["models"]
+        yield (f"{one} and {other}: both elect {pair['share']:.3%} (by chance "
+               f"{pair['by_chance']:.3%}); their scores have rank correlation "
+               f"{tasks[one, other]:.2f}")  # fmt: skip
+    for model, value in facts["rank_correlations"]["base_and_model"].items():
+        yield f"{model}: scores of base and expert have rank correlation {value:.2f}"
+
+
+__all__ = ["kept_apart", "led", "lines", "voted"]
