@@ -23,7 +23,7 @@ ORDER = [
     "stream", "vector", "profile", "select", "stats", "importance", "mask", "graft", "patchfile",
     "patch", "gather", "analysis", "merges", "engine", "recipe_types", "mergekit", "recipe",
     "card", "models", "data", "persample", "snapshot", "mover", "tune", "evals", "measure",
-    "learned", "report", "page", "run", "patching", "lowrank", "regions", "analyze", "finetune",
+    "learned", "report", "page", "run", "patching", "lowrank", "analyze", "finetune", "regions",
     "demo_tasks", "demo", "cli", "__main__",
 ]  # fmt: skip
 """The way of a tensor, top to bottom."""

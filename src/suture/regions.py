@@ -38,6 +38,8 @@ from suture.vector import TaskVector, align
 
 if TYPE_CHECKING:
     from suture.data import Dataset, Row
+    from suture.finetune.recipe import DataSpec
+    from suture.finetune.rows import Record
     from suture.learned import LearnSettings
     from suture.models import Head
 
@@ -46,7 +48,11 @@ SCHEMA = 1
 RECORD = "localize.json"
 KEYS = ("base", "models", "rule", "density", "scope", "positive", "seed", "space", "stats", "tasks",
         "at", "learn", "measure", "device")  # fmt: skip
-TASK_KEYS = ("data", "kind", "head", "text", "label", "max_length", "rows", "batch", "draws")
+TASK_KEYS = ("data", "kind", "head", "text", "label", "prompt", "response", "messages", "format",
+             "chat", "max_length", "rows", "batch", "draws")  # fmt: skip
+PLACES = ("base", "tuned", "both")
+TOKENS = {"classification": 128, "causal": 1024}
+"""Most tokens of a row, where the recipe does not say."""
 Say = Callable[[str], None]
 
 
@@ -61,9 +67,11 @@ class Task:
     label: str = "label"
     max_length: int = 128
     rows: int | None = None
-    """Most rows of each label."""
+    """Most rows of each label, or of all where there are none."""
     batch: int = 8
     draws: int = 1
+    language: DataSpec | None = None
+    """The columns of a language model's rows."""
 
 
 @dataclass(frozen=True)
@@ -97,7 +105,7 @@ class Regions:
 class Material:
     """What a model is measured with: its rows and the head that reads them."""
 
-    rows: Sequence[Row]
+    rows: Sequence[Row] | Sequence[Record]
     head: Head | None
 
 
@@ -179,8 +187,10 @@ class _Reader:
         models, densities = self.models()
         rule = self.one(self.raw, "rule", str, "magnitude")
         at = self.one(self.raw, "at", str, "tuned")
-        if at not in ("base", "tuned"):
-            self.note(f"at: where statistics are measured, base or tuned, not {at!r}")
+        if at not in PLACES:
+            self.note(f"at: where statistics are measured, base, tuned or both, not {at!r}")
+        if at == "both" and rule == "learned":
+            self.note("at: the rule learned trains between base and model; leave it out")
         seed = self.one(self.raw, "seed", int, 0)
         if not 0 <= seed < 2**63:
             self.note(f"seed: from 0 to 2**63 - 1, not {seed}")
@@ -279,15 +289,32 @@ class _Reader:
             head = self.one(entry, "head", str, None, where)
             if kind == "classification" and head is None:
                 self.note(f"{where}head: a classifier needs its head, a file that Suture wrote")
+            length = self.counted(entry, "max_length", TOKENS.get(kind, 128), where)
+            rows = self.counted(entry, "rows", None, where)
+            data = self.folder / entry["data"]
             found[name] = Task(
-                self.folder / entry["data"], kind, None if head is None else self.folder / head,
+                data, kind, None if head is None else self.folder / head,
                 self.one(entry, "text", str, "text", where),
-                self.one(entry, "label", str, "label", where),
-                self.counted(entry, "max_length", 128, where),
-                self.counted(entry, "rows", None, where), self.counted(entry, "batch", 8, where),
-                self.counted(entry, "draws", 1, where),
+                self.one(entry, "label", str, "label", where), length, rows,
+                self.counted(entry, "batch", 8, where), self.counted(entry, "draws", 1, where),
+                self.language(entry, where, data, length, rows) if kind == "causal" else None,
             )  # fmt: skip
         return found
+
+    def language(
+        self, entry: Mapping[str, Any], where: str, data: Path, length: int, rows: int | None
+    ) -> DataSpec:
+        """Which columns a language model's rows have; chats go through its own template."""
+        from suture.finetune.recipe import DataSpec, Source
+
+        words = {key: self.one(entry, key, str, key, where)
+                 for key in ("text", "prompt", "response", "messages")}  # fmt: skip
+        kind = self.one(entry, "format", str, "", where)
+        if kind not in ("", "text", "prompt", "chat"):
+            self.note(f"{where}format: text, prompt or chat, not {kind!r}")
+        return DataSpec(Source(str(data)), share=0.0, format=kind, max_length=length,
+                        too_long="cut", limit=rows or 0, **words,
+                        chat=self.one(entry, "chat", bool, False, where))  # fmt: skip
 
 
 def plan_regions(
@@ -411,6 +438,7 @@ def _material(
 ) -> dict[str, Material]:
     """Rows and heads of the models that are to be measured; text only."""
     from suture.data import at_most, read_rows
+    from suture.finetune.rows import check_language_records, records_of
     from suture.models import load_head
 
     found = {}
@@ -422,11 +450,15 @@ def _material(
                 RecipeError, f"models.{name}: the rule {rule.name} runs the model: name its folder"
             )
         with problems.collecting():
-            classes = task.kind == "classification"
-            rows = read_rows(task.data, text=task.text, label=task.label if classes else None)
+            if task.language is not None:
+                texts = records_of(task.language.train)[: task.rows]
+                check_language_records(task.language, texts)
+                found[name] = Material(texts, None)
+                continue
+            rows = read_rows(task.data, text=task.text, label=task.label)
             rows = rows if task.rows is None else at_most(rows, task.rows, seed=recipe.seed)
             head = None if task.head is None else load_head(task.head)
-            strange = {r.label for r in rows} - set(head.labels) if classes and head else set()
+            strange = {r.label for r in rows} - set(head.labels) if head else set()
             if strange and head is not None:
                 hint = did_you_mean(sorted(strange)[0], head.labels)
                 raise RecipeError(
@@ -617,36 +649,56 @@ def _stats_for(
     say(f"{'learning' if plan.rule.name == 'learned' else 'measuring'} {model}: "
         f"{len(plan.material[model].rows)} rows")  # fmt: skip
     try:
-        measured = _measured(plan, model, prints, say)
+        if plan.recipe.at == "both":
+            place = path.parent / "base" / path.name
+            _measured(plan, model, "base", prints, say).save(place)
+        at = "tuned" if plan.recipe.at == "both" else plan.recipe.at
+        _measured(plan, model, at, prints, say).save(path)
     except SutureError as error:
         error.add_note(f"while measuring {model}")
         raise
-    measured.save(path)
     return Stats.load(path)
 
 
-def _measured(plan: Plan, model: str, prints: Mapping[str, str], say: Say) -> Stats:
+def _measured(plan: Plan, model: str, at: str, prints: Mapping[str, str], say: Say) -> Stats:
     from suture.data import tokenise
+    from suture.finetune.rows import language_rows
     from suture.learned import Epoch, learn
     from suture.measure import measure, objective_named
-    from suture.models import FLOAT32, Classifier, load_encoder, load_language_model
+    from suture.models import (
+        FLOAT32,
+        Classifier,
+        load_encoder,
+        load_language_model,
+        load_tokenizer,
+    )
 
     recipe, task, found = plan.recipe, plan.recipe.tasks[model], plan.material[model]
     learned = plan.rule.name == "learned"
-    at = "base" if learned else recipe.at
+    at = "base" if learned else at
     place = (plan.base if at == "base" else plan.models[model]).path
     facts = {"model": prints[model if learned or at == "tuned" else "base"],
              "at": "tuned" if learned else at}  # fmt: skip
     net: Any
+    data: Dataset
     if found.head is not None:
         loaded = load_encoder(place, device=recipe.device, dtype=FLOAT32)
-        net, tokenizer = Classifier(loaded.model, found.head).to(recipe.device), loaded.tokenizer
-        labels: Sequence[str] = found.head.labels
+        net = Classifier(loaded.model, found.head).to(recipe.device)
+        rows: Any = found.rows
+        data = tokenise(rows, loaded.tokenizer, labels=found.head.labels,
+                        max_length=task.max_length)  # fmt: skip
     else:
         text = load_language_model(place, device=recipe.device, dtype=FLOAT32)
-        net, tokenizer, labels = text.model, text.tokenizer, ()
-    data: Dataset = tokenise(found.rows, tokenizer, labels=labels, max_length=task.max_length)
+        assert task.language is not None
+        net = text.model
+        # The model's own words and template, also for the base: both read the same tokens.
+        tokenizer = load_tokenizer(plan.models[model].path)
+        rows = language_rows(task.language, tokenizer, task.max_length, 0)
+        data = rows.train
+        for note in rows.notes:
+            say(f"{model}: {note}")
     objective = objective_named(task.kind)
+    say(f"{model}: {at} on {len(data)} rows")
     if learned:
         vector = TaskVector(plan.base, [(plan.models[model], 1.0)], plan.names)
 

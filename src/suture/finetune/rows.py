@@ -148,6 +148,28 @@ def language_rows(spec: DataSpec, tokenizer: Any, longest: int, seed: int) -> Ro
     return Rows(made[0][0], made[1][0], (), tuple(note for _, notes in made for note in notes))
 
 
+def check_language_records(spec: DataSpec, records: Sequence[Record]) -> None:
+    """Refuse rows that lack a column, or a side of a pair, before any tokenizer is there.
+
+    Raises:
+        RecipeError: all of them at once.
+    """
+    kind = spec.format or _format(records[0][1], spec)
+    problems = Problems()
+    for where, record in records:
+        with problems.collecting():
+            if kind == "chat":
+                said = _messages(record.get(spec.messages), where, spec.messages)
+                if not any(m["role"] == "assistant" and m["content"].strip() for m in said):
+                    raise RecipeError(f"{where}: no words of the assistant to predict")
+                continue
+            columns = [spec.text] if kind == "text" else [spec.prompt, spec.response]
+            for column in columns:
+                if not cell(record, column, where).strip():
+                    raise RecipeError(f"{where}: the column {column!r} is empty")
+    problems.raise_if_any()
+
+
 def _format(record: Mapping[str, object], spec: DataSpec) -> str:
     if spec.messages in record:
         return "chat"
@@ -209,7 +231,7 @@ def _chat(messages: Sequence[dict[str, str]], where: str, tokenizer: Any) -> Tok
     """
     if not getattr(tokenizer, "chat_template", None):
         raise RecipeError(
-            "the base has no chat template; use a prompt and a response column, or plain text"
+            "the model has no chat template; use a prompt and a response column, or plain text"
         )
 
     def ids(part: Sequence[dict[str, str]], ask: bool = False) -> list[int]:
