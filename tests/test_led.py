@@ -9,12 +9,14 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+import yaml
 from scipy.stats import spearmanr
 
 import toy
 from slow import merges as slow
 from suture.errors import MismatchError, RecipeError, SutureError
 from suture.merges.led import kept_apart, voted
+from suture.recipe import read_recipe
 from suture.stats import Stats
 
 NAMES = ("ada", "bob", "cyd")
@@ -341,3 +343,23 @@ def test_statistics_that_do_not_belong(family: Any, tmp_path: Path) -> None:
     refused("measured on other rows", {"ada": {**ok, "data": "x"}, "bob": dict(ok)})
     refused("base: .* is not the model", {"ada": {**ok, "model": "1"}, "bob": {**ok, "model": "1"}})
     refused("no 'abs_grad'", {"ada": {"kinds": "fisher"}, "bob": dict(ok)}, RecipeError)
+
+
+EXAMPLES = Path(__file__).parents[1] / "examples"
+
+
+@pytest.mark.parametrize(
+    "path", [*EXAMPLES.glob("led*.yaml"), *EXAMPLES.glob("*pro*.yaml"), *EXAMPLES.glob("saf*.yaml")],
+    ids=lambda p: p.stem,
+)  # fmt: skip
+def test_the_examples_are_recipes(path: Path) -> None:
+    """The recipes of the examples read as what their names say, controls beside what they control."""
+    if path.stem == "led-locate":
+        assert yaml.safe_load(path.read_text())["at"] == "both"
+        return
+    recipe = read_recipe(path)
+    assert set(recipe.models) == {"safety", "math", "code"}
+    assert (recipe.method.name == "led") == path.stem.startswith("led")
+    assert (recipe.protect is not None) == path.stem.startswith("protect")
+    rule = recipe.parameters.get("rule") or getattr(recipe.protect, "rule", None)
+    assert rule == next((r for r in ("random", "magnitude") if path.stem.endswith(r)), None)

@@ -207,6 +207,21 @@ def _only(model: nn.Module, parameters: Mapping[str, nn.Parameter]) -> Iterator[
             parameter.requires_grad_(asked)
 
 
+class _Spare:
+    """One tensor of each shape, to be filled again and again: fresh memory costs more than the
+    sums that pass through it."""
+
+    def __init__(self) -> None:
+        self._held: dict[tuple[torch.Size, torch.dtype], Tensor] = {}
+
+    def like(self, tensor: Tensor) -> Tensor:
+        """A tensor of the same shape; what was in it is gone."""
+        key = (tensor.shape, tensor.dtype)
+        if key not in self._held:
+            self._held[key] = torch.empty_like(tensor, requires_grad=False)
+        return self._held[key]
+
+
 class _Sums:
     """Sums over rows of what becomes of their gradients."""
 
@@ -216,6 +231,7 @@ class _Sums:
             k: {n: torch.zeros_like(p, dtype=torch.float32) for n, p in parameters.items()}
             for k in self.kinds
         }
+        self.spare = _Spare()
 
     @property
     def given(self) -> bool:
@@ -227,7 +243,7 @@ class _Sums:
         gradient = gradient.float()
         for kind, total in ((k, self.totals[k][name]) for k in self.kinds):
             if kind == "abs_grad":
-                total += gradient.abs()
+                total += torch.abs(gradient, out=self.spare.like(total))
             elif kind == "grad":
                 total += gradient
             elif kind == "empirical_fisher":
@@ -379,6 +395,7 @@ class _Taps:
                 owned |= {id(p) for p in layer.parameters(recurse=False)}
         self._odd = not self._names.keys() <= owned
         self._hooks: list[Any] = []
+        self._spare = _Spare()
 
     @property
     def complete(self) -> bool:
@@ -418,7 +435,8 @@ class _Taps:
     def gradients(self, total: Tensor) -> Iterator[tuple[str, int, Tensor]]:
         """The gradient of every row: name of the parameter, place in the batch, gradient.
 
-        Calls of one parameter (tied tensors, repeated layers) are summed before they are given.
+        Calls of one parameter (tied tensors, repeated layers) are summed before they are given. A
+        gradient lasts until the next one is asked for.
         """
         backs = torch.autograd.grad(total, [c.gave for c in self.calls], retain_graph=True,
                                     allow_unused=True)  # fmt: skip
@@ -429,17 +447,25 @@ class _Taps:
                     by_name.setdefault(name, []).append((own, call, back))
         for name, uses in by_name.items():
             for at in range(self.rows):
-                parts = [_gradient(call, own, back, at) for own, call, back in uses]
-                yield name, at, parts[0] if len(parts) == 1 else torch.stack(parts).sum(0)
+                if len(uses) == 1:
+                    own, call, back = uses[0]
+                    yield name, at, _gradient(call, own, back, at, self._spare)
+                else:
+                    parts = [_gradient(call, own, back, at) for own, call, back in uses]
+                    yield name, at, torch.stack(parts).sum(0)
 
 
-def _gradient(call: _Call, own: str, back: Tensor, at: int) -> Tensor:
-    """The gradient of one row with respect to one parameter of a layer."""
+def _gradient(
+    call: _Call, own: str, back: Tensor, at: int, spare: _Spare | None = None
+) -> Tensor:
+    """The gradient of one row with respect to one parameter of a layer, perhaps in spare memory."""
     if isinstance(call.layer, nn.Linear):
         given = back[at].reshape(-1, back.shape[-1])
         if own == "bias":
             return given.sum(0)
-        return given.T @ call.read[at].reshape(-1, call.read.shape[-1])
+        read = call.read[at].reshape(-1, call.read.shape[-1])
+        out = None if spare is None else spare.like(call.layer.weight)
+        return torch.mm(given.T, read, out=out)
     with torch.enable_grad():
         gave = call.layer.forward(call.read[at : at + 1])
         parameter = call.layer.get_parameter(own)
