@@ -231,6 +231,48 @@ def test_scores_at_both_feed_led(talkers: Path, tmp_path: Path) -> None:
         toy.run(tmp_path / "no", {**what, "models": swapped})
 
 
+def test_masks_are_enough_for_led(talkers: Path, tmp_path: Path) -> None:
+    """Without the statistics, the masks of experts and base elect; swapped ones are refused."""
+    where = talking(talkers, tmp_path / "r.yaml", density=0.4, keep_stats=False)
+    assert making.invoke("localize", where, "-o", tmp_path / "out").code == 0
+    out, base = tmp_path / "out", tmp_path / "out" / "base"
+    assert not (out / "stats").exists()
+    models = {m: talkers / m for m in ("safe", "maths")}
+    what = toy.recipe("led", models, talkers / "base", masks=str(out), base_masks=str(base),
+                      stats=None)  # fmt: skip
+
+    merged, report = toy.run(tmp_path / "merged", what)
+    drawn, control = toy.run(
+        tmp_path / "drawn", {**what, "parameters": {**what["parameters"], "rule": "random"}}
+    )
+
+    elected = {m: Mask.load(out / f"{m}.safetensors") & Mask.load(base / f"{m}.safetensors")
+               for m in models}  # fmt: skip
+    start = toy.read(talkers / "base")
+    tuned = {m: toy.read(path) for m, path in models.items()}
+    for name in elected["safe"].shapes:
+        both = {m: torch.from_numpy(np.array(mask[name])) for m, mask in elected.items()}
+        wanted = start[name].clone()
+        for mine, other in (("safe", "maths"), ("maths", "safe")):
+            alone = both[mine] & ~both[other]
+            wanted[alone] = tuned[mine][name][alone]
+        torch.testing.assert_close(merged[name], wanted, rtol=1e-6, atol=1e-7)
+    for model, mask in elected.items():
+        assert report.facts["elected"][model] == mask.density
+        assert control.facts["elected"][model] == mask.density
+    assert "rank_correlations" not in report.facts
+    assert toy.same_bytes(merged, drawn)
+    for parameters, match in (
+        ({"masks": str(base)}, "marks what matters to the base model; a mask of the tuned"),
+        ({"base_masks": str(out)}, "marks what matters to the tuned model; a mask of the base"),
+        ({"base_masks": None}, "base_masks: missing"),
+        ({"flip": True}, "flip: reverses scores"),
+        ({"stats": str(out)}, "stats and masks: give one"),
+    ):
+        with pytest.raises(suture.SutureError, match=match):
+            toy.run(tmp_path / "no", {**what, "parameters": {**what["parameters"], **parameters}})
+
+
 @pytest.mark.parametrize(
     ("rows", "task", "match"),
     [

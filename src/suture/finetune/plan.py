@@ -13,7 +13,7 @@ import torch
 from suture.checkpoint import Checkpoint, open_checkpoint, refuse_uncomputable
 from suture.errors import CheckpointError, OutputError, Problems, RecipeError
 from suture.finetune.recipe import Finetune, read_finetune
-from suture.finetune.rows import Rows, classification_rows, language_rows
+from suture.finetune.rows import Rows, classification_rows, language_rows, longest_of
 from suture.finetune.strategies import MASKS
 from suture.mask import Mask
 from suture.models import load_tokenizer
@@ -87,7 +87,7 @@ def plan_finetune(
     rows = tokenizer = None
     with problems.collecting():
         tokenizer = load_tokenizer(base.folder)
-        longest = _longest(base, tokenizer)
+        longest = longest_of(base.config, tokenizer)
         if found.data.max_length > longest:
             raise RecipeError(
                 f"data.max_length: the base reads at most {longest} tokens, "
@@ -128,14 +128,6 @@ def _device(word: str) -> str:
     if kind not in ("cpu", "cuda") or (kind == "cuda" and not torch.cuda.is_available()):
         raise RecipeError(f"device: there is no {word} here")
     return word
-
-
-def _longest(base: Checkpoint, tokenizer: Any) -> int:
-    config = base.config
-    positions = config.get("max_position_embeddings") or config.get("n_positions") or 10**6
-    if config.get("model_type") in ("roberta", "xlm-roberta", "camembert"):
-        positions -= 2  # positions are counted from the padding id
-    return int(min(positions, getattr(tokenizer, "model_max_length", positions) or positions))
 
 
 def _check_mask(recipe: Finetune, problems: Problems) -> None:

@@ -13,6 +13,7 @@ import numpy as np
 from suture import kernels
 from suture.errors import MismatchError, Problems
 from suture.importance import Scoring, rule_named
+from suture.mask import StoredMask
 from suture.merges.base import (
     Array,
     Beside,
@@ -32,11 +33,19 @@ from suture.merges.base import (
     each,
 )
 from suture.merges.census import Census, Votes, correlations
-from suture.merges.marks import Ranked, agreed, check_stats, ranked
+from suture.merges.marks import (
+    Masked,
+    Ranked,
+    agreed,
+    buffers,
+    check_mask,
+    check_stats,
+    ranked,
+)
 from suture.merges.votes import scaled
 from suture.roles import role_of
 from suture.stats import Stats
-from suture.stream import Block, sweep, tasks_of
+from suture.stream import Block, cores, sweep, tasks_of
 
 Statistics = Annotated[
     Mapping[str, str] | None,
@@ -47,6 +56,16 @@ BaseStatistics = Annotated[
     Mapping[str, str] | None,
     Files("those of the base on the rows of each model: a folder such as MASKS/stats/base, or a "
           "file a model"),
+]  # fmt: skip
+Masks = Annotated[
+    Mapping[str, str] | None,
+    Files("instead of statistics, the mask of each model: a folder that `suture localize` wrote, "
+          "or a file a model"),
+]  # fmt: skip
+BaseMasks = Annotated[
+    Mapping[str, str] | None,
+    Files("the masks of the base on the rows of each model: a folder such as MASKS/base, or a file "
+          "a model"),
 ]  # fmt: skip
 Elect = Annotated[
     Literal["both", "expert", "base", "either", "expert_only", "base_only", "neither"],
@@ -103,6 +122,8 @@ def led(
     *,
     stats: Statistics = None,
     base_stats: BaseStatistics = None,
+    masks: Masks = None,
+    base_masks: BaseMasks = None,
     density: Density = each(0.4),
     weight: Weight = each(1.0),
     elect: Elect = "both",
@@ -125,11 +146,13 @@ def led(
     \bigcup_{j \ne i} E_j` and :math:`\theta = \theta_0 + \lambda \sum_i w_i 1[D_i] \odot \tau_i`.
     ``density`` is the paper's ratio :math:`r_i`, of each model. With ``safety_first`` the safety
     expert keeps all it elects. ``suture localize`` with the rule ``snip`` and ``at: both`` measures
-    what is needed. The controls ``magnitude`` and ``random`` mark as many entries of each tensor as
-    the election would, or, without ``stats``, the share ``density``.
+    what is needed. Masks that it wrote stand for :math:`N_i^f` and :math:`N_i^b` themselves:
+    ``density`` and ``scope`` were chosen there. The controls ``magnitude`` and ``random`` mark as
+    many entries of each tensor as the election would, or, without ``stats`` and ``masks``, the
+    share ``density``.
     """
-    how = _How(stats, base_stats, density, elect, disjoint, safety, priority, scope, embeddings,
-               rule, seed, flip)  # fmt: skip
+    how = _How(stats, base_stats, masks, base_masks, density, elect, disjoint, safety, priority,
+               scope, embeddings, rule, seed, flip)  # fmt: skip
 
     def combine(block: Block, state: _State) -> None:
         owned = state.look(block.name, block.start, block.count).owned
@@ -137,7 +160,8 @@ def led(
         scaled(block, scale)
 
     return Merge(combine, how.prepare, passes=2 + 2 * how.matched, facts=lambda s: s.facts,
-                 tell=lambda s: lines(s.facts), beside=how.beside, check=how.check)  # fmt: skip
+                 tell=lambda s: lines(s.facts), beside=how.beside, check=how.check,
+                 memory=lambda spec, models: cores() * buffers(2 * models))  # fmt: skip
 
 
 def voted(elect: str, expert: Array, base: Array, count: int) -> Array:
@@ -173,6 +197,8 @@ class _How:
 
     stats: Mapping[str, str] | None
     base_stats: Mapping[str, str] | None
+    masks: Mapping[str, str] | None
+    base_masks: Mapping[str, str] | None
     density: PerModel
     elect: str
     disjoint: str
@@ -185,23 +211,38 @@ class _How:
     flip: bool
 
     @property
+    def located(self) -> bool:
+        """Whether it is known what matters to the models."""
+        return self.stats is not None or self.masks is not None
+
+    @property
     def matched(self) -> bool:
         """Whether a control marks as many entries as the election would."""
-        return self.rule != "snip" and self.stats is not None
+        return self.rule != "snip" and self.located
 
     @property
     def asks_base(self) -> bool:
-        """Whether the base is scored, too."""
-        return self.elect != "expert" and self.stats is not None
+        """Whether it matters what matters to the base."""
+        return self.elect != "expert" and self.located
 
     def check(self, names: Sequence[str], models: Sequence[str]) -> Iterator[str]:
         """What is wrong with the parameters, a line each."""
-        if self.rule == "snip" and self.stats is None:
+        if self.rule == "snip" and not self.located:
             yield ("stats: missing; the folder of statistics that `suture localize` with "
-                   "`rule: snip` and `at: both` writes")  # fmt: skip
-        if self.asks_base and self.base_stats is None:
+                   "`rule: snip` and `at: both` writes, or `masks`")  # fmt: skip
+        if self.stats is not None and self.masks is not None:
+            yield "stats and masks: give one of them"
+        if self.masks is not None and self.flip:
+            yield "flip: reverses scores, and masks have none; give `stats`"
+        if self.asks_base and self.stats is not None and self.base_stats is None:
             yield (f"base_stats: missing; `elect: {self.elect}` asks the base, too: the folder "
                    "stats/base that `at: both` writes")  # fmt: skip
+        if self.asks_base and self.masks is not None and self.base_masks is None:
+            yield (f"base_masks: missing; `elect: {self.elect}` asks the base, too: the folder "
+                   "base that `at: both` writes beside the masks")  # fmt: skip
+        yield from self._models_named(names, models)
+
+    def _models_named(self, names: Sequence[str], models: Sequence[str]) -> Iterator[str]:
         if self.disjoint == "safety_first" and self.safety is None:
             yield ("safety: missing; `disjoint: safety_first` needs the name of the safety expert, "
                    f"one of {', '.join(models)}")  # fmt: skip
@@ -217,23 +258,47 @@ class _How:
         identity: list[tuple[object, ...]] = []
         expected: dict[str, str] = {}
         for model in context.models:
-            if self.stats is None:
-                break
             with problems.collecting():
-                pair = [(Stats.load(Path(self.stats[model])), "tuned")]
-                if self.asks_base and self.base_stats is not None:
-                    pair.append((Stats.load(Path(self.base_stats[model])), "base"))
-                for stats, at in pair:
-                    identity.append(tuple(stats.tensors.identity))  # type: ignore[attr-defined]
-                    known = check_stats(stats, NEEDS, context, model, at)
-                    agreed(expected, known, stats.where, problems)
-                rows = {stats.facts.get("data") for stats, _ in pair}
-                if len(rows) > 1:
-                    raise MismatchError(
-                        f"{pair[1][0].where}: measured on other rows than {pair[0][0].where}; "
-                        "measure both with `at: both`"
-                    )
+                if self.stats is not None:
+                    self._hold_stats(model, self.stats, context, identity, expected, problems)
+                elif self.masks is not None:
+                    self._hold_masks(model, self.masks, context, identity, expected, problems)
         return Beside(tuple(identity), expected)
+
+    def _hold_stats(
+        self, model: str, files: Mapping[str, str], context: Context,
+        identity: list[tuple[object, ...]], expected: dict[str, str], problems: Problems,
+    ) -> None:  # fmt: skip
+        pair = [(Stats.load(Path(files[model])), "tuned")]
+        if self.asks_base and self.base_stats is not None:
+            pair.append((Stats.load(Path(self.base_stats[model])), "base"))
+        for stats, at in pair:
+            identity.append(tuple(stats.tensors.identity))  # type: ignore[attr-defined]
+            known = check_stats(stats, NEEDS, context, model, at)
+            agreed(expected, known, stats.where, problems)
+        if len({stats.facts.get("data") for stats, _ in pair}) > 1:
+            raise MismatchError(
+                f"{pair[1][0].where}: measured on other rows than {pair[0][0].where}; "
+                "measure both with `at: both`"
+            )
+
+    def _hold_masks(
+        self, model: str, files: Mapping[str, str], context: Context,
+        identity: list[tuple[object, ...]], expected: dict[str, str], problems: Problems,
+    ) -> None:  # fmt: skip
+        held = context.sources.models[context.models.index(model)]
+        places = [(files[model], "tuned")]
+        if self.asks_base and self.base_masks is not None:
+            places.append((self.base_masks[model], "base"))
+        for path, at in places:
+            mask = StoredMask(Path(path))
+            identity.append(tuple(mask.checkpoint.identity))
+            agreed(expected, check_mask(mask, held, model, context.names), path, problems)
+            if mask.about.get("at", at) != at:
+                raise MismatchError(
+                    f"{path}: marks what matters to the {mask.about['at']} model; a mask of the "
+                    f"{at} one belongs here"
+                )
 
     def levels(self, context: Context) -> list[float]:
         """The priority of each model."""
@@ -246,21 +311,24 @@ class _How:
     def prepare(self, context: Context) -> _State:
         """Rank, and count what was elected."""
         number = len(context.models)
-        if self.stats is None:  # a control by itself
+        if not self.located:  # a control by itself
             ranking = self._control(context, lambda n: self.density.at(n, number), _floor)
-            state = _State(self, ranking, None, context)
-            return state.counted(context)
-        found = self._election(context)
-        state = _State(self, found, None, context).counted(context)
+            return _State(self, ranking, True, context).counted(context)
+        state = _State(self, self._election(context), False, context).counted(context)
         if not self.matched:
             return state
         counts = state.census.elected
         ranking = self._control(context, lambda n: counts[n], _given)
-        other = _State(self, ranking, found, context).counted(context)
+        other = _State(self, ranking, True, context).counted(context)
         other.facts["matched"] = {k: state.facts[k] for k in ("elected", "owned")}
         return other
 
-    def _election(self, context: Context) -> Ranked:
+    def _election(self, context: Context) -> Ranked | Masked:
+        if self.masks is not None:
+            paths = [self.masks[m] for m in context.models]
+            if self.asks_base and self.base_masks is not None:
+                paths += [self.base_masks[m] for m in context.models]
+            return Masked(tuple(StoredMask(Path(path)) for path in paths))
         assert self.stats is not None
         rule, base = rule_named("snip"), context.sources.base
         assert base is not None
@@ -293,20 +361,17 @@ class _How:
 class _State:
     """Which entries each model writes, and what is known of them."""
 
-    def __init__(
-        self, how: _How, ranking: Ranked, election: Ranked | None, context: Context
-    ) -> None:
-        self.how, self.ranking = how, ranking
+    def __init__(self, how: _How, marks: Ranked | Masked, control: bool, context: Context) -> None:
+        self.how, self.marks, self.control = how, marks, control
         self.models = context.models
         self.levels = how.levels(context)
-        self.control = how.rule != "snip" and (how.stats is None or election is not None)
         self.facts: dict[str, Any] = {}
         self.census = Census(context.names, len(context.models), self.look)
 
     def look(self, name: str, start: int, count: int) -> Votes:
         """What is marked, elected and written among some entries."""
         how, number = self.how, len(self.models)
-        bits = self.ranking.bits(name, start, count)
+        bits = self.marks.bits(name, start, count)
         expert, base = bits[:number], bits[number:] if len(bits) > number else bits
         elected = voted("expert" if self.control else how.elect, expert, base, count)
         if how.embeddings == "elected" or role_of(name).kind not in ("embedding", "head"):
@@ -322,9 +387,10 @@ class _State:
         specs = {n: context.sources.spec(n) for n in context.names}
         sweep(context.sources, tasks_of(context.names, specs), self.census, threads=context.threads,
               block=context.block, progress=context.progress)  # fmt: skip
-        both = len(self.ranking.sources.models) > number
+        both = self.marks.columns > number
         found = self.census.facts(self.models, sum(s.numel for s in specs.values()), both)
-        found["rank_correlations"] = correlations(self.ranking, self.models, specs)
+        if isinstance(self.marks, Ranked):
+            found["rank_correlations"] = correlations(self.marks, self.models, specs)
         self.facts = found
         return self
 
@@ -335,15 +401,14 @@ def lines(facts: Mapping[str, Any]) -> Iterator[str]:
         owned, kept = facts["owned"][model], facts["norm_kept"][model]
         yield (f"{model}: elects {share:.3%} of the entries and writes {owned:.3%}, which hold "
                f"{kept:.2%} of its squared change")  # fmt: skip
-    tasks = {
-        tuple(pair["models"]): pair["spearman"] for pair in facts["rank_correlations"]["models"]
-    }
+    ranks = facts.get("rank_correlations", {"models": (), "base_and_model": {}})
+    tasks = {tuple(pair["models"]): pair["spearman"] for pair in ranks["models"]}
     for pair in facts["overlaps"]:
         one, other = pair["models"]
+        known = f"; their scores have rank correlation {tasks[one, other]:.2f}" if tasks else ""
         yield (f"{one} and {other}: both elect {pair['share']:.3%} (by chance "
-               f"{pair['by_chance']:.3%}); their scores have rank correlation "
-               f"{tasks[one, other]:.2f}")  # fmt: skip
-    for model, value in facts["rank_correlations"]["base_and_model"].items():
+               f"{pair['by_chance']:.3%}){known}")  # fmt: skip
+    for model, value in ranks["base_and_model"].items():
         yield f"{model}: scores of base and expert have rank correlation {value:.2f}"
 
 

@@ -23,8 +23,13 @@ from suture.roles import role_of
 from suture.select import Ranking, Selection, rank
 from suture.spec import TensorSpec, listed
 from suture.stats import Stats
-from suture.stream import WEIGHT, Block, Sources
+from suture.stream import BLOCK, SPAN, WEIGHT, Block, Sources
 from suture.views import Lens, View
+
+
+def buffers(columns: int) -> int:
+    """Bytes that a thread holds to read so many columns of scores."""
+    return columns * (8 * SPAN + 4 * BLOCK) + 16 * BLOCK
 
 
 def packed(count: int) -> int:
@@ -47,6 +52,11 @@ class Ranked:
     size: int
     """Elements in a block."""
     _own: threading.local = field(default_factory=threading.local)
+
+    @property
+    def columns(self) -> int:
+        """How many columns there are."""
+        return len(self.sources.models)
 
     def scores(self, name: str, start: int, count: int) -> Array:
         """float32[columns, count], valid until the thread asks again."""
@@ -141,6 +151,11 @@ class Masked:
 
     masks: tuple[StoredMask, ...]
 
+    @property
+    def columns(self) -> int:
+        """How many columns there are."""
+        return len(self.masks)
+
     def bits(self, name: str, start: int, count: int) -> Array:
         """The marks of some entries from a multiple of 8 on: uint8[columns, packed(count)]."""
         found = np.zeros((len(self.masks), packed(count)), np.uint8)
@@ -211,6 +226,7 @@ __all__ = [
     "Masked",
     "Ranked",
     "agreed",
+    "buffers",
     "check_mask",
     "check_stats",
     "packed",

@@ -130,6 +130,8 @@ def _question(recipe: Regions, problems: Problems) -> Rule | None:
         rule = rule_named(recipe.rule)
     except RecipeError:
         return None
+    if recipe.at == "both" and recipe.stats:
+        problems.add(RecipeError, "at: both measures model and base together; leave out `stats`")
     for name in recipe.models if recipe.needs(rule) else ():
         if name not in recipe.stats and name not in recipe.tasks:
             problems.add(

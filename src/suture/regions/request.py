@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     from suture.learned import LearnSettings
 
 KEYS = ("base", "models", "rule", "density", "scope", "positive", "seed", "space", "stats", "tasks",
-        "at", "learn", "measure", "device")  # fmt: skip
+        "at", "learn", "measure", "keep_stats", "device")  # fmt: skip
 TASK_KEYS = ("data", "kind", "head", "text", "label", "prompt", "response", "messages", "format",
              "chat", "max_length", "rows", "batch", "draws")  # fmt: skip
 PLACES = ("base", "tuned", "both")
@@ -68,6 +68,8 @@ class Regions:
     measure: tuple[str, ...] = ()
     """Statistics that are kept besides those that the rule needs, for merges by statistics."""
     device: str = "cpu"
+    keep_stats: bool = True
+    """Whether what was measured stays beside the masks, which are much smaller."""
     raw: Mapping[str, Any] = field(default_factory=dict)
     """As it was written."""
 
@@ -143,7 +145,8 @@ class _Reader:
             ParamSpace(self.words(space, "include", default.include),
                        self.words(space, "exclude", default.exclude)),
             self.stats(models), self.tasks(models), at, settings, self.measured(rule),
-            self.one(self.raw, "device", str, "cpu"), dict(self.raw),
+            self.one(self.raw, "device", str, "cpu"),
+            self.one(self.raw, "keep_stats", bool, True), dict(self.raw),
         )  # fmt: skip
 
     def models(self) -> tuple[dict[str, str], dict[str, float | None]]:

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import json
 import shutil
+import time
 from collections.abc import Callable, Iterator, Mapping
+from dataclasses import replace
 from itertools import combinations
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -30,6 +32,8 @@ if TYPE_CHECKING:
 SCHEMA = 1
 """Version of the layout of ``localize.json``."""
 Say = Callable[[str], None]
+TELL = 10.0
+"""Seconds between two lines about a measurement."""
 
 
 def execute(plan: Plan, stage: Stage | None = None, say: Say | None = None) -> dict[str, Any]:
@@ -74,8 +78,14 @@ def _made(plan: Plan, staging: Path, stage: Stage, say: Say) -> dict[str, Any]:
     }
     masks = {}
     for model in sorted(plan.models):
-        stats = _stats_for(plan, model, prints, staging, say)
-        masks[model] = _mask(plan, model, stats, prints, staging, stage)
+        stats, base = _stats_for(plan, model, prints, staging, say)
+        path = staging / f"{model}.safetensors"
+        masks[model] = _mask(plan, model, stats, prints, path, stage)
+        if base is not None:
+            masks[model]["base"] = _mask(plan, model, base, prints, staging / "base" / path.name,
+                                         stage)  # fmt: skip
+        if not plan.recipe.keep_stats:
+            shutil.rmtree(staging / "stats", ignore_errors=True)
     return {
         "suture": suture.__version__,
         "schema": SCHEMA,
@@ -105,7 +115,7 @@ def _overlaps(plan: Plan, staging: Path) -> list[dict[str, Any]]:
 
 
 def _mask(
-    plan: Plan, model: str, stats: Stats | None, prints: Mapping[str, str], staging: Path,
+    plan: Plan, model: str, stats: Stats | None, prints: Mapping[str, str], path: Path,
     stage: Stage,
 ) -> dict[str, Any]:  # fmt: skip
     tuned, recipe = plan.models[model], plan.recipe
@@ -113,15 +123,15 @@ def _mask(
     scoring = Scoring(plan.rule, plan.base, tuned, stats, recipe.seed, model, recipe.positive)
     about = {"rule": plan.rule.name, "density": density, "scope": recipe.scope,
              "base": prints["base"], "model": prints[model]}  # fmt: skip
+    about |= {} if stats is None else {"at": stats.facts.get("at", "tuned")}
     shapes = {n: plan.base.specs[n].shape for n in plan.names}
-    path = staging / f"{model}.safetensors"
     reads = 2 * (plan.base.nbytes + tuned.nbytes)
     with MaskFile(path, shapes, about) as file:
         located = locate(scoring, plan.names, 1.0 if density is None else density, recipe.scope,
                          file.put, threads=plan.threads,
                          progress=stage(f"rank {model}", reads))  # fmt: skip
-    if plan.values:
-        bits = path.rename(staging / f".{model}.bits")
+    if plan.values and path.parent.name != "base":
+        bits = path.rename(path.with_name(f".{model}.bits"))
         write_graft(path, tuned, StoredMask(bits))
         bits.unlink()
     return {
@@ -169,9 +179,10 @@ def _natural(key: str) -> list[tuple[int, str]]:
 
 def _stats_for(
     plan: Plan, model: str, prints: Mapping[str, str], staging: Path, say: Say
-) -> Stats | None:
+) -> tuple[Stats | None, Stats | None]:
+    """The statistics by which a model's entries are ranked, and with ``at: both`` the base's."""
     if not plan.recipe.needs(plan.rule):
-        return None
+        return None, None
     if model in plan.stats:
         stats = plan.stats[model]
         at = stats.facts.setdefault("at", plan.recipe.at)
@@ -181,25 +192,26 @@ def _stats_for(
                 f"{stats.where}: measured on another model than {model} "
                 f"(fingerprint {stats.facts['model']}, not {theirs}); measure again"
             )
-        return stats
+        return stats, None
     path = staging / "stats" / f"{model}.safetensors"
     say(f"{'learning' if plan.rule.name == 'learned' else 'measuring'} {model}: "
         f"{len(plan.material[model].rows)} rows")  # fmt: skip
     try:
-        if plan.recipe.at == "both":
-            place = path.parent / "base" / path.name
+        both = plan.recipe.at == "both"
+        place = path.parent / "base" / path.name
+        if both:
             _measured(plan, model, "base", prints, say).save(place)
-        at = "tuned" if plan.recipe.at == "both" else plan.recipe.at
-        _measured(plan, model, at, prints, say).save(path)
+        _measured(plan, model, "tuned" if both else plan.recipe.at, prints, say).save(path)
     except SutureError as error:
         error.add_note(f"while measuring {model}")
         raise
-    return Stats.load(path)
+    base = Stats.load(place) if both and plan.rule.needs else None
+    return Stats.load(path), base
 
 
 def _measured(plan: Plan, model: str, at: str, prints: Mapping[str, str], say: Say) -> Stats:
     from suture.data import tokenise
-    from suture.finetune.rows import language_rows
+    from suture.finetune.rows import language_rows, longest_of
     from suture.learned import Epoch, learn
     from suture.measure import measure, objective_named
     from suture.models import (
@@ -230,12 +242,13 @@ def _measured(plan: Plan, model: str, at: str, prints: Mapping[str, str], say: S
         net = text.model
         # The model's own words and template, also for the base: both read the same tokens.
         tokenizer = load_tokenizer(plan.models[model].path)
-        rows = language_rows(task.language, tokenizer, task.max_length, 0)
+        longest = min(task.max_length, longest_of(plan.base.config, tokenizer))
+        spec = replace(task.language, max_length=longest)
+        rows = language_rows(spec, tokenizer, longest, 0)
         data = rows.train
         for note in rows.notes:
             say(f"{model}: {note}")
     objective = objective_named(task.kind)
-    say(f"{model}: {at} on {len(data)} rows")
     if learned:
         vector = TaskVector(plan.base, [(plan.models[model], 1.0)], plan.names)
 
@@ -248,7 +261,24 @@ def _measured(plan: Plan, model: str, at: str, prints: Mapping[str, str], say: S
                      facts=facts, progress=tell)  # fmt: skip
     return measure(net, data, plan.recipe.needs(plan.rule), names=plan.names, objective=objective,
                    batch=task.batch, draws=task.draws, seed=recipe.seed, device=recipe.device,
-                   facts=facts)  # fmt: skip
+                   facts=facts, progress=_counted(model, at, len(data), say))  # fmt: skip
+
+
+def _counted(model: str, at: str, rows: int, say: Say) -> Callable[[int], None]:
+    """Says now and then how far a measurement is."""
+    begun = last = time.monotonic()
+    done = 0
+
+    def progress(more: int) -> None:
+        nonlocal done, last
+        done += more
+        now = time.monotonic()
+        if now - last >= TELL or done == rows:
+            last = now
+            left = (now - begun) / done * (rows - done)
+            say(f"{model}, {at}: {done} of {rows} rows, {left:.0f} s left")
+
+    return progress
 
 
 def lines(record: Mapping[str, Any], out: Path) -> Iterator[str]:
