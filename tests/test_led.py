@@ -15,7 +15,7 @@ from scipy.stats import spearmanr
 import toy
 from slow import merges as slow
 from suture.errors import MismatchError, RecipeError, SutureError
-from suture.merges.led import kept_apart, voted
+from suture.merges.elections import kept_apart, voted
 from suture.recipe import read_recipe
 from suture.stats import Stats
 
@@ -53,10 +53,12 @@ class Given:
                                 slow.constant(*density), elect, flip)  # fmt: skip
 
 
-def led(family: Any, out: Path, *, own: Any = None, models: Any = None, **more: Any) -> Any:
+def led(
+    family: Any, out: Path, *, own: Any = None, models: Any = None, options: Any = None, **more: Any
+) -> Any:
     """Merge by LED; the tensors and the report."""
     what = toy.recipe("led", models or family.some(*NAMES), family.base_path, own=own, **more)
-    return toy.run(out, what)
+    return toy.run(out, what, **(options or {}))
 
 
 def written(out: toy.Tensors, family: Any, names: list[str]) -> dict[str, set[int]]:
@@ -212,6 +214,34 @@ def test_controls_have_the_density_of_the_election(rule: str, family: Any, tmp_p
         for model in NAMES:
             share = sum(len(o[model]) for o in owned.values()) / total
             assert report.facts["owned"][model] == pytest.approx(share, abs=2 / total)
+
+
+@pytest.mark.parametrize("rule", ["magnitude", "random"])
+def test_controls_may_write_as_much(rule: str, family: Any, tmp_path: Path) -> None:
+    """With ``match: written`` every model writes as many entries of each tensor as by election."""
+    models = family("f32")
+    given = Given(models)
+    own = {"ada": {"density": 0.4}}
+
+    _, plain = led(models, tmp_path / "plain", density=0.7, own=own)
+    out, report = led(models, tmp_path / "out", density=0.7, own=own, rule=rule, match="written")
+    again, _ = led(models, tmp_path / "two", density=0.7, own=own, rule=rule, match="written",
+                   options={"block": 8, "threads": 3})  # fmt: skip
+
+    assert report.facts["owned"] == report.facts["elected"] == plain.facts["owned"]
+    owned = slow.led_owned(given.elected(0.4, 0.7, 0.7))
+    for name, mine in written(out, models, given.names).items():
+        assert len(mine) == sum(map(len, owned[name].values()))
+    assert toy.same_bytes(out, again) == []
+    if rule == "magnitude":  # the one that writes least takes its largest changes first
+        order = sorted(NAMES, key=lambda m: plain.facts["owned"][m])
+        for name in given.names:
+            sizes = np.abs(given.deltas[order[0]][name]).astype(np.float32)
+            count = len(owned[name][order[0]])
+            best = np.sort(np.argsort(-sizes, kind="stable")[:count])
+            found = out[name].reshape(-1).numpy()[best]
+            want = models.models[order[0]][name].reshape(-1).numpy()[best]
+            np.testing.assert_allclose(found, want, atol=1e-6)
 
 
 def test_a_control_needs_no_statistics(family: Any, tmp_path: Path) -> None:

@@ -62,7 +62,8 @@ class Census(Visitor[_Local]):
         self.pairs = list(combinations(range(models), 2))
         self.elected = {n: [0] * models for n in names}
         """Entries that each model elects, by tensor."""
-        self.owned = [0] * models
+        self.owned = {n: [0] * models for n in names}
+        """Entries that each model writes."""
         self.agreed = [0] * models
         self.shared = [0] * len(self.pairs)
         self.sizes: dict[str, int] = {}
@@ -89,7 +90,7 @@ class Census(Visitor[_Local]):
         with self._lock:
             self.sizes[block.name] = self.sizes.get(block.name, 0) + block.count
             for total, more in zip(
-                (self.elected[block.name], self.owned, self.agreed, self.shared),
+                (self.elected[block.name], self.owned[block.name], self.agreed, self.shared),
                 counts,
                 strict=True,
             ):
@@ -112,7 +113,10 @@ class Census(Visitor[_Local]):
             both: whether base and expert were scored, so that their agreement means something.
         """
         total = max(1, entries)
-        elected = [sum(own[i] for own in self.elected.values()) for i in range(self.models)]
+        elected, owned = (
+            [sum(own[i] for own in counts.values()) for i in range(self.models)]
+            for counts in (self.elected, self.owned)
+        )
         whole, kept = (
             [math.fsum(s[2 * i + at] for s in self._squares.values()) for i in range(self.models)]
             for at in (0, 1)
@@ -123,9 +127,9 @@ class Census(Visitor[_Local]):
             for a, b in self.pairs
         ]  # fmt: skip
         return {
-            "density": [n / total for n in self.owned],
+            "density": [n / total for n in owned],
             "elected": {m: n / total for m, n in zip(models, elected, strict=True)},
-            "owned": {m: n / total for m, n in zip(models, self.owned, strict=True)},
+            "owned": {m: n / total for m, n in zip(models, owned, strict=True)},
             **({"agreed": {m: n / total for m, n in zip(models, self.agreed, strict=True)}}
                if both else {}),
             "norm_kept": {m: k / w if w else 0.0

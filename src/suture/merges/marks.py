@@ -86,6 +86,7 @@ def ranked(
     count: Callable[[float, int], int],
     scope: str,
     flip: bool = False,
+    taken: Sequence[Ranked] = (),
 ) -> Ranked:
     """Rank the scores of the tensors that are merged; only scores above 0 can be marked.
 
@@ -96,6 +97,7 @@ def ranked(
         count: how many of n entries a number keeps.
         scope: over which tensors entries compete.
         flip: mark the least scores above 0 instead, but for embeddings and heads.
+        taken: what they mark cannot be marked again.
     """
     views = []
     for scoring in scorings:
@@ -104,6 +106,8 @@ def ranked(
         for name in held if flip else ():
             if role_of(name).kind not in ("embedding", "head"):
                 lenses[name] = _Flipped(lenses[name])
+        for name in held if taken else ():
+            lenses[name] = _Free(lenses[name], name, taken)
         lacking = {n: _Nothing(scoring.base, n) for n in context.names if n not in lenses}
         views.append(View(scoring.tuned, {**lenses, **lacking}, {}))
     sources = Sources(tuple(views), how=WEIGHT)
@@ -143,6 +147,41 @@ class _Flipped:
         self.scores.read(start, raw)
         keys = raw.view(np.uint32)  # the bits of a positive float have its order
         keys[:] = np.where(keys == 0, 0, _TOP - keys)
+
+
+class _Free:
+    """A lens: scores, but 0 where an entry is marked by somebody else."""
+
+    identity: object = None
+
+    def __init__(self, scores: Lens, name: str, taken: Sequence[Ranked]) -> None:
+        self.scores, self.name, self.taken = scores, name, taken
+        self.origin, self.sources, self.spec = scores.origin, scores.sources, scores.spec
+
+    def read(self, start: int, raw: Array) -> None:
+        self.scores.read(start, raw)
+        row = raw.view(np.float32)
+        first = start // 8 * 8
+        count = start - first + row.size
+        for marks in self.taken:
+            for bits in marks.bits(self.name, first, count):
+                row[unpacked(bits, count)[start - first :]] = 0
+
+
+@dataclass(frozen=True)
+class Joined:
+    """Several rankings side by side."""
+
+    parts: tuple[Ranked, ...]
+
+    @property
+    def columns(self) -> int:
+        """How many columns there are."""
+        return sum(part.columns for part in self.parts)
+
+    def bits(self, name: str, start: int, count: int) -> Array:
+        """The marks of some entries from a multiple of 8 on: uint8[columns, packed(count)]."""
+        return np.concatenate([part.bits(name, start, count) for part in self.parts])
 
 
 @dataclass(frozen=True)
@@ -223,6 +262,7 @@ def agreed(
 
 
 __all__ = [
+    "Joined",
     "Masked",
     "Ranked",
     "agreed",
