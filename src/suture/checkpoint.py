@@ -704,8 +704,11 @@ def refuse_uncomputable(checkpoint: Checkpoint) -> None:
         CheckpointError: an 8-bit float tensor, or a quantisation method in ``config.json``.
     """
     small = [name for name, spec in checkpoint.specs.items() if spec.dtype in FLOAT8]
-    if small or checkpoint.config.get("quantization_config"):
-        what = f"8-bit floats ({listed(small, 2)})" if small else "quantised weights"
+    settings = checkpoint.config.get("quantization_config")
+    if small or settings:
+        named = settings.get("quant_method") if isinstance(settings, dict) else None
+        method = f" ({brief(named)})" if isinstance(named, str) and named else ""
+        what = f"8-bit floats ({listed(small, 2)})" if small else f"quantised weights{method}"
         raise CheckpointError(
             f"{checkpoint.label}: holds {what}; merge the model it was made from, or dequantise it "
             "with transformers first and save it again"

@@ -703,7 +703,9 @@ def _show_line(key: str, row: dict[str, Any], *, whole: bool) -> None:
         if presets:
             _tell(" " * 18 + "presets: " + ", ".join(presets))
         return
-    _tell(f"\n{row['equation']}\n")
+    from suture.spec import in_letters
+
+    _tell(f"\n{in_letters(row['equation'])}\n")
     if "needs" in row:
         _tell(f"{row['needs']}\n")
     for parameter, facts in row["parameters"].items():
