@@ -393,3 +393,35 @@ def test_the_examples_are_recipes(path: Path) -> None:
     assert (recipe.protect is not None) == path.stem.startswith("protect")
     rule = recipe.parameters.get("rule") or getattr(recipe.protect, "rule", None)
     assert rule == next((r for r in ("random", "magnitude") if path.stem.endswith(r)), None)
+
+
+@pytest.mark.parametrize(
+    ("identical", "expected"),
+    [(False, (0.006, 0.118, 0.208)), (True, (0.030, 0.180, 0.270))],
+)
+def test_the_published_ratios_write_little(
+    identical: bool, expected: tuple[float, ...], tmp_path: Path
+) -> None:
+    """With ratios 0.1, 0.4, 0.5 and unrelated tasks most of the model stays the base's.
+
+    That is (0.6, 11.8, 20.8) % where base and expert rank independently, and (3, 18, 27) % where
+    they rank alike.
+    """
+    shape, density = (400, 500), dict(zip(NAMES, (0.1, 0.4, 0.5), strict=True))
+    base = toy.folder(tmp_path / "base", {"w.weight": torch.ones(shape)})
+    tuned = {m: toy.folder(tmp_path / m, {"w.weight": torch.full(shape, 2.0)}) for m in NAMES}
+    draw = np.random.default_rng(1)
+    files: dict[str, dict[str, str]] = {"stats": {}, "base_stats": {}}
+    for model in NAMES:
+        first = draw.random(shape, np.float32)
+        for which, own in (("stats", first), ("base_stats", first if identical else None)):
+            values = draw.random(shape, np.float32) if own is None else own
+            files[which][model] = str(tmp_path / f"{which}-{model}.safetensors")
+            Stats({"abs_grad/w.weight": values}, {}, "").save(Path(files[which][model]))
+
+    what = toy.recipe(
+        "led", tuned, base, own={m: {"density": d} for m, d in density.items()}, **files
+    )
+    _, report = toy.run(tmp_path / "out", what)
+
+    assert list(report.facts["owned"].values()) == pytest.approx(expected, abs=0.003)
