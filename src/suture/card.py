@@ -144,6 +144,7 @@ def model_card(
         f"# {name}\n",
         f"A merge made with Suture {record['suture']} by **{method.title}** ({method.paper}).\n",
         f"{method.equation}\n",
+        *_protection_lines(record),
         f"## Inputs\n\n| | model | tensors | size | fingerprint |\n|---|---|---|---|---|\n{rows}\n",
         *(
             [_withheld(withheld)]
@@ -174,6 +175,24 @@ def _withheld(labels: Sequence[str]) -> str:
         "what is made with them.** What is known of these inputs, and the recipe, is withheld from "
         "this card.\n"
     )
+
+
+def _protection_lines(record: Mapping[str, Any]) -> list[str]:
+    """What one model alone wrote."""
+    found = record["results"].get("protect")
+    if found is None:
+        return []
+    own = record["recipe"]["protect"]
+    mask, rule = own.get("mask"), own.get("rule")
+    which = f"the rule {rule}" if rule is not None else "the mask"
+    which += f", with as many entries of each tensor as {Path(mask).name}" if rule and mask else (
+        f" {Path(mask).name}" if mask else "")  # fmt: skip
+    change = own.get("scale", 1)
+    has = "has its weights" if change == 1 else f"has the base plus {change:g} times its change"
+    return [
+        f"Protected by {which}: {found['entries']:,} entries ({found['share']:.3%}) are written by "
+        f"**{found['model']}** alone. The output {has} there.\n"
+    ]
 
 
 def patch_card(record: Mapping[str, Any], model: Checkpoint, name: str) -> str:
@@ -223,6 +242,9 @@ def _public(recipe: Mapping[str, Any], donors: Sequence[Checkpoint]) -> dict[str
     }
     base = recipe["base"]
     found = {**recipe, "base": None if base is None else Path(base).name, "models": models}
+    if "protect" in recipe:
+        found["protect"] = {k: Path(v).name if k in ("mask", "stats") else v
+                            for k, v in recipe["protect"].items()}  # fmt: skip
     if "stages" in recipe:
         found["stages"] = {n: _public(stage, donors) for n, stage in recipe["stages"].items()}
     return found

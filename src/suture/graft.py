@@ -38,7 +38,7 @@ def write_graft(
         OutputError: the file cannot be written.
     """
     check_shapes(mask, tuned)
-    counts = {n: _count(mask, n) for n in mask.shapes}
+    counts = {n: mask.count(n) for n in mask.shapes}
     order = sorted(counts, key=lambda n: (-DTYPES[tuned.specs[n].dtype].bits, n))
     values = {VALUES + n: TensorSpec(tuned.specs[n].dtype, (counts[n],)) for n in order}
     known = marked({**mask.about, **(about or {})}, mask.restricted or tuned.restricted)
@@ -55,16 +55,6 @@ def write_graft(
                 file.put(name, start // 8, bits)
                 file.put(VALUES + name, at, chosen.view(np.uint8))
                 at += chosen.nbytes
-
-
-def _count(mask: StoredMask, name: str) -> int:
-    numel = TensorSpec("BOOL", mask.shapes[name]).numel
-    total = 0
-    for start in range(0, numel, 8 * _READ):
-        bits = np.empty(-(-min(8 * _READ, numel - start) // 8), np.uint8)
-        mask.read(name, start, bits)
-        total += popcount(bits)
-    return total
 
 
 def check_shapes(mask: StoredMask, model: Checkpoint, label: str = "") -> None:

@@ -281,6 +281,16 @@ class StoredMask:
         """Fill ``out`` (uint8) with packed bits from entry ``start``, a multiple of 8, on."""
         self.checkpoint.read_into(name, start // 8, out)
 
+    def count(self, name: str) -> int:
+        """How many entries of a tensor are marked."""
+        whole = packed_bytes(self.shapes[name])
+        bits, total = np.empty(min(whole, _CHUNK), np.uint8), 0
+        for at in range(0, whole, _CHUNK):
+            part = bits[: min(_CHUNK, whole - at)]
+            self.read(name, 8 * at, part)
+            total += popcount(part)
+        return total
+
     def overlap(self, other: StoredMask, *, seed: int = 0, draws: int = 1000) -> Overlap:
         """As ``Mask.overlap``, in the memory of two pieces.
 
