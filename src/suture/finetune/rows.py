@@ -82,14 +82,6 @@ def split_records(spec: DataSpec, seed: int) -> tuple[list[Record], list[Record]
     return sides
 
 
-def longest_of(config: Mapping[str, Any], tokenizer: Any) -> int:
-    """How many tokens a model can read."""
-    positions = config.get("max_position_embeddings") or config.get("n_positions") or 10**6
-    if config.get("model_type") in ("roberta", "xlm-roberta", "camembert"):
-        positions -= 2  # positions are counted from the padding id
-    return int(min(positions, getattr(tokenizer, "model_max_length", positions) or positions))
-
-
 def classification_rows(spec: DataSpec, tokenizer: Any, longest: int, seed: int) -> Rows:
     """Texts with labels.
 

@@ -149,23 +149,29 @@ class Election:
         """Check the statistics against the models by their headers."""
         identity: list[tuple[object, ...]] = []
         expected: dict[str, str] = {}
+        marked: list[str] = []
         for model in context.models:
             with problems.collecting():
                 if self.stats is not None:
-                    self._hold_stats(model, self.stats, context, identity, expected, problems)
+                    held = self._hold_stats(model, self.stats, context, expected, problems)
                 elif self.masks is not None:
-                    self._hold_masks(model, self.masks, context, identity, expected, problems)
-        return Beside(tuple(identity), expected)
+                    held = self._hold_masks(model, self.masks, context, expected, problems)
+                else:
+                    continue
+                identity += [known for known, _ in held]
+                marked += [model] if any(restricted for _, restricted in held) else []
+        return Beside(tuple(identity), expected, tuple(marked))
 
     def _hold_stats(
         self, model: str, files: Mapping[str, str], context: Context,
-        identity: list[tuple[object, ...]], expected: dict[str, str], problems: Problems,
-    ) -> None:  # fmt: skip
+        expected: dict[str, str], problems: Problems,
+    ) -> list[tuple[tuple[object, ...], bool]]:  # fmt: skip
         pair = [(Stats.load(Path(files[model])), "tuned")]
         if self.asks_base and self.base_stats is not None:
             pair.append((Stats.load(Path(self.base_stats[model])), "base"))
+        held: list[tuple[tuple[object, ...], bool]] = []
         for stats, at in pair:
-            identity.append(tuple(stats.tensors.identity))  # type: ignore[attr-defined]
+            held.append((tuple(stats.tensors.identity), stats.restricted))  # type: ignore[attr-defined]
             known = check_stats(stats, NEEDS, context, model, at)
             agreed(expected, known, stats.where, problems)
         if len({stats.facts.get("data") for stats, _ in pair}) > 1:
@@ -173,24 +179,27 @@ class Election:
                 f"{pair[1][0].where}: measured on other rows than {pair[0][0].where}; "
                 "measure both with `at: both`"
             )
+        return held
 
     def _hold_masks(
         self, model: str, files: Mapping[str, str], context: Context,
-        identity: list[tuple[object, ...]], expected: dict[str, str], problems: Problems,
-    ) -> None:  # fmt: skip
-        held = context.sources.models[context.models.index(model)]
+        expected: dict[str, str], problems: Problems,
+    ) -> list[tuple[tuple[object, ...], bool]]:  # fmt: skip
+        checkpoint = context.sources.models[context.models.index(model)]
+        held: list[tuple[tuple[object, ...], bool]] = []
         places = [(files[model], "tuned")]
         if self.asks_base and self.base_masks is not None:
             places.append((self.base_masks[model], "base"))
         for path, at in places:
             mask = StoredMask(Path(path))
-            identity.append(tuple(mask.checkpoint.identity))
-            agreed(expected, check_mask(mask, held, model, context.names), path, problems)
+            held.append((tuple(mask.checkpoint.identity), mask.restricted))
+            agreed(expected, check_mask(mask, checkpoint, model, context.names), path, problems)
             if mask.about.get("at", at) != at:
                 raise MismatchError(
                     f"{path}: marks what matters to the {mask.about['at']} model; a mask of the "
                     f"{at} one belongs here"
                 )
+        return held
 
     def levels(self, name: str, models: Sequence[str]) -> list[float]:
         """The priority of each model in one tensor."""

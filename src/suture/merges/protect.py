@@ -253,11 +253,13 @@ def _beside(merge: Merge[Any], how: Protection, context: Context, problems: Prob
     """Check the files of the protection, and those of the merge, by their headers."""
     inner = merge.beside(context, problems)
     identity, expected = [*inner.identity], dict(inner.expected)
+    marked = [*inner.restricted]
     with problems.collecting():
         model = context.sources.models[context.models.index(how.model)]
         if how.mask is not None:
             mask = StoredMask(Path(how.mask))
             identity.append(tuple(mask.checkpoint.identity))
+            marked += [how.model] if mask.restricted else []
             known = check_mask(mask, model, how.model, context.names)
             if context.sources.base is None:
                 known.pop("base", None)
@@ -265,12 +267,13 @@ def _beside(merge: Merge[Any], how: Protection, context: Context, problems: Prob
         if how.stats is not None:
             stats = Stats.load(Path(how.stats))
             identity.append(tuple(stats.tensors.identity))  # type: ignore[attr-defined]
+            marked += [how.model] if stats.restricted else []
             at = str(stats.facts.get("at", "tuned"))
             needs = rule_named(str(how.rule)).needs
             agreed(
                 expected, check_stats(stats, needs, context, how.model, at), stats.where, problems
             )
-    return Beside(tuple(identity), expected)
+    return Beside(tuple(identity), expected, tuple(dict.fromkeys(marked)))
 
 
 __all__ = ["Protection", "protected", "read_protection"]

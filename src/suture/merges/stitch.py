@@ -85,12 +85,14 @@ def _beside(files: Mapping[str, str], context: Context, problems: Problems) -> B
     """Check the masks against the models by their headers."""
     found: list[list[Any]] = []
     expected: dict[str, str] = {}
+    marked = []
     for model, checkpoint in zip(context.models, context.sources.models, strict=True):
         with problems.collecting():
             mask = StoredMask(Path(files[model]))
             found.append(mask.checkpoint.identity)
+            marked += [model] if mask.restricted else []
             known = check_mask(mask, checkpoint, model, context.names)
             if expected.get("base", known.get("base")) != known.get("base", expected.get("base")):
                 raise MismatchError(f"{mask.path}: was made for another base than the other masks")
             expected |= known
-    return Beside(tuple(map(tuple, found)), expected)
+    return Beside(tuple(map(tuple, found)), expected, tuple(marked))
