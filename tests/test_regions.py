@@ -20,7 +20,14 @@ import suture
 import tiny_model
 import toy
 from suture import Mask, Stats
-from suture.models import load_encoder, load_language_model, parameters_of, save_model
+from suture.models import (
+    load_encoder,
+    load_language_model,
+    parameters_of,
+    save_model,
+)
+
+LABELS = ("colour", "sky")
 
 
 @pytest.fixture(scope="module")

@@ -169,6 +169,14 @@ def model_card(
     return "\n".join(lines)
 
 
+def _withheld(labels: Sequence[str]) -> str:
+    return (
+        f"**Restricted: it was made from inputs that must not be passed on ({listed(labels)}), nor "
+        "what is made with them.** What is known of these inputs, and the recipe, is withheld from "
+        "this card.\n"
+    )
+
+
 def _protection_lines(record: Mapping[str, Any]) -> list[str]:
     """What one model alone wrote."""
     found = record["results"].get("protect")
@@ -185,14 +193,6 @@ def _protection_lines(record: Mapping[str, Any]) -> list[str]:
         f"Protected by {which}: {found['entries']:,} entries ({found['share']:.3%}) are written by "
         f"**{found['model']}** alone. The output {has} there.\n"
     ]
-
-
-def _withheld(labels: Sequence[str]) -> str:
-    return (
-        f"**Restricted: it was made from inputs that must not be passed on ({listed(labels)}), nor "
-        "what is made with them.** What is known of these inputs, and the recipe, is withheld from "
-        "this card.\n"
-    )
 
 
 def patch_card(record: Mapping[str, Any], model: Checkpoint, name: str) -> str:

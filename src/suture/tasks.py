@@ -5,7 +5,6 @@ Nothing heavy is imported before a model is really loaded.
 
 from __future__ import annotations
 
-import json
 import shutil
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -13,7 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from suture.card import carried_files
-from suture.checkpoint import Checkpoint
+from suture.checkpoint import Checkpoint, open_checkpoint
 from suture.errors import Problems, RecipeError, brief, did_you_mean
 from suture.recipe_types import Policy, refuse_unknown, section
 from suture.roles import EVERYTHING
@@ -22,6 +21,7 @@ from suture.run import merged, save
 if TYPE_CHECKING:
     from suture.data import Dataset, Row
     from suture.finetune.recipe import DataSpec
+    from suture.finetune.rows import Record
     from suture.measure import Objective
     from suture.models import Head
 
@@ -53,8 +53,16 @@ class Task:
 class Material:
     """What a model is measured with: its rows and the head that reads them."""
 
-    rows: Sequence[Row]
+    rows: Sequence[Row] | Sequence[Record]
     head: Head | None
+
+    @property
+    def texts(self) -> list[list[str]]:
+        """What identifies each row: all that it says."""
+        return [
+            [repr(sorted(row[1].items()))] if isinstance(row, tuple) else [row.text, row.label]
+            for row in self.rows
+        ]
 
 
 @dataclass(frozen=True)
@@ -64,6 +72,8 @@ class Net:
     model: Any
     data: Dataset
     objective: Objective
+    notes: tuple[str, ...] = ()
+    """About rows that were cut or left out."""
 
 
 class TaskReader:
@@ -156,37 +166,35 @@ def read_material(
         return {}
     found = {}
     with problems.collecting():
-        from suture.data import at_most, read_rows
-        from suture.models import load_head
-
         for name, task in tasks.items():
             with problems.collecting():
-                if task.language is not None:
-                    found[name] = _texts(task.language)
-                    continue
-                head = None if task.head is None else load_head(task.head)
-                rows = read_rows(task.data, text=task.text, label=task.label)
-                if not rows:
+                found[name] = _texts(task) if task.language else _labelled(name, task, seed)
+                if not found[name].rows:
                     raise RecipeError(f"tasks.{name}: {task.data} holds no rows")
-                rows = rows if task.rows is None else at_most(rows, task.rows, seed=seed)
-                strange = {r.label for r in rows} - set(head.labels) if head else set()
-                if strange and head is not None:
-                    hint = did_you_mean(sorted(strange)[0], head.labels)
-                    raise RecipeError(
-                        f"tasks.{name}: the head has no label {sorted(strange)[0]!r}; {hint}"
-                    )
-                found[name] = Material(rows, head)
     return found
 
 
-def _texts(spec: DataSpec) -> Material:
-    """The rows of a language model, whose every side is there."""
-    from suture.data import Row
+def _texts(task: Task) -> Material:
     from suture.finetune.rows import check_language_records, records_of
 
-    records = records_of(spec.train)[: spec.limit or None]
-    check_language_records(spec, records)
-    return Material([Row(json.dumps(record, default=str)) for _, record in records], None)
+    assert task.language is not None
+    texts = records_of(task.language.train)[: task.rows]
+    check_language_records(task.language, texts)
+    return Material(texts, None)
+
+
+def _labelled(name: str, task: Task, seed: int) -> Material:
+    from suture.data import at_most, read_rows
+    from suture.models import load_head
+
+    head = None if task.head is None else load_head(task.head)
+    rows = read_rows(task.data, text=task.text, label=task.label)
+    rows = rows if task.rows is None else at_most(rows, task.rows, seed=seed)
+    strange = {r.label for r in rows} - set(head.labels) if head else set()
+    if strange and head is not None:
+        hint = did_you_mean(sorted(strange)[0], head.labels)
+        raise RecipeError(f"tasks.{name}: the head has no label {sorted(strange)[0]!r}; {hint}")
+    return Material(rows, head)
 
 
 def check_loadable(checkpoint: Checkpoint, where: str, why: str, problems: Problems) -> None:
@@ -226,17 +234,17 @@ def load_net(
 
     Args:
         folder: of the model.
-        task: the words of the recipe.
-        material: the rows and the head.
-        device: where to.
-        words: a folder whose tokenizer and chat template a language model's rows are written with,
-            where it is not the model's own.
+        task: what is done with it.
+        material: its rows, and its head.
+        device: where it is put.
+        words: the folder of the model whose tokenizer and chat template are used, where not its
+            own: two models that are compared must read the same tokens.
 
     Raises:
         SutureError: the folder is not such a model, or rows have no tokens.
     """
     from suture.data import tokenise
-    from suture.finetune.rows import language_rows
+    from suture.finetune.rows import language_data
     from suture.measure import objective_named
     from suture.models import (
         FLOAT32,
@@ -247,21 +255,21 @@ def load_net(
         longest_of,
     )
 
-    model: Any
+    objective = objective_named(task.kind)
     if material.head is not None:
         loaded = load_encoder(folder, device=device, dtype=FLOAT32)
-        model, tokenizer = Classifier(loaded.model, material.head).to(device), loaded.tokenizer
-        data = tokenise(material.rows, tokenizer, labels=material.head.labels,
+        rows: Any = material.rows
+        data = tokenise(rows, loaded.tokenizer, labels=material.head.labels,
                         max_length=task.max_length)  # fmt: skip
-    else:
-        text = load_language_model(folder, device=device, dtype=FLOAT32)
-        assert task.language is not None
-        model = text.model
-        tokenizer = text.tokenizer if words is None else load_tokenizer(words)
-        longest = min(task.max_length, longest_of(model.backbone.config.to_dict(), tokenizer))
-        spec = replace(task.language, max_length=longest)
-        data = language_rows(spec, tokenizer, longest, 0).train
-    return Net(model, data, objective_named(task.kind))
+        return Net(Classifier(loaded.model, material.head).to(device), data, objective)
+    text = load_language_model(folder, device=device, dtype=FLOAT32)
+    tokenizer = text.tokenizer if words is None else load_tokenizer(words)
+    assert task.language is not None
+    longest = min(task.max_length, longest_of(open_checkpoint(folder).config, tokenizer))
+    spec = replace(task.language, max_length=longest)
+    records: Any = material.rows
+    tokens, notes = language_data(records, spec, tokenizer, longest)
+    return Net(text.model, tokens, objective, tuple(notes))
 
 
 __all__ = [

@@ -119,5 +119,7 @@ def _few(material: Material, most: int, seed: int) -> Material:
 
     if len(material.rows) <= most:
         return material
-    order = sorted(range(len(material.rows)), key=lambda i: (draw(seed, material.rows[i].text), i))
-    return Material([material.rows[i] for i in sorted(order[:most])], material.head)
+    texts = [" ".join(text) for text in material.texts]
+    order = sorted(range(len(texts)), key=lambda i: (draw(seed, texts[i]), i))
+    rows: Any = [material.rows[i] for i in sorted(order[:most])]
+    return Material(rows, material.head)

@@ -151,27 +151,26 @@ class Election:
         expected: dict[str, str] = {}
         marked: list[str] = []
         for model in context.models:
+            restricted = False
             with problems.collecting():
                 if self.stats is not None:
-                    held = self._hold_stats(model, self.stats, context, expected, problems)
+                    restricted = self._hold_stats(model, self.stats, context, identity, expected,
+                                                  problems)  # fmt: skip
                 elif self.masks is not None:
-                    held = self._hold_masks(model, self.masks, context, expected, problems)
-                else:
-                    continue
-                identity += [known for known, _ in held]
-                marked += [model] if any(restricted for _, restricted in held) else []
+                    restricted = self._hold_masks(model, self.masks, context, identity, expected,
+                                                  problems)  # fmt: skip
+            marked += [model] if restricted else []
         return Beside(tuple(identity), expected, tuple(marked))
 
     def _hold_stats(
         self, model: str, files: Mapping[str, str], context: Context,
-        expected: dict[str, str], problems: Problems,
-    ) -> list[tuple[tuple[object, ...], bool]]:  # fmt: skip
+        identity: list[tuple[object, ...]], expected: dict[str, str], problems: Problems,
+    ) -> bool:  # fmt: skip
         pair = [(Stats.load(Path(files[model])), "tuned")]
         if self.asks_base and self.base_stats is not None:
             pair.append((Stats.load(Path(self.base_stats[model])), "base"))
-        held: list[tuple[tuple[object, ...], bool]] = []
         for stats, at in pair:
-            held.append((tuple(stats.tensors.identity), stats.restricted))  # type: ignore[attr-defined]
+            identity.append(tuple(stats.tensors.identity))  # type: ignore[attr-defined]
             known = check_stats(stats, NEEDS, context, model, at)
             agreed(expected, known, stats.where, problems)
         if len({stats.facts.get("data") for stats, _ in pair}) > 1:
@@ -179,35 +178,36 @@ class Election:
                 f"{pair[1][0].where}: measured on other rows than {pair[0][0].where}; "
                 "measure both with `at: both`"
             )
-        return held
+        return any(stats.restricted for stats, _ in pair)
 
     def _hold_masks(
         self, model: str, files: Mapping[str, str], context: Context,
-        expected: dict[str, str], problems: Problems,
-    ) -> list[tuple[tuple[object, ...], bool]]:  # fmt: skip
-        checkpoint = context.sources.models[context.models.index(model)]
-        held: list[tuple[tuple[object, ...], bool]] = []
+        identity: list[tuple[object, ...]], expected: dict[str, str], problems: Problems,
+    ) -> bool:  # fmt: skip
+        held = context.sources.models[context.models.index(model)]
         places = [(files[model], "tuned")]
         if self.asks_base and self.base_masks is not None:
             places.append((self.base_masks[model], "base"))
+        restricted = False
         for path, at in places:
             mask = StoredMask(Path(path))
-            held.append((tuple(mask.checkpoint.identity), mask.restricted))
-            agreed(expected, check_mask(mask, checkpoint, model, context.names), path, problems)
+            restricted |= mask.restricted
+            identity.append(tuple(mask.checkpoint.identity))
+            agreed(expected, check_mask(mask, held, model, context.names), path, problems)
             if mask.about.get("at", at) != at:
                 raise MismatchError(
                     f"{path}: marks what matters to the {mask.about['at']} model; a mask of the "
                     f"{at} one belongs here"
                 )
-        return held
+        return restricted
 
-    def levels(self, name: str, models: Sequence[str]) -> list[float]:
-        """The priority of each model in one tensor."""
+    def levels(self, context: Context) -> list[float]:
+        """The priority of each model."""
         if self.disjoint == "safety_first":
-            return [float(model == self.safety) for model in models]
+            return [float(model == self.safety) for model in context.models]
         if self.disjoint == "priority":
-            return list(self.priority.at(name, len(models)))
-        return [0.0] * len(models)
+            return list(self.priority.at("", len(context.models)))
+        return [0.0] * len(context.models)
 
     def prepare(self, context: Context) -> Elected:
         """Rank, and count what was elected."""
@@ -281,6 +281,7 @@ class Elected:
     ) -> None:
         self.how, self.marks, self.control = how, marks, control
         self.models = context.models
+        self.levels = how.levels(context)
         self.facts: dict[str, Any] = {}
         self.census = Census(context.names, len(context.models), self.look)
 
@@ -291,7 +292,7 @@ class Elected:
         expert, base = bits[:number], bits[number:] if len(bits) > number else bits
         elected = voted("expert" if self.control else how.elect, expert, base, count)
         if how.embeddings == "elected" or role_of(name).kind not in ("embedding", "head"):
-            return Votes(expert, base, elected, kept_apart(elected, how.levels(name, self.models)))
+            return Votes(expert, base, elected, kept_apart(elected, self.levels))
         whole = np.zeros_like(elected)
         if how.embeddings == "safety":
             whole[self.models.index(str(how.safety))] = 0xFF

@@ -253,7 +253,7 @@ def _beside(merge: Merge[Any], how: Protection, context: Context, problems: Prob
     """Check the files of the protection, and those of the merge, by their headers."""
     inner = merge.beside(context, problems)
     identity, expected = [*inner.identity], dict(inner.expected)
-    marked = [*inner.restricted]
+    marked = list(inner.restricted)
     with problems.collecting():
         model = context.sources.models[context.models.index(how.model)]
         if how.mask is not None:
@@ -273,7 +273,7 @@ def _beside(merge: Merge[Any], how: Protection, context: Context, problems: Prob
             agreed(
                 expected, check_stats(stats, needs, context, how.model, at), stats.where, problems
             )
-    return Beside(tuple(identity), expected, tuple(dict.fromkeys(marked)))
+    return Beside(tuple(identity), expected, tuple(marked))
 
 
 __all__ = ["Protection", "protected", "read_protection"]
