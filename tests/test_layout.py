@@ -23,7 +23,8 @@ ORDER = [
     "stream", "vector", "profile", "select", "stats", "importance", "mask", "graft", "patchfile",
     "patch", "gather", "analysis", "merges", "engine", "recipe_types", "mergekit", "recipe",
     "card", "models", "data", "persample", "snapshot", "mover", "tune", "evals", "measure",
-    "learned", "diagnose", "report", "page", "run", "patching", "lowrank", "finetune", "tasks", "regions",
+    "learned", "diagnose", "report", "page", "outputs",
+    "parts", "planning", "record", "telling", "run", "patching", "lowrank", "finetune", "tasks", "regions",
     "analyze", "suites", "workshop", "demo_tasks", "demo_edits", "demo", "cli", "__main__",
 ]  # fmt: skip
 """The way of a tensor, top to bottom."""
