@@ -79,7 +79,7 @@ $(BIN)/python:
 	@$(PYTHON) -m venv $(VENV) || { rm -f $@; \
 		echo "could not make $(VENV); on Debian and Ubuntu: apt install python3-venv" >&2; exit 1; }
 
-$(STAMPS)/test: EXTRAS := models,finetune,data,tensorboard,gguf,analysis,report,test,oracle
+$(STAMPS)/test: EXTRAS := models,finetune,data,images,tensorboard,gguf,analysis,report,test,oracle
 $(STAMPS)/check: EXTRAS := models,report,check
 $(STAMPS)/bench: EXTRAS := models,oracle
 $(STAMPS)/demo: EXTRAS := demo,analysis,report

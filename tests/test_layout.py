@@ -22,7 +22,7 @@ ORDER = [
     "vocabulary", "chat", "embeddings", "adapters", "ggufs", "opening", "forms", "writer",
     "stream", "vector", "profile", "select", "stats", "importance", "mask", "graft", "patchfile",
     "patch", "gather", "analysis", "merges", "engine", "recipe_types", "mergekit", "recipe",
-    "card", "models", "data", "persample", "snapshot", "mover", "tune", "evals", "measure",
+    "card", "models", "data", "images", "persample", "snapshot", "mover", "tune", "evals", "measure",
     "learned", "report", "page", "run", "patching", "lowrank", "regions", "analyze", "finetune",
     "demo_tasks", "demo", "cli", "__main__",
 ]  # fmt: skip
@@ -44,11 +44,12 @@ PLACES = {
     "scipy": {"analysis"},
     "sklearn": {"analysis"},
     "mergekit": set(),
+    "PIL": {"images"},
     "pickle": set(),
 }
 """Where a tool may be imported; others import it nowhere."""
 TORCH = {
-    "checkpoint", "models", "data", "persample", "snapshot", "mover", "tune", "evals", "finetune", "demo", "lowrank", "measure", "learned",
+    "checkpoint", "models", "data", "images", "persample", "snapshot", "mover", "tune", "evals", "finetune", "demo", "lowrank", "measure", "learned",
 }  # fmt: skip
 """Where torch may be imported, and in ``checkpoint`` only when a torch tensor is asked for."""
 TORCH_LATE = {"checkpoint.py", "merges/spectral.py"}

@@ -11,12 +11,15 @@ from typing import Any
 import torch
 
 from suture.checkpoint import Checkpoint, open_checkpoint, refuse_uncomputable
+from suture.data import Dataset
 from suture.errors import CheckpointError, OutputError, Problems, RecipeError
-from suture.finetune.recipe import Finetune, read_finetune
+from suture.finetune.image_rows import image_rows, look_of
+from suture.finetune.recipe import IMAGES, Finetune, read_finetune
 from suture.finetune.rows import Rows, classification_rows, language_rows
 from suture.finetune.strategies import MASKS
+from suture.images import Images
 from suture.mask import Mask
-from suture.models import load_tokenizer
+from suture.models import load_tokenizer, reads_images
 from suture.run import Options as PlaceOptions
 from suture.run import _check_place
 from suture.spec import readable
@@ -84,22 +87,35 @@ def plan_finetune(
         problems.add(RecipeError, "training.patience: needs validation rows")
     if task == "language-model" and found.head != "probe":
         problems.add(RecipeError, "head: a language model has its own; leave it out")
+    if task == IMAGES and found.head == "zero-shot":
+        problems.add(RecipeError, "head: zero-shot reads texts, the base images; take the probe")
     rows = tokenizer = None
     with problems.collecting():
-        tokenizer = load_tokenizer(base.folder)
-        longest = _longest(base, tokenizer)
-        if found.data.max_length > longest:
-            raise RecipeError(
-                f"data.max_length: the base reads at most {longest} tokens, "
-                f"not {found.data.max_length}"
-            )
-        read = classification_rows if task == "classification" else language_rows
-        rows = read(found.data, tokenizer, longest, found.training.seed)
+        rows, tokenizer = _rows(found, base, task)
     _check_mask(found, problems)
     _check_room(out, base, problems)
     problems.raise_if_any()
     assert rows is not None
     return Plan(found, base, task, tokenizer, rows, out, device, options)
+
+
+def _rows(recipe: Finetune, base: Checkpoint, task: str) -> tuple[Rows, Any]:
+    """The rows of a recipe, and the tokenizer of a base that reads texts."""
+    data, seed, images = recipe.data, recipe.training.seed, reads_images(base.config)
+    if images != (task == IMAGES):
+        kind = "images" if images else "texts"
+        raise RecipeError(f"task: the base reads {kind}, so {task} is not for it; leave it out")
+    if images:
+        look, notes = look_of(base, data.size)
+        return image_rows(data, look, seed)._replace(notes=notes), None
+    tokenizer = load_tokenizer(base.folder)
+    longest = _longest(base, tokenizer)
+    if data.max_length > longest:
+        raise RecipeError(
+            f"data.max_length: the base reads at most {longest} tokens, not {data.max_length}"
+        )
+    read = classification_rows if task == "classification" else language_rows
+    return read(data, tokenizer, longest, seed), tokenizer
 
 
 def _base(recipe: Finetune) -> Checkpoint:
@@ -113,6 +129,8 @@ def _base(recipe: Finetune) -> Checkpoint:
 
 
 def _task(base: Checkpoint) -> str:
+    if reads_images(base.config):
+        return IMAGES
     names = base.config.get("architectures") or [""]
     causal = any(word in names[0] for word in ("ForCausalLM", "LMHeadModel"))
     return "language-model" if causal else "classification"
@@ -159,6 +177,13 @@ def _check_room(out: Path, base: Checkpoint, problems: Problems) -> None:
         )
 
 
+def _extent(data: Dataset) -> dict[str, Any]:
+    """How large rows are: tokens, or pixels."""
+    if isinstance(data, Images):
+        return {"pixels": list(data.look.size)}
+    return {"tokens": sum(map(len, data.ids)), "longest": max(map(len, data.ids))}
+
+
 def describe(plan: Plan) -> dict[str, Any]:
     """What a plan will do, as plain data."""
     rows = plan.rows
@@ -168,8 +193,7 @@ def describe(plan: Plan) -> dict[str, Any]:
         "base": plan.base.label,
         "task": plan.task,
         "rows": {"train": len(rows.train), "validation": len(rows.validation)},
-        "tokens": sum(map(len, rows.train.ids)),
-        "longest": max(map(len, rows.train.ids)),
+        **_extent(rows.train),
         "labels": list(rows.labels),
         "steps": plan.steps,
         "device": plan.device,

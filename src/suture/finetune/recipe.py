@@ -16,7 +16,8 @@ from suture.spec import WORD_OF, dtype_named
 from suture.tune import TuneSettings
 
 KEYS = ("base", "strategy", "parameters", "task", "data", "head", "training", "output", "device")
-TASKS = ("classification", "language-model")
+IMAGES = "image-classification"
+TASKS = ("classification", IMAGES, "language-model")
 HEADS = ("probe", "zero-shot", "learned")
 TOO_LONG = ("error", "cut", "drop")
 
@@ -45,6 +46,9 @@ class DataSpec:
     prompt: str = "prompt"
     response: str = "response"
     messages: str = "messages"
+    image: str = "image"
+    size: int = 0
+    """Pixels that images are scaled to, in both directions; 0 for what the base was made for."""
     format: str = ""
     """text, prompt or chat; found out from the columns unless given."""
     labels: tuple[str, ...] = ()
@@ -234,7 +238,7 @@ class _Reader:
     def columns(self, raw: Mapping[str, Any]) -> dict[str, Any]:
         """What the columns are called and what stands in them."""
         given: dict[str, Any] = {}
-        for key in ("text", "label", "prompt", "response", "messages"):
+        for key in ("text", "label", "prompt", "response", "messages", "image"):
             if key in raw and not isinstance(raw[key], str):
                 self.refuse(f"data.{key}: the name of a column, not {brief(raw[key])}")
             elif key in raw:
@@ -251,7 +255,7 @@ class _Reader:
     def limits(self, raw: Mapping[str, Any]) -> dict[str, Any]:
         """How much of the rows is used."""
         given: dict[str, Any] = {}
-        for key in ("max_length", "limit"):
+        for key in ("max_length", "limit", "size"):
             value = raw.get(key, 0)
             if isinstance(value, bool) or not isinstance(value, int) or value < 0:
                 self.refuse(f"data.{key}: a whole number, not {brief(value)}")
@@ -281,14 +285,15 @@ class _Reader:
         raw = {"path": value} if isinstance(value, str) else value
         if not isinstance(raw, Mapping) or not isinstance(raw.get("path"), str) or not raw["path"]:
             self.refuse(
-                f"{where}: a file (.jsonl, .csv, .parquet) or a data set of the hub, "
+                f"{where}: a file (.jsonl, .csv, .parquet; of images also .npz or a folder) or a "
+                f"data set of the hub, "
                 f"not {brief(value)}"
             )
             return None
         refuse_unknown(raw, ("path", "split", "config", "revision"), f"{where}: ", self.problems)
         path = str(raw["path"])
         local = folder / path
-        if local.is_file():
+        if local.exists():
             return Source(str(local))
         looks = (
             path.count("/") == 1 and not path.startswith((".", "/", "~")) and not Path(path).suffix

@@ -18,6 +18,7 @@ from suture.errors import CheckpointError, OutputError, Problems
 from suture.evals import EVALS, Metric
 from suture.finetune.base import Job, Say, Tuned, backbone_of
 from suture.finetune.heads import make_head
+from suture.finetune.load import encoder_of
 from suture.finetune.outcome import FinetuneReport, provenance, report_of, report_rows
 from suture.finetune.output import publish, write_beside, write_weights
 from suture.finetune.packed import Place, unpack
@@ -26,7 +27,7 @@ from suture.finetune.work import workshop
 from suture.models import (
     Classifier,
     Head,
-    load_encoder,
+    file_names,
     load_language_model,
     recompute_activations,
 )
@@ -91,7 +92,7 @@ def _model(plan: Plan) -> tuple[nn.Module, Head | None]:
         ).model
         head, backbone = None, model.backbone
     else:
-        encoder = load_encoder(folder, device=plan.device, dtype=torch.float32).model
+        encoder = encoder_of(plan.base.config, folder, plan.device)
         head = make_head(
             recipe.head, encoder, plan.tokenizer, plan.rows.train, plan.rows.labels,
             recipe.data.label_texts, folder=recipe.folder, device=plan.device,
@@ -110,6 +111,7 @@ def _job(
     recipe = plan.recipe
     body = "backbone." if plan.task == "language-model" else "encoder.backbone."
     backbone = backbone_of(model, body)
+    stored = file_names(backbone)
     apart = unpack(backbone) if recipe.strategy.sparse else {}
     score = _score(plan)
 
@@ -126,14 +128,23 @@ def _job(
     calibration = plan.rows.validation if len(plan.rows.validation) else plan.rows.train
     return Job(
         model, body, plan.rows.train, calibration, loss, recipe.training, plan.device, plan.base,
-        fingerprint, places_of(model, body, apart, plan.base), run, work, say, recipe.folder,
+        fingerprint, places_of(model, body, stored, apart, plan.base), run, work, say,
+        recipe.folder,
     )  # fmt: skip
 
 
 def places_of(
-    model: nn.Module, body: str, apart: Mapping[str, Place], base: Checkpoint
-) -> dict[str, Place]:
+    model: nn.Module, body: str, stored: Mapping[str, str], apart: Mapping[str, Place],
+    base: Checkpoint,
+) -> dict[str, Place]:  # fmt: skip
     """Where each parameter of the body stands in the base's files, checked by its values.
+
+    Args:
+        model: the model.
+        body: the prefix of its pretrained part.
+        stored: names in files of the parameters of that part, before packed ones were split.
+        apart: what was split from packed ones.
+        base: the files.
 
     Raises:
         CheckpointError: a matrix stands nowhere: the loader has renamed or recombined tensors.
@@ -143,8 +154,8 @@ def places_of(
     found, lost = {}, []
     for name, parameter in backbone.named_parameters():
         place = apart.get(name, Place(name))
-        names = [place.name, f"{prefix}.{place.name}", place.name.removeprefix(f"{prefix}.")]
-        for candidate in names:
+        own = stored.get(place.name, place.name)
+        for candidate in (own, f"{prefix}.{own}", own.removeprefix(f"{prefix}."), place.name):
             if candidate not in base.specs:
                 continue
             there = place._replace(name=candidate)
