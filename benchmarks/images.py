@@ -26,6 +26,7 @@ import numpy as np
 import torch
 
 from suture.finetune import finetune
+from suture.models import file_names
 
 HERE = Path(__file__).parent
 RATES = {"full": 1e-5, "talos": 3e-4, "masked": 3e-4, "lora": 3e-4, "lota": 1e-4}
@@ -67,17 +68,10 @@ def dinov2(out: Path) -> Path:
     model = Dinov2Model(Dinov2Config(
         hidden_size=384, num_hidden_layers=12, num_attention_heads=6, image_size=518, patch_size=14,
     ))  # fmt: skip
-    words = {"attention.attention.query": "attention.q_proj", "attention.attention.key": "attention.k_proj",
-             "attention.attention.value": "attention.v_proj", "attention.output.dense": "attention.o_proj"}  # fmt: skip
-    own = model.state_dict()
-    renamed = {}
-    for name, value in found.items():
-        new = name
-        if name not in own:  # transformers 5 has other names
-            for old, word in words.items():
-                new = new.replace(old, word)
-        renamed[new] = torch.tensor(np.ascontiguousarray(value))
-    model.load_state_dict(renamed)
+    own = {file: name for name, file in file_names(model).items()}  # transformers 5 renames some
+    model.load_state_dict(
+        {own.get(n, n): torch.tensor(np.ascontiguousarray(v)) for n, v in found.items()}
+    )
     model.save_pretrained(out)
     how = {"image_mean": [0.485, 0.456, 0.406], "image_std": [0.229, 0.224, 0.225]}
     (out / "preprocessor_config.json").write_text(json.dumps(how))

@@ -25,6 +25,7 @@ from suture.models import Head, save_head
 from suture.spec import DTYPES
 from suture.writer import _sync_folder, index_of, plan_shards
 
+PATCH = "tuned.patch.safetensors"
 TORCH = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 
 
@@ -96,10 +97,12 @@ def write_beside(
 ) -> None:
     """Write configuration, tokenizer, head, card and provenance."""
     try:
-        for file, path in carried_files([base]).items():
-            shutil.copyfile(path, folder / file)
-        texts = {
-            "config.json": config_text(base.config, recipe.dtype),
+        texts = {}
+        if recipe.form != "patch":  # the patched base has these of its own
+            for file, path in carried_files([base]).items():
+                shutil.copyfile(path, folder / file)
+            texts["config.json"] = config_text(base.config, recipe.dtype)
+        texts |= {
             "suture.json": json.dumps(record, indent=2, ensure_ascii=False) + "\n",
             "README.md": card(base, recipe, record, name),
         }
@@ -162,6 +165,11 @@ def card(base: Checkpoint, recipe: Finetune, record: Mapping[str, Any], name: st
             "**These weights are those of a linearized model.** They are the base plus a "
             "direction; evaluate them to first order around the base "
             "(`suture.finetune.load_tuned`), not as an ordinary model.\n"
+        )
+    if recipe.form != "model":
+        lines.append(
+            f"`{PATCH}` makes this model of its base, bit for bit:\n\n```text\n"
+            f"suture patch apply BASE {name}/{PATCH} -o OUT\n```\n"
         )
     lines += [
         "## Result\n",

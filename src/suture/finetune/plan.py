@@ -13,16 +13,16 @@ import torch
 from suture.checkpoint import Checkpoint, open_checkpoint, refuse_uncomputable
 from suture.data import Dataset
 from suture.errors import CheckpointError, OutputError, Problems, RecipeError
+from suture.finetune.base import given_mask
 from suture.finetune.image_rows import image_rows, look_of
 from suture.finetune.recipe import IMAGES, Finetune, read_finetune
 from suture.finetune.rows import Rows, classification_rows, language_rows
 from suture.finetune.strategies import MASKS
 from suture.images import Images
-from suture.mask import Mask
 from suture.models import load_tokenizer, reads_images
 from suture.run import Options as PlaceOptions
 from suture.run import _check_place
-from suture.spec import readable
+from suture.spec import DTYPES, readable
 
 
 @dataclass(frozen=True)
@@ -93,6 +93,7 @@ def plan_finetune(
     with problems.collecting():
         rows, tokenizer = _rows(found, base, task)
     _check_mask(found, problems)
+    _check_form(found, base, problems)
     _check_room(out, base, problems)
     problems.raise_if_any()
     assert rows is not None
@@ -163,7 +164,21 @@ def _check_mask(recipe: Finetune, problems: Problems) -> None:
             path = recipe.folder / mask
             if not path.is_file():
                 raise RecipeError(f"parameters.mask: no file {path}, nor one of {', '.join(MASKS)}")
-            Mask.load(path)
+            given_mask(path)
+
+
+def _check_form(recipe: Finetune, base: Checkpoint, problems: Problems) -> None:
+    if recipe.form == "model":
+        return
+    if recipe.strategy.name == "linearized":
+        problems.add(RecipeError, "output.form: a linearized model is no patch of its base")
+    held = {spec.dtype for spec in base.specs.values() if DTYPES[spec.dtype].computable}
+    if recipe.dtype is not None and held != {recipe.dtype}:
+        problems.add(
+            RecipeError,
+            f"output.dtype: a patch has the dtypes of its base ({', '.join(sorted(held))}); "
+            "leave it out",
+        )
 
 
 def _check_room(out: Path, base: Checkpoint, problems: Problems) -> None:

@@ -19,6 +19,7 @@ KEYS = ("base", "strategy", "parameters", "task", "data", "head", "training", "o
 IMAGES = "image-classification"
 TASKS = ("classification", IMAGES, "language-model")
 HEADS = ("probe", "zero-shot", "learned")
+FORMS = ("model", "patch", "both")
 TOO_LONG = ("error", "cut", "drop")
 
 
@@ -79,6 +80,8 @@ class Finetune:
     """Whether activations are computed anew in the backward pass, to save memory."""
     dtype: str | None = None
     """The dtype of the output; ``None`` keeps that of the base."""
+    form: str = "model"
+    """What is written: the whole model, a patch of the base, or both."""
     device: str = "auto"
     folder: Path = field(default_factory=Path)
 
@@ -98,7 +101,10 @@ class Finetune:
             "data": {"train": train, "validation": validation or share, **data},
             "head": self.head,
             "training": {**asdict(self.training), "recompute": self.recompute},
-            "output": {"dtype": None if self.dtype is None else WORD_OF[self.dtype]},
+            "output": {
+                "dtype": None if self.dtype is None else WORD_OF[self.dtype],
+                "form": self.form,
+            },
             "device": self.device,
         }
 
@@ -161,7 +167,7 @@ class _Reader:
             found = strategy(name)
             found.settings(parameters, self.problems)
         training, recompute = self.training()
-        dtype = self.dtype()
+        dtype, form = self.output()
         task = self.word("task", TASKS, None)
         head = self.raw.get("head", "probe")
         if not isinstance(head, str) or not head:
@@ -175,7 +181,7 @@ class _Reader:
         if self.problems or found is None or data is None:
             return None
         return Finetune(str(base), found, data, parameters, task, str(head), training, recompute,
-                        dtype, str(device), folder)  # fmt: skip
+                        dtype, form, str(device), folder)  # fmt: skip
 
     def training(self) -> tuple[TuneSettings, bool]:
         raw = section(self.raw, "training", self.problems)
@@ -212,12 +218,16 @@ class _Reader:
                     TuneSettings(**{key: value})
         return (default if self.problems else TuneSettings(**fine)), bool(recompute)
 
-    def dtype(self) -> str | None:
+    def output(self) -> tuple[str | None, str]:
         raw = section(self.raw, "output", self.problems)
-        refuse_unknown(raw, ("dtype",), "output: ", self.problems)
+        refuse_unknown(raw, ("dtype", "form"), "output: ", self.problems)
+        form, dtype = raw.get("form") or "model", None
+        if form not in FORMS:
+            hint = did_you_mean(str(form), FORMS)
+            self.refuse(f"output.form: {brief(form)} is not known; {hint}")
         with self.problems.collecting():
-            return None if raw.get("dtype") is None else dtype_named(str(raw["dtype"]))
-        return None
+            dtype = None if raw.get("dtype") is None else dtype_named(str(raw["dtype"]))
+        return dtype, str(form)
 
     def data(self, folder: Path) -> DataSpec | None:
         raw = section(self.raw, "data", self.problems)

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from suture.checkpoint import Checkpoint
+from suture.checkpoint import Checkpoint, open_checkpoint
 from suture.engine import checkpoint_fingerprint
 from suture.errors import CheckpointError, OutputError, Problems
 from suture.evals import EVALS, Metric
@@ -20,7 +20,7 @@ from suture.finetune.base import Job, Say, Tuned, backbone_of
 from suture.finetune.heads import make_head
 from suture.finetune.load import encoder_of
 from suture.finetune.outcome import FinetuneReport, provenance, report_of, report_rows
-from suture.finetune.output import publish, write_beside, write_weights
+from suture.finetune.output import PATCH, publish, write_beside, write_weights
 from suture.finetune.packed import Place, unpack
 from suture.finetune.plan import Options, Plan, describe, plan_finetune
 from suture.finetune.work import workshop
@@ -32,6 +32,7 @@ from suture.models import (
     recompute_activations,
 )
 from suture.mover import Mover, classification, next_token
+from suture.patching import make_patch
 from suture.spec import listed
 from suture.tune import Progress, TuneResult, TuneSettings, tune
 
@@ -196,10 +197,10 @@ def _score(plan: Plan) -> Callable[[nn.Module], float] | None:
 def _written(
     plan: Plan, job: Job, tuned: Tuned, head: Head | None, report: FinetuneReport, work: Path
 ) -> FinetuneReport:
-    folder = work / "model"
+    folder = work / "output" / plan.out.name
     shutil.rmtree(folder, ignore_errors=True)
-    folder.mkdir()
-    trained = _moved(job)
+    folder.mkdir(parents=True)
+    trained, form = _moved(job), plan.recipe.form
     try:
         fingerprint = write_weights(plan.base, trained, job.places, plan.recipe.dtype, folder)
         if tuned.masks is not None:
@@ -209,6 +210,12 @@ def _written(
             tuned.save(folder)
     except OSError as error:
         raise OutputError(f"{folder}: {error.strerror or error}; the training is kept") from error
+    if form != "model":
+        whole = open_checkpoint(folder)
+        make_patch(plan.base, whole, folder / PATCH)
+        if form == "patch":
+            for file in (*whole.files, folder / "model.safetensors.index.json"):
+                file.unlink(missing_ok=True)
     report = replace(report, fingerprint=fingerprint)
     record = provenance(plan, job, tuned, report)
     write_beside(plan.base, plan.recipe, record, head, folder, plan.out.name)

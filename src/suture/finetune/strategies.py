@@ -21,6 +21,7 @@ from suture.finetune.base import (
     Tuned,
     Words,
     entries,
+    given_mask,
     ones,
 )
 from suture.finetune.calibrate import (
@@ -33,7 +34,6 @@ from suture.finetune.calibrate import (
 )
 from suture.finetune.compact import Compact
 from suture.forms import LINEARIZED
-from suture.mask import Mask
 from suture.merges.base import Choice
 from suture.mover import Mover
 from suture.roles import role_of
@@ -240,13 +240,15 @@ MASKS = ("dense", "random", "least-sensitive", "most-sensitive")
 
 
 def masked(
-    mask: Annotated[str, Text("a mask file, or dense, random, least-sensitive, most-sensitive")],
+    mask: Annotated[
+        str, Text("a mask or patch file, or dense, random, least-sensitive, most-sensitive")
+    ],
     density: Share = 0.1,
     only: Annotated[Words, Roles("roles that are trained; none given: all")] = (),
     rows: Rows = 256,
     seed: Seed = 0,
 ) -> Way:
-    """Train the entries of a given mask: one that was saved, or one of the controls by name.
+    """Train the entries of a given mask: a saved one, those of a patch, or a control by name.
 
     ``random`` and the one-shot rankings choose the same number of entries as TaLoS of this density;
     ``dense`` takes all entries of the roles that ``only`` names.
@@ -267,7 +269,7 @@ def masked(
             path = job.folder / mask
             if not path.is_file():
                 raise RecipeError(f"parameters.mask: no file {path}; {did_you_mean(mask, MASKS)}")
-            return job.masks_of(Mask.load(path), str(path))
+            return job.masks_of(given_mask(path), str(path))
         known = dict(job.model.named_parameters())
         names = _trainable(job, prunable(job.model))
         budget = _budget(density, {n: known[n] for n in names})
