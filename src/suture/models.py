@@ -120,11 +120,37 @@ class LanguageModel(nn.Module):
     def __init__(self, backbone: nn.Module) -> None:
         super().__init__()
         self.backbone = backbone
+        self._plain: bool | None = None
 
     def forward(self, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
         """Logits ``(batch, length, vocabulary)`` of token ids ``(batch, length)``."""
         logits: Tensor = self.backbone(input_ids=input_ids, attention_mask=attention_mask).logits
         return logits
+
+    def hidden(self, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
+        """What the read-out reads: the last hidden states ``(batch, length, dim)``."""
+        body: Any = self.backbone.base_model
+        states: Tensor = body(input_ids=input_ids, attention_mask=attention_mask).last_hidden_state
+        return states
+
+    def read_out(self) -> nn.Linear | None:
+        """The matrix that turns hidden states into logits, if nothing else does.
+
+        Some models scale or cap their logits; whether this one does is seen by trying, once.
+        """
+        if self._plain is None:
+            head: Any = getattr(self.backbone, "get_output_embeddings", lambda: None)()
+            body = getattr(self.backbone, "base_model", self.backbone)
+            self._plain = type(head) is nn.Linear and body is not self.backbone
+            if self._plain:
+                ids = torch.tensor([[0, 1, 2]], device=head.weight.device) % len(head.weight)
+                device = head.weight.device.type
+                with evaluating(self), torch.no_grad(), torch.autocast(device, enabled=False):
+                    whole = LanguageModel.forward(self, ids, torch.ones_like(ids))
+                    parts = head(self.hidden(ids, torch.ones_like(ids)))
+                self._plain = bool(torch.allclose(whole, parts, rtol=1e-4, atol=1e-5))
+        found: Any = self.backbone.get_output_embeddings() if self._plain else None  # type: ignore[operator]
+        return found
 
 
 @dataclass(frozen=True, eq=False)
