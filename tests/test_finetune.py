@@ -20,10 +20,11 @@ import numpy as np
 import pytest
 import torch
 import yaml
+from safetensors import SafetensorError
 
 import suture
 import tiny_model
-from suture import snapshot
+from suture import models, snapshot
 from suture.errors import (
     MismatchError,
     MissingExtraError,
@@ -282,11 +283,7 @@ def test_a_killed_run_ends_as_one_that_was_not(
     dice = random.Random(name)
     phases = ["dense", "train"] if name == "lota" else ["train"]
     steps = range(1, expected.steps + 1)
-    stops = [
-        [phase, step]
-        for phase in phases
-        for step in sorted(dice.sample(steps, kills))
-    ]
+    stops = [[phase, step] for phase in phases for step in sorted(dice.sample(steps, kills))]
     done = child(what, tmp_path / "out", [*stops, None])
     assert done.returncode == 0, done.stderr
     assert done.stdout.split(" ", 1)[0] == expected.fingerprint
@@ -339,6 +336,31 @@ def test_a_full_disk_keeps_the_last_checkpoint(
     monkeypatch.undo()
     assert finetune(what, tmp_path / "out").fingerprint == expected.fingerprint
     assert not work.exists()
+
+
+def test_a_disk_that_is_full_at_once_says_that_nothing_is_kept(
+    shop: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The first checkpoint, the head and the room that is known to be missing."""
+
+    def full(*_: Any) -> None:
+        raise SafetensorError("I/O error: No space left on device")
+
+    monkeypatch.setattr(snapshot, "save_file", full)
+    with pytest.raises(OutputError, match="No space left.*it was the first"):
+        finetune(recipe(shop), tmp_path / "out")
+    monkeypatch.undo()
+    assert not list(tmp_path.iterdir())
+
+    monkeypatch.setattr(models, "save_file", full)
+    with pytest.raises(OutputError, match="No space left.*the training is kept"):
+        finetune(recipe(shop), tmp_path / "out")
+    assert (tmp_path / ".out.finetune" / "train.safetensors").is_file()
+    monkeypatch.undo()
+    little = types.SimpleNamespace(free=60_000)
+    monkeypatch.setattr("suture.finetune.plan.shutil.disk_usage", lambda _: little)
+    assert "need about" in problems_of(recipe(shop), tmp_path / "x")[0]
+    assert plan_finetune(recipe(shop, "talos"), tmp_path / "x").steps == 12
 
 
 def test_a_loss_that_is_not_finite_keeps_the_last_checkpoint(
@@ -521,11 +543,11 @@ def test_all_problems_of_a_recipe_at_once(shop: Path, tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("data", "words"),
     [
-        ({"label": "lable"}, "no column 'lable'; did you mean 'label'"),
-        ({"text": "body"}, "no column 'body'"),
+        ({"label": "lable"}, "no row has a column 'lable'; did you mean 'label'"),
+        ({"text": "body"}, "no row has a column 'body'"),
         (
             {"labels": ["colour", "skies"]},
-            "the label 'sky' is not among data.labels; known: colour, skies",
+            "(and 23 more rows): the label 'sky' is not among data.labels; known: colour, skies",
         ),
         ({"max_length": 2}, "tokens, but max_length is 2"),
         ({"max_length": 99}, "reads at most 32 tokens"),
@@ -539,6 +561,21 @@ def test_rows_that_do_not_fit_are_told_before_training(
     """Unknown column, label out of range, too long, an empty side: place, cause and remedy."""
     found = problems_of(recipe(shop, data={**recipe(shop)["data"], **data}), tmp_path / "out")
     assert any(words in text for text in found), found
+
+
+def test_a_head_that_does_not_fit_is_told_before_training(shop: Path, tmp_path: Path) -> None:
+    """Other labels and another width, both at once."""
+    save_head(Head(("colour", "moon"), torch.zeros(2, 8), torch.zeros(2)), tmp_path / "head")
+    found = problems_of(recipe(shop, head=str(tmp_path / "head")), tmp_path / "x")
+    assert "is for the labels colour, moon; the rows have colour, sky" in found[0]
+    assert "reads 8 numbers, the base gives 16" in found[1]
+
+
+def test_a_row_of_too_many_cells_is_told(shop: Path, tmp_path: Path) -> None:
+    """A text with a comma and no quotes: the line, and what to do."""
+    (tmp_path / "rows.csv").write_text("text,label\nred, blue,colour\nsun,sky\n")
+    found = problems_of(recipe(shop, data={"train": str(tmp_path / "rows.csv")}), tmp_path / "x")
+    assert "line 2: has more cells than the first line has columns (text, label)" in found[0]
 
 
 def test_long_rows_are_cut_or_left_out_if_asked(shop: Path, tmp_path: Path) -> None:

@@ -252,6 +252,11 @@ def _csv(path: Path) -> Iterator[tuple[int, Mapping[str, object]]]:
     with path.open(encoding="utf-8-sig", newline="") as lines:
         reader = csv.DictReader(lines)
         for record in reader:
+            if None in record:  # cells that the first line has no name for
+                raise RecipeError(
+                    f"{path}, line {reader.line_num}: has more cells than the first line has "
+                    f"columns ({', '.join(reader.fieldnames or ())}); texts with commas need quotes"
+                )
             yield reader.line_num, record
 
 

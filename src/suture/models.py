@@ -149,7 +149,8 @@ class LanguageModel(nn.Module):
                     whole = LanguageModel.forward(self, ids, torch.ones_like(ids))
                     parts = head(self.hidden(ids, torch.ones_like(ids)))
                 self._plain = bool(torch.allclose(whole, parts, rtol=1e-4, atol=1e-5))
-        found: Any = self.backbone.get_output_embeddings() if self._plain else None  # type: ignore[operator]
+        backbone: Any = self.backbone
+        found: nn.Linear | None = backbone.get_output_embeddings() if self._plain else None
         return found
 
 
@@ -323,6 +324,9 @@ def recompute_activations(backbone: nn.Module) -> None:
             raise ValueError("it has no such switch")
     except ValueError as error:
         raise RecipeError(f"activations cannot be computed anew in this model: {error}") from error
+    config: Any = getattr(backbone, "config", None)
+    if hasattr(config, "use_cache"):
+        config.use_cache = False  # transformers would switch it off with a notice
 
 
 # -- folders ---------------------------------------------------------------------------------------

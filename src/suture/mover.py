@@ -38,8 +38,8 @@ def next_token(model: nn.Module, batch: Batch) -> Tensor:
     if head is not None and torch.is_grad_enabled():
         assert isinstance(model, LanguageModel)
         states = model.hidden(ids, batch.attention_mask)[:, :-1][counts]
-        fused: Tensor = ReadOutLoss.apply(states, head.weight, head.bias, ids[:, 1:][counts])
-        return fused
+        apply: Callable[..., Tensor] = ReadOutLoss.apply
+        return apply(states, head.weight, head.bias, ids[:, 1:][counts])
     logits = model(ids, batch.attention_mask)[:, :-1]
     targets = ids[:, 1:].masked_fill(~counts, -100)
     return F.cross_entropy(logits.float().flatten(0, 1), targets.flatten())

@@ -10,7 +10,7 @@ from suture.checkpoint import Checkpoint, read_json
 from suture.data import cell
 from suture.errors import Problems, RecipeError, did_you_mean
 from suture.finetune.recipe import DataSpec, Source
-from suture.finetune.rows import Rows, held_out, numbered, records_of
+from suture.finetune.rows import Rows, held_out, need_columns, numbered, records_of
 from suture.images import (
     Image,
     Images,
@@ -116,8 +116,9 @@ def labelled(source: Source, spec: DataSpec) -> list[Labelled]:
         return array_images(path, spec.image, spec.label)
     if not source.split and is_idx(path):
         return idx_images(path)
-    problems, found = Problems(), []
-    for where, record in records_of(source, encoded=spec.image):
+    problems, found, records = Problems(), [], records_of(source, encoded=spec.image)
+    need_columns([records], (spec.image, spec.label), problems)
+    for where, record in records:
         with problems.collecting():
             image = _image(record, spec.image, where, None if source.split else path.parent)
             found.append((where, image, cell(record, spec.label, where)))

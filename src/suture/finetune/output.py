@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 import torch
 import yaml
+from safetensors import SafetensorError
 from torch import Tensor
 
 from suture.card import carried_files, config_text, licence_of, model_name
@@ -110,7 +111,7 @@ def write_beside(
             (folder / file).write_text(text, encoding="utf-8")
         if head is not None:
             save_head(head, folder / "head.safetensors")
-    except OSError as error:
+    except (OSError, SafetensorError) as error:
         raise _full(folder, error) from error
 
 
@@ -135,10 +136,10 @@ def publish(folder: Path, out: Path, *, overwrite: bool) -> None:
         raise _full(out, error) from error
 
 
-def _full(folder: Path, error: OSError) -> OutputError:
+def _full(folder: Path, error: OSError | SafetensorError) -> OutputError:
+    why = getattr(error, "strerror", None) or error
     return OutputError(
-        f"{folder}: {error.strerror or error}; the training is kept, and the same command goes on "
-        "from it"
+        f"{folder}: {why}; the training is kept, and the same command goes on from it"
     )
 
 

@@ -14,8 +14,9 @@ from suture.checkpoint import Checkpoint, open_checkpoint, refuse_uncomputable
 from suture.data import Dataset
 from suture.errors import CheckpointError, OutputError, Problems, RecipeError
 from suture.finetune.base import given_mask
+from suture.finetune.heads import saved_head
 from suture.finetune.image_rows import image_rows, look_of
-from suture.finetune.recipe import IMAGES, Finetune, read_finetune
+from suture.finetune.recipe import HEADS, IMAGES, Finetune, read_finetune
 from suture.finetune.rows import Rows, classification_rows, language_rows
 from suture.finetune.strategies import MASKS
 from suture.images import Images
@@ -92,12 +93,17 @@ def plan_finetune(
     rows = tokenizer = None
     with problems.collecting():
         rows, tokenizer = _rows(found, base, task)
+    if rows is not None and task != "language-model" and found.head not in HEADS:
+        with problems.collecting():
+            saved_head(found.head, found.folder, rows.labels, base.config.get("hidden_size"))
     _check_mask(found, problems)
     _check_form(found, base, problems)
-    _check_room(out, base, problems)
     problems.raise_if_any()
     assert rows is not None
-    return Plan(found, base, task, tokenizer, rows, out, device, options)
+    plan = Plan(found, base, task, tokenizer, rows, out, device, options)
+    _check_room(plan, problems)
+    problems.raise_if_any()
+    return plan
 
 
 def _rows(recipe: Finetune, base: Checkpoint, task: str) -> tuple[Rows, Any]:
@@ -181,14 +187,22 @@ def _check_form(recipe: Finetune, base: Checkpoint, problems: Problems) -> None:
         )
 
 
-def _check_room(out: Path, base: Checkpoint, problems: Problems) -> None:
-    parent = out.resolve().parent
+def _check_room(plan: Plan, problems: Problems) -> None:
+    """Whether there is room for the output, and for a checkpoint while the next one is written."""
+    parent = plan.out.resolve().parent
     while not parent.exists():
         parent = parent.parent
-    needed, free = base.nbytes * 2, shutil.disk_usage(parent).free
+    name, parameters = plan.recipe.strategy.name, plan.recipe.resolved()["parameters"]
+    share = float(parameters["density"]) if name in ("talos", "masked") else 1.0
+    share = 0.02 if "lora" in name else share
+    copies = 2 if plan.steps > plan.recipe.training.save_every else 1
+    state = int(12 * plan.base.numel * share)  # values and two moments, in float32
+    needed, free = plan.base.nbytes + copies * state, shutil.disk_usage(parent).free
     if needed > free:
         problems.add(
-            OutputError, f"{out}: needs about {readable(needed)} of disk, {readable(free)} are free"
+            OutputError,
+            f"{plan.out}: output and checkpoints need about {readable(needed)} of disk, "
+            f"{readable(free)} are free",
         )
 
 

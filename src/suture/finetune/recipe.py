@@ -210,7 +210,8 @@ class _Reader:
             if right:
                 fine[key] = type(like)(value)
             else:
-                kind = "a word" if isinstance(like, str) else "a number"
+                kind = "a number" if isinstance(like, float) else "a whole number"
+                kind = "a word" if isinstance(like, str) else kind
                 self.refuse(f"training.{key}: {kind}, not {brief(value)}")
         with self.problems.collecting():
             for key, value in fine.items():

@@ -68,13 +68,30 @@ def records_of(source: Source, *, encoded: str = "") -> list[Record]:
 
 
 def split_records(spec: DataSpec, seed: int) -> tuple[list[Record], list[Record]]:
-    """Training and validation rows; a share is held out by a hash of each row, not by its place."""
+    """Training and validation rows; a share is held out by a hash of each row, not by its place.
+
+    Raises:
+        RecipeError: they cannot be read, or a side is empty.
+    """
     train = records_of(spec.train)
     if spec.limit:
         train = train[: spec.limit]
     if spec.validation is not None:
         return train, records_of(spec.validation)
     return held_out(train, lambda row: repr(sorted(row[1].items())), spec, seed)
+
+
+def need_columns(
+    sides: Sequence[Sequence[Record]], columns: Sequence[str], problems: Problems
+) -> None:
+    """Note each column that no row at all has, once; single gaps are told row by row."""
+    records = [record for side in sides for _, record in side]
+    known = sorted({str(key) for record in records for key in record})
+    for column in columns:
+        if all(record.get(column) is None for record in records):
+            problems.add(RecipeError, f"data: no row has a column {column!r}; "
+                                      f"{did_you_mean(column, known)}")  # fmt: skip
+    problems.raise_if_any()
 
 
 def held_out(
@@ -113,10 +130,14 @@ def numbered(
         )
     numbers = {label: i for i, label in enumerate(labels)}
     known = "data.labels" if spec.labels else "the training rows"
+    strange: dict[str, list[str]] = {}
     for where, label in (row for side in sides for row in side):
         if label not in numbers:
-            problems.add(RecipeError, f"{where}: the label {label!r} is not among {known}; "
-                                      f"{did_you_mean(label, labels)}")  # fmt: skip
+            strange.setdefault(label, []).append(where)
+    for label, places in strange.items():
+        others = f" (and {len(places) - 1} more rows)" if places[1:] else ""
+        problems.add(RecipeError, f"{places[0]}{others}: the label {label!r} is not among {known}; "
+                                  f"{did_you_mean(label, labels)}")  # fmt: skip
     problems.raise_if_any()
     return labels, [[numbers[label] for _, label in side] for side in sides]
 
@@ -129,6 +150,7 @@ def classification_rows(spec: DataSpec, tokenizer: Any, longest: int, seed: int)
             kinds of faults at once, the first rows of each.
     """
     sides, problems = split_records(spec, seed), Problems()
+    need_columns(sides, (spec.text, spec.label), problems)
     read: list[list[Row]] = []
     places: list[list[str]] = []
     for side in sides:

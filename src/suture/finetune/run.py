@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from torch import nn
 
 from suture.checkpoint import Checkpoint, open_checkpoint
@@ -208,8 +209,9 @@ def _written(
             job.mask(tuned.masks, about).save(folder / "mask.safetensors")
         if tuned.save is not None:
             tuned.save(folder)
-    except OSError as error:
-        raise OutputError(f"{folder}: {error.strerror or error}; the training is kept") from error
+    except (OSError, SafetensorError) as error:
+        why = getattr(error, "strerror", None) or error
+        raise OutputError(f"{folder}: {why}; the training is kept") from error
     if form != "model":
         whole = open_checkpoint(folder)
         make_patch(plan.base, whole, folder / PATCH)
