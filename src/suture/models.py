@@ -145,7 +145,11 @@ class LanguageModel(nn.Module):
             if self._plain:
                 ids = torch.tensor([[0, 1, 2]], device=head.weight.device) % len(head.weight)
                 device = head.weight.device.type
-                with evaluating(self), torch.no_grad(), torch.autocast(device, enabled=False):
+                with (
+                    evaluating(self.backbone),
+                    torch.no_grad(),
+                    torch.autocast(device, enabled=False),
+                ):
                     whole = LanguageModel.forward(self, ids, torch.ones_like(ids))
                     parts = head(self.hidden(ids, torch.ones_like(ids)))
                 self._plain = bool(torch.allclose(whole, parts, rtol=1e-4, atol=1e-5))
