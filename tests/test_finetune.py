@@ -682,6 +682,16 @@ def test_a_data_set_of_the_hub_is_asked_for_by_split(
     assert len(plan.rows.train) == len(plan.rows.validation) == 48
 
 
+def test_each_strategy_has_a_rate_of_its_own(shop: Path) -> None:
+    """Where a recipe names none; the docs tell it. One that is named is taken."""
+    page = (Path(__file__).parents[1] / "docs" / "finetune.md").read_text(encoding="utf-8")
+    for name, line in STRATEGIES.items():
+        assert read_finetune(recipe(shop, name, training={})).training.lr == line.lr
+        assert read_finetune(recipe(shop, name, training={"lr": 2e-6})).training.lr == 2e-6
+        assert f"{line.lr:.0e}".replace("e-0", "e-") in page, name
+    assert STRATEGIES["talos"].lr == 10 * STRATEGIES["full"].lr
+
+
 def test_recipes_survive_being_written_out(shop: Path) -> None:
     """What a recipe resolves to reads as the same recipe."""
     for name in EXAMPLES:

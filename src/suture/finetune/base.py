@@ -218,6 +218,8 @@ class Strategy:
     """Where it comes from: authors, year, identifier."""
     sparse: bool = False
     """Whether it moves chosen entries only; a mask is then saved beside the weights."""
+    lr: float = TuneSettings.lr
+    """The peak rate where a recipe names none: fewer or slower entries need a larger one."""
 
     @property
     def name(self) -> str:

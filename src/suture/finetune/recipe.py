@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -166,7 +166,7 @@ class _Reader:
                 raise RecipeError("strategy: missing; `suture strategies` lists them")
             found = strategy(name)
             found.settings(parameters, self.problems)
-        training, recompute = self.training()
+        training, recompute = self.training(TuneSettings.lr if found is None else found.lr)
         dtype, form = self.output()
         task = self.word("task", TASKS, None)
         head = self.raw.get("head", "probe")
@@ -183,12 +183,12 @@ class _Reader:
         return Finetune(str(base), found, data, parameters, task, str(head), training, recompute,
                         dtype, form, str(device), folder)  # fmt: skip
 
-    def training(self) -> tuple[TuneSettings, bool]:
+    def training(self, lr: float) -> tuple[TuneSettings, bool]:
         raw = section(self.raw, "training", self.problems)
         recompute = raw.pop("recompute", False)
         if not isinstance(recompute, bool):
             self.refuse(f"training.recompute: true or false, not {brief(recompute)}")
-        default = TuneSettings()
+        default = TuneSettings(lr=lr)
         names = tuple(f.name for f in fields(TuneSettings))
         refuse_unknown(raw, (*names, "recompute"), "training: ", self.problems)
         fine = {}
@@ -217,7 +217,7 @@ class _Reader:
             for key, value in fine.items():
                 with self.problems.collecting():
                     TuneSettings(**{key: value})
-        return (default if self.problems else TuneSettings(**fine)), bool(recompute)
+        return (default if self.problems else replace(default, **fine)), bool(recompute)
 
     def output(self) -> tuple[str | None, str]:
         raw = section(self.raw, "output", self.problems)

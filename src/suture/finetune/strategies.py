@@ -333,14 +333,21 @@ STRATEGIES: dict[str, Strategy] = {
     for s in (
         Strategy(full, "Full fine-tuning", "Ilharco et al. 2023, arXiv:2212.04089"),
         Strategy(
-            linearized, "Linearized fine-tuning", "Ortiz-Jimenez et al. 2023, arXiv:2305.12827"
+            linearized,
+            "Linearized fine-tuning",
+            "Ortiz-Jimenez et al. 2023, arXiv:2305.12827",
+            lr=1e-4,
         ),
-        Strategy(lora, "LoRA", "Hu et al. 2022, arXiv:2106.09685"),
-        Strategy(linearized_lora, "Linearized LoRA", "Tang et al. 2024, arXiv:2310.04742"),
-        Strategy(lota, "LoTA", "Panda et al. 2024, arXiv:2406.16797", sparse=True),
-        Strategy(talos, "TaLoS", "Iurada et al. 2025, arXiv:2504.02620", sparse=True),
+        Strategy(lora, "LoRA", "Hu et al. 2022, arXiv:2106.09685", lr=3e-4),
+        Strategy(linearized_lora, "Linearized LoRA", "Tang et al. 2024, arXiv:2310.04742", lr=1e-3),
+        Strategy(lota, "LoTA", "Panda et al. 2024, arXiv:2406.16797", sparse=True, lr=1e-4),
+        Strategy(talos, "TaLoS", "Iurada et al. 2025, arXiv:2504.02620", sparse=True, lr=5e-4),
         Strategy(
-            masked, "Training of a given mask", "Iurada et al. 2025, arXiv:2504.02620", sparse=True
+            masked,
+            "Training of a given mask",
+            "Iurada et al. 2025, arXiv:2504.02620",
+            sparse=True,
+            lr=3e-4,
         ),
     )
 }
