@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import random
+import time
 from pathlib import Path
 from typing import Any
 
@@ -12,34 +13,19 @@ import pytest
 import torch
 import yaml
 
+import adapting
 import making
 import suture
 import tiny_model
 import toy
 from suture import Mask, Stats
-from suture.models import Head, load_encoder, save_head, save_model
-
-LABELS = ("colour", "sky")
+from suture.models import load_encoder, save_model
 
 
 @pytest.fixture(scope="module")
 def workshop(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A tiny encoder, two models near it, a head, rows."""
-    folder = tmp_path_factory.mktemp("workshop")
-    tiny_model.folder(folder / "base")
-    for number, name in enumerate(("one", "two")):
-        loaded = load_encoder(folder / "base", dtype=torch.float32)
-        draw = torch.Generator().manual_seed(number)
-        with torch.no_grad():
-            for p in loaded.model.parameters():
-                p.add_(0.05 * torch.randn(p.shape, generator=draw))
-        save_model(loaded.model, loaded.tokenizer, folder / name)
-    draw = torch.Generator().manual_seed(7)
-    head = Head(LABELS, torch.randn(2, 16, generator=draw), torch.zeros(2))
-    save_head(head, folder / "head.safetensors")
-    rows = [{"text": r.text, "label": r.label} for r in tiny_model.rows(20)]
-    (folder / "rows.jsonl").write_text("\n".join(map(json.dumps, rows)))
-    return folder
+    return tiny_model.workshop(tmp_path_factory.mktemp("workshop"))
 
 
 def recipe(workshop: Path, name: str = "r.yaml", **more: Any) -> Path:
@@ -296,3 +282,143 @@ def test_counts_are_exact_on_odd_sizes() -> None:
     for size in (0, 1, 7, 8, 9, 8_388_608 + 77):
         bits = np.frombuffer(random.randbytes(size), np.uint8)
         assert suture.mask.popcount(bits) == int(np.unpackbits(bits).sum())  # type: ignore[attr-defined]
+
+
+def test_a_killed_run_goes_on_to_the_same_bytes(workshop: Path, tmp_path: Path) -> None:
+    """``kill -9`` while masks are learned: epochs and finished models are kept, bytes are the same;
+    another recipe starts anew, and a finished run leaves nothing beside its folder."""
+    what: dict[str, Any] = {"rule": "learned", "tasks": tasks(), "learn": {"epochs": 30}}
+    where = recipe(workshop, "killed.yaml", **what)
+    assert making.invoke("localize", where, "-o", tmp_path / "truth").code == 0
+    staging = tmp_path / ".out.suture-localize"
+    state = staging / "learning" / "two.safetensors"
+    with making.start("localize", str(where), "-o", str(tmp_path / "out"), cwd=workshop) as process:
+        end = time.monotonic() + 120
+        while not state.is_file() and process.poll() is None and time.monotonic() < end:
+            time.sleep(0.01)
+        process.kill()
+        process.communicate()
+    assert state.is_file(), "it was over before it could be killed"
+    assert not (tmp_path / "out").exists()
+
+    said = making.invoke("localize", where, "-o", tmp_path / "out")
+
+    assert said.code == 0, said.err
+    making.lines_of(said.err, "one: measured before the interruption")
+    assert "two: epoch 1 of 30" not in said.err
+    assert making.tree(tmp_path / "out") == making.tree(tmp_path / "truth")
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["out", "truth"]
+
+
+def test_what_another_run_left_is_not_used(workshop: Path, tmp_path: Path) -> None:
+    """Statistics beside the output count only if everything that they depend on is the same."""
+    staging = tmp_path / ".out.suture-localize"
+    (staging / "stats").mkdir(parents=True)
+    (staging / "resume.key").write_text("of something else")
+    (staging / "stats" / "one.safetensors").write_text("not what it should be")
+    where = recipe(workshop, "anew.yaml", rule="snip", tasks=tasks())
+
+    said = making.invoke("localize", where, "-o", tmp_path / "out")
+
+    assert said.code == 0, said.err
+    assert "before the interruption" not in said.err
+
+
+def test_restricted_is_inherited_by_everything(workshop: Path, tmp_path: Path) -> None:
+    """Masks, grafts, statistics, algebra, patches, merges, cards and the report: all are marked."""
+    alone = {"one": tasks()["one"]}
+    where = recipe(workshop, "secret.yaml", rule="snip", tasks=alone, models={"one": "one"})
+    said = making.invoke("localize", where, "-o", tmp_path / "masks", "--values", "--restricted")
+    assert said.code == 0, said.err
+    assert "restricted: neither the masks" in said.out
+    record = json.loads((tmp_path / "masks" / "localize.json").read_text())
+    path = tmp_path / "masks" / "one.safetensors"
+    mask, other = (
+        Mask.load(path),
+        Mask.of({n: np.ones(s, bool) for n, s in Mask.load(path).shapes.items()}),
+    )
+    assert record["restricted"] is True
+    assert not other.restricted
+    for found in (mask, mask & other, other | mask, other - mask, ~mask, ~(other & mask)):
+        found.save(tmp_path / "again.safetensors")
+        assert Mask.load(tmp_path / "again.safetensors").restricted
+    assert Stats.load(tmp_path / "masks" / "stats" / "one.safetensors").restricted
+
+    patch = making.invoke("patch", "make", workshop / "base", workshop / "one", "--mask", path, "-o",
+                          tmp_path / "p.patch.safetensors", "--json")  # fmt: skip
+    assert patch.json["restricted"] is True
+    made = {}
+    for kind, models in (("masks", workshop / "one"), ("graft", path)):
+        what = toy.recipe("stitch", {"one": models, "two": workshop / "two"}, workshop / "base",
+                          masks={"one": str(path), "two": str(_open_mask(workshop, tmp_path))})  # fmt: skip
+        toy.run(tmp_path / f"stitched-{kind}", what)
+        made[kind] = json.loads((tmp_path / f"stitched-{kind}" / "suture.json").read_text())
+        card = (tmp_path / f"stitched-{kind}" / "README.md").read_text()
+        assert made[kind]["restricted"] is True
+        assert made[kind]["withheld"] == ["one"]
+        assert "Restricted" in card
+        assert made[kind]["inputs"]["one"]["fingerprint"] not in card
+        assert made[kind]["inputs"]["two"]["fingerprint"] in card
+        assert "share of entries kept" not in card
+    assert suture.open(tmp_path / "stitched-masks").restricted
+    tau = suture.open(tmp_path / "stitched-masks") - suture.open(workshop / "base")
+    assert suture.localize(tau, density=0.1).restricted
+    again = recipe(workshop, "of-secret.yaml", models={"one": str(tmp_path / "stitched-masks")})
+    assert making.invoke("localize", again, "-o", tmp_path / "derived", "--json").json["restricted"]
+
+
+def _open_mask(workshop: Path, tmp_path: Path) -> Path:
+    """A mask of ``two`` without a mark."""
+    where = recipe(workshop, "open.yaml", models={"two": "two"})
+    out = tmp_path / "open"
+    if not out.exists():
+        assert making.invoke("localize", where, "-o", out).code == 0
+    assert not Mask.load(out / "two.safetensors").restricted
+    return out / "two.safetensors"
+
+
+def test_models_are_opened_as_merges_open_them(tmp_path: Path) -> None:
+    """A base with an adapter, the adapter alone and a patch mean the model that they make; rules
+    that run the model run that model."""
+    base = adapting.llama(tmp_path / "base")
+    tiny_model.tokenizer().save_pretrained(str(base))
+    tuned = adapting.adapter(base, tmp_path / "adapter")
+    whole = toy_merge(f"{base}+{tuned}", tmp_path / "whole")
+    patch = tmp_path / "p.patch.safetensors"
+    assert making.invoke("patch", "make", base, whole, "-o", patch).code == 0
+    rows = tmp_path / "rows.jsonl"
+    rows.write_text("\n".join(json.dumps({"text": r.text}) for r in tiny_model.rows(6)))
+    names = {
+        "joined": f"{base}+{tuned}",
+        "adapter": str(tuned),
+        "patch": str(patch),
+        "whole": str(whole),
+    }
+    task = {"data": str(rows), "kind": "causal", "max_length": 8}
+    for rule, more in (("magnitude", {}), ("snip", {"tasks": {m: task for m in names}})):
+        what = {"base": str(base), "models": names, "rule": rule, "density": 0.01, **more}
+        (tmp_path / "r.yaml").write_text(yaml.safe_dump(what))
+        said = making.invoke("localize", tmp_path / "r.yaml", "-o", tmp_path / rule)
+        assert said.code == 0, said.err
+        masks = {m: Mask.load(tmp_path / rule / f"{m}.safetensors") for m in names}
+        for name, mask in masks.items():
+            assert mask == masks["whole"], name
+
+
+def toy_merge(model: str, out: Path) -> Path:
+    """What a merge makes of one model."""
+    suture.run.merge({"models": {"m": model}, "method": "linear", "space": {"exclude": []}}, out)  # type: ignore[attr-defined]
+    return out
+
+
+def test_a_model_without_a_network_cannot_be_run(workshop: Path, tmp_path: Path) -> None:
+    """Rules with data need a config.json, and say so before anything is read."""
+    alone = {"one": tasks()["one"]}
+    where = recipe(workshop, "file.yaml", rule="snip", tasks=alone,
+                   models={"one": "one/model.safetensors"})  # fmt: skip
+
+    said = making.invoke("localize", where, "-o", tmp_path / "out")
+
+    assert said.code == 2
+    assert "models.one: the rule snip runs the model" in said.err
+    assert not list(tmp_path.iterdir())

@@ -12,7 +12,7 @@ import yaml
 from suture.checkpoint import Checkpoint, _inside, is_from_hub, read_json
 from suture.errors import CheckpointError
 from suture.merges import Method
-from suture.spec import WORD_OF, readable
+from suture.spec import WORD_OF, listed, readable
 from suture.vocabulary import FILE_LIMIT, tokenizer_files
 
 BESIDE = (
@@ -132,18 +132,24 @@ def model_card(
     results = record["results"]
     loss = results["writeback_loss"]
     recipe = yaml.safe_dump(_public(record["recipe"], donors), sort_keys=False, allow_unicode=True)
+    withheld = record.get("withheld", [])
     rows = "\n".join(
+        f"| {label} | withheld | | | |" if label in withheld else
         f"| {label} | {Path(i['path']).name} | {i['tensors']} | {readable(i['bytes'])} | "
         f"`{i['fingerprint']}` |"
         for label, i in record["inputs"].items()
-    )
+    )  # fmt: skip
     lines = [
         f"---\n{yaml.safe_dump(front, sort_keys=False)}---\n",
         f"# {name}\n",
         f"A merge made with Suture {record['suture']} by **{method.title}** ({method.paper}).\n",
         f"{method.equation}\n",
         f"## Inputs\n\n| | model | tensors | size | fingerprint |\n|---|---|---|---|---|\n{rows}\n",
-        f"## Recipe\n\n```yaml\n{recipe}```\n",
+        *(
+            [_withheld(withheld)]
+            if record.get("restricted")
+            else [f"## Recipe\n\n```yaml\n{recipe}```\n"]
+        ),
         *_licence_lines(licences, [model_name(c) for c in donors]),
         "## Result\n",
         f"- output fingerprint `{record['output']['fingerprint']}`",
@@ -153,13 +159,21 @@ def model_card(
         lines.append(
             f"- {results['moved']:,} entries moved; rounding to the output dtype undid {loss:.2%}"
         )
-    for kept in [results["density"]] if "density" in results else []:
+    for kept in [results["density"]] if "density" in results and not withheld else []:
         lines.append(f"- share of entries kept, by model: {', '.join(f'{d:.4g}' for d in kept)}")
     lines.append(
         "\nTo make the same tensors again: `suture merge suture.json -o AGAIN`, with the inputs at "
         "the places that `suture.json` names.\n"
     )
     return "\n".join(lines)
+
+
+def _withheld(labels: Sequence[str]) -> str:
+    return (
+        f"**Restricted: it was made from inputs that must not be passed on ({listed(labels)}), nor "
+        "what is made with them.** What is known of these inputs, and the recipe, is withheld from "
+        "this card.\n"
+    )
 
 
 def patch_card(record: Mapping[str, Any], model: Checkpoint, name: str) -> str:
@@ -194,17 +208,6 @@ def patch_card(record: Mapping[str, Any], model: Checkpoint, name: str) -> str:
         f"- output `{record['output']['fingerprint']}`\n",
     ]
     return "\n".join(lines)
-
-
-def is_restricted(checkpoint: Checkpoint) -> bool:
-    """Whether a model must not be passed on: it is known, or the record beside it says so."""
-    record = checkpoint.folder / "suture.json"
-    if checkpoint.restricted or not checkpoint.path.is_dir() or not record.is_file():
-        return checkpoint.restricted
-    try:
-        return read_json(_inside(record, checkpoint.folder)).get("restricted") is True
-    except CheckpointError:  # some other file of that name: it says nothing
-        return False
 
 
 def model_name(checkpoint: Checkpoint) -> str:
@@ -291,7 +294,6 @@ __all__ = [
     "carried_files",
     "carried_tokenizer",
     "config_text",
-    "is_restricted",
     "licence_of",
     "model_card",
     "model_name",

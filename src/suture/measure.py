@@ -22,7 +22,7 @@ from torch.nn import functional as F
 
 from suture.data import Batch, Dataset
 from suture.errors import NonFiniteError, RecipeError, did_you_mean
-from suture.evals.loss import token_losses
+from suture.evals.loss import token_losses, wide
 from suture.models import evaluating, parameters_of
 from suture.mover import to
 from suture.stats import OF_INPUTS, Stats, check_kinds
@@ -49,8 +49,7 @@ class Objective:
 
 
 def _logits(model: nn.Module, batch: Batch) -> Tensor:
-    found: Tensor = model(batch.input_ids, batch.attention_mask).float()
-    return found
+    return wide(model(batch.input_ids, batch.attention_mask))
 
 
 def _class_losses(logits: Tensor, batch: Batch) -> Tensor:

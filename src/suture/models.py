@@ -333,6 +333,31 @@ def recompute_activations(backbone: nn.Module) -> None:
         config.use_cache = False  # transformers would switch it off with a notice
 
 
+def device_named(word: str) -> str:
+    """The device of this name; ``auto`` is the first graphics processor, else the CPU.
+
+    Raises:
+        RecipeError: there is no such device here.
+    """
+    if word == "auto":
+        return "cuda" if torch.cuda.is_available() else "cpu"
+    try:
+        kind = torch.device(word).type
+    except RuntimeError:
+        raise RecipeError(f"device: {word!r} is none; auto, cpu or cuda") from None
+    if kind not in ("cpu", "cuda") or (kind == "cuda" and not torch.cuda.is_available()):
+        raise RecipeError(f"device: there is no {word} here")
+    return word
+
+
+def longest_of(config: Mapping[str, Any], tokenizer: Any) -> int:
+    """How many tokens a model reads at most, by its configuration and its tokenizer."""
+    positions = config.get("max_position_embeddings") or config.get("n_positions") or 10**6
+    if config.get("model_type") in ("roberta", "xlm-roberta", "camembert"):
+        positions -= 2  # positions are counted from the padding id
+    return int(min(positions, getattr(tokenizer, "model_max_length", positions) or positions))
+
+
 # -- folders ---------------------------------------------------------------------------------------
 
 M = TypeVar("M", bound=nn.Module)

@@ -6,17 +6,19 @@ The folder holds a mask for each model, the statistics that were measured for it
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import shutil
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from itertools import combinations
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Any
 
 import suture
-from suture.checkpoint import Checkpoint, open_checkpoint
+from suture.checkpoint import Checkpoint
 from suture.engine import Stage, checkpoint_fingerprint
 from suture.errors import (
     MismatchError,
@@ -29,41 +31,34 @@ from suture.errors import (
 )
 from suture.graft import write_graft
 from suture.importance import Rule, Scoring, rule_named
-from suture.mask import Located, MaskFile, StoredMask, check_question, locate
+from suture.mask import Located, MaskFile, StoredMask, check_question, locate, marked
 from suture.recipe import parse_yaml
 from suture.recipe_types import refuse_unknown, section
 from suture.roles import DEFAULT_SPACE, ParamSpace, check_selectors, layer_key, role_of
+from suture.run import open_input
 from suture.stats import KINDS, Stats
+from suture.tasks import (
+    Material,
+    Task,
+    TaskReader,
+    check_loadable,
+    folder_of,
+    load_net,
+    read_material,
+)
 from suture.vector import TaskVector, align
 
 if TYPE_CHECKING:
-    from suture.data import Dataset, Row
     from suture.learned import LearnSettings
-    from suture.models import Head
 
 SCHEMA = 1
 """Version of the layout of ``localize.json``."""
 RECORD = "localize.json"
 KEYS = ("base", "models", "rule", "density", "scope", "positive", "seed", "space", "stats", "tasks",
         "at", "learn", "measure", "device")  # fmt: skip
-TASK_KEYS = ("data", "kind", "head", "text", "label", "max_length", "rows", "batch", "draws")
+STATS, LEARNING, RESUME = "stats", "learning", "resume.key"
+"""In the folder that is made: statistics; where learning stands; what both belong to."""
 Say = Callable[[str], None]
-
-
-@dataclass(frozen=True)
-class Task:
-    """The data of one model, as the recipe names them."""
-
-    data: Path
-    kind: str = "classification"
-    head: Path | None = None
-    text: str = "text"
-    label: str = "label"
-    max_length: int = 128
-    rows: int | None = None
-    """Most rows of each label."""
-    batch: int = 8
-    draws: int = 1
 
 
 @dataclass(frozen=True)
@@ -94,14 +89,6 @@ class Regions:
 
 
 @dataclass(frozen=True)
-class Material:
-    """What a model is measured with: its rows and the head that reads them."""
-
-    rows: Sequence[Row]
-    head: Head | None
-
-
-@dataclass(frozen=True)
 class Plan:
     """A localization whose every input was opened and checked; no tensor was read."""
 
@@ -116,6 +103,8 @@ class Plan:
     threads: int | None = None
     overwrite: bool = False
     values: bool = False
+    restricted: bool = False
+    """Whether every mask is to be marked: not to be passed on."""
 
     def describe(self) -> dict[str, Any]:
         """What will be done, as plain data."""
@@ -136,32 +125,8 @@ class Plan:
 # -- the recipe ------------------------------------------------------------------------------------
 
 
-class _Reader:
+class _Reader(TaskReader):
     """Reads a recipe into ``Regions`` and notes everything that is wrong."""
-
-    def __init__(self, raw: Mapping[str, Any], folder: Path, problems: Problems) -> None:
-        self.raw, self.folder, self.problems = raw, folder, problems
-
-    def note(self, text: str) -> None:
-        self.problems.add(RecipeError, text)
-
-    def one(
-        self, raw: Mapping[str, Any], key: str, kind: type, default: Any, where: str = ""
-    ) -> Any:
-        found = raw.get(key, default)
-        fine = isinstance(found, kind) and (kind is bool or not isinstance(found, bool))
-        if found is not default and not fine:
-            words = {str: "a word", int: "a whole number", bool: "true or false"}
-            self.note(f"{where}{key}: {words[kind]}, not {brief(found)}")
-            return default
-        return found
-
-    def counted(self, raw: Mapping[str, Any], key: str, default: Any, where: str) -> Any:
-        found = self.one(raw, key, int, default, where)
-        if isinstance(found, int) and found < 1:
-            self.note(f"{where}{key}: at least 1, not {found}")
-            return default
-        return found
 
     def words(self, raw: Mapping[str, Any], key: str, default: tuple[str, ...]) -> tuple[str, ...]:
         found = raw.get(key, list(default))
@@ -233,15 +198,6 @@ class _Reader:
             return None
         return float(found)
 
-    def paired(self, key: str, models: Mapping[str, str]) -> dict[str, Any]:
-        """A section with one entry a model, by name."""
-        found = section(self.raw, key, self.problems)
-        for name in found:
-            if name not in models:
-                hint = did_you_mean(name, list(models)) if models else "there are none"
-                self.note(f"{key}: no model {name!r}; {hint}")
-        return {n: v for n, v in found.items() if n in models}
-
     def measured(self, rule: str) -> tuple[str, ...]:
         """The kinds that are measured besides."""
         found = self.raw.get("measure", [])
@@ -265,30 +221,6 @@ class _Reader:
                 self.note(f"stats.{name}: a file, not {brief(value)}")
         return found
 
-    def tasks(self, models: Mapping[str, str]) -> dict[str, Task]:
-        found = {}
-        for name, entry in self.paired("tasks", models).items():
-            where = f"tasks.{name}."
-            if not isinstance(entry, Mapping) or not isinstance(entry.get("data"), str):
-                self.note(f"tasks.{name}: a mapping with data, a .jsonl or .csv file")
-                continue
-            refuse_unknown(entry, TASK_KEYS, f"tasks.{name}: ", self.problems)
-            kind = self.one(entry, "kind", str, "classification", where)
-            if kind not in ("classification", "causal"):
-                self.note(f"{where}kind: classification or causal, not {kind!r}")
-            head = self.one(entry, "head", str, None, where)
-            if kind == "classification" and head is None:
-                self.note(f"{where}head: a classifier needs its head, a file that Suture wrote")
-            found[name] = Task(
-                self.folder / entry["data"], kind, None if head is None else self.folder / head,
-                self.one(entry, "text", str, "text", where),
-                self.one(entry, "label", str, "label", where),
-                self.counted(entry, "max_length", 128, where),
-                self.counted(entry, "rows", None, where), self.counted(entry, "batch", 8, where),
-                self.counted(entry, "draws", 1, where),
-            )  # fmt: skip
-        return found
-
 
 def plan_regions(
     source: Path | Mapping[str, Any],
@@ -298,6 +230,7 @@ def plan_regions(
     threads: int | None = None,
     overwrite: bool = False,
     values: bool = False,
+    restricted: bool = False,
 ) -> Plan:
     """Read a recipe, open its models, and check everything but the values of tensors.
 
@@ -308,6 +241,7 @@ def plan_regions(
         threads: default every core; changes no bit.
         overwrite: replace an older output.
         values: write the marked weights beside the bits: grafts.
+        restricted: mark the masks: neither they nor what is made with them may be passed on.
 
     Raises:
         SutureError: all problems at once.
@@ -321,13 +255,16 @@ def plan_regions(
     names = _names(recipe, base, problems)
     stats = _stats(recipe, rule, base, names, problems)
     material = (
-        {} if rule is None or not recipe.needs(rule) else _material(recipe, rule, models, problems)
+        {}
+        if rule is None or not recipe.needs(rule)
+        else _material(recipe, rule, base, models, problems)
     )
     _check_place(out, [c for c in (base, *models.values()) if c is not None], overwrite, problems)
     problems.raise_if_any()
     assert base is not None
     assert rule is not None
-    return Plan(recipe, rule, base, models, names, stats, material, out, threads, overwrite, values)
+    return Plan(recipe, rule, base, models, names, stats, material, out, threads, overwrite, values,
+                restricted)  # fmt: skip
 
 
 def _text(source: Path) -> str:
@@ -370,10 +307,10 @@ def _opened(
     models = {}
     if recipe.base:
         with problems.collecting():
-            base = open_checkpoint(recipe.base, folder)
+            base = open_input(recipe.base, folder, None)
     for name, path in recipe.models.items():
         with problems.collecting():
-            models[name] = open_checkpoint(path, folder)
+            models[name] = open_input(path, folder, base)
             if base is not None:
                 align(base, models[name], problems, buffers=True)
     return base, models
@@ -407,33 +344,18 @@ def _stats(
 
 
 def _material(
-    recipe: Regions, rule: Rule, models: Mapping[str, Checkpoint], problems: Problems
-) -> dict[str, Material]:
+    recipe: Regions, rule: Rule, base: Checkpoint | None, models: Mapping[str, Checkpoint],
+    problems: Problems,
+) -> dict[str, Material]:  # fmt: skip
     """Rows and heads of the models that are to be measured; text only."""
-    from suture.data import at_most, read_rows
-    from suture.models import load_head
-
-    found = {}
-    for name, task in recipe.tasks.items():
-        if name in recipe.stats:
-            continue
-        if name in models and not models[name].path.is_dir():
-            problems.add(
-                RecipeError, f"models.{name}: the rule {rule.name} runs the model: name its folder"
-            )
-        with problems.collecting():
-            classes = task.kind == "classification"
-            rows = read_rows(task.data, text=task.text, label=task.label if classes else None)
-            rows = rows if task.rows is None else at_most(rows, task.rows, seed=recipe.seed)
-            head = None if task.head is None else load_head(task.head)
-            strange = {r.label for r in rows} - set(head.labels) if classes and head else set()
-            if strange and head is not None:
-                hint = did_you_mean(sorted(strange)[0], head.labels)
-                raise RecipeError(
-                    f"tasks.{name}: the head has no label {sorted(strange)[0]!r}; {hint}"
-                )
-            found[name] = Material(rows, head)
-    return found
+    wanted = {n: t for n, t in recipe.tasks.items() if n not in recipe.stats}
+    for name in wanted:
+        if name in models:
+            at_base = rule.name == "learned" or recipe.at == "base"
+            place, runs = ("base", base) if at_base else (f"models.{name}", models[name])
+            if runs is not None:
+                check_loadable(runs, place, f"the rule {rule.name}", problems)
+    return read_material(wanted, problems, seed=recipe.seed)
 
 
 def _check_place(
@@ -466,6 +388,9 @@ def _check_place(
 def execute(plan: Plan, stage: Stage | None = None, say: Say | None = None) -> dict[str, Any]:
     """Make the masks and publish the folder; what ``localize.json`` holds.
 
+    What was measured, and every epoch of what is learned, is kept beside the output until it is
+    there: the same command goes on from it after an interruption, to the same bytes.
+
     Raises:
         SutureError: an input or the output is at fault; nothing is left behind.
     """
@@ -473,20 +398,70 @@ def execute(plan: Plan, stage: Stage | None = None, say: Say | None = None) -> d
     say = say or (lambda text: None)
     out = plan.out.resolve()
     staging = out.with_name(f".{out.name}.suture-localize")
-    shutil.rmtree(staging, ignore_errors=True)
+    interrupted = False
     try:
-        staging.mkdir(parents=True)
         record = _made(plan, staging, stage, say)
         for checkpoint in (plan.base, *plan.models.values()):
             checkpoint.check_unchanged()
         text = json.dumps(record, indent=2, ensure_ascii=False) + "\n"
         (staging / RECORD).write_text(text, encoding="utf-8")
+        for name in (RESUME, LEARNING):
+            _remove(staging / name)
         _publish(staging, out)
     except OSError as error:
         raise OutputError(f"{plan.out}: cannot be written: {error.strerror}") from error
+    except KeyboardInterrupt:
+        interrupted = True
+        raise
     finally:
-        shutil.rmtree(staging, ignore_errors=True)
+        if not interrupted:
+            shutil.rmtree(staging, ignore_errors=True)
     return record
+
+
+def _remove(path: Path) -> None:
+    if path.is_dir():
+        shutil.rmtree(path)
+    else:
+        path.unlink(missing_ok=True)
+
+
+def _take_over(plan: Plan, prints: Mapping[str, str], staging: Path) -> None:
+    """Prepare the staging folder; of an interrupted run of the same it keeps what was measured."""
+    key = _key(plan, prints)
+    try:
+        known = (staging / RESUME).read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError):
+        known = ""
+    if known != key:
+        shutil.rmtree(staging, ignore_errors=True)
+        staging.mkdir(parents=True)
+        (staging / RESUME).write_text(key, encoding="utf-8")
+    for path in staging.iterdir():
+        if path.name not in (RESUME, LEARNING, STATS):
+            _remove(path)
+
+
+def _key(plan: Plan, prints: Mapping[str, str]) -> str:
+    """Identifies all that measuring and learning depend on."""
+    recipe = plan.recipe
+    tasks = {
+        m: [asdict(replace(recipe.tasks[m], data=Path(), head=None)),
+            [[r.text, r.label] for r in found.rows], _digest(recipe.tasks[m].head)]
+        for m, found in plan.material.items()
+    }  # fmt: skip
+    facts = [
+        suture.__version__, SCHEMA, plan.rule.name, recipe.at, recipe.seed, recipe.device,
+        None if recipe.learn is None else asdict(recipe.learn), recipe.needs(plan.rule),
+        dict(prints), plan.names, tasks,
+        [plan.restricted, plan.base.restricted, {m: c.restricted for m, c in plan.models.items()}],
+    ]  # fmt: skip
+    text = json.dumps(facts, sort_keys=True, default=str)
+    return hashlib.blake2b(text.encode(), digest_size=16).hexdigest()
+
+
+def _digest(path: Path | None) -> str:
+    return "" if path is None else hashlib.blake2b(path.read_bytes(), digest_size=16).hexdigest()
 
 
 def _publish(staging: Path, out: Path) -> None:
@@ -503,6 +478,7 @@ def _made(plan: Plan, staging: Path, stage: Stage, say: Say) -> dict[str, Any]:
         label: checkpoint_fingerprint(c, stage(f"hash {label}", c.nbytes))
         for label, c in {"base": plan.base, **plan.models}.items()
     }
+    _take_over(plan, prints, staging)
     masks = {}
     for model in sorted(plan.models):
         stats = _stats_for(plan, model, prints, staging, say)
@@ -511,6 +487,7 @@ def _made(plan: Plan, staging: Path, stage: Stage, say: Say) -> dict[str, Any]:
         "suture": suture.__version__,
         "schema": SCHEMA,
         "kind": "localize",
+        **({"restricted": True} if any(m.get("restricted") for m in masks.values()) else {}),
         "recipe": dict(plan.recipe.raw),
         "rule": {"name": plan.rule.name, "title": plan.rule.title, "paper": plan.rule.paper},
         "inputs": {
@@ -544,10 +521,11 @@ def _mask(
     scoring = Scoring(plan.rule, plan.base, tuned, stats, recipe.seed, model, recipe.positive)
     about = {"rule": plan.rule.name, "density": density, "scope": recipe.scope,
              "base": prints["base"], "model": prints[model]}  # fmt: skip
+    restricted = _restricted(plan, model) or (stats is not None and stats.restricted)
     shapes = {n: plan.base.specs[n].shape for n in plan.names}
     path = staging / f"{model}.safetensors"
     reads = 2 * (plan.base.nbytes + tuned.nbytes)
-    with MaskFile(path, shapes, about) as file:
+    with MaskFile(path, shapes, marked(about, restricted)) as file:
         located = locate(scoring, plan.names, 1.0 if density is None else density, recipe.scope,
                          file.put, threads=plan.threads,
                          progress=stage(f"rank {model}", reads))  # fmt: skip
@@ -557,6 +535,7 @@ def _mask(
         bits.unlink()
     return {
         "file": path.name,
+        **({"restricted": True} if restricted else {}),
         "kept": located.kept,
         "entries": sum(located.sizes.values()),
         "density": located.density,
@@ -613,11 +592,14 @@ def _stats_for(
                 f"(fingerprint {stats.facts['model']}, not {theirs}); measure again"
             )
         return stats
-    path = staging / "stats" / f"{model}.safetensors"
+    path = staging / STATS / f"{model}.safetensors"
+    if path.is_file():
+        say(f"{model}: measured before the interruption")
+        return Stats.load(path)
     say(f"{'learning' if plan.rule.name == 'learned' else 'measuring'} {model}: "
         f"{len(plan.material[model].rows)} rows")  # fmt: skip
     try:
-        measured = _measured(plan, model, prints, say)
+        measured = _measured(plan, model, prints, staging, say)
     except SutureError as error:
         error.add_note(f"while measuring {model}")
         raise
@@ -625,28 +607,23 @@ def _stats_for(
     return Stats.load(path)
 
 
-def _measured(plan: Plan, model: str, prints: Mapping[str, str], say: Say) -> Stats:
-    from suture.data import tokenise
+def _restricted(plan: Plan, model: str) -> bool:
+    return plan.restricted or plan.base.restricted or plan.models[model].restricted
+
+
+def _measured(plan: Plan, model: str, prints: Mapping[str, str], staging: Path, say: Say) -> Stats:
     from suture.learned import Epoch, learn
-    from suture.measure import measure, objective_named
-    from suture.models import FLOAT32, Classifier, load_encoder, load_language_model
+    from suture.measure import measure
 
     recipe, task, found = plan.recipe, plan.recipe.tasks[model], plan.material[model]
     learned = plan.rule.name == "learned"
     at = "base" if learned else recipe.at
-    place = (plan.base if at == "base" else plan.models[model]).path
     facts = {"model": prints[model if learned or at == "tuned" else "base"],
              "at": "tuned" if learned else at}  # fmt: skip
-    net: Any
-    if found.head is not None:
-        loaded = load_encoder(place, device=recipe.device, dtype=FLOAT32)
-        net, tokenizer = Classifier(loaded.model, found.head).to(recipe.device), loaded.tokenizer
-        labels: Sequence[str] = found.head.labels
-    else:
-        text = load_language_model(place, device=recipe.device, dtype=FLOAT32)
-        net, tokenizer, labels = text.model, text.tokenizer, ()
-    data: Dataset = tokenise(found.rows, tokenizer, labels=labels, max_length=task.max_length)
-    objective = objective_named(task.kind)
+    facts = marked(facts, _restricted(plan, model))
+    runs = plan.base if at == "base" else plan.models[model]
+    with TemporaryDirectory(prefix="suture-") as scratch:
+        net = load_net(folder_of(runs, Path(scratch), plan.base), task, found, recipe.device)
     if learned:
         vector = TaskVector(plan.base, [(plan.models[model], 1.0)], plan.names)
 
@@ -655,11 +632,12 @@ def _measured(plan: Plan, model: str, prints: Mapping[str, str], say: Say) -> St
                 f"open {now.open:.3%}")  # fmt: skip
 
         assert recipe.learn is not None
-        return learn(vector, net, data, recipe.learn, objective=objective, device=recipe.device,
-                     facts=facts, progress=tell)  # fmt: skip
-    return measure(net, data, plan.recipe.needs(plan.rule), names=plan.names, objective=objective,
-                   batch=task.batch, draws=task.draws, seed=recipe.seed, device=recipe.device,
-                   facts=facts)  # fmt: skip
+        return learn(vector, net.model, net.data, recipe.learn, objective=net.objective,
+                     device=recipe.device, facts=facts, progress=tell,
+                     keep=staging / LEARNING / f"{model}.safetensors")  # fmt: skip
+    return measure(net.model, net.data, plan.recipe.needs(plan.rule), names=plan.names,
+                   objective=net.objective, batch=task.batch, draws=task.draws, seed=recipe.seed,
+                   device=recipe.device, facts=facts)  # fmt: skip
 
 
 def lines(record: Mapping[str, Any], out: Path) -> Iterator[str]:
@@ -677,6 +655,8 @@ def lines(record: Mapping[str, Any], out: Path) -> Iterator[str]:
         one, other = pair["models"]
         yield (f"overlap of {one} and {other}: Jaccard {pair['jaccard']:.4f}; by chance "
                f"{pair['independent']:.4f}, by profile {pair['matched']:.4f}")  # fmt: skip
+    if record.get("restricted"):
+        yield "restricted: neither the masks nor what is made with them may be passed on"
     yield f"wrote {out} ({len(record['masks'])} masks and {RECORD})"
 
 

@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 import suture
-from suture.card import carried_files, carried_tokenizer, config_text, is_restricted, model_card
+from suture.card import carried_files, carried_tokenizer, config_text, model_card
 from suture.checkpoint import (
     JSON_LIMIT,
     Checkpoint,
@@ -444,11 +444,20 @@ def _opened(
             if path in stages:
                 found[label] = _output_of(path, stages[path])
                 continue
-            checkpoint = open_model(path, recipe.folder, found.get("base"))
-            if checkpoint.path.is_file():
-                checkpoint = _put_on(checkpoint, found.get("base"))
-            found[label] = checkpoint
-            refuse_uncomputable(checkpoint)
+            found[label] = open_input(path, recipe.folder, found.get("base"))
+    return found
+
+
+def open_input(path: str, near: Path | None, base: Checkpoint | None) -> Checkpoint:
+    """What a recipe may call a model, opened: also a patch or a graft, which lies on the base.
+
+    Raises:
+        SutureError: there is no such model, or nothing can be computed with it.
+    """
+    found = open_model(path, near, base)
+    if found.path.is_file():
+        found = _put_on(found, base)
+    refuse_uncomputable(found)
     return found
 
 
@@ -1168,7 +1177,7 @@ def provenance(plan: Plan, outcome: Outcome, out: Path) -> dict[str, Any]:
         "suture": suture.__version__,
         "schema": SCHEMA,
         "kind": "merge",
-        **({"restricted": True} if any(map(is_restricted, plan.inputs.values())) else {}),
+        **_marks(plan),
         **_form(plan),
         "recipe": recipe,
         "inputs": {
@@ -1191,6 +1200,13 @@ def provenance(plan: Plan, outcome: Outcome, out: Path) -> dict[str, Any]:
         },
         "notes": list(plan.notes),
     }  # fmt: skip
+
+
+def _marks(plan: Plan) -> dict[str, Any]:
+    """The mark of what must not be passed on, and the inputs that it comes from."""
+    found = [label for label, c in plan.inputs.items() if c.restricted]
+    found += [m for b in plan.beside for m in b.restricted if m not in found]
+    return {"restricted": True, "withheld": list(dict.fromkeys(found))} if found else {}
 
 
 def _place_inputs(recipe: dict[str, Any], plan: Plan, out: Path) -> dict[str, str]:

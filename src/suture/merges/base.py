@@ -246,6 +246,8 @@ class Beside:
     """Tells cheaply whether they are still the same, as plain data."""
     expected: Mapping[str, str] = field(default_factory=dict)
     """Fingerprints that inputs must have, by label, for these files to be about them."""
+    restricted: tuple[str, ...] = ()
+    """Labels of models whose files must not be passed on."""
 
 
 def _no_files(context: Context, problems: Problems) -> Beside:

@@ -99,10 +99,12 @@ def _beside(files: Mapping[str, str], context: Context, problems: Problems) -> B
     """Check the masks against the models by their headers."""
     found: list[list[Any]] = []
     expected: dict[str, str] = {}
+    marked = []
     for model, checkpoint in zip(context.models, context.sources.models, strict=True):
         with problems.collecting():
             mask = StoredMask(Path(files[model]))
             found.append(mask.checkpoint.identity)
+            marked += [model] if mask.restricted else []
             check_shapes(mask, checkpoint, model)
             beyond = sorted(mask.shapes.keys() - set(context.names))
             if beyond:
@@ -117,4 +119,4 @@ def _beside(files: Mapping[str, str], context: Context, problems: Problems) -> B
             if expected.get("base", known.get("base")) != known.get("base", expected.get("base")):
                 raise MismatchError(f"{mask.path}: was made for another base than the other masks")
             expected |= known
-    return Beside(tuple(map(tuple, found)), expected)
+    return Beside(tuple(map(tuple, found)), expected, tuple(marked))
