@@ -295,7 +295,7 @@ def child(what: dict[str, Any], out: Path, stops: list[Any]) -> subprocess.Compl
     here = str(Path(__file__).parent)
     return subprocess.run(
         [sys.executable, "-c", CHILD, here, json.dumps(what), str(out), json.dumps(stops)],
-        capture_output=True, text=True, timeout=300, check=False,
+        capture_output=True, text=True, timeout=1200, check=False,
     )  # fmt: skip
 
 

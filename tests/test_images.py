@@ -263,7 +263,7 @@ def test_what_is_wrong_with_images_is_told_before_training(
     good = gallery / "images.npz"
     assert "did you mean 'image'" in told(good, data={"image": "imag"})
     assert "no multiple of the base's patches" in told(good, data={"size": 9})
-    assert "no column 'photo'" in told(gallery / "rows.csv", data={"image": "photo"})
+    assert "has a column 'photo'" in told(gallery / "rows.csv", data={"image": "photo"})
     assert "zero-shot reads texts" in told(good, head="zero-shot")
     assert "the base reads images, so classification" in told(good, task="classification")
     tiny_model.folder(tmp_path / "text")
