@@ -22,7 +22,7 @@ ORDER = [
     "vocabulary", "chat", "embeddings", "adapters", "ggufs", "opening", "forms", "writer",
     "stream", "vector", "profile", "select", "stats", "importance", "mask", "graft", "patchfile",
     "patch", "gather", "analysis", "merges", "engine", "recipe_types", "mergekit", "recipe",
-    "card", "models", "data", "persample", "snapshot", "mover", "tune", "evals", "measure",
+    "card", "models", "data", "images", "persample", "snapshot", "mover", "tune", "evals", "measure",
     "learned", "diagnose", "report", "page", "outputs",
     "parts", "planning", "record", "telling", "run", "patching", "lowrank", "finetune", "tasks", "regions",
     "analyze", "suites", "workshop", "demo_tasks", "demo_edits", "demo", "cli", "__main__",
@@ -45,11 +45,12 @@ PLACES = {
     "scipy": {"analysis"},
     "sklearn": {"analysis"},
     "mergekit": set(),
+    "PIL": {"images"},
     "pickle": set(),
 }
 """Where a tool may be imported; others import it nowhere."""
 TORCH = {
-    "checkpoint", "models", "data", "persample", "snapshot", "mover", "tune", "evals", "finetune", "demo",
+    "checkpoint", "models", "data", "images", "persample", "snapshot", "mover", "tune", "evals", "finetune", "demo",
     "demo_edits", "workshop", "lowrank", "measure", "learned", "diagnose", "suites",
 }  # fmt: skip
 """Where torch may be imported, and in ``checkpoint`` only when a torch tensor is asked for."""

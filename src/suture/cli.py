@@ -753,8 +753,8 @@ def _method_data(method: Any) -> dict[str, Any]:
 class Training:
     """Progress of training on standard error: a bar on a terminal, else a line now and then."""
 
-    def __init__(self, quiet: bool = False) -> None:
-        self._quiet = quiet
+    def __init__(self, quiet: bool = False, unit: str = "tokens") -> None:
+        self._quiet, self._unit = quiet, unit
         self._bars: Any = None
         self._tasks: dict[str, Any] = {}
         self._told = 0.0
@@ -793,7 +793,8 @@ class Training:
     def tell(self, phase: str, at: Any) -> None:
         """Tell of a step."""
         score = "" if at.score is None else f", validation {at.score:.4f}"
-        now = f"loss {at.loss:.4f}, lr {at.lr:.2e}, {at.tokens_per_second:,.0f} tokens/s{score}"
+        speed = f"{at.tokens_per_second:,.0f} {self._unit}/s"
+        now = f"loss {at.loss:.4f}, lr {at.lr:.2e}, {speed}{score}"
         if self._bars is not None:
             if phase not in self._tasks:
                 self._tasks[phase] = self._bars.add_task(phase, total=at.steps, now="")
@@ -836,7 +837,11 @@ def finetune(
         if dry_run:
             found = run.describe(plan)
         else:
-            with Training(as_json) as shown, tracker(log, out, plan.recipe.resolved()) as note:
+            unit = "images" if plan.task == "image-classification" else "tokens"
+            with (
+                Training(as_json, unit) as shown,
+                tracker(log, out, plan.recipe.resolved()) as note,
+            ):
                 rows, name = len(plan.rows.train), plan.recipe.strategy.name
                 shown.say(f"{name}: {rows} rows, {plan.steps} steps on {plan.device}")
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -16,8 +16,10 @@ from suture.spec import WORD_OF, dtype_named
 from suture.tune import TuneSettings
 
 KEYS = ("base", "strategy", "parameters", "task", "data", "head", "training", "output", "device")
-TASKS = ("classification", "language-model")
+IMAGES = "image-classification"
+TASKS = ("classification", IMAGES, "language-model")
 HEADS = ("probe", "zero-shot", "learned")
+FORMS = ("model", "patch", "both")
 TOO_LONG = ("error", "cut", "drop")
 
 
@@ -45,6 +47,9 @@ class DataSpec:
     prompt: str = "prompt"
     response: str = "response"
     messages: str = "messages"
+    image: str = "image"
+    size: int = 0
+    """Pixels that images are scaled to, in both directions; 0 for what the base was made for."""
     format: str = ""
     """text, prompt or chat; found out from the columns unless given."""
     labels: tuple[str, ...] = ()
@@ -75,6 +80,8 @@ class Finetune:
     """Whether activations are computed anew in the backward pass, to save memory."""
     dtype: str | None = None
     """The dtype of the output; ``None`` keeps that of the base."""
+    form: str = "model"
+    """What is written: the whole model, a patch of the base, or both."""
     device: str = "auto"
     folder: Path = field(default_factory=Path)
 
@@ -94,7 +101,10 @@ class Finetune:
             "data": {"train": train, "validation": validation or share, **data},
             "head": self.head,
             "training": {**asdict(self.training), "recompute": self.recompute},
-            "output": {"dtype": None if self.dtype is None else WORD_OF[self.dtype]},
+            "output": {
+                "dtype": None if self.dtype is None else WORD_OF[self.dtype],
+                "form": self.form,
+            },
             "device": self.device,
         }
 
@@ -156,8 +166,8 @@ class _Reader:
                 raise RecipeError("strategy: missing; `suture strategies` lists them")
             found = strategy(name)
             found.settings(parameters, self.problems)
-        training, recompute = self.training()
-        dtype = self.dtype()
+        training, recompute = self.training(TuneSettings.lr if found is None else found.lr)
+        dtype, form = self.output()
         task = self.word("task", TASKS, None)
         head = self.raw.get("head", "probe")
         if not isinstance(head, str) or not head:
@@ -171,14 +181,14 @@ class _Reader:
         if self.problems or found is None or data is None:
             return None
         return Finetune(str(base), found, data, parameters, task, str(head), training, recompute,
-                        dtype, str(device), folder)  # fmt: skip
+                        dtype, form, str(device), folder)  # fmt: skip
 
-    def training(self) -> tuple[TuneSettings, bool]:
+    def training(self, lr: float) -> tuple[TuneSettings, bool]:
         raw = section(self.raw, "training", self.problems)
         recompute = raw.pop("recompute", False)
         if not isinstance(recompute, bool):
             self.refuse(f"training.recompute: true or false, not {brief(recompute)}")
-        default = TuneSettings()
+        default = TuneSettings(lr=lr)
         names = tuple(f.name for f in fields(TuneSettings))
         refuse_unknown(raw, (*names, "recompute"), "training: ", self.problems)
         fine = {}
@@ -200,20 +210,25 @@ class _Reader:
             if right:
                 fine[key] = type(like)(value)
             else:
-                kind = "a word" if isinstance(like, str) else "a number"
+                kind = "a number" if isinstance(like, float) else "a whole number"
+                kind = "a word" if isinstance(like, str) else kind
                 self.refuse(f"training.{key}: {kind}, not {brief(value)}")
         with self.problems.collecting():
             for key, value in fine.items():
                 with self.problems.collecting():
                     TuneSettings(**{key: value})
-        return (default if self.problems else TuneSettings(**fine)), bool(recompute)
+        return (default if self.problems else replace(default, **fine)), bool(recompute)
 
-    def dtype(self) -> str | None:
+    def output(self) -> tuple[str | None, str]:
         raw = section(self.raw, "output", self.problems)
-        refuse_unknown(raw, ("dtype",), "output: ", self.problems)
+        refuse_unknown(raw, ("dtype", "form"), "output: ", self.problems)
+        form, dtype = raw.get("form") or "model", None
+        if form not in FORMS:
+            hint = did_you_mean(str(form), FORMS)
+            self.refuse(f"output.form: {brief(form)} is not known; {hint}")
         with self.problems.collecting():
-            return None if raw.get("dtype") is None else dtype_named(str(raw["dtype"]))
-        return None
+            dtype = None if raw.get("dtype") is None else dtype_named(str(raw["dtype"]))
+        return dtype, str(form)
 
     def data(self, folder: Path) -> DataSpec | None:
         raw = section(self.raw, "data", self.problems)
@@ -234,7 +249,7 @@ class _Reader:
     def columns(self, raw: Mapping[str, Any]) -> dict[str, Any]:
         """What the columns are called and what stands in them."""
         given: dict[str, Any] = {}
-        for key in ("text", "label", "prompt", "response", "messages"):
+        for key in ("text", "label", "prompt", "response", "messages", "image"):
             if key in raw and not isinstance(raw[key], str):
                 self.refuse(f"data.{key}: the name of a column, not {brief(raw[key])}")
             elif key in raw:
@@ -251,7 +266,7 @@ class _Reader:
     def limits(self, raw: Mapping[str, Any]) -> dict[str, Any]:
         """How much of the rows is used."""
         given: dict[str, Any] = {}
-        for key in ("max_length", "limit"):
+        for key in ("max_length", "limit", "size"):
             value = raw.get(key, 0)
             if isinstance(value, bool) or not isinstance(value, int) or value < 0:
                 self.refuse(f"data.{key}: a whole number, not {brief(value)}")
@@ -286,14 +301,14 @@ def read_source(
     if not isinstance(raw, Mapping) or not isinstance(raw.get("path"), str) or not raw["path"]:
         problems.add(
             RecipeError,
-            f"{where}: a file (.jsonl, .csv, .parquet) or a data set of the hub, "
-            f"not {brief(value)}",
+            f"{where}: a file (.jsonl, .csv, .parquet; of images also .npz or a folder) or a "
+            f"data set of the hub, not {brief(value)}",
         )
         return None
     refuse_unknown(raw, ("path", "split", "config", "revision"), f"{where}: ", problems)
     path = str(raw["path"])
     local = folder / path
-    if local.is_file():
+    if local.exists():
         return Source(str(local))
     looks = path.count("/") == 1 and not path.startswith((".", "/", "~")) and not Path(path).suffix
     if not looks:
