@@ -1,0 +1,414 @@
+"""From the record of finished cells to tables, curves and claims; plain data in, plain data out."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import asdict
+from typing import Any
+
+from suture.analysis.maps import Curve, Point, Series
+from suture.bench.maths import Claim, Spread, claim, spread, within_one_interval
+from suture.bench.recipe import Bench
+
+Record = Mapping[str, Any]
+QK = "query_key"
+
+
+def results(
+    bench: Bench, record: Record, versions: Mapping[str, str], fingerprint: str
+) -> dict[str, Any]:
+    """Everything that a reader needs, as plain data; what is not finished is left out."""
+    names = [t.name for t in bench.tasks]
+    start = list(record["base"].values())
+    base: dict[str, Any] = {
+        name: spread([s["test"][i] for s in start]).to_dict()
+        for i, name in enumerate(t.name for t in bench.everything)
+    } if start else {}  # fmt: skip
+    lines = {n: _line(bench, record, n, held) for n, held in record["lines"].items()}
+    claims = list(_claims(bench, record))
+    return {
+        "kind": "bench",
+        "title": f"Task arithmetic over {len(names)} tasks, {len(start)} seed(s)",
+        "recipe": bench.resolved(),
+        "tasks": {t.name: t.about for t in bench.everything},
+        "rows": start[0]["rows"] if start else {},
+        "base": base,
+        "lines": lines,
+        "claims": [{**asdict(c), "difference": c.difference.to_dict()} for c in claims],
+        "sensitivity": _sensitivity(record["sensitivity"]),
+        "versions": {**versions, "base": fingerprint},
+    }
+
+
+def _line(bench: Bench, record: Record, name: str, held: Record) -> dict[str, Any]:
+    last = len(bench.checkpoints) - 1
+    seeds = held["seeds"]
+    added = {s: v["addition"][last] for s, v in seeds.items() if last in v["addition"]}
+    mixed = {s: v["disentanglement"][last] for s, v in seeds.items()
+             if last in v["disentanglement"]}  # fmt: skip
+    removed = {s: v["negation"] for s, v in seeds.items() if v["negation"]}
+    found: dict[str, Any] = {
+        "lr": held["lr"], "choice": held["choice"], "seeds": sorted(seeds),
+        "trained": [f["trained"] for v in seeds.values() for f in v["facts"]][0],
+        "validation": [spread([v["validation"][i] for v in seeds.values()]).to_dict()
+                       for i in range(last + 1)],
+    }  # fmt: skip
+    if added:
+        found["alphas"] = {str(s): v["alpha"] for s, v in added.items()}
+        for word in ("single_mean", "absolute", "normalised"):
+            found[word] = spread([v[word] for v in added.values()]).to_dict()
+        found["tasks"] = {
+            task.name: {
+                "single": spread([v["single"][i] for v in added.values()]).to_dict(),
+                "added": spread([v["test"][i] for v in added.values()]).to_dict(),
+            }
+            for i, task in enumerate(bench.tasks)
+        }
+    if mixed:
+        for word in ("xi", "xi_mean"):
+            found[word] = spread([v[word] for v in mixed.values()]).to_dict()
+        for word in ("transfer", "drift"):
+            found[word] = _mean_matrix([v[word] for v in mixed.values()])
+        found["off_drift"] = spread([_off(v["drift"]) for v in mixed.values()]).to_dict()
+    if removed:
+        found["negation"] = {
+            limit: {
+                word: spread([_mean([t[word] for t in v["limits"][limit]])
+                              for v in removed.values()]).to_dict()
+                for word in ("target", "control", "alpha")
+            }
+            for limit in next(iter(removed.values()))["limits"]
+        }  # fmt: skip
+        found["negation"]["base"] = {
+            "target": _mean([_mean(v["base"]) for v in removed.values()]),
+            "control": _mean([v["control"] for v in removed.values()]),
+        }
+    masks = [v["masks"] for v in seeds.values() if v["masks"]]
+    if masks:
+        words = (QK, "iou", "random", "tensors", "lines")
+        found["masks"] = {w: spread([m[w] for m in masks]).to_dict() for w in words}
+        found["masks"]["ceiling"] = record["ceiling"].get(name)
+        found["masks"]["cells"] = masks[0]["cells"]
+    pairs = [_matched(bench, record, name, s) for s in seeds if "matched" in seeds[s]]
+    pairs = [p for p in pairs if p is not None]
+    if pairs:
+        found["matched"] = {
+            word: spread([p[word] for p in pairs]).to_dict()
+            for word in pairs[0] if word not in ("steps", "within")
+        }  # fmt: skip
+        found["matched"]["steps"] = [p["steps"] for p in pairs]
+        found["matched"]["within"] = [p["within"] for p in pairs]
+    return found
+
+
+def _matched(bench: Bench, record: Record, name: str, seed: int) -> dict[str, Any] | None:
+    """A strategy and the reference, each at the checkpoint where their single models are nearest."""
+    own = record["lines"][name]["seeds"][seed]
+    other = record["lines"][bench.reference]["seeds"][seed]
+    here, there = own["matched"]
+    found: dict[str, Any] = {"steps": [bench.checkpoints[here], bench.checkpoints[there]]}
+    for word, held, point in (("own", own, here), ("reference", other, there)):
+        if point in held["addition"]:
+            for key in ("single_mean", "absolute", "normalised"):
+                found[f"{word}_{key}"] = held["addition"][point][key]
+        if point in held["disentanglement"]:
+            found[f"{word}_xi"] = held["disentanglement"][point]["xi"]
+            found[f"{word}_drift"] = _off(held["disentanglement"][point]["drift"])
+    if len(found) < 3:
+        return None
+    start = record["base"][seed]["rows"]
+    rows = sum(start[t.name]["validation"] for t in bench.tasks)
+    found["within"] = within_one_interval(own["validation"][here], other["validation"][there], rows)
+    return found
+
+
+def _off(matrix: Sequence[Sequence[float]]) -> float:
+    """Mean of what is not on the diagonal."""
+    return _mean([v for i, row in enumerate(matrix) for j, v in enumerate(row) if i != j])
+
+
+def _mean(values: Sequence[float]) -> float:
+    return sum(values) / len(values)
+
+
+def _mean_matrix(found: Sequence[Sequence[Sequence[float]]]) -> list[list[float]]:
+    return [[round(_mean(cells), 4) for cells in zip(*rows, strict=True)]
+            for rows in zip(*found, strict=True)]  # fmt: skip
+
+
+def _sensitivity(record: Record) -> dict[str, Any]:
+    """Accuracies left, on the task itself and on the others, by what was set to 0."""
+    if not record:
+        return {}
+    found: dict[str, Any] = {}
+    for word in ("least", "random", "most"):
+        for share in next(iter(record.values()))[0]["rows"][word]:
+            own = [_mean([cell["rows"][word][share][t] for t, cell in enumerate(cells)])
+                   for cells in record.values()]  # fmt: skip
+            others = [_off([cell["rows"][word][share] for cell in cells])
+                      for cells in record.values()]  # fmt: skip
+            found.setdefault(word, {})[share] = {
+                "own": spread(own).to_dict(), "others": spread(others).to_dict()
+            }  # fmt: skip
+    return found
+
+
+# -- claims ----------------------------------------------------------------------------------------
+
+
+def _claims(bench: Bench, record: Record) -> Iterator[Claim]:
+    """What the paper on TaLoS claims, judged by the paired differences of seeds."""
+    lines = record["lines"]
+    subject = next((line.name for line in bench.lines if line.name in lines
+                    and line.strategy.name == "talos" and line.name != bench.reference), None)  # fmt: skip
+    if subject is None:
+        return
+    last = len(bench.checkpoints) - 1
+
+    def ends(name: str, part: str, word: str) -> dict[int, float]:
+        return {
+            s: v[part][last][word]
+            for s, v in lines[name]["seeds"].items() if last in v[part]
+        }  # fmt: skip
+
+    def compare(
+        text: str, better: Mapping[int, float], worse: Mapping[int, float]
+    ) -> Iterator[Claim]:
+        common = sorted(set(better) & set(worse))
+        if common:
+            yield claim(text, [better[s] for s in common], [worse[s] for s in common])
+
+    reference = bench.reference
+    others = [line.name for line in bench.lines if line.name in lines and line.name != subject]
+    for name in others:
+        yield from compare(
+            f"{subject} has a higher normalised accuracy than {name}",
+            ends(subject, "addition", "normalised"), ends(name, "addition", "normalised"),
+        )  # fmt: skip
+    yield from compare(
+        f"{subject} has a higher absolute accuracy than {reference}",
+        ends(subject, "addition", "absolute"), ends(reference, "addition", "absolute"),
+    )  # fmt: skip
+    for name in others:
+        yield from compare(
+            f"{subject} is more disentangled (lower xi at 1, 1) than {name}",
+            ends(name, "disentanglement", "xi"), ends(subject, "disentanglement", "xi"),
+        )  # fmt: skip
+    pairs = {s: p for s in lines[subject]["seeds"]
+             if (p := _matched(bench, record, subject, s)) is not None}  # fmt: skip
+    at = "at matched single-task accuracy"
+    for text, own, other, sign in (
+        (f"{subject} has a higher normalised accuracy than {reference} {at}",
+         "own_normalised", "reference_normalised", 1),
+        (f"{subject} has a higher absolute accuracy than {reference} {at}",
+         "own_absolute", "reference_absolute", 1),
+        (f"{subject} is more disentangled than {reference} {at}", "own_xi", "reference_xi", -1),
+        (f"{subject} changes other tasks' predictions less than {reference} {at}",
+         "own_drift", "reference_drift", -1),
+    ):  # fmt: skip
+        yield from compare(
+            text, {s: sign * p[own] for s, p in pairs.items() if own in p},
+            {s: sign * p[other] for s, p in pairs.items() if other in p},
+        )  # fmt: skip
+    for name in others:
+        for limit in ("1", "2"):
+            yield from compare(
+                f"{subject} forgets its task more than {name} when subtracted (amounts up to {limit})",
+                _targets(lines[name], limit), _targets(lines[subject], limit),
+            )  # fmt: skip
+    yield from _mask_claims(record, subject, compare)
+
+
+def _targets(line: Record, limit: str) -> dict[int, float]:
+    return {
+        s: _mean([t["target"] for t in v["negation"]["limits"][limit]])
+        for s, v in line["seeds"].items() if v["negation"]
+    }  # fmt: skip
+
+
+def _mask_claims(record: Record, subject: str, compare: Any) -> Iterator[Claim]:
+    masks = {s: v["masks"] for s, v in record["lines"][subject]["seeds"].items() if v["masks"]}
+    for text, better, worse in (
+        (f"masks of {subject} lie in queries and keys: more than 95 %",
+         {s: m[QK] for s, m in masks.items()}, dict.fromkeys(masks, 0.95)),
+        (f"masks of {subject} for different tasks share more than masks of the same rows and columns",
+         {s: m["iou"] for s, m in masks.items()}, {s: m["lines"] for s, m in masks.items()}),
+    ):  # fmt: skip
+        yield from compare(text, better, worse)
+    found = record["sensitivity"]
+    if found:
+        for share in next(iter(found.values()))[0]["rows"]["least"]:
+            left = {
+                word: {s: _off([c["rows"][word][share] for c in cells])
+                       for s, cells in found.items()}
+                for word in ("least", "random")
+            }  # fmt: skip
+            yield from compare(
+                f"setting the least sensitive {float(share):.0%} of one task to 0 harms other "
+                "tasks less than as many random entries", left["least"], left["random"],
+            )  # fmt: skip
+
+
+# -- words -----------------------------------------------------------------------------------------
+
+
+def markdown(found: Mapping[str, Any]) -> str:
+    """The tables as a page."""
+    recipe, lines = found["recipe"], found["lines"]
+    seeds = max((len(v["seeds"]) for v in lines.values()), default=0)
+    state = "" if found.get("complete") else " **Not complete yet.**"
+    parts = [
+        f"# {found['title']}", "",
+        f"Base {recipe['base']}, heads {recipe['head']} and frozen; up to {seeds} seeds, mean and "
+        f"half the width of the 95 % t interval.{state}", "",
+        "## Addition and disentanglement", "",
+        "`single` is the mean accuracy of single models, `absolute` that of their sum, "
+        "`normalised` the mean ratio of both; `xi` the disentanglement error at (1, 1), from 0 "
+        "to 2; `drift` the share of predictions on other tasks that one vector changes.", "",
+    ]  # fmt: skip
+    head = ["strategy", "lr", "entries", "single", "absolute", "normalised", "alpha", "xi", "drift"]
+    rows = []
+    base = [found["base"][t]["mean"] for t in recipe["tasks"]] if found["base"] else []
+    if base:
+        rows.append(["base", "", "", _points(_mean(base)), "", "", "", "", ""])
+    for name, line in lines.items():
+        if "absolute" in line or "xi" in line:
+            alphas = ", ".join(f"{a:g}" for a in line.get("alphas", {}).values())
+            rows.append([
+                name, f"{line['lr']:g}", f"{line['trained']:,}", _cell(line.get("single_mean")),
+                _cell(line.get("absolute")), _cell(line.get("normalised")), alphas,
+                _cell(line.get("xi"), 3), _cell(line.get("off_drift"), 3),
+            ])  # fmt: skip
+    parts += _table(head, rows)
+    parts += _matched_table(recipe, lines)
+    parts += _negation_table(lines)
+    parts += _mask_table(lines)
+    if found["sensitivity"]:
+        parts += ["", "## Do tasks share their insensitive weights?", "",
+                  "Accuracy left, as a share of the base's, when entries chosen by one task are set "
+                  "to 0: on that task, and on the others.", ""]  # fmt: skip
+        parts += _table(
+            ["entries set to 0", "share", "own task", "other tasks"],
+            [[word, share, _cell(v["own"], 3), _cell(v["others"], 3)]
+             for word, shares in found["sensitivity"].items() for share, v in shares.items()],
+        )  # fmt: skip
+    if found["claims"]:
+        parts += ["", "## Claims", "", "Paired differences over seeds; positive ones speak for the "
+                  "claim. A claim holds where the interval lies above 0.", ""]  # fmt: skip
+        parts += _table(
+            ["claim", "difference", "verdict"],
+            [[c["text"], _cell(c["difference"], 3, signed=True), c["verdict"]]
+             for c in found["claims"]],
+        )  # fmt: skip
+    parts += ["", "## Tasks", ""]
+    for task, about in found["tasks"].items():
+        sizes = found["rows"].get(task, {})
+        rows_of = ", ".join(f"{sizes[p]} {p}" for p in ("train", "validation", "test") if p in sizes)
+        score = found["base"].get(task)
+        start = "" if score is None else f"; the base has {_cell(score)} %"
+        parts.append(f"- **{task}**: {about}; {rows_of}{start}")
+    return "\n".join(parts) + "\n"
+
+
+def _matched_table(recipe: Mapping[str, Any], lines: Mapping[str, Any]) -> list[str]:
+    reference = recipe["reference"]
+    rows = []
+    for name, line in lines.items():
+        m = line.get("matched")
+        if m:
+            steps = "; ".join(f"{a:g}/{b:g}" for a, b in m["steps"])
+            cells = [f"{_cell(m.get(f'own_{w}'), d)} / {_cell(m.get(f'reference_{w}'), d)}"
+                     for w, d in (("single_mean", 1), ("absolute", 1), ("normalised", 1), ("xi", 3))]  # fmt: skip
+            rows.append([name, *cells, steps, f"{sum(m['within'])} of {len(m['within'])}"])
+    if not rows:
+        return []
+    return ["", f"## At matched single-task accuracy: strategy / {reference}", "",
+            "The one that ends lower at its end, the other at the checkpoint nearest to it on "
+            "validation rows; `steps` are shares of all steps, seed by seed, `within` how often "
+            "the two lie in one interval.", "",
+            *_table(["strategy", "single", "absolute", "normalised", "xi", "steps", "within"],
+                    rows)]  # fmt: skip
+
+
+def _negation_table(lines: Mapping[str, Any]) -> list[str]:
+    rows, start = [], None
+    for name, line in lines.items():
+        found = line.get("negation")
+        if found:
+            start = found["base"]
+            cells = [_cell(found[limit][word], 2 if word == "alpha" else 1)
+                     for limit in ("1", "2") for word in ("target", "control", "alpha")]  # fmt: skip
+            rows.append([name, *cells])
+    if not rows or start is None:
+        return []
+    first = ["base", *[_points(start["target"]), _points(start["control"]), ""] * 2]
+    return ["", "## Negation", "", "Target accuracy (lower is better) after subtracting the largest "
+            "amount, up to 1 and up to 2, that keeps the wanted share of the control's accuracy on "
+            "validation rows.", "",
+            *_table(["strategy", "target, to 1", "control", "alpha", "target, to 2", "control",
+                     "alpha"], [first, *rows])]  # fmt: skip
+
+
+def _mask_table(lines: Mapping[str, Any]) -> list[str]:
+    rows = []
+    for name, line in lines.items():
+        m = line.get("masks")
+        if m:
+            top = "-" if m["ceiling"] is None else f"{m['ceiling']:.3f}"
+            cells = [_cell(m[w], 3) for w in ("iou", "random", "tensors", "lines")]
+            rows.append([name, f"{100 * m[QK]['mean']:.1f} %", *cells, top])
+    if not rows:
+        return []
+    return ["", "## Masks", "", "Share of the mask in queries and keys; intersection over union of "
+            "the masks of different tasks, beside what masks would have by chance: of the same "
+            "size, of the same density in every tensor, in every row and column; and the ceiling, "
+            "the same task with another seed.", "",
+            *_table(["strategy", "in Q and K", "IoU", "same size", "same tensors",
+                     "same rows and columns", "same task"], rows)]  # fmt: skip
+
+
+def curves(found: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
+    """What `suture report` draws: what is lost against single accuracy, and checkpoints."""
+    made = {}
+    for word, title in (("normalised", "Normalised accuracy"), ("xi", "Disentanglement error")):
+        series = []
+        for name, line in found["lines"].items():
+            m = line.get("matched", {})
+            points = [(m.get("own_single_mean"), m.get(f"own_{word}"))] if m else []
+            points.append((line.get("single_mean"), line.get(word)))
+            if name == found["recipe"]["reference"]:
+                points += [
+                    (other["matched"].get("reference_single_mean"),
+                     other["matched"].get(f"reference_{word}"))
+                    for other in found["lines"].values() if other.get("matched")
+                ]  # fmt: skip
+            kept = sorted({(x["mean"], y["mean"], y["low"], y["high"])
+                           for x, y in points if x and y}, key=lambda p: p[0])  # fmt: skip
+            if kept:
+                series.append(Series(name, tuple(Point(*p) for p in kept)))
+        if series:
+            made[word] = Curve(
+                f"{title} over single-task accuracy", "single-task accuracy", title, tuple(series)
+            ).to_dict()
+    return made
+
+
+def _cell(raw: Mapping[str, Any] | None, digits: int = 1, *, signed: bool = False) -> str:
+    """A mean with half its interval: in percent with one digit, else plain."""
+    if raw is None:
+        return "-"
+    value = Spread(raw["mean"], raw["low"], raw["high"], tuple(raw["values"]))
+    factor = 100 if digits == 1 else 1
+    mean = f"{factor * value.mean:{'+' if signed else ''}.{digits}f}"
+    return mean if value.high is None else f"{mean} ± {factor * value.half:.{digits}f}"
+
+
+def _points(value: float) -> str:
+    return f"{100 * value:.1f}"
+
+
+def _table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:
+    def line(cells: Sequence[str]) -> str:
+        return "| " + " | ".join(cells) + " |"
+
+    return [line(head), "|" + "---|" * len(head), *map(line, rows)]
