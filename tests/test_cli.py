@@ -49,6 +49,7 @@ COMMANDS = [
     "finetune",
     "strategies",
     "methods",
+    "bench",
     "demo",
 ]
 

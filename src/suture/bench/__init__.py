@@ -11,8 +11,8 @@ from typing import Any
 _HOMES = {
     "Bench": "recipe",
     "bench": "run",
-    "describe": "run",
-    "plan_bench": "run",
+    "describe": "plan",
+    "plan_bench": "plan",
     "read_bench": "recipe",
 }
 

@@ -8,6 +8,7 @@ models are equally good.
 from __future__ import annotations
 
 import copy
+import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -98,9 +99,9 @@ def learn(
 
         def look(at: Any) -> None:
             if at.step in wanted and phase == "train":
-                value = EVALS["accuracy"](
-                    mover.evaluated, side.data["validation"].batches(BATCH)
-                )[0].value
+                value = EVALS["accuracy"](mover.evaluated, side.data["validation"].batches(BATCH))[
+                    0
+                ].value
                 found.append((at.step, vector_of(model, mover, start, places), value))
 
         return tune(mover.model, side.data["train"], how, mover=mover, progress=look)
@@ -113,9 +114,7 @@ def learn(
         line.parameters
     )
     known = line.strategy.parameters
-    parameters = line.strategy.settings(
-        {k: v for k, v in given.items() if k in known}, Problems()
-    )
+    parameters = line.strategy.settings({k: v for k, v in given.items() if k in known}, Problems())
     tuned = line.strategy.make(**parameters)(job)
     mask = None if tuned.masks is None else job.mask(tuned.masks, {"strategy": line.name})
     losses = tuned.result.losses
@@ -131,7 +130,8 @@ def learn(
 
 
 def _steps(rows: int, how: TuneSettings) -> int:
-    steps = -(-(-(-rows // how.batch)) // how.accumulate) * how.epochs
+    batches = math.ceil(rows / how.batch)
+    steps = math.ceil(batches / how.accumulate) * how.epochs
     return min(steps, how.steps or steps)
 
 

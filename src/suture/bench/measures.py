@@ -115,8 +115,10 @@ def entangled(space: Space, grids: Grids, tasks: Sequence[str]) -> dict[str, Any
         "xi": float(np.mean(last)),
         "xi_mean": float(np.mean(joint)),
         "amounts": [0.0, *grids.disentanglement],
-        "maps": {f"{m.tasks[0]}, {m.tasks[1]}": np.round(e, 4).tolist()
-                 for m, e in zip(maps, errors, strict=True)},
+        "maps": {
+            f"{m.tasks[0]}, {m.tasks[1]}": np.round(e, 4).tolist()
+            for m, e in zip(maps, errors, strict=True)
+        },
         "transfer": np.round(transfer, 4).tolist(),
         "drift": np.round(drift, 4).tolist(),
     }
@@ -234,7 +236,9 @@ def _ratio(wanted: Array, found: Array) -> Array:
 # -- sensitivity -----------------------------------------------------------------------------------
 
 
-def sharing(base: Base, sides: Sequence[Side], task: int, grids: Grids, seed: int) -> dict[str, Any]:
+def sharing(
+    base: Base, sides: Sequence[Side], task: int, grids: Grids, seed: int
+) -> dict[str, Any]:
     """Accuracy of every task when entries that matter least to one task are set to 0.
 
     Beside them, as many random entries and as many of those that matter most; each as a share of

@@ -101,6 +101,11 @@ class Bench:
         """The tasks, and the control."""
         return self.tasks if self.control is None else (*self.tasks, self.control)
 
+    @property
+    def order(self) -> tuple[Line, ...]:
+        """The lines, the reference first: the others are matched with it."""
+        return tuple(sorted(self.lines, key=lambda line: line.name != self.reference))
+
     def resolved(self) -> dict[str, Any]:
         """The recipe with every default written out."""
         return {
@@ -211,7 +216,12 @@ class _Reader:
         raw = dict(given)
         refuse_unknown(raw, ("name", "file", "text", "label", "texts"), f"{where}: ", self.problems)
         texts = raw.get("texts", {})
-        words = [raw.get("name"), raw.get("file"), raw.get("text", "text"), raw.get("label", "label")]
+        words = [
+            raw.get("name"),
+            raw.get("file"),
+            raw.get("text", "text"),
+            raw.get("label", "label"),
+        ]
         if not all(isinstance(w, str) and w for w in words) or not isinstance(texts, Mapping):
             self.refuse(f"{where}: a task of your own has a name and a file; text, label and texts "
                         "say what its columns and labels are called")  # fmt: skip
@@ -244,7 +254,9 @@ class _Reader:
             refuse_unknown(raw, known, f"{where}: ", self.problems)
             parameters = section(raw, "parameters", self.problems)
             rates = raw.get("lr")
-            rates = self.numbers(rates if isinstance(rates, list) else [rates], f"{where}.lr", 0, 10)
+            rates = self.numbers(
+                rates if isinstance(rates, list) else [rates], f"{where}.lr", 0, 10
+            )
             if not all(rates):
                 self.refuse(f"{where}.lr: a rate is positive")
             negation = raw.get("negation", True)
@@ -265,13 +277,17 @@ class _Reader:
         names = [f.name for f in fields(Sizes)]
         refuse_unknown(raw, tuple(names), "rows: ", self.problems)
         for key, value in raw.items():
-            if key in names and (isinstance(value, bool) or not isinstance(value, int) or value < 2):
+            if key in names and (
+                isinstance(value, bool) or not isinstance(value, int) or value < 2
+            ):
                 self.refuse(f"rows.{key}: a whole number, 2 or more, not {brief(value)}")
         return Sizes() if self.problems else Sizes(**raw)
 
     def training(self, tasks: list[str]) -> tuple[TuneSettings, tuple[float, ...], tuple[str, ...]]:
         raw = section(self.raw, "training", self.problems)
-        shares = self.numbers(raw.pop("checkpoints", [0.25, 0.5, 1.0]), "training.checkpoints", 0, 1)
+        shares = self.numbers(
+            raw.pop("checkpoints", [0.25, 0.5, 1.0]), "training.checkpoints", 0, 1
+        )
         if shares and (shares[-1] != 1 or not shares[0] or list(shares) != sorted(set(shares))):
             self.refuse("training.checkpoints: rising shares of the steps; the last is 1")
         chosen = raw.pop("choose_lr_on", [])
@@ -306,7 +322,8 @@ class _Reader:
         return tuple(m for m in MEASURES if m in given)
 
     def grids(self) -> Grids:
-        default, given = Grids(), {}
+        default = Grids()
+        given: dict[str, Any] = {}
         parts = {
             "addition": {"alphas": ("addition", 0, 10)},
             "negation": {"alphas": ("negation", 0, 10), "keep": ("keep", 0, 1)},
@@ -335,15 +352,13 @@ class _Reader:
         values = given if isinstance(given, list) else [given]
         found = []
         for value in values or [None]:
-            fine = (
-                isinstance(value, int if whole else int | float)
-                and not isinstance(value, bool)
-                and low <= value <= high
-            )
-            if not fine:
-                kind = "whole number" if whole else "number"
-                self.refuse(f"{where}: a {kind} from {low:g} to {high:g}, not {brief(value)}")
-            found.append(float(value) if fine else 1.0)
+            right = isinstance(value, int | float) and not isinstance(value, bool)
+            if right and low <= value <= high and not (whole and value != int(value)):
+                found.append(float(value))
+                continue
+            kind = "whole number" if whole else "number"
+            self.refuse(f"{where}: a {kind} from {low:g} to {high:g}, not {brief(value)}")
+            found.append(1.0)
         return tuple(found)
 
     def choice(self, key: str, choices: tuple[str, ...], default: str) -> str:

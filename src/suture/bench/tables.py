@@ -49,7 +49,7 @@ def _line(bench: Bench, record: Record, name: str, held: Record) -> dict[str, An
     removed = {s: v["negation"] for s, v in seeds.items() if v["negation"]}
     found: dict[str, Any] = {
         "lr": held["lr"], "choice": held["choice"], "seeds": sorted(seeds),
-        "trained": [f["trained"] for v in seeds.values() for f in v["facts"]][0],
+        "trained": next(f["trained"] for v in seeds.values() for f in v["facts"]),
         "validation": [spread([v["validation"][i] for v in seeds.values()]).to_dict()
                        for i in range(last + 1)],
     }  # fmt: skip
@@ -231,7 +231,7 @@ def _mask_claims(record: Record, subject: str, compare: Any) -> Iterator[Claim]:
     for text, better, worse in (
         (f"masks of {subject} lie in queries and keys: more than 95 %",
          {s: m[QK] for s, m in masks.items()}, dict.fromkeys(masks, 0.95)),
-        (f"masks of {subject} for different tasks share more than masks of the same rows and columns",
+        (f"masks of {subject} for different tasks share more than their rows and columns explain",
          {s: m["iou"] for s, m in masks.items()}, {s: m["lines"] for s, m in masks.items()}),
     ):  # fmt: skip
         yield from compare(text, better, worse)
@@ -285,8 +285,8 @@ def markdown(found: Mapping[str, Any]) -> str:
     parts += _mask_table(lines)
     if found["sensitivity"]:
         parts += ["", "## Do tasks share their insensitive weights?", "",
-                  "Accuracy left, as a share of the base's, when entries chosen by one task are set "
-                  "to 0: on that task, and on the others.", ""]  # fmt: skip
+                  "Accuracy left, as a share of the base's, when entries chosen by one task are "
+                  "set to 0: on that task, and on the others.", ""]  # fmt: skip
         parts += _table(
             ["entries set to 0", "share", "own task", "other tasks"],
             [[word, share, _cell(v["own"], 3), _cell(v["others"], 3)]
@@ -303,7 +303,9 @@ def markdown(found: Mapping[str, Any]) -> str:
     parts += ["", "## Tasks", ""]
     for task, about in found["tasks"].items():
         sizes = found["rows"].get(task, {})
-        rows_of = ", ".join(f"{sizes[p]} {p}" for p in ("train", "validation", "test") if p in sizes)
+        rows_of = ", ".join(
+            f"{sizes[p]} {p}" for p in ("train", "validation", "test") if p in sizes
+        )
         score = found["base"].get(task)
         start = "" if score is None else f"; the base has {_cell(score)} %"
         parts.append(f"- **{task}**: {about}; {rows_of}{start}")
@@ -317,8 +319,11 @@ def _matched_table(recipe: Mapping[str, Any], lines: Mapping[str, Any]) -> list[
         m = line.get("matched")
         if m:
             steps = "; ".join(f"{a:g}/{b:g}" for a, b in m["steps"])
-            cells = [f"{_cell(m.get(f'own_{w}'), d)} / {_cell(m.get(f'reference_{w}'), d)}"
-                     for w, d in (("single_mean", 1), ("absolute", 1), ("normalised", 1), ("xi", 3))]  # fmt: skip
+            words = (("single_mean", 1), ("absolute", 1), ("normalised", 1), ("xi", 3))
+            cells = [
+                f"{_cell(m.get(f'own_{w}'), d)} / {_cell(m.get(f'reference_{w}'), d)}"
+                for w, d in words
+            ]
             rows.append([name, *cells, steps, f"{sum(m['within'])} of {len(m['within'])}"])
     if not rows:
         return []
@@ -336,15 +341,15 @@ def _negation_table(lines: Mapping[str, Any]) -> list[str]:
         found = line.get("negation")
         if found:
             start = found["base"]
-            cells = [_cell(found[limit][word], 2 if word == "alpha" else 1)
-                     for limit in ("1", "2") for word in ("target", "control", "alpha")]  # fmt: skip
+            columns = [(limit, w) for limit in ("1", "2") for w in ("target", "control", "alpha")]
+            cells = [_cell(found[limit][w], 2 if w == "alpha" else 1) for limit, w in columns]
             rows.append([name, *cells])
     if not rows or start is None:
         return []
     first = ["base", *[_points(start["target"]), _points(start["control"]), ""] * 2]
-    return ["", "## Negation", "", "Target accuracy (lower is better) after subtracting the largest "
-            "amount, up to 1 and up to 2, that keeps the wanted share of the control's accuracy on "
-            "validation rows.", "",
+    return ["", "## Negation", "", "Target accuracy (lower is better) after subtracting the "
+            "largest amount, up to 1 and up to 2, that keeps the wanted share of the control's "
+            "accuracy on validation rows.", "",
             *_table(["strategy", "target, to 1", "control", "alpha", "target, to 2", "control",
                      "alpha"], [first, *rows])]  # fmt: skip
 

