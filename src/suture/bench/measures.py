@@ -52,7 +52,7 @@ def addition(space: Space, grid: Sequence[float]) -> dict[str, Any]:
 
 
 def negation(space: Space, grids: Grids, limits: Sequence[float] = (1.0, 2.0)) -> dict[str, Any]:
-    r"""Accuracies of :math:`\theta_0 - \alpha \tau_t` on the task and on the control, for each task.
+    r"""Accuracies of :math:`\theta_0 - \alpha \tau_t` on the task and the control, for each task.
 
     The amount is the largest, up to each limit, that keeps the wanted share of the control's
     accuracy on validation rows.

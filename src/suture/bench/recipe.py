@@ -296,8 +296,10 @@ class _Reader:
             chosen = []
         for key in ("lr", "seed", "patience", "validate_every"):
             if key in raw:
-                self.refuse(f"training.{key}: rates stand with the strategies, seeds under `seeds`; "
-                            "nothing is stopped early")  # fmt: skip
+                self.refuse(
+                    f"training.{key}: rates stand with the strategies, seeds under `seeds`, and "
+                    "nothing is stopped early"
+                )
         names = tuple(f.name for f in fields(TuneSettings))
         refuse_unknown(raw, (*names, "checkpoints", "choose_lr_on"), "training: ", self.problems)
         for key, value in raw.items():
@@ -349,8 +351,8 @@ class _Reader:
         self, given: object, where: str, low: float, high: float, *, whole: bool = False
     ) -> tuple[float, ...]:
         """A list of numbers in a range; what is none becomes a problem, and 1."""
-        values = given if isinstance(given, list) else [given]
-        found = []
+        values: list[Any] = given if isinstance(given, list) else [given]
+        found: list[float] = []
         for value in values or [None]:
             right = isinstance(value, int | float) and not isinstance(value, bool)
             if right and low <= value <= high and not (whole and value != int(value)):

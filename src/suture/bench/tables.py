@@ -2,16 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from typing import Any
 
 from suture.analysis.maps import Curve, Point, Series
-from suture.bench.maths import Claim, Spread, claim, spread, within_one_interval
+from suture.bench.claims import QK, Record, claims, matched_pair, mean, off
+from suture.bench.maths import Spread, spread
 from suture.bench.recipe import Bench
-
-Record = Mapping[str, Any]
-QK = "query_key"
 
 
 def results(
@@ -25,7 +23,7 @@ def results(
         for i, name in enumerate(t.name for t in bench.everything)
     } if start else {}  # fmt: skip
     lines = {n: _line(bench, record, n, held) for n, held in record["lines"].items()}
-    claims = list(_claims(bench, record))
+    judged = list(claims(bench, record))
     return {
         "kind": "bench",
         "title": f"Task arithmetic over {len(names)} tasks, {len(start)} seed(s)",
@@ -34,7 +32,7 @@ def results(
         "rows": start[0]["rows"] if start else {},
         "base": base,
         "lines": lines,
-        "claims": [{**asdict(c), "difference": c.difference.to_dict()} for c in claims],
+        "claims": [{**asdict(c), "difference": c.difference.to_dict()} for c in judged],
         "sensitivity": _sensitivity(record["sensitivity"]),
         "versions": {**versions, "base": fingerprint},
     }
@@ -69,19 +67,19 @@ def _line(bench: Bench, record: Record, name: str, held: Record) -> dict[str, An
             found[word] = spread([v[word] for v in mixed.values()]).to_dict()
         for word in ("transfer", "drift"):
             found[word] = _mean_matrix([v[word] for v in mixed.values()])
-        found["off_drift"] = spread([_off(v["drift"]) for v in mixed.values()]).to_dict()
+        found["off_drift"] = spread([off(v["drift"]) for v in mixed.values()]).to_dict()
     if removed:
         found["negation"] = {
             limit: {
-                word: spread([_mean([t[word] for t in v["limits"][limit]])
+                word: spread([mean([t[word] for t in v["limits"][limit]])
                               for v in removed.values()]).to_dict()
                 for word in ("target", "control", "alpha")
             }
             for limit in next(iter(removed.values()))["limits"]
         }  # fmt: skip
         found["negation"]["base"] = {
-            "target": _mean([_mean(v["base"]) for v in removed.values()]),
-            "control": _mean([v["control"] for v in removed.values()]),
+            "target": mean([mean(v["base"]) for v in removed.values()]),
+            "control": mean([v["control"] for v in removed.values()]),
         }
     masks = [v["masks"] for v in seeds.values() if v["masks"]]
     if masks:
@@ -89,8 +87,8 @@ def _line(bench: Bench, record: Record, name: str, held: Record) -> dict[str, An
         found["masks"] = {w: spread([m[w] for m in masks]).to_dict() for w in words}
         found["masks"]["ceiling"] = record["ceiling"].get(name)
         found["masks"]["cells"] = masks[0]["cells"]
-    pairs = [_matched(bench, record, name, s) for s in seeds if "matched" in seeds[s]]
-    pairs = [p for p in pairs if p is not None]
+    tried = [matched_pair(bench, record, name, s) for s in seeds if "matched" in seeds[s]]
+    pairs = [p for p in tried if p is not None]
     if pairs:
         found["matched"] = {
             word: spread([p[word] for p in pairs]).to_dict()
@@ -101,38 +99,8 @@ def _line(bench: Bench, record: Record, name: str, held: Record) -> dict[str, An
     return found
 
 
-def _matched(bench: Bench, record: Record, name: str, seed: int) -> dict[str, Any] | None:
-    """A strategy and the reference, each at the checkpoint where their single models are nearest."""
-    own = record["lines"][name]["seeds"][seed]
-    other = record["lines"][bench.reference]["seeds"][seed]
-    here, there = own["matched"]
-    found: dict[str, Any] = {"steps": [bench.checkpoints[here], bench.checkpoints[there]]}
-    for word, held, point in (("own", own, here), ("reference", other, there)):
-        if point in held["addition"]:
-            for key in ("single_mean", "absolute", "normalised"):
-                found[f"{word}_{key}"] = held["addition"][point][key]
-        if point in held["disentanglement"]:
-            found[f"{word}_xi"] = held["disentanglement"][point]["xi"]
-            found[f"{word}_drift"] = _off(held["disentanglement"][point]["drift"])
-    if len(found) < 3:
-        return None
-    start = record["base"][seed]["rows"]
-    rows = sum(start[t.name]["validation"] for t in bench.tasks)
-    found["within"] = within_one_interval(own["validation"][here], other["validation"][there], rows)
-    return found
-
-
-def _off(matrix: Sequence[Sequence[float]]) -> float:
-    """Mean of what is not on the diagonal."""
-    return _mean([v for i, row in enumerate(matrix) for j, v in enumerate(row) if i != j])
-
-
-def _mean(values: Sequence[float]) -> float:
-    return sum(values) / len(values)
-
-
 def _mean_matrix(found: Sequence[Sequence[Sequence[float]]]) -> list[list[float]]:
-    return [[round(_mean(cells), 4) for cells in zip(*rows, strict=True)]
+    return [[round(mean(cells), 4) for cells in zip(*rows, strict=True)]
             for rows in zip(*found, strict=True)]  # fmt: skip
 
 
@@ -143,110 +111,14 @@ def _sensitivity(record: Record) -> dict[str, Any]:
     found: dict[str, Any] = {}
     for word in ("least", "random", "most"):
         for share in next(iter(record.values()))[0]["rows"][word]:
-            own = [_mean([cell["rows"][word][share][t] for t, cell in enumerate(cells)])
+            own = [mean([cell["rows"][word][share][t] for t, cell in enumerate(cells)])
                    for cells in record.values()]  # fmt: skip
-            others = [_off([cell["rows"][word][share] for cell in cells])
+            others = [off([cell["rows"][word][share] for cell in cells])
                       for cells in record.values()]  # fmt: skip
             found.setdefault(word, {})[share] = {
                 "own": spread(own).to_dict(), "others": spread(others).to_dict()
             }  # fmt: skip
     return found
-
-
-# -- claims ----------------------------------------------------------------------------------------
-
-
-def _claims(bench: Bench, record: Record) -> Iterator[Claim]:
-    """What the paper on TaLoS claims, judged by the paired differences of seeds."""
-    lines = record["lines"]
-    subject = next((line.name for line in bench.lines if line.name in lines
-                    and line.strategy.name == "talos" and line.name != bench.reference), None)  # fmt: skip
-    if subject is None:
-        return
-    last = len(bench.checkpoints) - 1
-
-    def ends(name: str, part: str, word: str) -> dict[int, float]:
-        return {
-            s: v[part][last][word]
-            for s, v in lines[name]["seeds"].items() if last in v[part]
-        }  # fmt: skip
-
-    def compare(
-        text: str, better: Mapping[int, float], worse: Mapping[int, float]
-    ) -> Iterator[Claim]:
-        common = sorted(set(better) & set(worse))
-        if common:
-            yield claim(text, [better[s] for s in common], [worse[s] for s in common])
-
-    reference = bench.reference
-    others = [line.name for line in bench.lines if line.name in lines and line.name != subject]
-    for name in others:
-        yield from compare(
-            f"{subject} has a higher normalised accuracy than {name}",
-            ends(subject, "addition", "normalised"), ends(name, "addition", "normalised"),
-        )  # fmt: skip
-    yield from compare(
-        f"{subject} has a higher absolute accuracy than {reference}",
-        ends(subject, "addition", "absolute"), ends(reference, "addition", "absolute"),
-    )  # fmt: skip
-    for name in others:
-        yield from compare(
-            f"{subject} is more disentangled (lower xi at 1, 1) than {name}",
-            ends(name, "disentanglement", "xi"), ends(subject, "disentanglement", "xi"),
-        )  # fmt: skip
-    pairs = {s: p for s in lines[subject]["seeds"]
-             if (p := _matched(bench, record, subject, s)) is not None}  # fmt: skip
-    at = "at matched single-task accuracy"
-    for text, own, other, sign in (
-        (f"{subject} has a higher normalised accuracy than {reference} {at}",
-         "own_normalised", "reference_normalised", 1),
-        (f"{subject} has a higher absolute accuracy than {reference} {at}",
-         "own_absolute", "reference_absolute", 1),
-        (f"{subject} is more disentangled than {reference} {at}", "own_xi", "reference_xi", -1),
-        (f"{subject} changes other tasks' predictions less than {reference} {at}",
-         "own_drift", "reference_drift", -1),
-    ):  # fmt: skip
-        yield from compare(
-            text, {s: sign * p[own] for s, p in pairs.items() if own in p},
-            {s: sign * p[other] for s, p in pairs.items() if other in p},
-        )  # fmt: skip
-    for name in others:
-        for limit in ("1", "2"):
-            yield from compare(
-                f"{subject} forgets its task more than {name} when subtracted (amounts up to {limit})",
-                _targets(lines[name], limit), _targets(lines[subject], limit),
-            )  # fmt: skip
-    yield from _mask_claims(record, subject, compare)
-
-
-def _targets(line: Record, limit: str) -> dict[int, float]:
-    return {
-        s: _mean([t["target"] for t in v["negation"]["limits"][limit]])
-        for s, v in line["seeds"].items() if v["negation"]
-    }  # fmt: skip
-
-
-def _mask_claims(record: Record, subject: str, compare: Any) -> Iterator[Claim]:
-    masks = {s: v["masks"] for s, v in record["lines"][subject]["seeds"].items() if v["masks"]}
-    for text, better, worse in (
-        (f"masks of {subject} lie in queries and keys: more than 95 %",
-         {s: m[QK] for s, m in masks.items()}, dict.fromkeys(masks, 0.95)),
-        (f"masks of {subject} for different tasks share more than their rows and columns explain",
-         {s: m["iou"] for s, m in masks.items()}, {s: m["lines"] for s, m in masks.items()}),
-    ):  # fmt: skip
-        yield from compare(text, better, worse)
-    found = record["sensitivity"]
-    if found:
-        for share in next(iter(found.values()))[0]["rows"]["least"]:
-            left = {
-                word: {s: _off([c["rows"][word][share] for c in cells])
-                       for s, cells in found.items()}
-                for word in ("least", "random")
-            }  # fmt: skip
-            yield from compare(
-                f"setting the least sensitive {float(share):.0%} of one task to 0 harms other "
-                "tasks less than as many random entries", left["least"], left["random"],
-            )  # fmt: skip
 
 
 # -- words -----------------------------------------------------------------------------------------
@@ -270,7 +142,7 @@ def markdown(found: Mapping[str, Any]) -> str:
     rows = []
     base = [found["base"][t]["mean"] for t in recipe["tasks"]] if found["base"] else []
     if base:
-        rows.append(["base", "", "", _points(_mean(base)), "", "", "", "", ""])
+        rows.append(["base", "", "", _points(mean(base)), "", "", "", "", ""])
     for name, line in lines.items():
         if "absolute" in line or "xi" in line:
             alphas = ", ".join(f"{a:g}" for a in line.get("alphas", {}).values())
