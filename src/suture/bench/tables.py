@@ -11,6 +11,9 @@ from suture.bench.claims import QK, Record, claims, matched_pair, mean, off
 from suture.bench.maths import Spread, spread
 from suture.bench.recipe import Bench
 
+WORDS = (("single_mean", 1), ("absolute", 1), ("normalised", 1), ("xi", 3))
+"""Columns of tables, and their digits."""
+
 
 def results(
     bench: Bench, record: Record, versions: Mapping[str, str], fingerprint: str
@@ -87,6 +90,7 @@ def _line(bench: Bench, record: Record, name: str, held: Record) -> dict[str, An
         found["masks"] = {w: spread([m[w] for m in masks]).to_dict() for w in words}
         found["masks"]["ceiling"] = record["ceiling"].get(name)
         found["masks"]["cells"] = masks[0]["cells"]
+    found["points"] = _points_of(bench, seeds)
     tried = [matched_pair(bench, record, name, s) for s in seeds if "matched" in seeds[s]]
     pairs = [p for p in tried if p is not None]
     if pairs:
@@ -96,6 +100,21 @@ def _line(bench: Bench, record: Record, name: str, held: Record) -> dict[str, An
         }  # fmt: skip
         found["matched"]["steps"] = [p["steps"] for p in pairs]
         found["matched"]["within"] = [p["within"] for p in pairs]
+    return found
+
+
+def _points_of(bench: Bench, seeds: Mapping[int, Record]) -> list[dict[str, Any]]:
+    """Every checkpoint that was measured on all seeds, in the order of training."""
+    found = []
+    for point, share in enumerate(bench.checkpoints):
+        row: dict[str, Any] = {"share": share}
+        for part, words in (("addition", ("single_mean", "absolute", "normalised")),
+                            ("disentanglement", ("xi",))):  # fmt: skip
+            held = [v[part][point] for v in seeds.values() if point in v[part]]
+            if len(held) == len(seeds):
+                row |= {word: spread([h[word] for h in held]).to_dict() for word in words}
+        if len(row) > 1:
+            found.append(row)
     return found
 
 
@@ -153,8 +172,10 @@ def markdown(found: Mapping[str, Any]) -> str:
             ])  # fmt: skip
     parts += _table(head, rows)
     parts += _matched_table(recipe, lines)
+    parts += _point_table(recipe, lines)
     parts += _negation_table(lines)
     parts += _mask_table(lines)
+    parts += _transfer_tables(recipe, lines)
     if found["sensitivity"]:
         parts += ["", "## Do tasks share their insensitive weights?", "",
                   "Accuracy left, as a share of the base's, when entries chosen by one task are "
@@ -191,10 +212,9 @@ def _matched_table(recipe: Mapping[str, Any], lines: Mapping[str, Any]) -> list[
         m = line.get("matched")
         if m:
             steps = "; ".join(f"{a:g}/{b:g}" for a, b in m["steps"])
-            words = (("single_mean", 1), ("absolute", 1), ("normalised", 1), ("xi", 3))
             cells = [
                 f"{_cell(m.get(f'own_{w}'), d)} / {_cell(m.get(f'reference_{w}'), d)}"
-                for w, d in words
+                for w, d in WORDS
             ]
             rows.append([name, *cells, steps, f"{sum(m['within'])} of {len(m['within'])}"])
     if not rows:
@@ -205,6 +225,33 @@ def _matched_table(recipe: Mapping[str, Any], lines: Mapping[str, Any]) -> list[
             "the two lie in one interval.", "",
             *_table(["strategy", "single", "absolute", "normalised", "xi", "steps", "within"],
                     rows)]  # fmt: skip
+
+
+def _point_table(recipe: Mapping[str, Any], lines: Mapping[str, Any]) -> list[str]:
+    reference = recipe["reference"]
+    points = lines[reference]["points"] if reference in lines else []
+    if len(points) < 2:
+        return []
+    rows = [
+        [f"{p['share']:g}", *(_cell(p.get(w), d) for w, d in WORDS)] for p in points
+    ]  # fmt: skip
+    head = ["share of the steps", "single", "absolute", "normalised", "xi"]
+    return ["", f"## {reference}, checkpoint by checkpoint", "", *_table(head, rows)]
+
+
+def _transfer_tables(recipe: Mapping[str, Any], lines: Mapping[str, Any]) -> list[str]:
+    """Every vector on every task, for the reference and the first line that chooses entries."""
+    talos = [n for n, s in recipe["strategies"].items() if s["strategy"] == "talos"]
+    parts: list[str] = []
+    for name in dict.fromkeys([recipe["reference"], *talos[:1]]):
+        matrix = lines.get(name, {}).get("transfer")
+        if matrix:
+            parts += ["", f"## Every vector of {name} on every task", "", "Accuracy minus that of "
+                      "the base, in points; rows are vectors, columns tasks.", ""]  # fmt: skip
+            rows = [[task, *(f"{100 * v:+.1f}" for v in row)]
+                    for task, row in zip(recipe["tasks"], matrix, strict=True)]  # fmt: skip
+            parts += _table(["", *recipe["tasks"]], rows)
+    return parts
 
 
 def _negation_table(lines: Mapping[str, Any]) -> list[str]:
@@ -250,19 +297,12 @@ def curves(found: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
     for word, title in (("normalised", "Normalised accuracy"), ("xi", "Disentanglement error")):
         series = []
         for name, line in found["lines"].items():
-            m = line.get("matched", {})
-            points = [(m.get("own_single_mean"), m.get(f"own_{word}"))] if m else []
-            points.append((line.get("single_mean"), line.get(word)))
-            if name == found["recipe"]["reference"]:
-                points += [
-                    (other["matched"].get("reference_single_mean"),
-                     other["matched"].get(f"reference_{word}"))
-                    for other in found["lines"].values() if other.get("matched")
-                ]  # fmt: skip
-            kept = sorted({(x["mean"], y["mean"], y["low"], y["high"])
-                           for x, y in points if x and y}, key=lambda p: p[0])  # fmt: skip
-            if kept:
-                series.append(Series(name, tuple(Point(*p) for p in kept)))
+            held = [
+                (p["single_mean"], p[word]) for p in line["points"] if {"single_mean", word} <= {*p}
+            ]
+            points = [Point(x["mean"], y["mean"], y["low"], y["high"]) for x, y in held]
+            if points:
+                series.append(Series(name, tuple(points)))
         if series:
             made[word] = Curve(
                 f"{title} over single-task accuracy", "single-task accuracy", title, tuple(series)
