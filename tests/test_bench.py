@@ -283,6 +283,21 @@ def test_measures_by_hand(sides: list[Side]) -> None:
     assert mixed["xi"] == pytest.approx(0.5, abs=0.07)  # a quarter in each of both tasks
 
 
+def test_small_vectors_move_features_to_first_order(base: Base, sides: list[Side]) -> None:
+    """The bend goes with the square of the amount; a linearized space has none at all."""
+    few = [replace(s, data={**s.data, "few": s.data["test"]}) for s in sides]
+    vectors = [learnt(base, side, "full").vectors[-1] for side in sides]
+    bends = []
+    for amount in (0.02, 0.01):
+        small = [{n: amount * t for n, t in v.items()} for v in vectors]
+        found = measures.movement(PlainSpace(base.encoder, small, few), base.encoder)
+        assert found["elsewhere"] == pytest.approx(found["elsewhere_first"], rel=0.1)
+        bends.append(found["bend"])
+    assert bends[0] / bends[1] == pytest.approx(4, rel=0.3)
+    found = measures.movement(LinearSpace(base.encoder, vectors, few), base.encoder)
+    assert (found["bend"], found["moved"]) == (0, found["first"])
+
+
 def test_what_is_least_sensitive_is_set_to_0_and_nothing_else(
     base: Base, sides: list[Side]
 ) -> None:

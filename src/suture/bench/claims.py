@@ -26,6 +26,9 @@ def matched_pair(bench: Bench, record: Record, name: str, seed: int) -> dict[str
         if point in held["disentanglement"]:
             found[f"{word}_xi"] = held["disentanglement"][point]["xi"]
             found[f"{word}_drift"] = off(held["disentanglement"][point]["drift"])
+        if point in held["movement"]:
+            for key in ("elsewhere", "elsewhere_first", "bend"):
+                found[f"{word}_{key}"] = held["movement"][point][key]
     if len(found) < 3:
         return None
     start = record["base"][seed]["rows"]
@@ -93,6 +96,10 @@ def claims(bench: Bench, record: Record) -> Iterator[Claim]:
         (f"{subject} is more disentangled than {reference} {at}", "own_xi", "reference_xi", -1),
         (f"{subject} changes other tasks' predictions less than {reference} {at}",
          "own_drift", "reference_drift", -1),
+        (f"to first order, {subject} moves other tasks' features less than {reference}, relative "
+         f"to its own, {at}", "own_elsewhere_first", "reference_elsewhere_first", -1),
+        (f"{subject} trains nearer to first order than {reference} {at}", "own_bend",
+         "reference_bend", -1),
     ):  # fmt: skip
         yield from compare(
             text, {s: sign * p[own] for s, p in pairs.items() if own in p},

@@ -14,10 +14,10 @@ from suture.analysis.overlap import independent_jaccard
 from suture.bench.learn import Base, Side
 from suture.bench.maths import best_amount, largest_kept, normalised
 from suture.bench.recipe import Grids
-from suture.bench.space import Array, PlainSpace, Space, accuracy, alone
+from suture.bench.space import Array, LinearSpace, PlainSpace, Space, accuracy, alone
 from suture.finetune.calibrate import Calibration, prunable, sensitivity, smallest
 from suture.mask import Mask
-from suture.models import Classifier
+from suture.models import Classifier, Encoder
 from suture.roles import role_of
 
 
@@ -122,6 +122,45 @@ def entangled(space: Space, grids: Grids, tasks: Sequence[str]) -> dict[str, Any
         "transfer": np.round(transfer, 4).tolist(),
         "drift": np.round(drift, 4).tolist(),
     }
+
+
+def movement(space: Space, encoder: Encoder) -> dict[str, Any]:
+    r"""How far each vector moves the features of every task, and how much of it is first order.
+
+    ``moved`` has :math:`E_x |f(x, \theta_0 + \tau) - f(x, \theta_0)|^2` over
+    :math:`E_x |f(x, \theta_0)|^2`, ``first`` the same of :math:`J \tau`; rows are vectors, columns
+    tasks. ``elsewhere`` is what a vector moves on other tasks over what it moves on its own, a mean
+    over vectors: 0 would be perfect localization. ``bend`` is the share of the movement on the own
+    task that is not first order, :math:`|\Delta f - J\tau|^2 / |\Delta f|^2`.
+    """
+    count = space.count
+    lines = LinearSpace(encoder, space.vectors, space.sides)
+    none = (0.0,) * count
+    moved, first, bend = np.zeros((3, count, count))
+    for row in range(count):
+        at = alone(count, row)
+        for column in range(count):
+            start = lines.features(none, column, "few")
+            whole = space.features(at, column, "few") - start
+            slope = lines.features(at, column, "few") - start
+            size = float(start.square().sum())
+            moved[row, column] = float(whole.square().sum()) / size
+            first[row, column] = float(slope.square().sum()) / size
+            bend[row, column] = float((whole - slope).square().sum() / whole.square().sum())
+    return {
+        "moved": np.round(moved, 6).tolist(),
+        "first": np.round(first, 6).tolist(),
+        "own": float(np.mean(np.diag(moved))),
+        "elsewhere": _elsewhere(moved),
+        "elsewhere_first": _elsewhere(first),
+        "bend": float(np.mean(np.diag(bend))),
+    }
+
+
+def _elsewhere(matrix: Array) -> float:
+    count = len(matrix)
+    others = (matrix.sum(1) - np.diag(matrix)) / (count - 1)
+    return float(np.mean(others / np.diag(matrix)))
 
 
 # -- masks -----------------------------------------------------------------------------------------

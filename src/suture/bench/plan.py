@@ -93,7 +93,7 @@ def expected(bench: Bench) -> Counter[Kind]:
         # the chosen rate is met twice on the first seed
         pending["train", line.name] = seeds * tasks + len(line.rates) * asked
         points = len(bench.checkpoints) if line.name == bench.reference else 1
-        for part in ("addition", "disentanglement"):
+        for part in ("addition", "disentanglement", "movement"):
             pending[part, line.name] = seeds * points * (part in bench.measure)
         for part, has in (("negation", line.negation), ("masks", line.strategy.sparse)):
             pending[part, line.name] = seeds * (has and part in bench.measure)

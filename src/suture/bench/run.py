@@ -43,6 +43,8 @@ from suture.models import Head, embed, load_encoder
 from suture.tune import fit_head
 from suture.writer import locked
 
+FEW = 16
+"""Test rows of each task that movement is measured on: no labels, so few are enough."""
 STEPS = 1
 """Version of what the steps below do; raise it with them, so that nothing stale is used again."""
 
@@ -132,9 +134,10 @@ class _Run:
             for part in split._fields
         }  # fmt: skip
         data["probe"] = _first(data["test"], self.bench.grids.rows)
+        data["few"] = _first(data["test"], min(FEW, self.bench.grids.rows))
         head = self._head(task, labels, data["train"])
         about = [task.name, self.base.fingerprint, self.bench.head, labels, task.texts]
-        rows = {part: [d.ids, d.labels] for part, d in data.items()}
+        rows = {part: [d.ids, d.labels] for part, d in data.items() if part != "few"}
         return Side(task.name, head, data, digest([about, rows]))
 
     def _head(self, task: BenchTask, labels: tuple[str, ...], train: Dataset) -> Head:
@@ -247,7 +250,7 @@ class _Run:
         curve = [sum(c["validation"][i] for c in cells) / count for i in range(last + 1)]
         found: dict[str, Any] = {
             "validation": curve, "facts": [c["facts"] for c in cells], "masks": None,
-            "addition": {}, "disentanglement": {}, "negation": None,
+            "addition": {}, "disentanglement": {}, "movement": {}, "negation": None,
         }  # fmt: skip
         wanted = {last}
         if line.name == bench.reference:
@@ -289,6 +292,11 @@ class _Run:
             found["disentanglement"] = self.ledger.cell(
                 ("disentanglement", line.name), f"disentanglement-{where}", [*inputs, amounts],
                 lambda: measures.entangled(space(), grids, names),
+            )  # fmt: skip
+        if "movement" in self.bench.measure:
+            found["movement"] = self.ledger.cell(
+                ("movement", line.name), f"movement-{where}", [*inputs, grids.rows, FEW],
+                lambda: measures.movement(space(), self.base.encoder),
             )  # fmt: skip
         return found
 

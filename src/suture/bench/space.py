@@ -31,8 +31,13 @@ class Space(Protocol):
     count: int
     """How many task vectors there are."""
 
+    vectors: Sequence[Vector]
+
     def predict(self, amounts: Amounts, task: int, part: str) -> Array:
         """The classes of all rows of a part (``validation``, ``test``, ``probe``) of a task."""
+
+    def features(self, amounts: Amounts, task: int, part: str) -> Tensor:
+        """The encoder's vectors of these rows, before the head."""
 
 
 def accuracy(space: Space, amounts: Amounts, task: int, part: str) -> float:
@@ -72,6 +77,11 @@ class PlainSpace:
             self._known[key] = classes(model, _part(side, part).batches(BATCH))
         return self._known[key]
 
+    def features(self, amounts: Amounts, task: int, part: str) -> Tensor:
+        """See ``Space``."""
+        self._move(amounts)
+        return embed(self.encoder, _part(self.sides[task], part).batches(BATCH))
+
     @torch.no_grad()
     def _move(self, amounts: Amounts) -> None:
         if amounts == self._at:
@@ -102,16 +112,21 @@ class LinearSpace:
     @torch.no_grad()
     def predict(self, amounts: Amounts, task: int, part: str) -> Array:
         """See ``Space``."""
-        side = self.sides[task]
+        given = _Given(self.features(amounts, task, part))
+        head = Classifier(self.encoder, self.sides[task].head).with_body(given)
+        nothing = torch.zeros(1, 1, dtype=torch.int64)
+        return np.asarray(head(nothing, nothing).argmax(1).numpy())
+
+    @torch.no_grad()
+    def features(self, amounts: Amounts, task: int, part: str) -> Tensor:
+        """See ``Space``."""
         at = task, part
         if at not in self._base:
-            self._base[at] = embed(self.encoder, _part(side, part).batches(BATCH))
+            self._base[at] = embed(self.encoder, _part(self.sides[task], part).batches(BATCH))
         features = self._base[at].clone()
         for direction, amount in _directions(amounts):
             features += amount * self._slope(direction, task, part)
-        head = Classifier(self.encoder, side.head).with_body(_Given(features))
-        nothing = torch.zeros(1, 1, dtype=torch.int64)
-        return np.asarray(head(nothing, nothing).argmax(1).numpy())
+        return features
 
     def _slope(self, direction: Amounts, task: int, part: str) -> Tensor:
         key = direction, task, part

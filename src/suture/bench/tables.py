@@ -11,6 +11,12 @@ from suture.bench.claims import QK, Record, claims, matched_pair, mean, off
 from suture.bench.maths import Spread, spread
 from suture.bench.recipe import Bench
 
+POINTS = {
+    "addition": ("single_mean", "absolute", "normalised"),
+    "disentanglement": ("xi",),
+    "movement": ("own", "elsewhere", "elsewhere_first", "bend"),
+}
+"""What is kept of every checkpoint."""
 WORDS = (("single_mean", 1), ("absolute", 1), ("normalised", 1), ("xi", 3))
 """Columns of tables, and their digits."""
 
@@ -71,6 +77,9 @@ def _line(bench: Bench, record: Record, name: str, held: Record) -> dict[str, An
         for word in ("transfer", "drift"):
             found[word] = _mean_matrix([v[word] for v in mixed.values()])
         found["off_drift"] = spread([off(v["drift"]) for v in mixed.values()]).to_dict()
+    moved = [v["movement"][last] for v in seeds.values() if last in v["movement"]]
+    if moved:
+        found["movement"] = {w: spread([m[w] for m in moved]).to_dict() for w in POINTS["movement"]}
     if removed:
         found["negation"] = {
             limit: {
@@ -108,8 +117,7 @@ def _points_of(bench: Bench, seeds: Mapping[int, Record]) -> list[dict[str, Any]
     found = []
     for point, share in enumerate(bench.checkpoints):
         row: dict[str, Any] = {"share": share}
-        for part, words in (("addition", ("single_mean", "absolute", "normalised")),
-                            ("disentanglement", ("xi",))):  # fmt: skip
+        for part, words in POINTS.items():
             held = [v[part][point] for v in seeds.values() if point in v[part]]
             if len(held) == len(seeds):
                 row |= {word: spread([h[word] for h in held]).to_dict() for word in words}
@@ -173,6 +181,7 @@ def markdown(found: Mapping[str, Any]) -> str:
     parts += _table(head, rows)
     parts += _matched_table(recipe, lines)
     parts += _point_table(recipe, lines)
+    parts += _movement_table(lines)
     parts += _negation_table(lines)
     parts += _mask_table(lines)
     parts += _transfer_tables(recipe, lines)
@@ -252,6 +261,23 @@ def _transfer_tables(recipe: Mapping[str, Any], lines: Mapping[str, Any]) -> lis
                     for task, row in zip(recipe["tasks"], matrix, strict=True)]  # fmt: skip
             parts += _table(["", *recipe["tasks"]], rows)
     return parts
+
+
+def _movement_table(lines: Mapping[str, Any]) -> list[str]:
+    rows = []
+    for name, line in lines.items():
+        held = [p for p in line["points"] if "bend" in p]
+        rows += [
+            [name, f"{p['share']:g}", *(_cell(p[w], 3) for w in POINTS["movement"])] for p in held
+        ]
+    if not rows:
+        return []
+    head = ["strategy", "share of the steps", "own", "elsewhere", "elsewhere, first order", "bend"]
+    return ["", "## How features move", "", "`own`: squared movement of a vector's own task's "
+            "features over their squared length; `elsewhere`: what it moves on other tasks over "
+            "what it moves on its own, in all and to first order (0 is perfect localization); "
+            "`bend`: the share of the own movement that is not first order.", "",
+            *_table(head, rows)]  # fmt: skip
 
 
 def _negation_table(lines: Mapping[str, Any]) -> list[str]:
