@@ -217,6 +217,13 @@ def test_vectors_come_back_from_disk_as_they_were(
             assert all(torch.equal(again[n], v) for n, v in vector.items())
 
 
+def test_vectors_that_cannot_be_written_are_told(tmp_path: Path) -> None:
+    """A file where the folder should be: an error with the place, and nothing half."""
+    (tmp_path / "vectors").write_text("")
+    with pytest.raises(OutputError, match=r"vectors.v\.safetensors"):
+        save_vectors([{"a": torch.ones(3)}], tmp_path / "vectors" / "v.safetensors")
+
+
 def test_points_do_not_depend_on_the_way_to_them(base: Base, sides: list[Side]) -> None:
     """After any points, the base says the same again, bit by bit, and so does a fresh space."""
     vectors = [learnt(base, side, "full").vectors[-1] for side in sides]
@@ -524,6 +531,9 @@ def test_all_that_is_wrong_with_a_recipe_is_told_at_once(shop: Path) -> None:
         ({"strategies": {"full": 3}}, "strategies.full"),
         ({"measure": []}, "measure: some of"),
         ({"seeds": []}, "seeds"),
+        ({"seeds": [1, 2, 1]}, "stands twice"),
+        ({"strategies": {"a/b": {"strategy": "full", "lr": 1e-3}}}, "a name is made of"),
+        ({"tasks": ["bias", {"name": "../x", "file": "one.jsonl"}]}, "a name is made of"),
         ({"training": {"steps": "many"}}, "training.steps"),
         ({"training": {"schedule": "wavy"}}, "schedule"),
         ({"control": "bias", "tasks": ["bias", "topics"]}, "control: bias is one of the tasks"),

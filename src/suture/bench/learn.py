@@ -10,19 +10,20 @@ from __future__ import annotations
 import copy
 import math
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
 from suture.bench.recipe import Line
 from suture.checkpoint import Checkpoint
 from suture.data import Dataset, draw
-from suture.errors import Problems
+from suture.errors import OutputError, Problems
 from suture.evals import EVALS
 from suture.finetune.base import Job
 from suture.finetune.packed import Place, unpack
@@ -172,7 +173,11 @@ def vector_of(
 
 
 def save_vectors(vectors: Sequence[Vector], path: Path) -> None:
-    """Write task vectors; sparse ones as positions and values. The file appears whole."""
+    """Write task vectors; sparse ones as positions and values. The file appears whole.
+
+    Raises:
+        OutputError: the disk is full or refuses.
+    """
     held: dict[str, Tensor] = {}
     for number, vector in enumerate(vectors):
         for name, delta in vector.items():
@@ -186,10 +191,15 @@ def save_vectors(vectors: Sequence[Vector], path: Path) -> None:
                 held[f"{number}/{name}/values"] = flat.clone()
             else:
                 held[f"{number}/{name}/dense"] = delta.contiguous()
-    path.parent.mkdir(parents=True, exist_ok=True)
     partial = path.with_name(f".{path.name}.partial")
-    save_file(held, partial)
-    partial.replace(path)
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        save_file(held, partial)
+        partial.replace(path)
+    except (OSError, SafetensorError) as error:
+        with suppress(OSError):
+            partial.unlink(missing_ok=True)
+        raise OutputError(f"{path}: task vectors cannot be written: {error}") from error
 
 
 def load_vectors(path: Path, number: int) -> dict[str, Tensor]:

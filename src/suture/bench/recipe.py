@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
@@ -182,6 +183,8 @@ class _Reader:
         sizes = self.sizes()
         training, checkpoints, choose_on = self.training([t.name for t in tasks])
         seeds = self.numbers(self.raw.get("seeds", [0, 1, 2]), "seeds", 0, 2**31, whole=True)
+        if len(set(seeds)) < len(seeds):
+            self.refuse("seeds: one stands twice; it would count as evidence twice")
         measure = self.measure()
         if control is None and "negation" in measure:
             self.refuse("control: negation needs a task whose accuracy it keeps")
@@ -227,6 +230,7 @@ class _Reader:
                         "say what its columns and labels are called")  # fmt: skip
             return None
         name, file, text, label = map(str, words)
+        self.plain(name, where)
         with self.problems.collecting():
             called = {str(k): str(v) for k, v in texts.items()}
             return task_of_file(name, self.folder / file, text, label, called)
@@ -246,6 +250,7 @@ class _Reader:
             self.refuse("strategies: none; for example `full: {strategy: full, lr: 1e-5}`")
         for name, raw in given.items():
             where = f"strategies.{name}"
+            self.plain(str(name), "strategies")
             if not isinstance(raw, Mapping):
                 self.refuse(f"{where}: strategy, parameters and lr, not {brief(raw)}")
                 continue
@@ -271,6 +276,11 @@ class _Reader:
                 inner.locate = lambda text, where=where: f"{where}: {text}"  # type: ignore[misc]
                 inner.raise_if_any()
         return found
+
+    def plain(self, name: str, where: str) -> None:
+        """Names become parts of names of files."""
+        if not re.fullmatch(r"\w[\w.-]*", name):
+            self.refuse(f"{where}: {brief(name)}: a name is made of letters, digits, - _ and .")
 
     def sizes(self) -> Sizes:
         raw = section(self.raw, "rows", self.problems)
