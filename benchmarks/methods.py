@@ -1,11 +1,12 @@
 """Every method that mergekit has, too: time, processor time and peak memory of whole processes.
 
-Usage: methods.py [--scratch DIR] [--only METHOD ...]
+Usage: methods.py [--scratch DIR] [--large] [--only METHOD ...]
 
 Both tools follow the same recipe on the same generated models (bfloat16, Llama shapes, about 56 M
-parameters; three of them and a base). Prints a table, and writes ``benchmarks/methods.json`` with
-the machine's description. The start-up of each tool, which a small merge is mostly made of, is
-measured by a merge of a tiny model and taken off in the last column.
+parameters, or 374 M with ``--large``; three of them and a base). Prints a table, and writes
+``benchmarks/methods.json`` (``methods-large.json``) with the machine's description. The start-up of
+each tool, which a small merge is mostly made of, is measured by a merge of a tiny model and taken
+off in the last column.
 """
 
 from __future__ import annotations
@@ -15,11 +16,12 @@ import json
 import sys
 import tempfile
 from pathlib import Path
+from statistics import median
 
 from models import llama_config, write_model
-from run import HERE, Run, clear, machine, measure
+from run import BIG, HERE, TINY, Run, clear, machine, measure
 
-CONFIGS = {"m": llama_config(512, 12, 1408, 16000), "tiny": llama_config(64, 2, 128, 256)}
+MIDDLE = llama_config(512, 12, 1408, 16000)
 THREE = "weight: 0.7, density: 0.3"
 RECIPES: dict[str, tuple[int, bool, str, str]] = {
     "linear": (3, False, "weight: 0.7", ""),
@@ -76,21 +78,22 @@ def both(scratch: Path, name: str, prefix: str) -> tuple[Run, Run]:
 def main() -> None:
     parser = argparse.ArgumentParser()
     parser.add_argument("--scratch", type=Path)
+    parser.add_argument("--large", action="store_true")
     parser.add_argument("--only", nargs="*", default=list(RECIPES))
     options = parser.parse_args()
     with tempfile.TemporaryDirectory(dir=options.scratch) as place:
         scratch = Path(place)
-        for prefix, config in CONFIGS.items():
+        for prefix, config in {"m": BIG if options.large else MIDDLE, "tiny": TINY}.items():
             for model in range(4):
                 write_model(scratch / f"{prefix}{model}", config, model)
         both(scratch, "linear", "tiny")
         start = both(scratch, "linear", "tiny")
         rows = {}
-        print(f"{'':<18}{'Suture':>30}{'mergekit':>30}{'ratio':>16}")
+        print(f"{'':<18}{'Suture':>30}{'mergekit':>30}{'ratio':>24}")
         print(
             f"{'method':<18}"
             + f"{'seconds':>10}{'cpu':>10}{'MB':>10}" * 2
-            + f"{'cpu':>8}{'net':>8}"
+            + f"{'wall':>8}{'cpu':>8}{'net':>8}"
         )
         for name in options.only:
             both(scratch, name, "tiny")  # compiles what is not compiled yet
@@ -98,14 +101,18 @@ def main() -> None:
             net = [max(0.05, r.cpu - s.cpu) for r, s in zip(runs, start, strict=True)]
             rows[name] = {
                 "suture": runs[0]._asdict(), "mergekit": runs[1]._asdict(),
-                "ratio": runs[1].cpu / runs[0].cpu, "net": net[1] / net[0],
+                "wall": runs[1].seconds / runs[0].seconds, "ratio": runs[1].cpu / runs[0].cpu,
+                "net": net[1] / net[0],
             }  # fmt: skip
             cells = "".join(f"{r.seconds:>10.2f}{r.cpu:>10.2f}{r.peak / 1e6:>10.0f}" for r in runs)
-            print(
-                f"{name:<18}{cells}{rows[name]['ratio']:>8.1f}{net[1] / net[0]:>8.1f}", flush=True
-            )
+            ratios = "".join(f"{rows[name][word]:>8.1f}" for word in ("wall", "ratio", "net"))
+            print(f"{name:<18}{cells}{ratios}", flush=True)
+        for word in ("wall", "ratio"):
+            every = sorted(row[word] for row in rows.values())
+            print(f"{word}: least {every[0]:.1f}, median {median(every):.1f}")
     facts = {"machine": machine(), "start": [r._asdict() for r in start], "methods": rows}
-    (HERE / "methods.json").write_text(json.dumps(facts, indent=1) + "\n")
+    file = "methods-large.json" if options.large else "methods.json"
+    (HERE / file).write_text(json.dumps(facts, indent=1) + "\n")
 
 
 if __name__ == "__main__":

@@ -57,9 +57,16 @@ class Run(NamedTuple):
 
 
 def measure(command: list[str]) -> Run:
-    """Run a command to its end; wall and processor time, and peak memory of it alone."""
+    """Run a command to its end; wall and processor time, and peak memory of it alone.
+
+    Python may keep its bytecode, as it does wherever a package is installed: without it, the
+    compiler of Python would be measured, too.
+    """
+    environment = {k: v for k, v in os.environ.items() if k != "PYTHONDONTWRITEBYTECODE"}
     begun = time.perf_counter()
-    process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE)
+    process = subprocess.Popen(
+        command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, env=environment
+    )
     _, status, usage = os.wait4(process.pid, 0)
     seconds = time.perf_counter() - begun
     assert process.stderr is not None

@@ -48,6 +48,8 @@ COMMANDS = [
     "report",
     "finetune",
     "strategies",
+    "eval",
+    "compare",
     "methods",
     "bench",
     "demo",
@@ -276,10 +278,11 @@ def test_methods_lists_every_method() -> None:
 
 @pytest.mark.parametrize("name", sorted(METHODS))
 def test_one_method_in_full(name: str) -> None:
-    """Its equation, what it needs, and each parameter in a sentence."""
+    """Its equation in plain letters, what it needs, and each parameter in a sentence."""
     said = invoke("methods", name)
 
     assert said.code == 0
+    assert not set("$\\{}") & set(said.out)
     lines_of(said.out, name, "Needs", *(f"  {p} = " for p in METHODS[name].parameters))
 
 

@@ -220,8 +220,6 @@ class Checkpoint(Mapping[str, Array]):
     checkpoint gives a ``TaskVector``; adding two is an error.
     """
 
-    restricted = False
-    """Whether it is known to be made from something that must not be passed on."""
     notes: tuple[str, ...] = ()
     """What whoever uses it should know."""
     has_tokenizer = False
@@ -253,6 +251,16 @@ class Checkpoint(Mapping[str, Array]):
             for file, header in zip(files, headers, strict=True)
         ]
         """What tells cheaply whether the files are still the same: name, size, time, header."""
+
+    @cached_property
+    def restricted(self) -> bool:
+        """Whether it was made from something that must not be passed on: its record says so."""
+        record = self.folder / "suture.json"
+        try:
+            found = read_json(_inside(record, self.folder), JSON_LIMIT) if record.is_file() else {}
+        except CheckpointError:  # some other file of that name: it says nothing
+            return False
+        return found.get("restricted") is True
 
     def _read_headers(self, index: Mapping[str, str] | None) -> list[Header]:
         problems = Problems()
@@ -704,8 +712,11 @@ def refuse_uncomputable(checkpoint: Checkpoint) -> None:
         CheckpointError: an 8-bit float tensor, or a quantisation method in ``config.json``.
     """
     small = [name for name, spec in checkpoint.specs.items() if spec.dtype in FLOAT8]
-    if small or checkpoint.config.get("quantization_config"):
-        what = f"8-bit floats ({listed(small, 2)})" if small else "quantised weights"
+    settings = checkpoint.config.get("quantization_config")
+    if small or settings:
+        named = settings.get("quant_method") if isinstance(settings, dict) else None
+        method = f" ({brief(named)})" if isinstance(named, str) and named else ""
+        what = f"8-bit floats ({listed(small, 2)})" if small else f"quantised weights{method}"
         raise CheckpointError(
             f"{checkpoint.label}: holds {what}; merge the model it was made from, or dequantise it "
             "with transformers first and save it again"

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import os
 import re
+import textwrap
 from collections.abc import Iterable, Sequence
 from fnmatch import translate
 from functools import lru_cache
@@ -182,11 +183,37 @@ def bytes_from(text: str | int) -> int:
 
 def readable(nbytes: float) -> str:
     """Bytes for people, in decimal units: ``1.53 GB``."""
-    for unit in ("B", "kB", "MB", "GB"):
+    for unit in ("B", "kB", "MB", "GB", "TB", "PB"):
         if nbytes < 1000:
             return f"{nbytes:.0f} {unit}" if unit == "B" else f"{nbytes:.3g} {unit}"
         nbytes /= 1000
-    return f"{nbytes:.3g} TB"
+    return f"{nbytes:,.0f} EB"
+
+
+_SIGNS = {
+    "theta": "θ", "tau": "τ", "lambda": "λ", "Omega": "Ω", "rho": "ρ", "gamma": "γ", "alpha": "α",
+    "Sigma": "Σ", "mu": "μ", "kappa": "κ", "epsilon": "ε", "sigma": "σ", "sum": "Σ", "top": "T",
+    "lVert": "‖", "rVert": "‖", "lfloor": "⌊", "rfloor": "⌋", "ge": "≥", "le": "≤", "cdot": "·",
+    "sim": "~", "odot": "⊙", "leftarrow": "←", "in": "∈",
+}  # fmt: skip
+_ABOVE = {"hat": "\u0302", "bar": "\u0304"}
+
+
+def in_letters(markdown: str) -> str:
+    """Text whose formulas are in TeX, with them in plain letters and wrapped, for a terminal."""
+    plain = re.sub(r"\$([^$]*)\$", lambda found: _formula(found[1]), markdown)
+    return "\n\n".join(textwrap.fill(part, 88) for part in plain.split("\n\n"))
+
+
+def _formula(tex: str) -> str:
+    tex = re.sub(r"\\(?:operatorname|mathrm)\{([^{}]*)\}", r"\1", tex)
+    tex = re.sub(r"\\frac\{((?:[^{}]|\{[^{}]*\})*)\}\{([^{}]*)\}", r"(\1 / \2) ", tex)
+    tex = re.sub(
+        r"\\(hat|bar)[\s{]*(\\?[A-Za-z]+)\}?",
+        lambda found: _formula(found[2]) + _ABOVE[found[1]], tex,
+    )  # fmt: skip
+    tex = re.sub(r"\\([A-Za-z]+)", lambda found: _SIGNS.get(found[1], found[1]), tex)
+    return re.sub(r"\s+", " ", tex.replace("\\,", " ").replace("{", "(").replace("}", ")"))
 
 
 def listed(words: Sequence[str], most: int = 5) -> str:
