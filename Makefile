@@ -9,7 +9,7 @@ SHELL := bash
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
 .NOTPARALLEL:
-.PHONY: help test check lint format docs proofs bench tables images depth demo clean
+.PHONY: help test check lint format docs proofs bench tables arithmetic images depth demo clean
 
 PYTHON ?= python3
 VENV ?= .venv
@@ -32,7 +32,7 @@ test docs proofs: export HF_HUB_OFFLINE := 1
 test docs proofs: export HF_HUB_DISABLE_TELEMETRY := 1
 
 help:  ## list the targets
-	@awk -F ':.*##' '/^[a-z]+:.*##/ {printf "  make %-8s%s\n", $$1, $$2}' $(firstword $(MAKEFILE_LIST))
+	@awk -F ':.*##' '/^[a-z]+:.*##/ {printf "  make %-11s%s\n", $$1, $$2}' $(firstword $(MAKEFILE_LIST))
 
 test: $(STAMPS)/test  ## run the tests, without the slow proofs
 	$(PYTEST) -n $(WORKERS) --dist loadfile -m "not slow" $(ARGS)
@@ -68,6 +68,10 @@ images: $(STAMPS)/bench  ## tune a real vision transformer on real digits; minut
 
 depth: $(STAMPS)/demo  ## masks in the last blocks against all, on the demo's tasks, 3 seeds; an hour
 	$(BIN)/python benchmarks/depth.py $(ARGS)
+
+arithmetic: $(STAMPS)/demo  ## fine-tuning strategies by task arithmetic, 3 seeds; hours, goes on where it stopped
+	@$(PIP) --no-deps -r requirements/bench.txt
+	$(BIN)/suture bench examples/bench.yaml --out out/bench $(ARGS)
 
 demo: $(STAMPS)/demo  ## the main job on small real models, end to end
 	$(BIN)/suture demo $(ARGS)

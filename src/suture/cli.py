@@ -1050,6 +1050,39 @@ def compare(
 
 
 @app.command()
+def bench(
+    recipe: Annotated[Path, typer.Argument(help="Base, tasks, strategies, seeds (YAML).")],
+    out: Annotated[Path, typer.Option("--out", "-o", help="The folder of cells and tables.")],
+    threads: Annotated[
+        int | None, typer.Option(min=1, help="Threads to use; default: every core.")
+    ] = None,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="Check everything and say what would be done.")
+    ] = False,
+    as_json: Json = False,
+) -> None:
+    """Compare fine-tuning strategies by task arithmetic; interrupted, the same command goes on."""
+    with _errors(as_json):
+        from suture.bench import run as work
+        from suture.bench.tables import markdown
+
+        plan = work.plan_bench(recipe, out)
+        if dry_run:
+            found = work.describe(plan)
+        else:
+            found = work.bench(plan, out, threads=threads, say=_silent if as_json else _say)
+    if as_json:
+        _print(found)
+    elif dry_run:
+        for key, value in found.items():
+            _tell(f"{key:<11}{value if isinstance(value, str) else json.dumps(value)}")
+        _tell("nothing was written; leave out --dry-run to begin")
+    else:
+        _tell(markdown(found))
+        _tell(f"wrote {out / 'results.json'} and {out / 'results.md'}")
+
+
+@app.command()
 def demo(
     out: Annotated[Path, typer.Option("--out", help="Where to write.")] = Path("demo"),
     quick: Annotated[
