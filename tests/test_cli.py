@@ -48,6 +48,8 @@ COMMANDS = [
     "report",
     "finetune",
     "strategies",
+    "eval",
+    "compare",
     "methods",
     "demo",
 ]

@@ -219,7 +219,7 @@ class _Reader:
         raw = section(self.raw, "data", self.problems)
         names = tuple(f.name for f in fields(DataSpec) if f.name != "share")
         refuse_unknown(raw, names, "data: ", self.problems)
-        train = self.source(raw.get("train"), "data.train", folder, "train")
+        train = read_source(raw.get("train"), "data.train", folder, "train", self.problems)
         validation, share = raw.get("validation", 0.1), 0.1
         other = None
         if isinstance(validation, int | float) and not isinstance(validation, bool):
@@ -227,7 +227,7 @@ class _Reader:
             if not 0 <= share < 1:
                 self.refuse(f"data.validation: a share is in [0, 1), not {share}")
         else:
-            other = self.source(validation, "data.validation", folder, "validation")
+            other = read_source(validation, "data.validation", folder, "validation", self.problems)
         given = self.columns(raw) | self.limits(raw) | self.labels(raw)
         return None if train is None or self.problems else DataSpec(train, other, share, **given)
 
@@ -277,23 +277,26 @@ class _Reader:
         named = {str(k): str(v) for k, v in texts.items()}
         return {"labels": tuple(map(str, labels)), "label_texts": named, "chat": chat}
 
-    def source(self, value: object, where: str, folder: Path, split: str) -> Source | None:
-        raw = {"path": value} if isinstance(value, str) else value
-        if not isinstance(raw, Mapping) or not isinstance(raw.get("path"), str) or not raw["path"]:
-            self.refuse(
-                f"{where}: a file (.jsonl, .csv, .parquet) or a data set of the hub, "
-                f"not {brief(value)}"
-            )
-            return None
-        refuse_unknown(raw, ("path", "split", "config", "revision"), f"{where}: ", self.problems)
-        path = str(raw["path"])
-        local = folder / path
-        if local.is_file():
-            return Source(str(local))
-        looks = (
-            path.count("/") == 1 and not path.startswith((".", "/", "~")) and not Path(path).suffix
+
+def read_source(
+    value: object, where: str, folder: Path, split: str, problems: Problems
+) -> Source | None:
+    """Where rows come from: a file or a data set of the hub; ``split`` is the hub's by default."""
+    raw = {"path": value} if isinstance(value, str) else value
+    if not isinstance(raw, Mapping) or not isinstance(raw.get("path"), str) or not raw["path"]:
+        problems.add(
+            RecipeError,
+            f"{where}: a file (.jsonl, .csv, .parquet) or a data set of the hub, "
+            f"not {brief(value)}",
         )
-        if not looks:
-            self.refuse(f"{where}: no file {local}")
-            return None
-        return Source(path, str(raw.get("split") or split), raw.get("config"), raw.get("revision"))
+        return None
+    refuse_unknown(raw, ("path", "split", "config", "revision"), f"{where}: ", problems)
+    path = str(raw["path"])
+    local = folder / path
+    if local.is_file():
+        return Source(str(local))
+    looks = path.count("/") == 1 and not path.startswith((".", "/", "~")) and not Path(path).suffix
+    if not looks:
+        problems.add(RecipeError, f"{where}: no file {local}")
+        return None
+    return Source(path, str(raw.get("split") or split), raw.get("config"), raw.get("revision"))
