@@ -281,6 +281,8 @@ class Kind:
     """The same for batches at hand, as during training, where the kind reads nothing else."""
     reference: bool = False
     """Whether it needs a reference model."""
+    asks: bool = False
+    """Whether it asks a reference model where the suite names one."""
     version: int = 1
     """Counted up when the numbers that come out change: older results are then not reused."""
 
