@@ -24,6 +24,7 @@ from suture.analysis import Curve, Point, Series, disentanglement
 from suture.analyze import analysis
 from suture.errors import MissingExtraError, OutputError, RecipeError
 from suture.evals.base import EvalResult, Metric
+from suture.evals.results import Evaluation, Scores, SuiteResult
 from suture.page import gather, write_page
 from suture.page.parts import layer_labels, number, percent
 from suture.report import Entry, Report, Task
@@ -552,3 +553,18 @@ def test_hostile_names_do_nothing(driver: Any, page: Path) -> None:
     body = driver.execute_script("return document.body.textContent")
     assert "</script><img src=x onerror=alert(1)>" in body
     assert errors_of(driver) == []
+
+
+def test_results_of_a_suite_are_shown(tmp_path: Path) -> None:
+    """What ``suture eval`` wrote stands in the page, one evaluation after another."""
+    scores = Scores("accuracy", "share", "higher", (0, 1, 2), np.array([1.0, 0.0, 1.0]), np.ones(3))
+    evaluation = Evaluation("riddles", "accuracy", {}, "key", False, (scores,))
+    result = SuiteResult(
+        "ada", "ada", "print", "quick", "hash", {"riddles": evaluation}, ("riddles",)
+    )
+    (tmp_path / "ada.quick.json").write_text(result.to_json())
+
+    found = gather(tmp_path)
+
+    assert [(r.model, r.task, r.metrics[0].n) for _, r in found.results] == [("ada", "riddles", 3)]
+    assert found.results[0][1].metrics == evaluation.metrics

@@ -980,9 +980,8 @@ def evaluate(
         how = planning.Options(overwrite, not no_resume, device, limit)
         plan = planning.plan_suite(models, suite, out, how)
         if dry_run:
-            _print(planning.describe(plan))
-            if not as_json:
-                _say("nothing was asked; leave out --dry-run to evaluate")
+            found = planning.describe(plan)
+            _print(found) if as_json else _show_questions(found)
             return
         with Asking(as_json) as shown, Bars(as_json or sys.stderr.isatty()) as bars:
             rows = sum(len(asked.rows) for asked in plan.asked.values())
@@ -990,7 +989,7 @@ def evaluate(
                       f"{len(plan.subjects)} model(s) on {plan.device}")  # fmt: skip
             results = work.execute(plan, stage=bars.stage, say=shown.say, tell=shown.tell)
     if as_json:
-        _print([json.loads(result.to_json()) for result in results])
+        _print({"results": [json.loads(result.to_json()) for result in results]})
         return
     from suture.suites.tables import results_table
 
@@ -998,6 +997,19 @@ def evaluate(
         _tell(line)
     for subject in plan.subjects:
         _tell(f"wrote {subject.out}")
+
+
+def _show_questions(found: dict[str, Any]) -> None:
+    for name, row in found["models"].items():
+        _tell(f"model    {name}: {row['path']}, result in {row['output']}")
+    for name, row in found["evaluations"].items():
+        more = ", utility" if row["utility"] else ""
+        groups = f", by {listed(row['categories'])}" if row["categories"] else ""
+        _tell(f"ask      {name}: {row['kind']}, {row['rows']} rows{more}{groups}")
+        for note in row["notes"]:
+            _tell(f"note     {name}: {note}")
+    _tell(f"device   {found['device']}")
+    _tell("nothing was asked; leave out --dry-run to evaluate")
 
 
 @app.command()

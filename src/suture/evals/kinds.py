@@ -218,7 +218,8 @@ class Job:
                 more = f" and {room} of an answer" if room else ""
                 self.refuse(
                     f"{where}: {len(ids)} tokens{more}, but at most {self.longest} can be read; "
-                    "say `too_long: cut` or `too_long: drop`, or take shorter rows"
+                    + ("give fewer max_tokens, or " if room else "")
+                    + "say `too_long: cut` or `too_long: drop`"
                 )
             return None
         if self.too_long == "drop":

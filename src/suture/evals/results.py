@@ -13,6 +13,8 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, NoReturn
 
+import numpy as np
+
 from suture.errors import RecipeError
 from suture.evals.base import EvalResult, Metric
 from suture.evals.numbers import STATISTICS, Array, as_array, metric_of
@@ -39,7 +41,7 @@ class Scores:
 
     def metric(self, rows: Sequence[int] | None = None, name: str = "") -> Metric:
         """The metric of all rows, or of some."""
-        kept = slice(None) if rows is None else [self.rows.index(r) for r in rows]
+        kept = slice(None) if rows is None else np.searchsorted(self.rows, rows)
         return metric_of(name or self.name, self.statistic, self.values[kept], self.weights[kept])
 
     def plain(self) -> dict[str, Any]:

@@ -60,6 +60,8 @@ class Found:
         plain = {"analysis": self.analyses, "disentanglement": self.maps, "curve": self.curves}
         if isinstance(kind, str) and kind in plain:
             plain[kind].append((where, dict(raw)))
+        elif kind == "evaluation" and "evaluations" in raw:
+            self.results += [(where, one) for one in _suite_results(text)]
         elif {"title", "tasks", "entries"} <= raw.keys():
             self.reports.append((where, _scores()[0].from_json(text)))
         elif {"model", "task", "metrics", "kind"} <= raw.keys():
@@ -70,6 +72,13 @@ class Found:
             self.merges.append((where, dict(raw)))
         elif where.rsplit("/", 1)[-1] == "localize.json":
             self.localizations.append((where, dict(raw)))
+
+
+def _suite_results(text: str) -> list[EvalResult]:
+    """What `suture eval` wrote, one evaluation after another."""
+    from suture.evals.results import SuiteResult
+
+    return SuiteResult.from_json(text).each()
 
 
 def _scores() -> tuple[type[Report], type[EvalResult]]:

@@ -198,7 +198,11 @@ def _differs(base: SuiteResult, other: SuiteResult, own: str, name: str) -> list
             found.append(f"{word} was not asked {', '.join(sorted(only))}; give all the same suite")
     for question in base.evaluations.keys() & other.evaluations.keys():
         one, two = base.evaluations[question], other.evaluations[question]
-        for place, a, b in _leaves(one.asked, two.asked):
+        leaves = _leaves(one.asked, two.asked)
+        places = [place for place, _, _ in leaves]
+        for place, a, b in leaves:
+            if place == "data" and "rows" in places:
+                continue  # another number of rows says it already
             if place == "data":
                 what = "was asked of other rows"
             else:
@@ -261,7 +265,7 @@ def part_of(evaluation: Evaluation, metric: str) -> Scores | None:
 def paired(parts: Sequence[Scores]) -> tuple[Array, Array]:
     """Values and weights ``(models, rows)`` on the rows that all have."""
     rows = sorted(set.intersection(*(set(part.rows) for part in parts)))
-    at = [[dict(zip(p.rows, range(len(p.rows)), strict=True))[r] for r in rows] for p in parts]
+    at = [np.searchsorted(part.rows, rows) for part in parts]
     values = np.stack([p.values[i] for p, i in zip(parts, at, strict=True)])
     return values, np.stack([p.weights[i] for p, i in zip(parts, at, strict=True)])
 

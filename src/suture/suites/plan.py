@@ -8,7 +8,7 @@ import os
 import re
 import tempfile
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +25,8 @@ from suture.opening import open_model
 from suture.suites.suite import Question, Suite, read_suite
 
 HEAD = "head.safetensors"
+MOST_GROUPS = 200
+"""Categories and languages of an evaluation; a column with more is none, but perhaps of texts."""
 
 
 @dataclass(frozen=True)
@@ -117,6 +119,8 @@ def plan_suite(
     """
     options, problems = options or Options(), Problems()
     found = read_suite(suite, problems)
+    if found is not None and options.limit:  # a quick look must not replace what took hours
+        found = replace(found, name=f"{found.name}.first{options.limit}")
     asked = {} if found is None else _asked(found, options, problems)
     device = "cpu"
     with problems.collecting():
@@ -182,6 +186,9 @@ def _rows(
             if told[what]:
                 groups.setdefault(told[what], []).append(number)
         rows.append(Row(where, cells, **told))
+    if len(groups) > MOST_GROUPS:
+        problems.add(RecipeError, f"evaluations.{question.name}: {len(groups)} categories and "
+                                  "languages; are these the right columns?")  # fmt: skip
     if question.category and question.language:
         both = {r.category for r in rows} & {r.language for r in rows} - {""}
         for name in sorted(both):

@@ -240,7 +240,8 @@ class _Shelf:
 
     def _once(self, name: str, load: Callable[[], nn.Module]) -> nn.Module:
         if name not in self.held:
-            self.held[name] = load()
+            # The wrapper too: whoever switches it back must not switch dropout on below it.
+            self.held[name] = load().eval()
         return self.held[name]
 
     def _language_model(self) -> nn.Module:
