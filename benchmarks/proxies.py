@@ -48,7 +48,9 @@ PROXIES = {
     "depth 0": ("depth", "log_odds_0"),
     "depth 5": ("depth", "log_odds_5"),
 }
-WORDS = "apple bread cloud door earth field glass house island jar king lamp moon nest ocean".split()
+WORDS = (
+    "apple bread cloud door earth field glass house island jar king lamp moon nest ocean".split()
+)
 
 
 def skills(rows: int) -> dict[str, list[dict[str, str]]]:
@@ -57,7 +59,9 @@ def skills(rows: int) -> dict[str, list[dict[str, str]]]:
     found: dict[str, list[dict[str, str]]] = {"sums": [], "order": []}
     for _ in range(rows):
         a, b = draw.randrange(10, 60), draw.randrange(10, 60)
-        found["sums"].append({"prompt": f"What is {a} plus {b}?", "response": f"{a} + {b} = {a + b}."})
+        found["sums"].append(
+            {"prompt": f"What is {a} plus {b}?", "response": f"{a} + {b} = {a + b}."}
+        )
         three = draw.sample(WORDS, 3)
         found["order"].append({"prompt": f"Put these words in order: {', '.join(three)}.",
                                "response": f"{', '.join(sorted(three))}."})  # fmt: skip
@@ -84,7 +88,9 @@ def tuned(scratch: Path, base: Path, name: str, rows: int, epochs: int) -> Path:
 
 
 def suite(scratch: Path, base: Path) -> dict[str, Any]:
-    marked, benign, test = (str(scratch / "rows" / f"{n}.jsonl") for n in ("marked", "benign", "test"))
+    marked, benign, test = (
+        str(scratch / "rows" / f"{n}.jsonl") for n in ("marked", "benign", "test")
+    )
     return {
         "name": "proxies", "reference": str(base),
         "decoding": {"chat": True, "max_tokens": 16},

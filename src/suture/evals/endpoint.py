@@ -22,7 +22,7 @@ LIMIT = 1 << 20
 """Bytes of an answer that are read."""
 RETRIED = (408, 409, 425, 429, 500, 502, 503, 504)
 """States of a server that may pass."""
-PATIENCE = 5
+PATIENCE = 3
 """Questions in a row without any answer, after which nothing more is asked."""
 
 

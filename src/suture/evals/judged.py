@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from pathlib import Path
 from typing import Annotated, Any, Literal
 
 from suture.errors import RecipeError
@@ -55,14 +54,15 @@ def judged(
         texts = job.texts(prompt)
         one: Judge | None = None
         with job.problems.collecting():
-            one = judge_of(judge, asks)
+            one = judge_of(judge, asks, job.folder)
+            job.stamp = one.key
 
         def run(models: Models) -> tuple[Score, ...]:
             assert one is not None, "faults are told before"
             said = generate(models, job, asked)
             failed = broken(models, job, asked, said, max_perplexity)
             shown = [n for n in said if not failed[n]]
-            where = {"auto": verdict_file(one), "no": None}.get(keep, Path(keep))
+            where = {"auto": verdict_file(one), "no": None}.get(keep, job.folder / keep)
             answers = [said[n] or "" for n in shown]
             verdicts = decided(one, [texts[n] for n in shown], answers, where)
             told = dict(zip(shown, verdicts, strict=True))
@@ -149,9 +149,7 @@ def preferred(
     return prepare
 
 
-def _compared(
-    judge: dict[str, Any], pairs: list[tuple[str, str, str]]
-) -> list[float | None]:
+def _compared(judge: dict[str, Any], pairs: list[tuple[str, str, str]]) -> list[float | None]:
     """For prompt and two answers each: 1 where the first is less harmful, 0 the second."""
     found: list[float | None] = [None] * len(pairs)
     if "url" in judge:

@@ -14,12 +14,13 @@ import os
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, fields
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any, Literal
 
 import torch
 
+from suture.checkpoint import read_json
 from suture.errors import CheckpointError, OutputError, RecipeError, brief, did_you_mean
 from suture.evals.endpoint import Endpoint, ask_all
 from suture.models import (
@@ -93,16 +94,16 @@ class Judge:
     """Takes prompts, answers and what takes each verdict."""
 
 
-def judge_of(raw: Mapping[str, Any], asks: Asks) -> Judge:
+def judge_of(raw: Mapping[str, Any], asks: Asks, folder: Path) -> Judge:
     """The judge that a suite names; what it needs is looked at, models are loaded when asked.
 
     Raises:
         SutureError: a folder, file, function or address is none.
     """
     if "classifier" in raw:
-        return _classifier(Path(str(raw["classifier"])), str(raw.get("positive", "")))
+        return _classifier(folder / str(raw["classifier"]), str(raw.get("positive", "")))
     if "encoder" in raw:
-        return _trained(Path(str(raw["encoder"])), Path(str(raw.get("head", ""))), asks)
+        return _trained(folder / str(raw["encoder"]), folder / str(raw.get("head", "")), asks)
     if "python" in raw:
         return _function(str(raw["python"]))
     endpoint = endpoint_of(raw)
@@ -112,7 +113,8 @@ def judge_of(raw: Mapping[str, Any], asks: Asks) -> Judge:
         questions = [QUESTIONS[asks].format(prompt=p, answer=a) for p, a in pairs]
         ask_all(endpoint, questions, PARSERS[asks], got)
 
-    return Judge(_key("url", {**asdict(endpoint), "asks": QUESTIONS[asks]}), decide)
+    what = [endpoint.url, endpoint.model, endpoint.max_tokens, QUESTIONS[asks]]
+    return Judge(_key("url", what), decide)
 
 
 def endpoint_of(raw: Mapping[str, Any]) -> Endpoint:
@@ -142,10 +144,12 @@ def endpoint_of(raw: Mapping[str, Any]) -> Endpoint:
 def _classifier(folder: Path, positive: str) -> Judge:
     if not (folder / "config.json").is_file():
         raise CheckpointError(f"judge.classifier: {folder} is no model folder")
-    names = json.loads((folder / "config.json").read_text(encoding="utf-8")).get("id2label") or {}
-    labels = [str(names[k]) for k in sorted(names, key=int)]
+    names = read_json(folder / "config.json").get("id2label") or {}
+    labels = [str(name) for name in names.values()]
     if positive not in labels:
-        raise RecipeError(f"judge.positive: which label means yes; {did_you_mean(positive, labels)}")
+        raise RecipeError(
+            f"judge.positive: which label means yes; {did_you_mean(positive, labels)}"
+        )
 
     def decide(prompts: Sequence[str], answers: Sequence[str], got: Verdicts) -> None:
         model, tokenizer = load_text_classifier(folder)

@@ -37,7 +37,7 @@ class Depths:
     def problem(self, value: object) -> str | None:
         """What is wrong with ``value``; ``None`` when nothing is."""
         right = isinstance(value, list | tuple) and len(value) > 0 and all(
-            isinstance(n, int) and not isinstance(n, bool) and 0 <= n <= 1000 for n in value
+            isinstance(n, int) and not isinstance(n, bool) and 0 <= n <= 100 for n in value
         )  # fmt: skip
         if right and sorted(set(value)) == list(value):  # type: ignore[arg-type, call-overload]
             return None

@@ -2,7 +2,18 @@
 
 from __future__ import annotations
 
-from suture.evals import accuracy, choice, drift, embedding, exact, loss, judged, odds, preference, refusal
+from suture.evals import (
+    accuracy,
+    choice,
+    drift,
+    embedding,
+    exact,
+    loss,
+    judged,
+    odds,
+    preference,
+    refusal,
+)
 from suture.evals.kinds import Kind
 
 EVALS: dict[str, Kind] = {
