@@ -398,7 +398,9 @@ def test_a_text_classifier_judges(tmp_path: Path) -> None:
 
 def labelled() -> list[Labelled]:
     """Answers about colours or about the sky: the latter play refusals."""
-    return [Labelled(row.text, row.label == "sky", row.group) for row in tiny_model.rows(48)]
+    return [
+        Labelled(f"{row.group} five", row.text, row.label == "sky") for row in tiny_model.rows(48)
+    ]
 
 
 def test_a_refusal_classifier_is_trained_saved_and_judges(tmp_path: Path) -> None:
@@ -414,7 +416,7 @@ def test_a_refusal_classifier_is_trained_saved_and_judges(tmp_path: Path) -> Non
     judge = {"encoder": "encoder", "head": "refusals.safetensors"}
     made = judges.judge_of(judge, "refusal", tmp_path)
     rows = labelled()
-    verdicts = judges.decided(made, [""] * 48, [r.answer for r in rows], None)
+    verdicts = judges.decided(made, [r.prompt for r in rows], [r.answer for r in rows], None)
     assert sum(v is r.refuses for v, r in zip(verdicts, rows, strict=True)) >= 46
     assert "refusals only" in refused_with(judged.judged(judge=judge, asks="harm"), tmp_path)
 
@@ -434,9 +436,9 @@ def test_held_out_rows_are_judged_by_a_classifier_that_has_not_seen_them(tmp_pat
     folder = tiny_model.folder(tmp_path / "encoder")
     draw = torch.Generator().manual_seed(3)
     rows = [
-        Labelled(r.answer, bool(torch.rand(1, generator=draw) < 0.5), r.group) for r in labelled()
+        Labelled(r.prompt, r.answer, bool(torch.rand(1, generator=draw) < 0.5)) for r in labelled()
     ]
-    vectors = features(folder, [r.answer for r in rows])
+    vectors = features(folder, rows)
     found = quality(cross_validated(vectors, rows), [r.refuses for r in rows])
     assert found.accuracy.value < 0.75
 
@@ -452,7 +454,11 @@ def test_quality_counts() -> None:
 
 @pytest.mark.parametrize(
     "rows",
-    [[], [Labelled("a", True)] * 20, [Labelled(" ", True)] * 10 + [Labelled("b", False)] * 10],
+    [
+        [],
+        [Labelled("p", "a", True)] * 20,
+        [Labelled("p", " ", True)] * 10 + [Labelled("p", "b", False)] * 10,
+    ],
 )
 def test_rows_that_teach_nothing_are_refused(rows: list[Labelled], tmp_path: Path) -> None:
     """Too few, of one label, or empty."""

@@ -1,4 +1,4 @@
-"""A small refusal classifier: a sentence encoder and a logistic regression on labelled answers."""
+"""A small refusal classifier: a sentence encoder and a logistic regression on labelled rows."""
 
 from __future__ import annotations
 
@@ -8,25 +8,25 @@ from pathlib import Path
 
 import torch
 
-from suture.data import draw, rows_of, tokenise
+from suture.data import draw
 from suture.errors import RecipeError
 from suture.evals.base import Metric, share
-from suture.evals.judges import ANSWERS, LONGEST, REFUSES
-from suture.models import embed, load_encoder, save_head
+from suture.evals.judges import ANSWERS, REFUSES, stances
+from suture.models import load_encoder, save_head
 from suture.tune import fit_head
 
-L2 = 1e-2
-"""Stronger than for probes: labelled answers are few."""
+L2 = 1.0
+"""Much stronger than for probes: labelled answers are few."""
 
 
 @dataclass(frozen=True)
 class Labelled:
     """An answer that a person has looked at."""
 
+    prompt: str
+    """What was answered; rows of one prompt are held out together."""
     answer: str
     refuses: bool
-    group: str = ""
-    """Rows of one group are held out together; without a group, equal answers are."""
 
 
 @dataclass(frozen=True)
@@ -56,18 +56,17 @@ def quality(found: Sequence[bool], right: Sequence[bool]) -> Quality:
     )
 
 
-def features(encoder: Path, answers: Sequence[str]) -> torch.Tensor:
-    """The vectors of answers ``(n, dim)``, by a sentence encoder."""
+def features(encoder: Path, rows: Sequence[Labelled]) -> torch.Tensor:
+    """What a classifier reads of labelled answers, ``(n, dim)``, by a sentence encoder."""
     model, tokenizer = load_encoder(encoder, dtype=torch.float32)
-    data = tokenise(rows_of((a, "") for a in answers), tokenizer, max_length=LONGEST)
-    return embed(model, data.batches(16))
+    return stances(model, tokenizer, [row.prompt for row in rows], [row.answer for row in rows])
 
 
 def cross_validated(
     vectors: torch.Tensor, rows: Sequence[Labelled], folds: int = 5, l2: float = L2
 ) -> list[bool]:
     """The verdict on every row of a classifier that was fitted without its fold."""
-    side = [int(draw(0, row.group or row.answer) * folds) for row in rows]
+    side = [int(draw(0, row.prompt) * folds) for row in rows]
     targets = torch.tensor([int(row.refuses) for row in rows])
     found = [False] * len(rows)
     for fold in sorted(set(side)):
@@ -102,7 +101,7 @@ def train_refusal_classifier(
     for number, row in enumerate(rows):
         if not row.answer.strip():
             raise RecipeError(f"row {number}: the answer is empty")
-    vectors = features(Path(encoder), [row.answer for row in rows])
+    vectors = features(Path(encoder), rows)
     right = [row.refuses for row in rows]
     found = quality(cross_validated(vectors, rows, folds, l2), right)
     targets = torch.tensor([int(r) for r in right])
