@@ -121,7 +121,7 @@ def test_python_examples_parse(page: Path, body: str) -> None:
 
 @pytest.mark.parametrize(("page", "body"), list(blocks("yaml")), ids=page_id)
 def test_yaml_examples_parse(page: Path, body: str) -> None:
-    """YAML in a page is one mapping."""
+    """YAML in a page is one mapping, or one list of rules."""
     assert isinstance(yaml.safe_load(body), dict | list), f"{page_id(page)}:\n{body}"
 
 

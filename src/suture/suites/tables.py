@@ -82,7 +82,9 @@ def _gate(verdicts: Sequence[Verdict]) -> Iterator[str]:
         yield f"gate: held, {len(verdicts)} rules"
     rows = []
     for v in sorted(verdicts, key=lambda v: v.held):
-        told = v.reason or f"margin {interval(v.margin, '+')}, n = {v.margin.n}"
+        apart = v.margin.value != v.value  # a difference to other models, not the value itself
+        told = f"margin {interval(v.margin, '+')}" if apart else interval(v.margin)
+        told = v.reason or f"{told}, n = {v.margin.n}"
         rows.append([
             "held" if v.held else "BROKEN", v.edit, v.rule, number(v.value), number(v.limit), told
         ])  # fmt: skip
