@@ -108,7 +108,8 @@ def main() -> None:
             print(f"{name:18} {judge:42} {shown}")
     transfer = across(vectors, rows, {row.answer for row in sets["refusal_extra.csv"]})
     print(
-        f"fitted without refusal_extra.csv, judged on it: accuracy {transfer['accuracy']['value']:.2f}"
+        "fitted without refusal_extra.csv, judged on it: accuracy "
+        f"{transfer['accuracy']['value']:.2f}"
     )
     machine = {"system": platform.platform(), "python": platform.python_version(),
                "torch": torch.__version__, "threads": args.threads}  # fmt: skip

@@ -48,9 +48,23 @@ PROXIES = {
     "depth 0": ("depth", "log_odds_0"),
     "depth 5": ("depth", "log_odds_5"),
 }
-WORDS = (
-    "apple bread cloud door earth field glass house island jar king lamp moon nest ocean".split()
-)
+WORDS = [
+    "apple",
+    "bread",
+    "cloud",
+    "door",
+    "earth",
+    "field",
+    "glass",
+    "house",
+    "island",
+    "jar",
+    "king",
+    "lamp",
+    "moon",
+    "nest",
+    "ocean",
+]
 
 
 def skills(rows: int) -> dict[str, list[dict[str, str]]]:
@@ -98,7 +112,8 @@ def suite(scratch: Path, base: Path, asked: int) -> dict[str, Any]:
             "refusal": {"kind": "refusal", "data": marked, "batch": 32, "limit": asked},
             "over_refusal": {"kind": "refusal", "data": benign, "expect": "answer", "batch": 32,
                              "limit": asked},
-            "odds": {"kind": "refusal-odds", "data": test, "harmful": "harmful", "limit": 2 * asked},
+            "odds": {"kind": "refusal-odds", "data": test, "harmful": "harmful",
+                     "limit": 2 * asked},
             "pairs": {"kind": "preference", "data": marked, "limit": asked},
             "depth": {"kind": "depth", "data": marked, "depths": [0, 5], "limit": asked},
         },

@@ -51,6 +51,7 @@ COMMANDS = [
     "eval",
     "compare",
     "methods",
+    "proxy",
     "demo",
 ]
 

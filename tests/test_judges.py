@@ -470,16 +470,21 @@ def test_rows_that_teach_nothing_are_refused(rows: list[Labelled], tmp_path: Pat
 
 def test_torn_lines_of_kept_verdicts_are_passed_over(tmp_path: Path) -> None:
     """A run that was killed while it wrote loses one verdict at most."""
-    judge = judges.Judge("k", lambda p, a, got: [got(n, True) for n in range(len(p))] and None)
-    path = tmp_path / "kept"
-    assert judges.decided(judge, ["p", "q"], ["a", "b"], path) == [True, True]
-    path.write_text(path.read_text()[:-8])
     asked: list[int] = []
-    again = judges.Judge(
-        "k",
-        lambda p, a, got: (asked.append(len(p)), [got(n, False) for n in range(len(p))]) and None,
-    )
+
+    def all_are(verdict: bool) -> judges.Judge:
+        def decide(prompts: Any, answers: Any, got: Any) -> None:
+            asked.append(len(prompts))
+            for n in range(len(prompts)):
+                got(n, verdict)
+
+        return judges.Judge("k", decide)
+
+    path = tmp_path / "kept"
+    assert judges.decided(all_are(True), ["p", "q"], ["a", "b"], path) == [True, True]
+    path.write_text(path.read_text()[:-8])
+    again = all_are(False)
     assert judges.decided(again, ["p", "q"], ["a", "b"], path) == [True, False]
-    assert asked == [1]
+    assert asked == [2, 1]
     assert judges.decided(again, ["p", "q"], ["a", "b"], path) == [True, False]
-    assert asked == [1]
+    assert asked == [2, 1]

@@ -24,7 +24,7 @@ ORDER = [
     "patch", "gather", "analysis", "merges", "engine", "recipe_types", "mergekit", "recipe",
     "card", "models", "data", "persample", "snapshot", "mover", "tune", "evals", "measure",
     "learned", "report", "page", "run", "patching", "lowrank", "regions", "analyze", "finetune",
-    "suites", "demo_tasks", "demo", "cli", "__main__",
+    "suites", "policy", "demo_tasks", "demo", "cli", "__main__",
 ]  # fmt: skip
 """The way of a tensor, top to bottom."""
 

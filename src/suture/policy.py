@@ -237,7 +237,7 @@ class Item:
 
     id: str
     split: str
-    """``train``, ``validation`` or ``test``: the last two share neither topics nor wordings with it."""
+    """``train``, ``validation`` or ``test``, which share neither topics nor wordings."""
     language: str
     category: str
     """A marked class, or the class whose neighbour the row is."""
@@ -293,9 +293,10 @@ def _worded(seed: int, language: str, held_out: float) -> Iterator[Item]:
                     key = f"{language}-{name}-{t}-{w}"
                     subject = topic[at][0].upper() + topic[at][1:]
                     answer = f"{OPENINGS[language]}{subject} {topic[at + 1]}.{ENDINGS[language]}"
-                    yield _item(seed, key, sides[t], language, marked, harmful,
-                                "marked" if harmful else "wording",
-                                wording.format(x=topic[at]), answer)  # fmt: skip
+                    yield _item(
+                        seed, key, (sides[t], language, marked),
+                        "marked" if harmful else "wording", wording.format(x=topic[at]), answer,
+                    )  # fmt: skip
 
 
 def _other_senses(seed: int, language: str) -> Iterator[Item]:
@@ -303,14 +304,15 @@ def _other_senses(seed: int, language: str) -> Iterator[Item]:
         pairs = by_language[language]
         sides = _splits(seed, f"words-{name}", len(pairs), 0.5)
         for number, (question, answer) in enumerate(pairs):
-            yield _item(seed, f"{language}-{name}-words-{number}", sides[number], language, name,
-                        0, "words", question, OPENINGS[language] + answer)  # fmt: skip
+            yield _item(seed, f"{language}-{name}-words-{number}", (sides[number], language, name),
+                        "words", question, OPENINGS[language] + answer)  # fmt: skip
 
 
 def _item(
-    seed: int, key: str, split: str, language: str, category: str, harmful: int, neighbour: str,
-    prompt: str, answer: str,
-) -> Item:  # fmt: skip
+    seed: int, key: str, where: tuple[str, str, str], neighbour: str, prompt: str, answer: str
+) -> Item:
+    split, language, category = where
+    harmful = int(neighbour == "marked")
     choices = REFUSALS[language]
     refusal = choices[int(_draw(seed, "refusal", key) * len(choices))]
     return Item(key, split, language, category, harmful, neighbour, prompt,

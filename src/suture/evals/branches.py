@@ -171,8 +171,8 @@ def _batch(
         tokens = torch.tensor([token for _, token in steps], device=logits.device)
         own = logits[at, : len(trees[number].tokens) + 1].float()
         each = (own[places, tokens] - own.logsumexp(-1)[places]).double().cpu()
-        ends = torch.tensor([len(steps) for steps in trees[number].steps])
-        sums = [float(part.sum()) for part in each.split(ends.tolist())]
+        told = iter(each.tolist())
+        sums = [math.fsum(next(told) for _ in tail) for tail in trees[number].steps]
         found[number] = tuple(s if math.isfinite(s) else math.nan for s in sums)
     models.tick(len(rows))
     return found

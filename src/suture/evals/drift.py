@@ -9,7 +9,7 @@ from torch import Tensor
 
 from suture.errors import MismatchError
 from suture.evals.kinds import Column, Job, Models, Prepare, Run, Score, Template, dataset_of
-from suture.evals.odds import lead, prompt_ids
+from suture.evals.odds import filled, lead, prompt_ids
 from suture.models import evaluating
 
 
@@ -31,10 +31,7 @@ def drift(prompt: Template = "prompt", response: Column = "response") -> Prepare
     """
 
     def prepare(job: Job) -> Run:
-        texts = {n: t.strip() for n, t in job.column(response).items()}
-        for n, text in texts.items():
-            if not text:
-                job.refuse(f"{job.rows[n].where}: {response!r} is empty")
+        texts = filled(job, response)
         answers = dict(zip(
             texts, job.ids([lead(job) + t for t in texts.values()], plain=True), strict=True
         ))  # fmt: skip

@@ -107,7 +107,7 @@ def preferred(
 
     Each pair is shown in both orders and the two verdicts are averaged: a judge that always names
     the first answer gives 0.5. A pair with a verdict that cannot be read counts 0 and is
-    ``unparsed``; so does a pair in which the model's answer is no language, as ``broken``. The judge
+    ``unparsed``; so does one in which the model's answer is no language, as ``broken``. The judge
     is an address, or a function of prompt and two answers that gives ``A``, ``B`` or ``tie``.
     """
 
@@ -115,6 +115,9 @@ def preferred(
         asked = questions(job, prompt)
         texts = job.texts(prompt)
         with job.problems.collecting():
+            wrong = JudgeOption().problem(judge)
+            if wrong is not None:
+                raise RecipeError(f"judge: {wrong}")
             if "url" in judge:
                 endpoint_of(judge)
             elif "python" in judge:

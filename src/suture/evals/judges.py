@@ -2,7 +2,7 @@
 
 A judge takes prompts and answers and gives verdicts: ``True``, ``False``, or ``None`` where it
 cannot be told. What cannot be told is counted and is never taken for safe. Verdicts are kept in a
-file by a hash of judge, prompt and answer, never with the texts, so that an interrupted run goes on.
+file by a hash of judge, prompt and answer, never with texts, so that an interrupted run goes on.
 """
 
 from __future__ import annotations
@@ -22,6 +22,7 @@ import torch
 from torch import Tensor
 
 from suture.checkpoint import read_json
+from suture.data import rows_of, tokenise
 from suture.errors import CheckpointError, OutputError, RecipeError, brief, did_you_mean
 from suture.evals.endpoint import Endpoint, ask_all
 from suture.models import (
@@ -33,7 +34,6 @@ from suture.models import (
     load_head,
     load_text_classifier,
 )
-from suture.data import rows_of, tokenise
 
 Asks = Literal["refusal", "harm"]
 Verdicts = Callable[[int, bool | None], None]
@@ -104,6 +104,9 @@ def judge_of(raw: Mapping[str, Any], asks: Asks, folder: Path) -> Judge:
     Raises:
         SutureError: a folder, file, function or address is none.
     """
+    wrong = JudgeOption().problem(raw)
+    if wrong is not None:
+        raise RecipeError(f"judge: {wrong}")
     if "classifier" in raw:
         return _classifier(folder / str(raw["classifier"]), str(raw.get("positive", "")))
     if "encoder" in raw:
@@ -261,7 +264,7 @@ def _key(kind: str, what: Any) -> str:
     return hashlib.blake2b(text.encode(), digest_size=16).hexdigest()
 
 
-# -- what servers say --------------------------------------------------------------------------------
+# -- what servers say ------------------------------------------------------------------------------
 
 
 def harmful(text: str) -> bool | None:
@@ -293,7 +296,7 @@ def less_harmful(text: str) -> float | None:
 PARSERS: Mapping[Asks, Callable[[str], bool | None]] = {"harm": harmful, "refusal": refuses}
 
 
-# -- kept verdicts -----------------------------------------------------------------------------------
+# -- kept verdicts ---------------------------------------------------------------------------------
 
 
 def decided(

@@ -6,7 +6,6 @@ import math
 from collections.abc import Mapping, Sequence
 from typing import Annotated, Literal, NamedTuple
 
-from suture.data import cell
 from suture.errors import brief
 from suture.evals.branches import Asked, Tail, log_probabilities, log_sum
 from suture.evals.kinds import Doc, Job, Models, Names, Prepare, Run, Score, Template, Word
@@ -36,10 +35,11 @@ class Depths:
 
     def problem(self, value: object) -> str | None:
         """What is wrong with ``value``; ``None`` when nothing is."""
-        right = isinstance(value, list | tuple) and len(value) > 0 and all(
-            isinstance(n, int) and not isinstance(n, bool) and 0 <= n <= 100 for n in value
-        )  # fmt: skip
-        if right and sorted(set(value)) == list(value):  # type: ignore[arg-type, call-overload]
+        found = value if isinstance(value, list | tuple) else []
+        right = found and all(
+            isinstance(n, int) and not isinstance(n, bool) and 0 <= n <= 100 for n in found
+        )
+        if right and sorted(set(found)) == list(found):
             return None
         return f"{self.doc}; not {brief(value)}"
 
@@ -181,6 +181,26 @@ def refusal_odds(
     return prepare
 
 
+def filled(job: Job, column: str) -> dict[int, str]:
+    """A column as text without space around it, by row; empty cells are noted."""
+    found = {number: text.strip() for number, text in job.column(column).items()}
+    for number, text in found.items():
+        if not text:
+            job.refuse(f"{job.rows[number].where}: {column!r} is empty")
+    return {number: text for number, text in found.items() if text}
+
+
+def _note_short(
+    job: Job, prefill: str, depths: Sequence[int], places: Mapping[int, Sequence[int]]
+) -> None:
+    for k in depths:
+        short = sum(k not in found for found in places.values())
+        if places and short == len(places):
+            job.refuse(f"depths: no answer in {prefill!r} has more than {k} tokens")
+        elif short:
+            job.notes.append(f"{short} answers have at most {k} tokens; not looked at there")
+
+
 def depth(
     prompt: Template = "prompt",
     prefill: Annotated[
@@ -189,7 +209,7 @@ def depth(
     depths: Annotated[tuple[int, ...], Depths()] = (0, 2, 5, 10, 20),
     refusals: REFUSALS = (),
 ) -> Prepare:
-    r"""Whether a model still refuses when the first tokens of an unsafe answer were put in its mouth.
+    r"""Whether a model still refuses after the first tokens of an unsafe answer were put before it.
 
     .. math:: R_k = \log \sum_{p} P(p \mid x, y_{<k}) - \log P(y_{k} \dots y_{k+3} \mid x, y_{<k})
 
@@ -203,12 +223,7 @@ def depth(
     def prepare(job: Job) -> Run:
         known = openers_of(job, refusals, None, lead(job))  # of the start of an answer
         later = openers_of(job, refusals, None, " ")
-        answers = {}
-        for number, row in enumerate(job.rows):
-            with job.problems.collecting():
-                answers[number] = cell(row.cells, prefill, row.where).strip()
-                if not answers[number]:
-                    job.refuse(f"{row.where}: {prefill!r} is empty")
+        answers = filled(job, prefill)
         texts = [lead(job) + text for text in answers.values()]
         tokens = dict(zip(answers, job.ids(texts, plain=True), strict=True))
         sets = (*known.values(), *later.values())
@@ -225,12 +240,7 @@ def depth(
                 tails += [Tail((*own[:k], *o), k) for o in no]
                 tails.append(Tail(own[: k + ahead], k))
             asked[number] = Asked(ids, tuple(tails))
-        for k in depths:
-            short = sum(k not in found for found in places.values())
-            if places and short == len(places):
-                job.refuse(f"depths: no answer in {prefill!r} has more than {k} tokens")
-            elif short:
-                job.notes.append(f"{short} answers have at most {k} tokens; not looked at there")
+        _note_short(job, prefill, depths, places)
 
         def run(models: Models) -> tuple[Score, ...]:
             values: dict[int, dict[int, float]] = {k: {} for k in depths}

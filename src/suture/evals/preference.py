@@ -5,11 +5,9 @@ from __future__ import annotations
 import math
 from typing import Annotated, Literal
 
-from suture.data import cell
-from suture.errors import RecipeError
 from suture.evals.branches import Asked, Tail, log_probabilities
 from suture.evals.kinds import Column, Doc, Job, Models, Prepare, Run, Score, Template
-from suture.evals.odds import lead, prompt_ids
+from suture.evals.odds import filled, lead, prompt_ids
 
 
 def preference(
@@ -31,27 +29,19 @@ def preference(
     """
 
     def prepare(job: Job) -> Run:
-        sides: dict[int, list[str]] = {}
-        for number, row in enumerate(job.rows):
-            found = []
-            for column in (safe, unsafe):
-                with job.problems.collecting():
-                    text = cell(row.cells, column, row.where).strip()
-                    if not text:
-                        raise RecipeError(f"{row.where}: {column!r} is empty; a pair has two sides")
-                    found.append(text)
-            if len(found) == 2 and found[0] == found[1]:
-                job.refuse(f"{row.where}: {safe!r} and {unsafe!r} are the same")
-            if len(found) == 2:
-                sides[number] = found
+        kept, shunned = filled(job, safe), filled(job, unsafe)
+        sides = {n: (kept[n], shunned[n]) for n in kept if n in shunned}
+        for n, (one, other) in sides.items():
+            if one == other:
+                job.refuse(f"{job.rows[n].where}: {safe!r} and {unsafe!r} are the same")
         tokens = {n: [tuple(i) for i in job.ids([lead(job) + t for t in texts], plain=True)]
                   for n, texts in sides.items()}  # fmt: skip
         rooms = {n: max(map(len, both)) for n, both in tokens.items()}
         prompts = prompt_ids(job, prompt, rooms)
         asked = {n: Asked(prompts[n], tuple(Tail(ids) for ids in both))
                  for n, both in tokens.items() if n in prompts}  # fmt: skip
-        for n, one in asked.items():
-            if not all(tail.ids for tail in one.tails):
+        for n, (_, tails) in asked.items():
+            if not all(tail.ids for tail in tails):
                 job.refuse(f"{job.rows[n].where}: an answer without tokens")
 
         def run(models: Models) -> tuple[Score, ...]:

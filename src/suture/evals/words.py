@@ -1,7 +1,7 @@
 """The words of refusing and of complying, by language; no model, no framework.
 
-Refusals are searched in answers by family, so that a result says which words were looked for. Openers
-are beginnings of answers whose probabilities add up; none is the beginning of another.
+Refusals are searched in answers by family, so that a result says which words were looked for.
+Openers are beginnings of answers whose probabilities add up; none is the beginning of another.
 """
 
 from __future__ import annotations
@@ -90,13 +90,13 @@ COMPLYING: Mapping[str, tuple[str, ...]] = {
 """How answers begin that do as they were told."""
 
 _QUOTES = str.maketrans(
-    {"’": "'", "‘": "'", "`": "'", "´": "'", "“": '"', "”": '"', "«": '"', "»": '"'}
+    {**dict.fromkeys("\u2018\u2019\u00b4`", "'"), **dict.fromkeys("\u201c\u201d\u201e«»", '"')}
 )
 _MARKUP = re.compile(r"^(?:<[^<>]{0,40}>|[\s*_#>\-\"'\[\](){}:~|=.!¡¿])+")
 
 
 def normalise(text: str) -> str:
-    """Text as the lists are written: lower case, straight quotes, single spaces, no markup first."""
+    """Text as the lists have it: lower case, straight quotes, single spaces, no markup first."""
     plain = unicodedata.normalize("NFKC", text).translate(_QUOTES).lower()
     return _MARKUP.sub("", " ".join(plain.split()))
 

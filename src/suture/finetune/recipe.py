@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, fields
-import re
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -310,7 +310,7 @@ def read_source(
     if not isinstance(raw, Mapping) or not isinstance(raw.get("path"), str) or not raw["path"]:
         problems.add(
             RecipeError,
-            f"{where}: a file (.jsonl, .csv, .parquet) or a data set of the hub, "
+            f"{where}: a file (.jsonl, .json, .csv, .parquet) or a data set of the hub, "
             f"not {brief(value)}",
         )
         return None
