@@ -45,8 +45,6 @@ PROXIES = {
     "separability (AUROC of R)": ("odds", "auroc"),
     "preference margin (M)": ("pairs", "margin"),
     "preference accuracy": ("pairs", "accuracy"),
-    "depth 0": ("depth", "log_odds_0"),
-    "depth 5": ("depth", "log_odds_5"),
 }
 WORDS = [
     "apple",
@@ -115,7 +113,6 @@ def suite(scratch: Path, base: Path, asked: int) -> dict[str, Any]:
             "odds": {"kind": "refusal-odds", "data": test, "harmful": "harmful",
                      "limit": 2 * asked},
             "pairs": {"kind": "preference", "data": marked, "limit": asked},
-            "depth": {"kind": "depth", "data": marked, "depths": [0, 5], "limit": asked},
         },
     }  # fmt: skip
 
@@ -153,7 +150,7 @@ def report(found: dict[str, SuiteResult]) -> dict[str, Any]:
         "spearman": value, "low": low, "high": high, "trusted": bool(value >= TRUSTED)
     }  # fmt: skip
     seconds = {n: sum(r.evaluations[n].seconds for r in found.values()) for n in
-               ("refusal", "over_refusal", "odds", "pairs", "depth")}  # fmt: skip
+               ("refusal", "over_refusal", "odds", "pairs")}  # fmt: skip
     rows = {n: sum(len(r.evaluations[n].scores[0].rows) for r in found.values()) for n in seconds}
     return {
         "merges": {n: {"refused": float(a), "over_refused": float(b)}

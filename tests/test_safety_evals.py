@@ -175,7 +175,7 @@ def test_openers_that_begin_others_are_refused() -> None:
 
 
 def test_depth_is_the_refusal_after_so_many_tokens_of_the_answer() -> None:
-    """Openers against the answer's own next tokens, behind its first ``k``."""
+    """The odds that an opener comes next, behind the answer's first ``k`` tokens."""
     model, job = chatting.llama(), chatting.job(ROWS)
     found = ask(odds.depth(depths=(0, 2, 6), refusals=tuple(NO)), job, model)
 
@@ -186,7 +186,7 @@ def test_depth_is_the_refusal_after_so_many_tokens_of_the_answer() -> None:
     for k in (0, 2, 6):
         begun = [*prompt, *own[:k]]
         no = sum(math.exp(slow(model, begun, Tail(tuple(words_of(t)["input_ids"])))) for t in NO)
-        expected = math.log(no) - slow(model, begun, Tail(tuple(own[k : k + 4])))
+        expected = math.log(no / (1 - no))
         assert found[f"log_odds_{k}"].values[1] == pytest.approx(expected, abs=1e-3)
         assert found[f"refusing_{k}"].values[1] == float(expected > 0)
     assert next(iter(found)) == "log_odds_6"
