@@ -267,3 +267,22 @@ def test_names_of_files_find_their_parameters() -> None:
         parameters_of(Encoder(classifier().encoder.backbone))
     )
     assert labels_of(tiny_model.rows(4)) == LABELS
+
+
+def test_only_the_answer_is_measured() -> None:
+    """Where rows have a prompt, the loss is the mean over the answer's tokens; prompts count not."""
+    model, plain = llama(), dataset(6, labelled=False)
+    targets = tuple(tuple(int(i >= len(ids) // 2) for i in range(len(ids))) for ids in plain.ids)
+    data = Dataset(plain.ids, plain.labels, plain.pad, targets)
+
+    def answers(model: nn.Module, batch: Any) -> torch.Tensor:
+        logits = model(batch.input_ids, batch.attention_mask)[0, :-1]
+        asked = torch.tensor(targets[batch.rows[0]][1:], dtype=torch.bool)
+        return F.cross_entropy(logits[asked], batch.input_ids[0, 1:][asked])
+
+    found = measure(model, data, ("abs_grad", "fisher"), objective=OBJECTIVES["causal"], batch=4)
+    single = measure(model, data, ("fisher",), objective=OBJECTIVES["causal"], batch=1)
+
+    assert_near(found, loop(model, data, answers, lambda m, b: ()), ("abs_grad",))
+    assert_near(found, dict(single.tensors), ("fisher",))
+    assert data_hash(data) != data_hash(plain)

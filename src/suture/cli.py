@@ -584,6 +584,10 @@ def localize(
             help="Write the marked weights, too: grafts, which stitch without their models.",
         ),
     ] = False,
+    restricted: Annotated[
+        bool,
+        typer.Option("--restricted", help="Mark them, and what is made with them: not to share."),
+    ] = False,
     as_json: Json = False,
 ) -> None:
     """Find the entries that carry a model's skill: a mask for each model, by an importance rule."""
@@ -592,7 +596,7 @@ def localize(
 
         machine.announce = lambda: _say("compiling for this processor (once, some ten seconds)")
         plan = regions.plan_regions(recipe, out, threads=threads, overwrite=overwrite,
-                                    values=values)  # fmt: skip
+                                    values=values, restricted=restricted)  # fmt: skip
         if not dry_run:
             record = regions.execute(plan, bars.stage, _silent if as_json else _say)
     if dry_run:
@@ -1062,10 +1066,11 @@ def proxy(
 @app.command()
 def demo(
     out: Annotated[Path, typer.Option("--out", help="Where to write.")] = Path("demo"),
-    quick: Annotated[bool, typer.Option("--quick", help="Fewer steps: under two minutes.")] = False,
+    quick: Annotated[
+        bool, typer.Option("--quick", help="Fewer steps: under three minutes.")
+    ] = False,
 ) -> None:
-    """Fine-tune, merge and evaluate small real models, end to end."""
-    begun = time.perf_counter()
+    """Fine-tune, merge, localize, stitch, patch and evaluate small real models, end to end."""
     with _errors():
         try:
             from suture.demo import run_demo
@@ -1077,8 +1082,8 @@ def demo(
                 "pip install 'suture[demo]' and pip install --no-deps -r requirements/demo.txt"
             ) from None
         run_demo(out, quick=quick, say=_say)
-    _tell(f"wrote {out / 'results.json'} and {out / 'results.md'} "
-          f"in {time.perf_counter() - begun:.0f} s")  # fmt: skip
+    page = out / "report.html"
+    _tell(str(page if page.is_file() else out / "results.md"))
 
 
 def main() -> None:

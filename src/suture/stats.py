@@ -58,6 +58,11 @@ class Stats:
         """The kinds there are."""
         return sorted({key.partition("/")[0] for key in self.tensors})
 
+    @property
+    def restricted(self) -> bool:
+        """Whether they, and what is made with them, must not be passed on."""
+        return self.facts.get("restricted") is True
+
     def names(self, kind: str) -> list[str]:
         """The parameters for which there is this kind, sorted."""
         found = {key.partition("/")[2] for key in self.tensors if key.startswith(f"{kind}/")}
@@ -138,19 +143,29 @@ class Stats:
                 )
 
     def save(self, path: Path) -> None:
-        """Write a safetensors file, whole or not at all.
+        """Write a safetensors file, whole or not at all; the same statistics, the same bytes.
 
         Raises:
             OutputError: it cannot be written.
         """
-        from safetensors.numpy import save_file
-
         partial = path.with_name(f".{path.name}.partial")
-        metadata = {"format": FORMAT, "facts": json.dumps(self.facts, sort_keys=True)}
+        facts = json.dumps(self.facts, sort_keys=True)
+        # By hand: the library writes metadata in an order that changes from run to run.
+        header: dict[str, Any] = {"__metadata__": {"facts": facts, "format": FORMAT}}
+        tensors = {k: np.asarray(v, np.float32, order="C") for k, v in self.tensors.items()}
+        end = 0
+        for key, tensor in sorted(tensors.items()):
+            span = [end, end + tensor.nbytes]
+            header[key] = {"dtype": "F32", "shape": list(tensor.shape), "data_offsets": span}
+            end = span[1]
+        text = json.dumps(header, separators=(",", ":")).encode()
+        text += b" " * (-len(text) % 8)
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
-            tensors = {k: np.asarray(v, np.float32, order="C") for k, v in self.tensors.items()}
-            save_file(dict(sorted(tensors.items())), partial, metadata=metadata)
+            with partial.open("wb") as file:
+                file.write(len(text).to_bytes(8, "little") + text)
+                for _, tensor in sorted(tensors.items()):
+                    file.write(tensor.reshape(-1).view(np.uint8).data)
             partial.replace(path)
         except OSError as error:
             raise OutputError(f"{path}: cannot be written: {error.strerror}") from error
