@@ -449,7 +449,7 @@ def patch_make(
     with _errors(as_json), Bars(as_json) as bars:
         from suture import patching
         from suture.mask import Mask
-        from suture.run import open_model
+        from suture.opening import open_model
 
         chosen = None if mask is None else Mask.load(mask)
         patch = patching.make_patch(
@@ -491,7 +491,7 @@ def patch_apply(
     """
     with _errors(as_json), Bars(as_json) as bars:
         from suture import patching
-        from suture.run import open_model
+        from suture.opening import open_model
 
         report = patching.apply_patches(
             open_model(model), patching.load_patches(patch), out, scale=scale,
@@ -525,8 +525,8 @@ def patch_revert(
     """Take a patch off a model again, bit for bit."""
     with _errors(as_json), Bars(as_json) as bars:
         from suture import patching
+        from suture.opening import open_model
         from suture.patch import Patch
-        from suture.run import open_model
 
         report = patching.revert_patch(
             open_model(model), Patch.load(patch), out, force=force, stage=bars.stage,

@@ -15,8 +15,8 @@ from suture.finetune.rows import Rows, classification_rows, language_rows
 from suture.finetune.strategies import MASKS
 from suture.mask import Mask
 from suture.models import device_named, load_tokenizer, longest_of
-from suture.run import Options as PlaceOptions
-from suture.run import _check_place
+from suture.outputs import Options as PlaceOptions
+from suture.outputs import check_place
 from suture.spec import readable
 
 
@@ -69,7 +69,7 @@ def plan_finetune(
         with problems.collecting():
             base = _base(found)
     inputs = {} if base is None else {"base": base}
-    _check_place(out, inputs, PlaceOptions(overwrite=options.overwrite), problems)
+    check_place(out, inputs, PlaceOptions(overwrite=options.overwrite), problems)
     if found is None or base is None:
         problems.raise_if_any()
     assert found is not None
