@@ -23,14 +23,9 @@ ORDER = [
     "stream", "vector", "profile", "select", "stats", "importance", "mask", "graft", "patchfile",
     "patch", "gather", "analysis", "merges", "engine", "recipe_types", "mergekit", "recipe",
     "card", "models", "data", "persample", "snapshot", "mover", "tune", "evals", "measure",
-<<<<<<< HEAD
-    "learned", "diagnose", "report", "page", "run", "patching", "lowrank", "finetune", "tasks", "regions",
-    "analyze", "suites", "policy", "workshop", "demo_tasks", "demo_edits", "demo", "cli", "__main__",
-=======
     "learned", "diagnose", "report", "page", "outputs",
     "parts", "planning", "record", "telling", "run", "patching", "lowrank", "finetune", "tasks", "regions",
-    "analyze", "suites", "workshop", "demo_tasks", "demo_edits", "demo", "cli", "__main__",
->>>>>>> main
+    "analyze", "suites", "policy", "workshop", "demo_tasks", "demo_edits", "demo", "cli", "__main__",
 ]  # fmt: skip
 """The way of a tensor, top to bottom."""
 
