@@ -9,7 +9,7 @@ SHELL := bash
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
 .NOTPARALLEL:
-.PHONY: help test check lint format docs proofs bench tables demo clean
+.PHONY: help test check lint format docs proofs bench tables judges demo clean
 
 PYTHON ?= python3
 VENV ?= .venv
@@ -60,6 +60,10 @@ bench: $(STAMPS)/bench  ## measure speed and memory on this machine
 
 tables: $(STAMPS)/demo  ## masks and stitching on the demo's tasks, 3 seeds; hours, goes on where it stopped
 	$(BIN)/python benchmarks/localize_tasks.py $(ARGS)
+
+judges: $(STAMPS)/demo  ## who tells refusals: word lists and a trained classifier against people's labels
+	@$(PIP) --no-deps -r requirements/safety.txt
+	$(BIN)/python benchmarks/judges.py $(ARGS)
 
 demo: $(STAMPS)/demo  ## the main job on small real models, end to end
 	$(BIN)/suture demo $(ARGS)
