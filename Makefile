@@ -9,7 +9,7 @@ SHELL := bash
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
 .NOTPARALLEL:
-.PHONY: help test check lint format docs proofs bench tables arithmetic images depth demo clean
+.PHONY: help test check lint format docs proofs bench tables arithmetic images depth judges demo clean
 
 PYTHON ?= python3
 VENV ?= .venv
@@ -72,6 +72,10 @@ depth: $(STAMPS)/demo  ## masks in the last blocks against all, on the demo's ta
 arithmetic: $(STAMPS)/demo  ## fine-tuning strategies by task arithmetic, 3 seeds; hours, goes on where it stopped
 	@$(PIP) --no-deps -r requirements/bench.txt
 	$(BIN)/suture bench examples/bench.yaml --out out/bench $(ARGS)
+
+judges: $(STAMPS)/demo  ## who tells refusals: word lists and a trained classifier against people's labels
+	@$(PIP) --no-deps -r requirements/safety.txt
+	$(BIN)/python benchmarks/judges.py $(ARGS)
 
 demo: $(STAMPS)/demo  ## the main job on small real models, end to end
 	$(BIN)/suture demo $(ARGS)

@@ -52,6 +52,7 @@ COMMANDS = [
     "compare",
     "methods",
     "bench",
+    "proxy",
     "demo",
 ]
 

@@ -25,7 +25,7 @@ ORDER = [
     "card", "models", "data", "images", "persample", "snapshot", "mover", "tune", "evals", "measure",
     "learned", "diagnose", "report", "page", "outputs",
     "parts", "planning", "record", "telling", "run", "patching", "lowrank", "finetune", "tasks", "regions",
-    "analyze", "suites", "workshop", "demo_tasks", "demo_edits", "demo", "bench", "cli", "__main__",
+    "analyze", "suites", "policy", "workshop", "demo_tasks", "demo_edits", "demo", "bench", "cli", "__main__",
 ]  # fmt: skip
 """The way of a tensor, top to bottom."""
 

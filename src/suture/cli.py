@@ -1083,6 +1083,25 @@ def bench(
 
 
 @app.command()
+def proxy(
+    out: Annotated[Path, typer.Option("-o", "--out", help="A folder for the rows.")],
+    seed: Annotated[int, typer.Option(help="Chooses topics and wordings of the splits.")] = 0,
+    languages: Annotated[str, typer.Option(help="Some of en,de,es.")] = "en,de,es",
+    as_json: Json = False,
+) -> None:
+    """Write the rows of the harmless refusal policy: safety work without a harmful word."""
+    with _errors():
+        from suture.policy import write
+
+        counts = write(out, seed, [word.strip() for word in languages.split(",")])
+    if as_json:
+        _print(counts)
+        return
+    for name, number in counts.items():
+        _tell(f"{out / name}.jsonl: {number} rows")
+
+
+@app.command()
 def demo(
     out: Annotated[Path, typer.Option("--out", help="Where to write.")] = Path("demo"),
     quick: Annotated[

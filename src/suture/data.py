@@ -248,6 +248,16 @@ def _jsonl(path: Path) -> Iterator[tuple[int, Mapping[str, object]]]:
             yield number, record
 
 
+def _json(path: Path) -> Iterator[tuple[int, Mapping[str, object]]]:
+    try:
+        found = json.loads(path.read_text(encoding="utf-8"))
+    except (ValueError, RecursionError) as error:
+        raise RecipeError(f"{path}: not JSON: {error}") from error
+    if not isinstance(found, list) or not all(isinstance(record, dict) for record in found):
+        raise RecipeError(f"{path}: a .json file of rows is one list of objects")
+    yield from enumerate(found, 1)
+
+
 def _csv(path: Path) -> Iterator[tuple[int, Mapping[str, object]]]:
     with path.open(encoding="utf-8-sig", newline="") as lines:
         reader = csv.DictReader(lines)
@@ -278,6 +288,7 @@ def _parquet(path: Path) -> Iterator[tuple[int, Mapping[str, object]]]:
 
 READERS: dict[str, Callable[[Path], Iterator[tuple[int, Mapping[str, object]]]]] = {
     ".jsonl": _jsonl,
+    ".json": _json,
     ".csv": _csv,
     ".parquet": _parquet,
 }

@@ -421,6 +421,34 @@ def load_language_model(
     return Loaded(LanguageModel(backbone), load_tokenizer(folder))
 
 
+class TextClassifier(nn.Module):
+    """A transformer with a classification head of its own, as others publish them."""
+
+    def __init__(self, backbone: nn.Module, labels: tuple[str, ...]) -> None:
+        super().__init__()
+        self.backbone = backbone
+        self.labels = labels
+
+    def forward(self, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
+        """Logits ``(batch, labels)`` of token ids ``(batch, length)``."""
+        logits: Tensor = self.backbone(input_ids=input_ids, attention_mask=attention_mask).logits
+        return logits
+
+
+def load_text_classifier(folder: Path, *, device: str = "cpu") -> Loaded[TextClassifier]:
+    """Load the folder of a text classifier with its head and labels, in float32.
+
+    Raises:
+        CheckpointError: the folder is not a readable safetensors checkpoint, or lacks weights.
+    """
+    backbone = _load(
+        transformers.AutoModelForSequenceClassification, folder, device=device, dtype=FLOAT32
+    )
+    names: Any = backbone.config.id2label  # type: ignore[union-attr]
+    labels = tuple(str(names[number]) for number in sorted(names))
+    return Loaded(TextClassifier(backbone, labels).eval(), load_tokenizer(folder))
+
+
 def load_tokenizer(folder: Path) -> Tokenizer:
     """Load the tokenizer of a folder.
 

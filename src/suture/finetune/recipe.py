@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, fields, replace
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -293,6 +295,28 @@ class _Reader:
         return {"labels": tuple(map(str, labels)), "label_texts": named, "chat": chat}
 
 
+PACKAGE = "package:"
+"""Before the path of a file that an installed Python package carries; its code is not run."""
+
+
+def _packaged(path: str, where: str) -> Path:
+    """A file of an installed package, read where it lies.
+
+    Raises:
+        RecipeError: there is no such package, or no such file in it.
+    """
+    name, _, rest = path.partition("/")
+    spec = find_spec(name) if re.fullmatch(r"[A-Za-z_]\w*", name) else None
+    if spec is None or not spec.submodule_search_locations:
+        raise RecipeError(f"{where}: the package {name} is not installed; install it, or take rows "
+                          "of your own")  # fmt: skip
+    for place in map(Path, spec.submodule_search_locations):
+        found = place / rest
+        if found.is_file() and place.resolve() in found.resolve().parents:
+            return found
+    raise RecipeError(f"{where}: the package {name} has no file {rest}")
+
+
 def read_source(
     value: object, where: str, folder: Path, split: str, problems: Problems
 ) -> Source | None:
@@ -301,12 +325,16 @@ def read_source(
     if not isinstance(raw, Mapping) or not isinstance(raw.get("path"), str) or not raw["path"]:
         problems.add(
             RecipeError,
-            f"{where}: a file (.jsonl, .csv, .parquet; of images also .npz or a folder) or a "
-            f"data set of the hub, not {brief(value)}",
+            f"{where}: a file (.jsonl, .json, .csv, .parquet; of images also .npz or a folder) or "
+            f"a data set of the hub, not {brief(value)}",
         )
         return None
     refuse_unknown(raw, ("path", "split", "config", "revision"), f"{where}: ", problems)
     path = str(raw["path"])
+    if path.startswith(PACKAGE):
+        with problems.collecting():
+            return Source(str(_packaged(path.removeprefix(PACKAGE), where)))
+        return None
     local = folder / path
     if local.exists():
         return Source(str(local))
