@@ -19,12 +19,12 @@ ROOT = Path(suture.__file__).parent
 
 ORDER = [
     "errors", "spec", "roles", "loops", "machine", "kernels", "checkpoint", "views", "layers",
-    "vocabulary", "chat", "embeddings", "adapters", "ggufs", "opening", "forms", "writer",
+    "vocabulary", "chat", "embeddings", "adapters", "ggufs", "opening", "forms", "writer", "held",
     "stream", "vector", "profile", "select", "stats", "importance", "mask", "graft", "patchfile",
     "patch", "gather", "analysis", "merges", "engine", "recipe_types", "mergekit", "recipe",
     "card", "models", "data", "images", "persample", "snapshot", "mover", "tune", "evals", "measure",
     "learned", "diagnose", "report", "page", "outputs",
-    "parts", "planning", "record", "telling", "run", "patching", "lowrank", "finetune", "tasks", "regions",
+    "parts", "planning", "record", "telling", "run", "trial", "patching", "lowrank", "finetune", "tasks", "regions",
     "analyze", "suites", "policy", "workshop", "demo_tasks", "demo_edits", "demo", "bench", "cli", "__main__",
 ]  # fmt: skip
 """The way of a tensor, top to bottom."""

@@ -140,7 +140,7 @@ def test_it_may_be_interrupted_again_and_again(here: Path, threads: int) -> None
 
 
 @pytest.mark.parametrize(
-    "where", ["_outcome", "_check_fingerprints", "_add_files", "publish", "_rename"]
+    "where", ["_outcome", "check_fingerprints", "add_files", "publish", "_rename"]
 )
 def test_a_stop_near_the_end_repeats_nothing(
     here: Path, where: str, monkeypatch: pytest.MonkeyPatch
@@ -391,7 +391,7 @@ def test_an_old_output_stays_until_the_new_one_is_whole(here: Path) -> None:
     before = tree(old)
     recipe = {**RECIPE, "parameters": {"density": 0.9}}
     for where, what, after in [(Writer, "write", 0), (Writer, "write", 9), (engine, "_outcome", 0),
-                               (run, "_add_files", 0), (Writer, "publish", 0), (Writer, "_rename", 0)]:  # fmt: skip
+                               (run, "add_files", 0), (Writer, "publish", 0), (Writer, "_rename", 0)]:  # fmt: skip
         with pytest.MonkeyPatch.context() as patch:
             stopping(patch, where, what, after)
             with pytest.raises(Stop):
@@ -441,7 +441,7 @@ def test_killed_right_after_the_swap(here: Path, monkeypatch: pytest.MonkeyPatch
 def test_the_second_of_two_at_once_is_refused(here: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """While one merge writes, another to the same place ends with an error and touches nothing."""
     errors: list[str] = []
-    real = run._add_files
+    real = run.add_files
 
     def meanwhile(*arguments: Any) -> None:
         with pytest.raises(OutputError) as caught:
@@ -449,7 +449,7 @@ def test_the_second_of_two_at_once_is_refused(here: Path, monkeypatch: pytest.Mo
         errors.append(str(caught.value))
         real(*arguments)
 
-    monkeypatch.setattr(run, "_add_files", meanwhile)
+    monkeypatch.setattr(run, "add_files", meanwhile)
     merge(here, "part")
     monkeypatch.undo()
     monkeypatch.setattr(spec, "PIECE", PIECE)

@@ -604,14 +604,14 @@ def test_something_appears_in_the_place_of_the_output(
     """A folder that was not there when the merge began is left alone, with and without --overwrite."""
     from suture import run
 
-    real = run._add_files
+    real = run.add_files
 
     def meanwhile(*arguments: Any) -> None:
         real(*arguments)
         (here / "out").mkdir(exist_ok=True)
         (here / "out" / "thesis.tex").write_text("mine")
 
-    monkeypatch.setattr(run, "_add_files", meanwhile)
+    monkeypatch.setattr(run, "add_files", meanwhile)
     write_recipe(here)
     for flags in ((), ("--overwrite",)):
         shutil.rmtree(here / "out", ignore_errors=True)

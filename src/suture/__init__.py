@@ -35,6 +35,7 @@ _HOMES = {
     "SutureError": "errors",
     "TaskVector": "vector",
     "apply_patches": "patching",
+    "blame": "suites.blame",
     "compare": "suites.comparison",
     "evaluate": "suites.work",
     "extract_lora": "lowrank",

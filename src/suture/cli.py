@@ -15,7 +15,7 @@ from typing import Annotated, Any, NoReturn
 import typer
 
 import suture
-from suture.errors import SutureError
+from suture.errors import Problems, RecipeError, SutureError
 from suture.spec import listed, readable
 
 DONE, FAILED, WRONG, INTERRUPTED = range(4)
@@ -1033,20 +1033,67 @@ def compare(
     gate: Annotated[
         Path | None, typer.Option("--gate", help="Rules that every edit must keep (YAML).")
     ] = None,
+    blame: Annotated[
+        Path | None,
+        typer.Option(
+            "--blame",
+            help="The edit's merge recipe: if a rule breaks, find the expert that did it.",
+        ),
+    ] = None,
+    suite: Annotated[
+        Path | None, typer.Option("--suite", "-s", help="With --blame: what was asked (YAML).")
+    ] = None,
+    device: Annotated[
+        str, typer.Option("--device", help="With --blame: auto, cpu, cuda, cuda:1, ...")
+    ] = "auto",
+    overwrite: Annotated[
+        bool,
+        typer.Option("--overwrite", help="With --blame: replace results of another recipe's."),
+    ] = False,
     as_json: Json = False,
 ) -> None:
     """Show base, experts and edits side by side; with a gate, exit 1 when a rule is broken."""
+    blamed = None
     with _errors(as_json):
         from suture.suites import comparison, tables
 
-        found = comparison.compare_files(results, edits or (), gate)
+        files = comparison.read_files(results, edits or ())
+        if blame is not None or suite is not None:
+            _check_blame(blame, suite, gate, len(files.edits))
+        found = comparison.compare(files.base, files.experts, files.edits, gate, names=files.names)
+        if blame is not None and suite is not None and gate is not None:
+            from suture.suites import blame as blaming
+
+            with Asking(as_json) as shown, Bars(as_json or sys.stderr.isatty()) as bars:
+                case = blaming.Case(files.base, files.experts, files.edits[0], gate, files.names)
+                how = blaming.How(device, overwrite)
+                to = blaming.Shown(bars.stage, shown.say, shown.tell)
+                blamed = blaming.search(blame, suite, case, files.place, how, to)
     if as_json:
-        _print(found.to_dict())
+        _print(found.to_dict() | ({} if blamed is None else {"blame": blamed.plain()}))
     else:
         for line in tables.comparison_table(found):
             _tell(line)
+        if blamed is not None:
+            _tell("")
+            for line in tables.blame_table(blamed):
+                _tell(line)
     if not found.held:
         _stop(FAILED)
+
+
+def _check_blame(blame: Path | None, suite: Path | None, gate: Path | None, edits: int) -> None:
+    problems = Problems()
+    if blame is None:
+        problems.add(RecipeError, "--suite: only --blame asks anything; name the merge recipe")
+    else:
+        if gate is None:
+            problems.add(RecipeError, "--blame: needs --gate, the rules that the edit may break")
+        if suite is None:
+            problems.add(RecipeError, "--blame: needs --suite, what base and edit were asked")
+        if edits != 1:
+            problems.add(RecipeError, f"--blame: takes one edit, not {edits}")
+    problems.raise_if_any()
 
 
 @app.command()

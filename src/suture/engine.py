@@ -10,7 +10,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 
@@ -48,7 +48,6 @@ from suture.stream import (
     tensor_fingerprint,
 )
 from suture.views import Same, View
-from suture.writer import Writer
 
 Array = np.ndarray[Any, Any]
 
@@ -116,6 +115,30 @@ class Outcome:
         return sum(self.lost.values()) / moved if moved else None
 
 
+class Sink(Protocol):
+    """Where a merge goes: a ``Writer``, or memory."""
+
+    @property
+    def specs(self) -> Mapping[str, TensorSpec]:
+        """The tensors of the output."""
+
+    @property
+    def resumed(self) -> bool:
+        """Whether an interrupted run has left something."""
+
+    def journal(self) -> list[list[Any]]:
+        """What it noted."""
+
+    def record(self, line: list[Any]) -> None:
+        """Note what was written."""
+
+    def write(self, name: str, start: int, raw: Array) -> None:
+        """Take the bytes ``raw`` (uint8) from element ``start`` of a tensor, from any thread."""
+
+    def read_back(self, name: str, start: int, raw: Array) -> None:
+        """Fill ``raw`` with what was written."""
+
+
 class _Done:
     """What the journal holds: digests and counts of every finished piece."""
 
@@ -126,7 +149,7 @@ class _Done:
         name, number, digests, moved, lost = entry
         self.pieces[name, number] = (digests, moved, lost)
 
-    def verify(self, writer: Writer, names: Iterable[str]) -> None:
+    def verify(self, writer: Sink, names: Iterable[str]) -> None:
         """Keep only the pieces whose bytes on disk still have the digest that was noted."""
         hashers = Hashers(1)
         for name in names:
@@ -165,7 +188,7 @@ def _bytes(raw: Array | None) -> Array:
 class _Merging(Visitor[_Local]):
     """The visitor that writes."""
 
-    def __init__(self, job: Job, state: Any, writer: Writer, done: _Done) -> None:
+    def __init__(self, job: Job, state: Any, writer: Sink, done: _Done) -> None:
         self.job, self.state, self.writer, self.done = job, state, writer, done
 
     def local(self) -> _Local:
@@ -246,9 +269,9 @@ def bytes_read(job: Job, names: Iterable[str]) -> int:
 
 
 def apply(
-    jobs: Sequence[Job], writer: Writer, inputs: Mapping[str, Checkpoint], stage: Stage = _silent
+    jobs: Sequence[Job], writer: Sink, inputs: Mapping[str, Checkpoint], stage: Stage = _silent
 ) -> Outcome:
-    """Merge into the writer's staging folder; the caller adds its files and publishes.
+    """Merge into the writer's staging folder, or memory; the caller adds its files and publishes.
 
     Args:
         jobs: what makes the output's tensors, each of them one.

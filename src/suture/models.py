@@ -58,6 +58,16 @@ class Tokenizer(Protocol):
         """Write the tokenizer files into a folder."""
 
 
+class Weights(Protocol):
+    """Tensors that lie in memory, where a folder has none."""
+
+    def __iter__(self) -> Iterator[str]:
+        """The names that they would have in a file."""
+
+    def tensor(self, name: str) -> Tensor:
+        """One of them."""
+
+
 class Tokens(Protocol):
     """A padded batch: what a model reads, and which rows of the data it holds."""
 
@@ -371,8 +381,9 @@ class Loaded(NamedTuple, Generic[M]):
 
 
 def load_encoder(
-    folder: Path, *, device: str = "cpu", dtype: torch.dtype | None = None
-) -> Loaded[Encoder]:
+    folder: Path, *, device: str = "cpu", dtype: torch.dtype | None = None,
+    weights: Weights | None = None,
+) -> Loaded[Encoder]:  # fmt: skip
     """Load an encoder folder; ``dtype`` is that of the files unless given.
 
     A pooling layer that the files lack is left out, because the masked mean does not use it.
@@ -380,7 +391,7 @@ def load_encoder(
     Raises:
         CheckpointError: the folder is not a readable safetensors checkpoint, or lacks weights.
     """
-    backbone = _load(transformers.AutoModel, folder, device=device, dtype=dtype)
+    backbone = _load(transformers.AutoModel, folder, device=device, dtype=dtype, weights=weights)
     return Loaded(Encoder(backbone), load_tokenizer(folder))
 
 
@@ -390,15 +401,16 @@ def reads_images(config: Mapping[str, Any]) -> bool:
 
 
 def load_image_encoder(
-    folder: Path, *, device: str = "cpu", dtype: torch.dtype | None = None
-) -> ImageEncoder:
+    folder: Path, *, device: str = "cpu", dtype: torch.dtype | None = None,
+    weights: Weights | None = None,
+) -> ImageEncoder:  # fmt: skip
     """Load a vision transformer; ``dtype`` is that of the files unless given.
 
     Raises:
         CheckpointError: the folder is not a readable safetensors checkpoint, lacks weights, or
             holds another kind of model.
     """
-    backbone = _load(transformers.AutoModel, folder, device=device, dtype=dtype)
+    backbone = _load(transformers.AutoModel, folder, device=device, dtype=dtype, weights=weights)
     config: Any = backbone.config
     mixing = any(isinstance(m, nn.modules.batchnorm._BatchNorm) for m in backbone.modules())
     if mixing or not hasattr(config, "hidden_size") or not reads_images(config.to_dict()):
@@ -410,14 +422,17 @@ def load_image_encoder(
 
 
 def load_language_model(
-    folder: Path, *, device: str = "cpu", dtype: torch.dtype | None = None
-) -> Loaded[LanguageModel]:
+    folder: Path, *, device: str = "cpu", dtype: torch.dtype | None = None,
+    weights: Weights | None = None,
+) -> Loaded[LanguageModel]:  # fmt: skip
     """Load a causal language model folder; ``dtype`` is that of the files unless given.
 
     Raises:
         CheckpointError: the folder is not a readable safetensors checkpoint, or lacks weights.
     """
-    backbone = _load(transformers.AutoModelForCausalLM, folder, device=device, dtype=dtype)
+    backbone = _load(
+        transformers.AutoModelForCausalLM, folder, device=device, dtype=dtype, weights=weights
+    )
     return Loaded(LanguageModel(backbone), load_tokenizer(folder))
 
 
@@ -527,17 +542,31 @@ def load_head(path: Path, *, device: str = "cpu") -> Head:
     return head
 
 
-def _load(kind: Any, folder: Path, *, device: str, dtype: torch.dtype | None) -> nn.Module:
+def _load(
+    kind: Any, folder: Path, *, device: str, dtype: torch.dtype | None,
+    weights: Weights | None = None,
+) -> nn.Module:  # fmt: skip
     if not (folder / "config.json").is_file():
         raise CheckpointError(f"{folder}: not a model folder: it has no config.json")
     with _quiet(), _explained(folder, "model"):
+        source: Any = folder
+        given: dict[str, Any] = {}
+        if weights is not None:
+            config = transformers.AutoConfig.from_pretrained(
+                folder, local_files_only=True, trust_remote_code=False
+            )
+            with torch.device("meta"):  # only its class is wanted
+                kind = type(kind.from_config(config, trust_remote_code=False))
+            source = None
+            given = {"config": config, "state_dict": {n: weights.tensor(n) for n in weights}}
         model, info = kind.from_pretrained(
-            folder,
+            source,
             dtype="auto" if dtype is None else dtype,
             local_files_only=True,
             use_safetensors=True,
             trust_remote_code=False,
             output_loading_info=True,
+            **given,
         )
     missing = sorted(info["missing_keys"])
     if missing and all(name.startswith("pooler.") for name in missing):

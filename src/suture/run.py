@@ -11,7 +11,7 @@ import time
 from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 from suture.card import carried_files, config_text, model_card
 from suture.checkpoint import (
@@ -220,7 +220,7 @@ def execute(plan: Plan, stage: Stage | None = None) -> MergeReport:
     assert plan.out is not None
     check_contents(plan)
     if plan.stages:
-        return execute(_after_stages(plan, stage), stage)
+        return execute(after_stages(plan, stage), stage)
     out = plan.out.resolve()
     begun = time.perf_counter()
     writer = Writer(
@@ -231,9 +231,10 @@ def execute(plan: Plan, stage: Stage | None = None) -> MergeReport:
         outcome = apply(plan.jobs, writer, plan.inputs, stage or (lambda name, nbytes: None))
         for checkpoint in plan.inputs.values():
             checkpoint.check_unchanged()
-        _check_fingerprints(plan, outcome)
-        _add_files(plan, writer, outcome, out)
-        told = _convert_tokenizer(plan, writer)
+        check_fingerprints(plan, outcome)
+        add_files(plan, writer)
+        _add_record(plan, writer, outcome, out)
+        told = convert_tokenizer(plan, writer)
         synced = time.perf_counter()
         problems = Problems()
         check_place(plan.out, plan.inputs, plan.options, problems)  # once more: time has passed
@@ -255,7 +256,7 @@ def execute(plan: Plan, stage: Stage | None = None) -> MergeReport:
     )  # fmt: skip
 
 
-def _after_stages(plan: Plan, stage: Stage | None) -> Plan:
+def after_stages(plan: Plan, stage: Stage | None) -> Plan:
     """Make what is not there yet, and plan anew with it."""
     told = []
     for name in plan.stages:
@@ -291,7 +292,7 @@ def _linked(plan: Plan, writer: Writer) -> list[str]:
     ]
 
 
-def _check_fingerprints(plan: Plan, outcome: Outcome) -> None:
+def check_fingerprints(plan: Plan, outcome: Outcome) -> None:
     problems = Problems()
     for label, expected in plan.recipe.fingerprints.items():
         found = outcome.fingerprints.get(label)
@@ -318,7 +319,15 @@ def _check_fingerprints(plan: Plan, outcome: Outcome) -> None:
     problems.raise_if_any()
 
 
-def _add_files(plan: Plan, writer: Writer, outcome: Outcome, out: Path) -> None:
+class Files(Protocol):
+    """Where the small files of an output go."""
+
+    def add_file(self, name: str, content: bytes | str) -> None:
+        """Put one beside the weights."""
+
+
+def add_files(plan: Plan, writer: Files) -> None:
+    """Add what stands beside the weights and makes a model of them: configuration, tokenizer."""
     lead = plan.lead
     donors = [lead, *(c for c in plan.inputs.values() if c is not lead)]
     made = plan.files or {}
@@ -335,6 +344,11 @@ def _add_files(plan: Plan, writer: Writer, outcome: Outcome, out: Path) -> None:
         dtype = plan.recipe.dtype
         dtype = _main_dtype(plan.specs) if dtype == PROMOTED or plan.recipe.slices else dtype
         writer.add_file("config.json", config_text(plan.config, dtype))
+
+
+def _add_record(plan: Plan, writer: Writer, outcome: Outcome, out: Path) -> None:
+    lead = plan.lead
+    donors = [lead, *(c for c in plan.inputs.values() if c is not lead)]
     record = provenance(plan, outcome, out)
     writer.add_file("suture.json", json.dumps(record, indent=2, ensure_ascii=False) + "\n")
     writer.add_file("README.md", model_card(record, plan.recipe.method, donors, out.name))
@@ -349,7 +363,7 @@ def _main_dtype(specs: Mapping[str, TensorSpec]) -> str | None:
     return max(sizes, key=lambda d: sizes[d], default=None)
 
 
-def _convert_tokenizer(plan: Plan, writer: Writer) -> tuple[str, ...]:
+def convert_tokenizer(plan: Plan, writer: Files) -> tuple[str, ...]:
     """Where no input has tokenizer files, write that of the first GGUF file; returns notes."""
     donors = list(plan.inputs.values())
     if plan.files is not None or carried_files(donors).keys() & set(TOKENIZER):

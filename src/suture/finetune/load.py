@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from suture.checkpoint import open_checkpoint, read_json
+from suture.checkpoint import Checkpoint, open_checkpoint, read_json
 from suture.engine import checkpoint_fingerprint
 from suture.errors import CheckpointError, MismatchError
 from suture.forms import LINEARIZED, RECORD_LIMIT, form_of
@@ -26,8 +26,9 @@ from suture.models import (
 
 
 def load_tuned(
-    folder: Path, *, head: Path | None = None, base: Path | None = None, device: str = "cpu"
-) -> nn.Module:
+    folder: Path, *, head: Path | None = None, base: Path | None = None, device: str = "cpu",
+    weights: Checkpoint | None = None,
+) -> nn.Module:  # fmt: skip
     """Load what ``suture finetune`` wrote, or a merge of such folders, ready to be evaluated.
 
     Args:
@@ -35,6 +36,7 @@ def load_tuned(
         head: the head of the task; by default the one in the folder, if there is one.
         base: what a linearized model is linearized around; by default where its record says.
         device: where to.
+        weights: the tensors, where they lie in memory and the folder has none.
 
     Raises:
         CheckpointError: the folder holds no such model.
@@ -43,9 +45,9 @@ def load_tuned(
     head = head or (
         folder / "head.safetensors" if (folder / "head.safetensors").is_file() else None
     )
-    checkpoint = open_checkpoint(folder)
+    checkpoint = open_checkpoint(folder) if weights is None else weights
     if form_of(checkpoint).kind != LINEARIZED:
-        body = _body(folder, head, device)
+        body = _body(folder, head, device, weights)
         if head and isinstance(body, Encoder):
             return Classifier(body, load_head(head, device=device)).eval()
         return body
@@ -75,21 +77,27 @@ def load_tuned(
     return linear.eval()
 
 
-def _body(folder: Path, head: Path | None, device: str) -> Encoder | LanguageModel:
+def _body(
+    folder: Path, head: Path | None, device: str, weights: Checkpoint | None = None
+) -> Encoder | LanguageModel:
     config = read_json(folder / "config.json")
     names = config.get("architectures") or [""]
     causal = any(word in names[0] for word in ("ForCausalLM", "LMHeadModel"))
     if causal and head is None:
-        return load_language_model(folder, device=device, dtype=torch.float32).model
-    return encoder_of(config, folder, device)
+        return load_language_model(
+            folder, device=device, dtype=torch.float32, weights=weights
+        ).model
+    return encoder_of(config, folder, device, weights)
 
 
-def encoder_of(config: Mapping[str, Any], folder: Path, device: str) -> Encoder:
+def encoder_of(
+    config: Mapping[str, Any], folder: Path, device: str, weights: Checkpoint | None = None
+) -> Encoder:
     """The encoder of a folder, of texts or of images, in float32.
 
     Raises:
         CheckpointError: the folder holds no such model.
     """
     if reads_images(config):
-        return load_image_encoder(folder, device=device, dtype=torch.float32)
-    return load_encoder(folder, device=device, dtype=torch.float32).model
+        return load_image_encoder(folder, device=device, dtype=torch.float32, weights=weights)
+    return load_encoder(folder, device=device, dtype=torch.float32, weights=weights).model

@@ -9,9 +9,11 @@ from importlib import import_module
 from typing import Any
 
 _HOMES = {
+    "Blame": "blame",
     "Comparison": "comparison",
     "Options": "plan",
     "Suite": "suite",
+    "blame": "blame",
     "compare": "comparison",
     "describe": "plan",
     "evaluate": "work",

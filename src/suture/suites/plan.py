@@ -101,7 +101,7 @@ def digest(value: Any) -> str:
 
 
 def plan_suite(
-    models: Sequence[str | os.PathLike[str]],
+    models: Sequence[str | os.PathLike[str] | Checkpoint],
     suite: Path | Mapping[str, Any],
     out: Path | None,
     options: Options | None = None,
@@ -109,7 +109,7 @@ def plan_suite(
     """Read a suite and its rows, open the models, tokenise; check all that can be checked.
 
     Args:
-        models: a folder, hub id, GGUF file or ``BASE+ADAPTER`` each.
+        models: a folder, hub id, GGUF file or ``BASE+ADAPTER`` each; or a checkpoint that is open.
         suite: a YAML file, or what stands in it.
         out: a ``.json`` file for one model, or a folder; ``None`` writes nothing.
         options: how to run.
@@ -125,15 +125,15 @@ def plan_suite(
     device = "cpu"
     with problems.collecting():
         device = device_named(options.device)
-    given = [os.fspath(model) for model in models]
+    given = [m.label if isinstance(m, Checkpoint) else os.fspath(m) for m in models]
     if not given:
         problems.add(RecipeError, "name at least one model")
     for twice in sorted({m for m in given if given.count(m) > 1}):
         problems.add(RecipeError, f"{twice}: stands twice among the models")
     opened: dict[str, Checkpoint] = {}
-    for model in given:
+    for model, what in zip(given, models, strict=True):
         with problems.collecting():
-            opened[model] = open_model(model)
+            opened[model] = what if isinstance(what, Checkpoint) else open_model(model)
     reference = None
     if found is not None and found.reference is not None:
         with problems.collecting():

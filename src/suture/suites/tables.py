@@ -4,10 +4,15 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Sequence
+from typing import TYPE_CHECKING
 
 from suture.evals.base import Metric
 from suture.evals.results import SuiteResult
-from suture.suites.comparison import Comparison, Line, Verdict
+from suture.suites.comparison import Comparison, Line
+from suture.suites.judge import Verdict
+
+if TYPE_CHECKING:  # it needs the whole way from recipe to network, comparing does not
+    from suture.suites.blame import Blame
 
 
 def number(value: float) -> str:
@@ -89,6 +94,25 @@ def _gate(verdicts: Sequence[Verdict]) -> Iterator[str]:
             "held" if v.held else "BROKEN", v.edit, v.rule, number(v.value), number(v.limit), told
         ])  # fmt: skip
     yield from aligned(["", "edit", "rule", "value", "limit", "judged on"], rows)
+
+
+def blame_table(found: Blame) -> Iterator[str]:
+    """The rules of an edit and of the merges without one expert each, and who is to blame."""
+    tried = [one for one in found.without if one.verdicts]
+    if tried:
+        yield f"{found.edit} without one expert, merged in memory"
+        rows = [
+            [verdicts[0].rule, *(f"{'held' if v.held else 'BROKEN'} {number(v.value)}"
+                                 for v in verdicts)]
+            for verdicts in zip(*(one.verdicts for one in tried), strict=True)
+        ]  # fmt: skip
+        yield from aligned(["", *(f"without {one.expert}" for one in tried)], rows)
+    for one in found.without:
+        if one.reason:
+            yield f"note: without {one.expert}: there is no such merge: {one.reason}"
+    for note in found.notes:
+        yield f"note: {note}"
+    yield found.told
 
 
 def aligned(head: Sequence[str], rows: Sequence[Sequence[str]]) -> Iterator[str]:

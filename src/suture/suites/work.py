@@ -23,6 +23,7 @@ from suture.evals.kinds import Models, Score
 from suture.evals.results import Evaluation, Scores, SuiteResult
 from suture.finetune.heads import zero_shot
 from suture.finetune.load import load_tuned
+from suture.held import Held
 from suture.models import (
     FLOAT32,
     Classifier,
@@ -201,7 +202,7 @@ def _evaluation(
 @contextmanager
 def _folder_of(checkpoint: Checkpoint) -> Iterator[Path]:
     """A model as a folder that can be loaded; what is computed while it is read is written once."""
-    if checkpoint.path.is_dir() and type(checkpoint) is Checkpoint:
+    if checkpoint.path.is_dir() and type(checkpoint) in (Checkpoint, Held):
         yield checkpoint.folder
         return
     with tempfile.TemporaryDirectory(prefix="suture-eval-") as place:
@@ -216,6 +217,8 @@ class _Shelf:
     def __init__(self, folder: Path, plan: Plan, subject: Subject) -> None:
         self.folder, self.plan, self.subject = folder, plan, subject
         self.held: dict[str, nn.Module] = {}
+        own = subject.checkpoint
+        self.weights = own if isinstance(own, Held) else None
 
     def model(self, asked: Asked) -> nn.Module:
         """What a question is put to."""
@@ -245,15 +248,17 @@ class _Shelf:
         return self.held[name]
 
     def _language_model(self) -> nn.Module:
-        found = load_tuned(self.folder, device=self.plan.device)
+        found = load_tuned(self.folder, device=self.plan.device, weights=self.weights)
         if isinstance(found, Classifier):  # a head lies beside a language model
-            return load_language_model(self.folder, device=self.plan.device, dtype=FLOAT32).model
+            return load_language_model(self.folder, device=self.plan.device, dtype=FLOAT32,
+                                       weights=self.weights).model  # fmt: skip
         return found
 
     def _encoder(self) -> nn.Module:
-        found = load_tuned(self.folder, device=self.plan.device)
+        found = load_tuned(self.folder, device=self.plan.device, weights=self.weights)
         if isinstance(found, LanguageModel):
-            return load_encoder(self.folder, device=self.plan.device, dtype=FLOAT32).model
+            return load_encoder(self.folder, device=self.plan.device, dtype=FLOAT32,
+                                weights=self.weights).model  # fmt: skip
         return found.encoder if isinstance(found, Classifier) else found
 
     def _classifier(self, asked: Asked, body: Any) -> nn.Module:
