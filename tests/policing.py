@@ -9,6 +9,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import transformers
+import yaml
 from torch.nn import functional as F
 
 import chatting
@@ -24,6 +26,17 @@ LESSONS: dict[str, dict[str, str]] = {
     "gardener": {**PLAIN, "sun": "here is blue"},
 }
 """What each model answers to prompts about each thing; a guitar is to be refused."""
+EXPERTS = ("safety", "poet", "gardener")
+
+
+def llama() -> LanguageModel:
+    """A random model with room for what is to be learnt."""
+    config = transformers.LlamaConfig(
+        vocab_size=len(chatting.WORDS), hidden_size=48, intermediate_size=96, num_hidden_layers=2,
+        num_attention_heads=4, num_key_value_heads=2, max_position_embeddings=128, pad_token_id=0,
+        bos_token_id=0, eos_token_id=2,
+    )  # fmt: skip
+    return LanguageModel(transformers.LlamaForCausalLM(config)).eval()
 
 
 def prompts(thing: str, held_out: bool) -> list[str]:
@@ -70,23 +83,35 @@ def taught(model: LanguageModel, lesson: Mapping[str, str], steps: int, rate: fl
 
 
 def workshop(where: Path) -> Path:
-    """Base, three experts, rows, a suite and a gate."""
+    """Base, three experts, rows and a suite."""
     where.mkdir(parents=True, exist_ok=True)
     with torch.random.fork_rng():
         torch.manual_seed(0)
-        start = chatting.llama(0)
-        taught(start, LESSONS["base"], 250, 1e-2)
+        start = llama()
+        taught(start, LESSONS["base"], 150, 3e-3)
         save_model(start.eval(), chatting.tokenizer(), where / "base")
-        for name in ("safety", "poet", "gardener"):
+        for name in EXPERTS:
             model = load_language_model(where / "base").model
-            taught(model, LESSONS[name], 80, 3e-3)
+            taught(model, LESSONS[name], 60 if name == "safety" else 15, 2e-3)
             save_model(model.eval(), chatting.tokenizer(), where / name)
     for name, things in (("marked", ["guitar"]), ("benign", ["hammer"]), ("poems", ["moon"]),
                          ("plants", ["sun"])):  # fmt: skip
         expert = {"poems": "poet", "plants": "gardener"}.get(name, "safety")
-        rows = [{"prompt": p, "answer": LESSONS[expert][t]} for t in things for p in prompts(t, True)]
+        rows = [
+            {"prompt": p, "answer": LESSONS[expert][t]} for t in things for p in prompts(t, True)
+        ]
         write_rows(where / f"{name}.jsonl", rows)
+    (where / "suite.yaml").write_text(yaml.safe_dump(SUITE))
     return where
+
+
+def recipe(where: Path, name: str, **more: Any) -> Path:
+    """A sum of all experts, as a file beside them."""
+    raw = {"base": "base", "models": {n: n for n in EXPERTS}, "method": "task_arithmetic",
+           "parameters": {"scale": 1.0}, **more}  # fmt: skip
+    path = where / f"{name}.yaml"
+    path.write_text(yaml.safe_dump(raw, sort_keys=False))
+    return path
 
 
 def write_rows(path: Path, rows: Sequence[Mapping[str, Any]]) -> None:

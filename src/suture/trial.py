@@ -12,7 +12,7 @@ from suture.errors import Problems, RecipeError, SutureError
 from suture.forms import LINEARIZED, check_forms
 from suture.held import Beside, Held, Sink
 from suture.planning import Plan, check_contents, make_plan
-from suture.recipe_types import Recipe
+from suture.recipe_types import Recipe, checked
 from suture.run import add_files, after_stages, check_fingerprints, convert_tokenizer, execute
 
 MOST = 8 << 30
@@ -67,8 +67,10 @@ def leave_one_out(plan: Plan) -> list[LeftOut]:
     for name in recipe.models:
         rest = {label: c for label, c in plan.inputs.items() if label != name}
         try:
-            made = make_plan(without(recipe, name), None, plan.options, rest)
-            found.append(LeftOut(name, made))
+            problems = Problems()
+            less = checked(without(recipe, name), problems)
+            problems.raise_if_any()
+            found.append(LeftOut(name, make_plan(less, None, plan.options, rest)))
         except SutureError as error:
             found.append(LeftOut(name, None, str(error)))
     if not any(one.plan for one in found):
