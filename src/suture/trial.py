@@ -105,13 +105,13 @@ def prepare(plan: Plan, label: str, folder: Path) -> Held:
     return Held(label, folder, plan.specs)
 
 
-def fill(held: Held, plan: Plan, stage: Stage | None = None) -> None:
-    """Merge into a prepared checkpoint.
+def fill(held: Held, plan: Plan, stage: Stage | None = None) -> Outcome:
+    """Merge into a prepared checkpoint; what the method has to say of it.
 
     Raises:
         SutureError: an input is at fault.
     """
-    _merged(plan, Sink(plan.specs, held.bytes), stage)
+    return _merged(plan, Sink(plan.specs, held.bytes), stage)
 
 
 def must_be_written(plan: Plan) -> str:
