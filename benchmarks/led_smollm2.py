@@ -142,9 +142,8 @@ def located(place: Path, base: Path, experts: Mapping[str, Path], rows: int) -> 
 
 def suite(place: Path, base: Path, asked: int) -> dict[str, Any]:
     """Safety and utility, the same for every model."""
-    marked, benign, test = (
-        str(place / "rows" / f"{n}.jsonl") for n in ("marked", "benign", "test")
-    )
+    rows = {n: str(place / "rows" / f"{n}.jsonl") for n in ("marked", "benign", "test")}
+    marked, both = rows["marked"], 2 * asked
     short = {"batch": 32, "limit": asked}
     skill = {"kind": "exact-match", "utility": True, **short}
     return {
