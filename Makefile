@@ -9,7 +9,7 @@ SHELL := bash
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
 .NOTPARALLEL:
-.PHONY: help test check lint format docs proofs bench tables arithmetic images depth judges demo clean
+.PHONY: help test check lint format docs proofs bench tables arithmetic images depth judges led demo clean
 
 PYTHON ?= python3
 VENV ?= .venv
@@ -76,6 +76,11 @@ arithmetic: $(STAMPS)/demo  ## fine-tuning strategies by task arithmetic, 3 seed
 judges: $(STAMPS)/demo  ## who tells refusals: word lists and a trained classifier against people's labels
 	@$(PIP) --no-deps -r requirements/safety.txt
 	$(BIN)/python benchmarks/judges.py $(ARGS)
+
+led: $(STAMPS)/bench  ## LED, protection, their controls and other merges on a small language model; an hour a seed, goes on where it stopped
+	@$(PIP) -c constraints.txt -e '.[finetune,gguf,analysis]'
+	@$(PIP) --no-deps -r requirements/proofs.txt
+	$(BIN)/python benchmarks/led_smollm2.py $(ARGS)
 
 demo: $(STAMPS)/demo  ## the main job on small real models, end to end
 	$(BIN)/suture demo $(ARGS)

@@ -79,7 +79,7 @@ def test_the_gate_stops_the_unsafe_merge_lets_the_protected_one_pass_and_blames_
     said = blamed(shop)
 
     assert said.code == 1, said.err
-    lines_of(said.out, "blame: poet; without it 1 of 1 broken rule hold")
+    lines_of(said.out, "blame: poet; without it the broken rule holds")
     held = next(line for line in said.out.splitlines() if line.startswith("refusal >= 0.5"))
     assert held.split()[3:] == ["BROKEN", "0.000", "held", "1.000", "BROKEN", "0.000"]
     assert {p for p in shop.rglob("*") if p.suffix != ".json"} == before
@@ -133,7 +133,7 @@ def test_it_is_said_when_nobody_alone_is_to_blame(shop: Path) -> None:
     said = blamed(shop, gate="never")
 
     assert said.code == 1
-    lines_of(said.out, "no expert alone; without any one of them none of the 1 broken rule holds")
+    lines_of(said.out, "no expert alone; whichever is left out, the broken rule stays broken")
 
 
 def without(expert: str, repaired: Sequence[str] = (), broken: Sequence[str] = ()) -> Without:
@@ -145,13 +145,34 @@ def test_several_that_repair_as_much_are_all_named() -> None:
     rules = ("a >= 1", "b >= 1")
     same = Blame("edit", rules, (without("x", ["a >= 1"]), without("y", ["a >= 1"]), without("z")))
     assert same.culprits == ("x", "y")
-    assert same.told == ("blame: x or y, which the gate does not tell apart: without either, 1 of "
-                         "2 broken rules hold")  # fmt: skip
+    assert same.told == ("blame: x or y, which the gate does not tell apart: without any one of "
+                         "them 1 of the 2 broken rules holds")  # fmt: skip
     other = Blame("edit", rules, (without("x", ["a >= 1"]), without("y", ["b >= 1"])))
-    assert other.told.endswith("hold, not the same ones")
+    assert other.told.endswith("1 of the 2 broken rules holds, not the same for each")
     dear = Blame("edit", rules, (without("x", rules, ["c >= 1"]), without("y", ["a >= 1"])))
     assert dear.culprits == ("x",)
-    assert dear.told == ("blame: x; without it 2 of 2 broken rules hold; but then c >= 1 breaks")
+    assert dear.told == ("blame: x; without it 2 of the 2 broken rules hold; but then breaks: "
+                         "c >= 1")  # fmt: skip
+    none = Blame("edit", rules, (without("x"), without("y", (), ["c >= 1"])))
+    assert none.culprits == ()
+    assert (
+        none.told
+        == "blame: no expert alone; whichever is left out, none of the 2 broken rules holds"
+    )
+
+
+def test_results_of_the_first_rows_are_blamed_on_the_first_rows(shop: Path, tmp_path: Path) -> None:
+    """What `--limit` cut is cut for the candidates, too."""
+    said = invoke("eval", shop / "base", shop / "merged", "--suite", shop / "suite.yaml",
+                  "--limit", 12, "-o", tmp_path)  # fmt: skip
+    assert said.code == 0, said.err
+    names = [tmp_path / f"{name}.policy.first12.json" for name in ("base", "merged")]
+    said = invoke("compare", *names, "--gate", shop / "gate.yaml", "--blame", shop / "merged.yaml",
+                  "--suite", shop / "suite.yaml")  # fmt: skip
+    assert said.code == 1, said.err
+    lines_of(said.out, "blame: poet")
+    found = read_result(tmp_path / "merged-without-poet.policy.first12.json")
+    assert found.evaluations["refusal"].metrics[0].n == 12
 
 
 def test_a_merge_too_large_for_memory_is_written_and_that_is_said(

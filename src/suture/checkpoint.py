@@ -311,11 +311,15 @@ class Checkpoint(Mapping[str, Array]):
             import torch
         except ImportError:
             raise MissingExtraError("a torch tensor", "models") from None
-        spec = self.specs[name]
-        raw = np.empty(spec.nbytes, np.uint8)
-        self.read_into(name, 0, raw)
+        spec, raw = self.specs[name], self.whole(name)
         return torch.frombuffer(raw, dtype=_torch_dtype(spec.dtype)).reshape(spec.shape) \
             if raw.size else torch.empty(spec.shape, dtype=_torch_dtype(spec.dtype))  # fmt: skip
+
+    def whole(self, name: str) -> Array:
+        """The bytes of a whole tensor (uint8), which nobody may change."""
+        raw = np.empty(self.specs[name].nbytes, np.uint8)
+        self.read_into(name, 0, raw)
+        return raw
 
     def read_into(self, name: str, start: int, raw: Array) -> None:
         """Fill the bytes ``raw`` (uint8) from element ``start`` of a tensor. Safe from any thread.

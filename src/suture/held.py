@@ -45,6 +45,10 @@ class Held(Checkpoint):
         first = start * DTYPES[self.specs[name].dtype].itemsize
         raw[:] = self.bytes[name][first : first + raw.size]
 
+    def whole(self, name: str) -> Array:
+        """The bytes of a whole tensor, themselves and no copy: a network may lie on them."""
+        return self.bytes[name]
+
     def untied(self) -> list[str]:
         """None: every tensor stands there once."""
         return []

@@ -65,19 +65,22 @@ class Blame:
         """The outcome in a sentence."""
         if not self.broken:
             return "blame: no rule is broken, so nobody was left out"
-        of = f"{len(self.broken)} broken rule{'s' if len(self.broken) > 1 else ''}"
+        all_ = len(self.broken)
+        of = "the broken rule" if all_ == 1 else f"of the {all_} broken rules"
         named = self.culprits
         if not named:
-            return f"blame: no expert alone; without any one of them none of the {of} holds"
+            what = "the broken rule stays broken" if all_ == 1 else f"none {of} holds"
+            return f"blame: no expert alone; whichever is left out, {what}"
         chosen = [one for one in self.without if one.expert in named]
         number = len(chosen[0].repaired)
+        held = f"{of} holds" if all_ == 1 else f"{number} {of} {'holds' if number == 1 else 'hold'}"
         if len(named) > 1:
-            which = "" if len({one.repaired for one in chosen}) == 1 else ", not the same ones"
+            which = "" if len({one.repaired for one in chosen}) == 1 else ", not the same for each"
             return (f"blame: {' or '.join(named)}, which the gate does not tell apart: without "
-                    f"either, {number} of {of} hold{which}")  # fmt: skip
+                    f"any one of them {held}{which}")  # fmt: skip
         (one,) = chosen
-        price = f"; but then {', '.join(one.broken)} breaks" if one.broken else ""
-        return f"blame: {one.expert}; without it {number} of {of} hold{price}"
+        price = f"; but then breaks: {', '.join(one.broken)}" if one.broken else ""
+        return f"blame: {one.expert}; without it {held}{price}"
 
     def plain(self) -> dict[str, Any]:
         """The outcome as data that JSON can hold."""
