@@ -24,7 +24,7 @@ ORDER = [
     "patch", "gather", "analysis", "merges", "engine", "recipe_types", "mergekit", "recipe",
     "card", "models", "data", "persample", "snapshot", "mover", "tune", "evals", "measure",
     "learned", "report", "page", "run", "patching", "lowrank", "regions", "analyze", "finetune",
-    "demo_tasks", "demo", "cli", "__main__",
+    "realign", "demo_tasks", "demo", "cli", "__main__",
 ]  # fmt: skip
 """The way of a tensor, top to bottom."""
 
@@ -48,7 +48,7 @@ PLACES = {
 }
 """Where a tool may be imported; others import it nowhere."""
 TORCH = {
-    "checkpoint", "models", "data", "persample", "snapshot", "mover", "tune", "evals", "finetune", "demo", "lowrank", "measure", "learned",
+    "checkpoint", "models", "data", "persample", "snapshot", "mover", "tune", "evals", "finetune", "demo", "lowrank", "measure", "learned", "realign",
 }  # fmt: skip
 """Where torch may be imported, and in ``checkpoint`` only when a torch tensor is asked for."""
 TORCH_LATE = {"checkpoint.py", "merges/spectral.py"}

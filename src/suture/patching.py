@@ -36,7 +36,7 @@ from suture.patch import ON_OVERLAP, UNDO, Patch, StoredPatch, check_free
 from suture.patchfile import Spool, write_patch
 from suture.recipe import SCHEMA
 from suture.roles import DEFAULT_SPACE
-from suture.run import Options, _check_place, _portable, check_room, check_ties
+from suture.run import Options, _portable, check_place, check_room, check_ties
 from suture.select import SCOPES, Selection, select
 from suture.spec import TensorSpec, listed, readable
 from suture.stream import DELTA, RAW, Block, Progress, Sources, cores, fingerprint, sweep, tasks_of
@@ -308,7 +308,7 @@ def _run(
     how = Options(**options)
     place = Path(out)
     inputs = {"model": model, **{p.label: p.file.held for p in given}}
-    _check_place(place, inputs, how, problems)
+    check_place(place, inputs, how, problems)
     with problems.collecting():
         patch.check_fit(model)
     with problems.collecting():
@@ -337,7 +337,7 @@ def _run(
             outcome = apply([job], writer, {"patched": view}, inner)
             view.check_unchanged()
             undo = _add_files(work, writer, found, outcome, spool)
-            _check_place(place, inputs, how, problems)  # once more: time has passed
+            check_place(place, inputs, how, problems)  # once more: time has passed
             problems.raise_if_any()
             writer.publish()
         except (MismatchError, NonFiniteError, RecipeError):  # the same again would fail the same

@@ -308,7 +308,7 @@ def plan_recipe(
     problems = Problems()
     found = parse_recipe(recipe, base_dir, problems)
     if found is None and out is not None:
-        _check_place(out, {}, options, problems)
+        check_place(out, {}, options, problems)
     if isinstance(recipe, Path) and out is not None and options.overwrite:
         _check_recipe_stays(recipe, out, problems)
     try:
@@ -390,7 +390,7 @@ def _planned(
 ) -> Plan:  # fmt: skip
     inputs = _opened(recipe, problems, stages) if opened is None else opened
     if out is not None:
-        _check_place(out, inputs, options, problems)
+        check_place(out, inputs, options, problems)
     parts: list[_Part] = []
     notes: list[str] = []
     aligned = Aligned(inputs)
@@ -779,9 +779,17 @@ def _check_patterns(
                     notes.append(f"{key}: the filter {words} fits no tensor")
 
 
-def _check_place(
+def check_place(
     out: Path, inputs: Mapping[str, Checkpoint], options: Options, problems: Problems
 ) -> None:
+    """Note what keeps an output from being written, or what it would destroy.
+
+    Args:
+        out: the folder that will be.
+        inputs: what is read, by its label.
+        options: whether something older may be replaced.
+        problems: takes the notes.
+    """
     try:
         held = {label: {c.path, *c.files} for label, c in inputs.items()}
         if _apart(out, held, problems):
@@ -815,7 +823,7 @@ def _check_others(
         if one.tokenizer is not None and one.tokenizer.source not in (UNION, "base", *one.models):
             folder = one.folder / Path(one.tokenizer.source).expanduser()
             held[f"tokenizer{name and ' of stage '}{name}"] = {folder.resolve()}
-    with suppress(OSError, RuntimeError):  # _check_place says what is wrong with the path
+    with suppress(OSError, RuntimeError):  # check_place says what is wrong with the path
         _apart(out, held, problems)
 
 
@@ -827,7 +835,7 @@ def _check_recipe_stays(recipe: Path, out: Path, problems: Problems) -> None:
     try:
         inside = recipe.resolve().is_relative_to(out.resolve())
     except (OSError, RuntimeError):
-        return  # _check_place says what is wrong with the path
+        return  # check_place says what is wrong with the path
     if inside and recipe.name != "suture.json":
         problems.add(
             OutputError, f"{out}: --overwrite would remove the recipe {recipe} in it; move it first"
@@ -995,7 +1003,7 @@ def execute(plan: Plan, stage: Stage | None = None) -> MergeReport:
         told = _convert_tokenizer(plan, writer)
         synced = time.perf_counter()
         problems = Problems()
-        _check_place(plan.out, plan.inputs, plan.options, problems)  # once more: time has passed
+        check_place(plan.out, plan.inputs, plan.options, problems)  # once more: time has passed
         problems.raise_if_any()
         writer.publish()
     except (MismatchError, NonFiniteError, RecipeError):  # the same again would fail the same way

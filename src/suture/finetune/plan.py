@@ -18,7 +18,7 @@ from suture.finetune.strategies import MASKS
 from suture.mask import Mask
 from suture.models import load_tokenizer
 from suture.run import Options as PlaceOptions
-from suture.run import _check_place
+from suture.run import check_place
 from suture.spec import readable
 
 
@@ -71,7 +71,7 @@ def plan_finetune(
         with problems.collecting():
             base = _base(found)
     inputs = {} if base is None else {"base": base}
-    _check_place(out, inputs, PlaceOptions(overwrite=options.overwrite), problems)
+    check_place(out, inputs, PlaceOptions(overwrite=options.overwrite), problems)
     if found is None or base is None:
         problems.raise_if_any()
     assert found is not None
@@ -79,7 +79,7 @@ def plan_finetune(
     task = found.task or _task(base)
     device = options.device or found.device
     with problems.collecting():
-        device = _device(device)
+        device = device_of(device)
     if found.training.patience and found.data.validation is None and not found.data.share:
         problems.add(RecipeError, "training.patience: needs validation rows")
     if task == "language-model" and found.head != "probe":
@@ -87,7 +87,7 @@ def plan_finetune(
     rows = tokenizer = None
     with problems.collecting():
         tokenizer = load_tokenizer(base.folder)
-        longest = _longest(base, tokenizer)
+        longest = longest_of(base, tokenizer)
         if found.data.max_length > longest:
             raise RecipeError(
                 f"data.max_length: the base reads at most {longest} tokens, "
@@ -118,7 +118,12 @@ def _task(base: Checkpoint) -> str:
     return "language-model" if causal else "classification"
 
 
-def _device(word: str) -> str:
+def device_of(word: str) -> str:
+    """The device of this name; ``auto`` is a GPU where there is one.
+
+    Raises:
+        RecipeError: there is none of this name here.
+    """
     if word == "auto":
         return "cuda" if torch.cuda.is_available() else "cpu"
     try:
@@ -130,7 +135,8 @@ def _device(word: str) -> str:
     return word
 
 
-def _longest(base: Checkpoint, tokenizer: Any) -> int:
+def longest_of(base: Checkpoint, tokenizer: Any) -> int:
+    """Most tokens that a model can read."""
     config = base.config
     positions = config.get("max_position_embeddings") or config.get("n_positions") or 10**6
     if config.get("model_type") in ("roberta", "xlm-roberta", "camembert"):

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -178,35 +178,7 @@ class _Reader:
         recompute = raw.pop("recompute", False)
         if not isinstance(recompute, bool):
             self.refuse(f"training.recompute: true or false, not {brief(recompute)}")
-        default = TuneSettings()
-        names = tuple(f.name for f in fields(TuneSettings))
-        refuse_unknown(raw, (*names, "recompute"), "training: ", self.problems)
-        fine = {}
-        for key in names:
-            if key not in raw:
-                continue
-            value, like = raw[key], getattr(default, key)
-            if key == "precision" and value is False:  # YAML reads a bare `no` as false
-                value = "no"
-            number = isinstance(value, int | float) and not isinstance(value, bool)
-            if isinstance(like, str):
-                right = isinstance(value, str)
-            else:
-                right = (
-                    number
-                    and abs(value) < 2**63
-                    and (isinstance(like, float) or value == int(value))
-                )
-            if right:
-                fine[key] = type(like)(value)
-            else:
-                kind = "a word" if isinstance(like, str) else "a number"
-                self.refuse(f"training.{key}: {kind}, not {brief(value)}")
-        with self.problems.collecting():
-            for key, value in fine.items():
-                with self.problems.collecting():
-                    TuneSettings(**{key: value})
-        return (default if self.problems else TuneSettings(**fine)), bool(recompute)
+        return read_training(raw, TuneSettings(), self.problems, ("recompute",)), bool(recompute)
 
     def dtype(self) -> str | None:
         raw = section(self.raw, "output", self.problems)
@@ -219,7 +191,7 @@ class _Reader:
         raw = section(self.raw, "data", self.problems)
         names = tuple(f.name for f in fields(DataSpec) if f.name != "share")
         refuse_unknown(raw, names, "data: ", self.problems)
-        train = self.source(raw.get("train"), "data.train", folder, "train")
+        train = read_source(raw.get("train"), "data.train", folder, "train", self.problems)
         validation, share = raw.get("validation", 0.1), 0.1
         other = None
         if isinstance(validation, int | float) and not isinstance(validation, bool):
@@ -227,7 +199,7 @@ class _Reader:
             if not 0 <= share < 1:
                 self.refuse(f"data.validation: a share is in [0, 1), not {share}")
         else:
-            other = self.source(validation, "data.validation", folder, "validation")
+            other = read_source(validation, "data.validation", folder, "validation", self.problems)
         given = self.columns(raw) | self.limits(raw) | self.labels(raw)
         return None if train is None or self.problems else DataSpec(train, other, share, **given)
 
@@ -277,23 +249,71 @@ class _Reader:
         named = {str(k): str(v) for k, v in texts.items()}
         return {"labels": tuple(map(str, labels)), "label_texts": named, "chat": chat}
 
-    def source(self, value: object, where: str, folder: Path, split: str) -> Source | None:
-        raw = {"path": value} if isinstance(value, str) else value
-        if not isinstance(raw, Mapping) or not isinstance(raw.get("path"), str) or not raw["path"]:
-            self.refuse(
-                f"{where}: a file (.jsonl, .csv, .parquet) or a data set of the hub, "
-                f"not {brief(value)}"
-            )
-            return None
-        refuse_unknown(raw, ("path", "split", "config", "revision"), f"{where}: ", self.problems)
-        path = str(raw["path"])
-        local = folder / path
-        if local.is_file():
-            return Source(str(local))
-        looks = (
-            path.count("/") == 1 and not path.startswith((".", "/", "~")) and not Path(path).suffix
+
+def read_training(
+    raw: Mapping[str, Any], default: TuneSettings, problems: Problems, more: tuple[str, ...] = ()
+) -> TuneSettings:
+    """The section ``training`` of a recipe.
+
+    Args:
+        raw: what stands there.
+        default: what holds where nothing does.
+        problems: takes every fault.
+        more: keys that somebody else reads.
+    """
+    names = tuple(f.name for f in fields(TuneSettings))
+    refuse_unknown(raw, (*names, *more), "training: ", problems)
+    fine: dict[str, Any] = {}
+    for key in names:
+        if key not in raw:
+            continue
+        value, like = raw[key], getattr(default, key)
+        if key == "precision" and value is False:  # YAML reads a bare `no` as false
+            value = "no"
+        number = isinstance(value, int | float) and not isinstance(value, bool)
+        if isinstance(like, str):
+            right = isinstance(value, str)
+        else:
+            whole = isinstance(like, int)
+            right = number and abs(value) < 2**63 and (not whole or value == int(value))
+        if right:
+            fine[key] = type(like)(value)
+        else:
+            kind = "a word" if isinstance(like, str) else "a number"
+            problems.add(RecipeError, f"training.{key}: {kind}, not {brief(value)}")
+    for key, value in fine.items():
+        with problems.collecting():
+            TuneSettings(**{key: value})
+    return default if problems else replace(default, **fine)
+
+
+def read_source(
+    value: object, where: str, folder: Path, split: str, problems: Problems
+) -> Source | None:
+    """Where rows come from: a file, or a data set of the hub.
+
+    Args:
+        value: what the recipe says.
+        where: the key, for messages.
+        folder: where relative paths start.
+        split: of a data set that names none.
+        problems: takes every fault.
+    """
+    raw = {"path": value} if isinstance(value, str) else value
+    if not isinstance(raw, Mapping) or not isinstance(raw.get("path"), str) or not raw["path"]:
+        problems.add(
+            RecipeError,
+            f"{where}: a file (.jsonl, .csv, .parquet) or a data set of the hub, "
+            f"not {brief(value)}",
         )
-        if not looks:
-            self.refuse(f"{where}: no file {local}")
-            return None
-        return Source(path, str(raw.get("split") or split), raw.get("config"), raw.get("revision"))
+        return None
+    refuse_unknown(raw, ("path", "split", "config", "revision"), f"{where}: ", problems)
+    path = str(raw["path"])
+    local = folder / path
+    if local.is_file():
+        return Source(str(local))
+    looks = path.count("/") == 1 and not path.startswith((".", "/", "~")) and not Path(path).suffix
+    if not looks:
+        problems.add(RecipeError, f"{where}: no file {local}")
+        return None
+    return Source(path, str(raw.get("split") or split), raw.get("config"), raw.get("revision"))
