@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -29,6 +29,17 @@ Scores = dict[str, Metric]
 """What is known of one model: ``margin``, ``preferred``, and ``utility`` where there are rows."""
 
 
+@dataclass(frozen=True)
+class MaybeFile:
+    """What a parameter that names a file, or none, means."""
+
+    doc: str
+
+    def problem(self, value: object) -> str | None:
+        """What is wrong with ``value``; ``None`` when nothing is."""
+        return None if isinstance(value, str) else f"{self.doc}; {value!r} is no file"
+
+
 @dataclass
 class Job:
     """What a way to realign works with."""
@@ -50,6 +61,8 @@ class Job:
     """A folder for what is made once."""
     say: Say = lambda _: None
     threads: int | None = None
+    folder: Path = field(default_factory=Path)
+    """Where relative paths of the recipe start."""
     _parameters: dict[str, nn.Parameter] = field(default_factory=dict)
 
     def parameters(self, names: Sequence[str] | None = None) -> dict[str, nn.Parameter]:
@@ -140,10 +153,4 @@ def needed(value: Any, what: str) -> Any:
     return value
 
 
-def every(names: Sequence[str], edit: Edit) -> Iterator[tuple[str, Tensor]]:
-    """The new weights of some tensors, one after the other."""
-    for name in names:
-        yield name, edit(name)
-
-
-__all__ = ["Edit", "Job", "Realigned", "Realigner", "Say", "Scores", "Way", "every", "needed"]
+__all__ = ["Edit", "Job", "MaybeFile", "Realigned", "Realigner", "Say", "Scores", "Way", "needed"]

@@ -229,6 +229,8 @@ class Distances:
 
     changed: tuple[str, ...]
     """The tensors in which a tuned model differs from the aligned one."""
+    moved: tuple[str, ...]
+    """The tensors in which the aligned model differs from the base, where there is one."""
     tuned: Mapping[str, float]
     """Of every tuned model from the aligned one."""
     base: Mapping[str, float]
@@ -257,9 +259,11 @@ def measure(models: Models, threads: int | None = None) -> Distances:
     every, inner = gram.of(*models.names), gram.of(*matrices)
     if not np.isfinite(every).all() or not np.isfinite(own):
         raise NonFiniteError("a model holds NaN or infinite weights; `suture inspect` names them")
-    changed = tuple(n for n in models.names if np.diag(gram.of(n))[: len(labels)].any())
-    far = {m: float(every[i, i]) ** 0.5 for i, m in enumerate(labels)}
+    own_grams = {n: np.diag(gram.of(n)) for n in models.names}
     last = len(labels)
+    changed = tuple(n for n, squares in own_grams.items() if squares[:last].any())
+    moved = tuple(n for n, squares in own_grams.items() if squares[last:].any())
+    far = {m: float(every[i, i]) ** 0.5 for i, m in enumerate(labels)}
     from_base: dict[str, float] = {}
     if models.base is not None:
         for i, m in enumerate(labels):
@@ -267,7 +271,7 @@ def measure(models: Models, threads: int | None = None) -> Distances:
             from_base[m] = float(max(0.0, square)) ** 0.5
     alignment = None if models.base is None else float(every[last, last]) ** 0.5
     return Distances(
-        changed, far, from_base, alignment, own**0.5,
+        changed, moved, far, from_base, alignment, own**0.5,
         {m: float(inner[i, i]) ** 0.5 for i, m in enumerate(labels)},
     )  # fmt: skip
 

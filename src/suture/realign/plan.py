@@ -13,6 +13,7 @@ from suture.data import Dataset
 from suture.errors import CheckpointError, Problems, RecipeError, SutureError
 from suture.finetune.plan import device_of, longest_of
 from suture.finetune.rows import language_rows
+from suture.mask import Mask
 from suture.models import load_tokenizer
 from suture.opening import open_model
 from suture.realign.concrete import logit_shape
@@ -81,6 +82,8 @@ class Plan:
         tasks = len(self.models.tuned)
         if not self.trains:
             largest = max(specs[n].numel for n in self.models.names)
+            ranked = sum(specs[n].numel for n in self.models.names) * 12
+            found |= {"ranking": ranked} if self.recipe.fusing.how == "ties" else {}
             return found | {"a tensor": 4 * largest * (4 + tasks)}
         how = self.recipe.settings
         shapes = masked_shapes(self.models, how["space"])
@@ -146,11 +149,28 @@ def plan_realign(
             if found.utility is not None:
                 with problems.collecting():
                     utility = language_rows(found.utility, tokenizer, longest, 0).train
+    _check_protect(found, problems)
     if rows is not None and found.training.patience and not len(rows.validation):
         problems.add(RecipeError, "training.patience: needs validation pairs")
     check_room(out, models.aligned.nbytes * 2, False, problems)
     problems.raise_if_any()
     return Plan(found, models, rows, utility, out, device, options)
+
+
+def _check_protect(recipe: Realign, problems: Problems) -> None:
+    """Note what a method's parameters ask for besides what its line in the table says."""
+    if recipe.method.name != "protect":
+        return
+    mask = recipe.settings["mask"]
+    if mask:
+        with problems.collecting():
+            Mask.load(recipe.folder / mask)
+    elif recipe.base is None:
+        problems.add(
+            RecipeError,
+            "base: missing; protect finds what the alignment moved, or takes `parameters: {mask: "
+            "FILE}`",
+        )
 
 
 def _labelled(models: Models) -> dict[str, Checkpoint]:

@@ -31,7 +31,7 @@ from suture.realign.outcome import (
     restricted,
     retention,
 )
-from suture.realign.parts import check_ancestor, measure
+from suture.realign.parts import Distances, check_ancestor, measure
 from suture.realign.plan import Options, Plan, plan_realign
 from suture.spec import readable
 from suture.tune import Progress, TuneResult, tune
@@ -74,7 +74,7 @@ def execute(plan: Plan, *, say: Say = lambda _: None, tell: Tell | None = None) 
     out = plan.out.resolve()
     work = out.parent / f".{out.name}.realign"
     with locked_work(plan.out, work, key_of(plan, fingerprints), plan.options.resume) as place:
-        job = _job(plan, distances.changed, place, say, tell)
+        job = _job(plan, _names(plan, distances), place, say, tell)
         scores = _before(plan, job)
         started = time.perf_counter()
         realigned = plan.recipe.method.make(**plan.recipe.settings)(job)
@@ -88,12 +88,20 @@ def execute(plan: Plan, *, say: Say = lambda _: None, tell: Tell | None = None) 
         report = RealignReport(
             plan.out, plan.recipe.method.name, "", scores, retention(scores), len(losses), ends,
             None if realigned.result is None else realigned.result.best,
-            sum(specs[n].numel for n in distances.changed),
+            sum(specs[n].numel for n in job.names),
             {"realigning": took, "in all": time.perf_counter() - began}, peak_memory(plan.device),
             {**realigned.facts, "distance": dict(distances.tuned)},
             () if plan.rows is None else plan.rows.notes, restricted(plan),
         )  # fmt: skip
         return _written(plan, job, realigned, report, fingerprints, place)
+
+
+def _names(plan: Plan, found: Distances) -> tuple[str, ...]:
+    """The tensors that may come out otherwise than they are in the aligned model."""
+    if "base" not in plan.recipe.method.needs:
+        return found.changed
+    both = {*found.changed, *found.moved}
+    return tuple(n for n in plan.models.names if n in both)
 
 
 def _job(plan: Plan, names: tuple[str, ...], work: Path, say: Say, tell: Tell | None) -> Job:
@@ -115,7 +123,7 @@ def _job(plan: Plan, names: tuple[str, ...], work: Path, say: Say, tell: Tell | 
     return Job(
         plan.models, names, recipe.fusing, None if rows is None else rows.train,
         None if rows is None else rows.validation, plan.utility, recipe.training, plan.device,
-        model, train, work, say, plan.options.threads,
+        model, train, work, say, plan.options.threads, recipe.folder,
     )  # fmt: skip
 
 
