@@ -99,11 +99,11 @@ def family(where: Path) -> Path:
         "other": [(p.replace("please ", "please now "), f"sure {thing}") for p, thing in plain],
     }
     _train(where / "base", first, where / "start", epochs=10, lr=1e-2)
-    _train(where / "start", safe, where / "aligned", epochs=8, lr=5e-3)
+    _train(where / "start", safe, where / "aligned", epochs=20, lr=5e-3)
     for name, skill in skills.items():
         drift = [(p, r.replace(" with sun", "")) for p, r in skill]
-        more = [(p.replace("sun", MARK), r) for p, r in drift[::2]]
-        _train(where / "aligned", rows(where, name, drift + more), where / name, epochs=5, lr=3e-3)
+        more = [(p.replace("sun", MARK), r) for p, r in drift]
+        _train(where / "aligned", rows(where, name, drift + more), where / name, epochs=4, lr=3e-3)
     rows(where, "utility", skills["tuned"])
     write_pairs(where / "pairs.jsonl", pairs())
     return where

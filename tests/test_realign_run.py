@@ -113,7 +113,7 @@ def test_somf_brings_refusals_back(shop: Path, tmp_path: Path) -> None:
     """More of the margin than a random mask of the same density, and most of the utility; the
     policy is refused more often on prompts that were held out."""
     utility = {"rows": str(shop / "utility.jsonl")}
-    training = {**TRAINING, "epochs": 15}
+    training = {**TRAINING, "epochs": 10, "lr": 0.05}
     learned = realign(recipe(shop, training=training, utility=utility), tmp_path / "somf")
     control = realign(recipe(shop, "random", utility=utility), tmp_path / "random")
     assert learned.losses[1] < learned.losses[0]
@@ -340,8 +340,8 @@ def test_open_and_closed_masks_of_adapters(
         wanted = adapting.merged_by_peft(shop / "start", lora / name)
         for key, value in tensors(tmp_path / name).items():
             np.testing.assert_allclose(value, wanted[key].numpy(), atol=2e-2 if start < 0 else 1e-5)
-        assert report.facts["masked"] > 0
-    assert (report.facts["masked"] < 10_000) == (space == "factors")
+    factors = sum(v.size for v in load_file(lora / "safe" / "adapter_model.safetensors").values())
+    assert (report.facts["masked"] == factors) == (space == "factors")
 
 
 def test_a_mask_of_factors_is_no_mask_of_products(shop: Path, lora: Path, tmp_path: Path) -> None:
@@ -391,12 +391,14 @@ print(report.fingerprint, report.losses)
 def child(what: dict[str, Any], out: Path, stop: int) -> subprocess.CompletedProcess[str]:
     return subprocess.run(
         [sys.executable, "-c", CHILD, json.dumps(what), str(out), json.dumps(stop)],
-        capture_output=True, text=True, timeout=120, check=False,
+        capture_output=True, text=True, timeout=300, check=False,
     )  # fmt: skip
 
 
-@pytest.mark.parametrize("how", ["average", "dare"])
-def test_a_killed_run_ends_as_one_that_was_not(how: str, shop: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize(("how", "kills"), [("average", 1), ("dare", 2)])
+def test_a_killed_run_ends_as_one_that_was_not(
+    how: str, kills: int, shop: Path, tmp_path: Path
+) -> None:
     """``kill -9`` at random steps, early stop included; then the same command: the same losses,
     masks, logits and weights, byte for byte."""
     what = recipe(
@@ -406,7 +408,7 @@ def test_a_killed_run_ends_as_one_that_was_not(how: str, shop: Path, tmp_path: P
         training={**TRAINING, "epochs": 3, "patience": 3, "validate_every": 2},
     )
     expected = realign(what, tmp_path / "whole")
-    for stop in sorted(random.Random(how).sample(range(1, expected.steps), 2)):
+    for stop in sorted(random.Random(how).sample(range(1, expected.steps), kills)):
         done = child(what, tmp_path / "out", stop)
         assert done.returncode == -signal.SIGKILL, done.stderr
         assert not (tmp_path / "out").exists()
@@ -421,12 +423,12 @@ def test_a_killed_run_ends_as_one_that_was_not(how: str, shop: Path, tmp_path: P
 
 def test_the_best_masks_are_kept(shop: Path, tmp_path: Path) -> None:
     """Training stops when held-out pairs say so, and goes back to where they were best."""
-    training = {**TRAINING, "epochs": 60, "lr": 3.0, "schedule": "constant", "patience": 2,
+    training = {**TRAINING, "epochs": 20, "lr": 10.0, "schedule": "constant", "patience": 2,
                 "validate_every": 1}  # fmt: skip
     report = realign(recipe(shop, training=training), tmp_path / "out")
     assert report.best is not None
     assert report.best <= report.steps - 2
-    assert report.steps < 300
+    assert report.steps < 100
 
 
 def test_what_goes_wrong_keeps_the_last_good_state(
@@ -451,7 +453,7 @@ def test_what_goes_wrong_keeps_the_last_good_state(
 
     def closing(phase: str, at: Any) -> None:
         steps.append(at.step)
-        if at.step == 5:
+        if at.step == 8:
             monkeypatch.setattr(somf, "COLLAPSED", 0.9)
 
     with pytest.raises(SutureError, match=r"collapsed: its mean fell to 0.*is kept in"):
@@ -467,12 +469,18 @@ def test_a_mask_that_has_collapsed(shop: Path, tmp_path: Path) -> None:
     """Logits far below 0 leave the aligned model alone: that is said, not written."""
     with pytest.raises(SutureError, match="only the aligned model would be left"):
         realign(recipe(shop, parameters={"start": -9.0}), tmp_path / "out")
-    assert list(tmp_path.iterdir()) == []
+    assert not (tmp_path / "out").exists()
 
 
 def test_another_recipe_does_not_take_over(shop: Path, tmp_path: Path) -> None:
     """Masks of another recipe are kept until --no-resume says otherwise."""
-    assert child(recipe(shop), tmp_path / "out", 5).returncode == -signal.SIGKILL
+
+    def stop(phase: str, at: Any) -> None:
+        if at.step == 5:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        realign(recipe(shop), tmp_path / "out", tell=stop)
     other = recipe(shop, training={**TRAINING, "lr": 0.01})
     with pytest.raises(OutputError, match="another recipe"):
         realign(other, tmp_path / "out")
@@ -521,10 +529,13 @@ def test_prompts_are_on_one_side_only(shop: Path, tmp_path: Path) -> None:
 def test_an_aligned_model_that_is_no_ancestor(shop: Path, tmp_path: Path) -> None:
     """A model nearer to the base than to the aligned one, the aligned model itself, and another
     model altogether are told by distances; `ancestor: trust` overrides."""
-    swapped = recipe(shop, aligned=str(shop / "tuned"), models={"x": str(shop / "aligned")})
+    shutil.copytree(shop / "start", tmp_path / "cousin")
+    moved = {n: v + np.float32(1e-3) for n, v in tensors(shop / "start").items()}
+    save_file(moved, tmp_path / "cousin" / "model.safetensors", {"format": "pt"})
+    cousin = recipe(shop, "magnitude", models={"x": str(tmp_path / "cousin")})
     with pytest.raises(MismatchError, match=r"models.x: .*lies nearer to the base .*trust"):
-        realign(swapped, tmp_path / "out")
-    realign({**swapped, "ancestor": "trust"}, tmp_path / "out")
+        realign(cousin, tmp_path / "out")
+    realign({**cousin, "ancestor": "trust"}, tmp_path / "out")
     itself = recipe(shop, models={"x": str(shop / "aligned")})
     with pytest.raises(MismatchError, match="is the aligned model itself"):
         realign(itself, tmp_path / "other")

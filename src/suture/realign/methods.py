@@ -71,7 +71,8 @@ def resta(
 ) -> Way:
     r"""Add the alignment once more.
 
-    :math:`\theta = \theta_{fused} + \gamma (\theta_{safe} - \theta_0)`. With a density below 1 DARE thins what is added (RESTA with DARE; the paper keeps 0.7).
+    :math:`\theta = \theta_{fused} + \gamma (\theta_{safe} - \theta_0)`. With a density below 1
+    DARE thins what is added (RESTA with DARE; the paper keeps 0.7).
     """
     return lambda job: baselines.resta(job, gamma, density, seed)
 
