@@ -576,6 +576,21 @@ def test_all_faults_of_a_recipe_at_once(shop: Path, tmp_path: Path) -> None:
             read_realign(what)
 
 
+def test_the_example_can_be_read(shop: Path, tmp_path: Path) -> None:
+    """``examples/realign.yaml`` and the recipe of the docs, with rows beside them."""
+    root = Path(__file__).parents[1]
+    page = (root / "docs" / "realign.md").read_text()
+    for name in ("pairs", "utility", "reported", "math-held-out"):
+        (tmp_path / f"{name}.jsonl").write_text("{}")
+    for text in ((root / "examples" / "realign.yaml").read_text(),
+                 page.split("```yaml\n")[1].split("```")[0]):  # fmt: skip
+        found = read_realign(yaml.safe_load(text), tmp_path)
+        assert found.method.name == "somf"
+        assert found.fusing.how == "ties"
+        again = read_realign(found.resolved(), tmp_path)
+        assert again.resolved() == found.resolved()
+
+
 def test_models_that_do_not_fit(shop: Path, tmp_path: Path) -> None:
     """Shapes, a missing folder, an output that is an input: all before anything is read."""
     refusing.save_model(refusing.llama(width=16), refusing.tokenizer(), tmp_path / "small")
