@@ -93,14 +93,20 @@ def report_rows(report: RealignReport) -> list[tuple[str, str]]:
     for word, value in report.retention.items():
         if value is not None:
             rows.append((f"retention, {word}", f"{value:.1%}"))
-    for word, fact in report.facts.items():
-        rows.append((word, f"{fact:.4g}" if isinstance(fact, float) else str(fact)))
+    rows += [(word, _fact(value)) for word, value in report.facts.items()
+             if not isinstance(value, list)]  # fmt: skip
     rows.append(("time", ", ".join(f"{v:.1f} s {k}" for k, v in report.seconds.items())))
     rows.append(("peak memory", readable(report.peak_memory)))
     rows.append(("output", f"{report.out}, fingerprint {report.fingerprint}"))
     if report.restricted:
         rows.append(("restricted", "this output must not be passed on"))
     return rows
+
+
+def _fact(value: Any) -> str:
+    if isinstance(value, Mapping):
+        return ", ".join(f"{word} {_fact(v)}" for word, v in value.items())
+    return f"{value:.4g}" if isinstance(value, float) else str(value)
 
 
 def _shown(metric: Metric) -> str:

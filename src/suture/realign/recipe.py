@@ -185,7 +185,7 @@ class _Reader:
         if not entries and isinstance(self.raw.get("models", {}), Mapping):
             self.refuse("models: a mapping from names to the tuned models, with at least one")
         paths, weights = {}, {}
-        for name, entry in entries.items():
+        for name, entry in sorted(entries.items()):  # the order of models is no part of a result
             given = {"path": entry} if isinstance(entry, str) else entry
             if not isinstance(given, Mapping) or not isinstance(given.get("path"), str):
                 self.refuse(f"models.{name}: a path, or a mapping with a path, not {brief(entry)}")

@@ -20,6 +20,7 @@ from suture.finetune.outcome import peak_memory
 from suture.finetune.output import publish, write_weights
 from suture.finetune.packed import Place
 from suture.finetune.work import locked_work
+from suture.mask import Mask
 from suture.models import load_language_model
 from suture.mover import Mover
 from suture.realign.base import Edit, Job, Realigned, Say, Scores
@@ -34,6 +35,7 @@ from suture.realign.outcome import (
 from suture.realign.parts import Distances, check_ancestor, measure
 from suture.realign.plan import Options, Plan, plan_realign
 from suture.spec import readable
+from suture.stats import Stats
 from suture.tune import Progress, TuneResult, tune
 
 Tell = Callable[[str, Progress], None]
@@ -171,10 +173,14 @@ def _written(
     )
     record = provenance(plan, report, fingerprints)
     try:
+        tainted = {"restricted": True} if report.restricted else {}
         for name, mask in realigned.masks.items():
-            mask.save(folder / f"{name}.safetensors")
+            marked = Mask(mask.shapes, mask.bits, {**mask.about, **tainted})
+            marked.save(folder / f"{name}.safetensors")
         if realigned.logits is not None:
-            realigned.logits.save(folder / "logits.safetensors")
+            logits = realigned.logits
+            facts = {**logits.facts, **tainted}
+            Stats(logits.tensors, facts, logits.where).save(folder / "logits.safetensors")
         for file, path in carried_files([aligned]).items():
             (folder / file).parent.mkdir(parents=True, exist_ok=True)
             shutil.copyfile(path, folder / file)
