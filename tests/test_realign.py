@@ -14,7 +14,7 @@ from torch import Tensor
 import refusing
 from suture.data import Dataset
 from suture.realign import concrete as masks_module
-from suture.realign.concrete import FLOOR, Masking, Masks, concrete, logit_shape, rescaled, uniform
+from suture.realign.concrete import FLOOR, Masking, Masks, concrete, logistic, logit_shape, rescaled
 from suture.realign.fuse import FUSES, Cut, Fuser, Fusing, cuts, dice, fuser
 from suture.realign.pairs import Pairs, dpo, log_probabilities, margins
 from suture.realign.parts import Factors, Part, Whole
@@ -163,7 +163,7 @@ def test_what_a_draw_is() -> None:
     """At logit 0 and T = 0.5: mean 0.5, deviation 0.38, second moment of the rescaled mask 1.57;
     the share above 0.5 is sigmoid(logit) at any temperature."""
     logits = torch.zeros(400_000)
-    u = uniform(logits, 0, "x")
+    u = logistic(logits, 0, "x")
     mask = concrete(logits, u, 0.5)
     assert float(mask.mean()) == pytest.approx(0.5, abs=2e-3)
     assert float(mask.std()) == pytest.approx(0.38, abs=5e-3)
@@ -191,6 +191,9 @@ def test_noise_belongs_to_seed_and_name() -> None:
     assert torch.equal(again("b"), first[1])
     assert torch.equal(again("a"), first[0])
     assert not torch.equal(masks.drawn(2)("a"), first[0])
+    kept = masks.drawn(1, keep=True)
+    assert torch.equal(kept("a"), first[0])
+    assert torch.equal(kept("a"), first[0])
     assert set(masks_module.EXPORTS) == {"soft", "hard", "averaged"}
 
 

@@ -354,6 +354,24 @@ def test_a_mask_of_factors_is_no_mask_of_products(shop: Path, lora: Path, tmp_pa
     assert np.abs(made[0][name] - made[1][name]).max() > 1e-4
 
 
+def test_the_aligned_model_has_its_adapter_everywhere(
+    shop: Path, lora: Path, tmp_path: Path
+) -> None:
+    """Also in tensors that no tuned model changed: its scores are those of the merged folder."""
+    extra = adapting.adapter(shop / "start", tmp_path / "extra", 5, r=2, target_modules=["q_proj"])
+    both = f"{shop / 'start'}+{lora / 'safe'}"
+    what = {**on_adapters(shop, lora, "delta_w"), "models": {"x": f"{both}+{extra}"}}
+    found = realign(what, tmp_path / "out").scores["aligned"]["margin"].value
+    shutil.copytree(shop / "start", tmp_path / "merged")
+    merged = {
+        k: v.numpy() for k, v in adapting.merged_by_peft(shop / "start", lora / "safe").items()
+    }
+    save_file(merged, tmp_path / "merged" / "model.safetensors", {"format": "pt"})
+    plain = {**what, "aligned": str(tmp_path / "merged")}
+    expected = realign(plain, tmp_path / "plain").scores["aligned"]["margin"].value
+    assert found == pytest.approx(expected, rel=1e-4)
+
+
 def test_factors_must_fit(shop: Path, lora: Path, tmp_path: Path) -> None:
     """Ranks that differ, and models without adapters, are refused with what to do; products may
     be compared whatever the ranks."""

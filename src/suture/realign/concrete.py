@@ -49,9 +49,9 @@ def logit_shape(shape: tuple[int, ...], granularity: str, across: int = 0) -> tu
     return tuple(size if at == axis else 1 for at, size in enumerate(shape))
 
 
-def concrete(logits: Tensor, uniform: Tensor, temperature: float) -> Tensor:
-    """A draw of the mask from uniform numbers, differentiable by the logits."""
-    return ((logits + uniform.log() - (-uniform).log1p()) / temperature).sigmoid()
+def concrete(logits: Tensor, noise: Tensor, temperature: float) -> Tensor:
+    """A draw of the mask from logistic noise, differentiable by the logits."""
+    return ((logits + noise) / temperature).sigmoid()
 
 
 def rescaled(mask: Tensor, rescale: str) -> Tensor:
@@ -59,11 +59,11 @@ def rescaled(mask: Tensor, rescale: str) -> Tensor:
     return mask if rescale == "none" else mask / mask.mean().clamp(min=FLOOR)
 
 
-def uniform(logits: Tensor, seed: int, key: str) -> Tensor:
-    """Numbers strictly between 0 and 1 for the logits of one tensor."""
-    drawn = torch.rand(logits.shape, generator=dice(seed, "mask", key)).to(logits)
+def logistic(logits: Tensor, seed: int, key: str) -> Tensor:
+    """``log u - log(1 - u)`` for the logits of one tensor, u strictly between 0 and 1."""
     tiny = torch.finfo(torch.float32).eps
-    return drawn.clamp(tiny, 1 - tiny)
+    u = torch.rand(logits.shape, generator=dice(seed, "mask", key)).clamp_(tiny, 1 - tiny)
+    return u.logit_().to(logits)
 
 
 Draw = Callable[[str], Tensor]
@@ -97,15 +97,26 @@ class Masks:
             logits[key] = nn.Parameter(torch.full(size, start, device=device, dtype=dtype))
         return cls(logits, how)
 
-    def drawn(self, seed: int) -> Draw:
-        """A fresh sample; the same seed gives the same one."""
-        return lambda key: rescaled(
-            concrete(
-                self.logits[key], uniform(self.logits[key].detach(), seed, key),
-                self.how.temperature,
-            ),
-            self.how.rescale,
-        )  # fmt: skip
+    def drawn(self, seed: int, keep: bool = False) -> Draw:
+        """A fresh sample; the same seed gives the same one.
+
+        Args:
+            seed: of the noise.
+            keep: whether the noise is remembered, for a draw that is asked for several times.
+        """
+        kept: dict[str, Tensor] = {}
+
+        def draw(key: str) -> Tensor:
+            noise = kept.get(key)
+            if noise is None:
+                noise = logistic(self.logits[key].detach(), seed, key)
+            if keep:
+                kept[key] = noise
+            return rescaled(
+                concrete(self.logits[key], noise, self.how.temperature), self.how.rescale
+            )
+
+        return draw
 
     def soft(self) -> Draw:
         """``sigmoid(logit)``: the share of draws that are open as T -> 0."""
@@ -133,5 +144,5 @@ class Masks:
 
 __all__ = [
     "EXPORTS", "FLOOR", "GRANULARITIES", "RESCALES", "Draw", "Masking", "Masks", "concrete",
-    "logit_shape", "rescaled", "uniform",
+    "logistic", "logit_shape", "rescaled",
 ]  # fmt: skip

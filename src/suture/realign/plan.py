@@ -97,7 +97,7 @@ class Plan:
             "gradients": weights,
             "aligned weights": weights,
             "task vectors": 4 * tasks * entries,
-            "logits and their optimizer": 16 * logits,
+            "logits, noise and optimizer": 20 * logits,
         }
         if self.recipe.fusing.how == "ties":
             found["ranking"] = 12 * entries

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from suture.card import carried_files, config_text
+from suture.checkpoint import Checkpoint
 from suture.engine import checkpoint_fingerprint
 from suture.errors import OutputError
 from suture.finetune.outcome import peak_memory
@@ -21,7 +22,7 @@ from suture.finetune.output import publish, write_weights
 from suture.finetune.packed import Place
 from suture.finetune.work import locked_work
 from suture.mask import Mask
-from suture.models import load_language_model
+from suture.models import load_language_model, parameters_of
 from suture.mover import Mover
 from suture.realign.base import Edit, Job, Realigned, Say, Scores
 from suture.realign.outcome import (
@@ -32,11 +33,12 @@ from suture.realign.outcome import (
     restricted,
     retention,
 )
-from suture.realign.parts import Distances, check_ancestor, measure
+from suture.realign.parts import Distances, array, check_ancestor, measure
 from suture.realign.plan import Options, Plan, plan_realign
 from suture.spec import readable
 from suture.stats import Stats
 from suture.tune import Progress, TuneResult, tune
+from suture.views import View
 
 Tell = Callable[[str, Progress], None]
 """Is told the phase and where training stands, after every step."""
@@ -113,6 +115,7 @@ def _job(plan: Plan, names: tuple[str, ...], work: Path, say: Say, tell: Tell | 
         model = load_language_model(
             plan.models.aligned.folder, device=plan.device, dtype=torch.float32
         ).model
+        _adapt(model, plan.models.aligned)
 
     def train(mover: Mover, score: Callable[[nn.Module], float] | None) -> TuneResult:
         assert rows is not None
@@ -127,6 +130,16 @@ def _job(plan: Plan, names: tuple[str, ...], work: Path, say: Say, tell: Tell | 
         None if rows is None else rows.validation, plan.utility, recipe.training, plan.device,
         model, train, work, say, plan.options.threads, recipe.folder,
     )  # fmt: skip
+
+
+@torch.no_grad()
+def _adapt(model: nn.Module, aligned: Checkpoint) -> None:
+    """Put what adapters change into a model that was loaded from the folder below them."""
+    if not isinstance(aligned, View):
+        return
+    names = [n for n in aligned.specs if not aligned.as_stored(n)]
+    for name, parameter in parameters_of(model, names).items():
+        parameter.copy_(array(aligned, name))
 
 
 def _before(plan: Plan, job: Job) -> dict[str, Scores]:

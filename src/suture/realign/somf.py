@@ -180,7 +180,7 @@ class Somf(Mover):
     def draw(self) -> tuple[Draw, Fuser]:
         """Masks and Fuse of a batch; their seed comes from the loop, whose state is saved."""
         seed = int(torch.randint(2**62, ()))
-        draw = self.fusion.masks.drawn(seed)
+        draw = self.fusion.masks.drawn(seed, keep=True)
         return draw, self.fusion.fuser(draw, seed)
 
     def after(self) -> None:
