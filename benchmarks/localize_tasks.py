@@ -33,7 +33,7 @@ import torch
 import suture
 from suture import demo
 from suture.data import Dataset, at_most, tokenise
-from suture.demo_tasks import TASKS, TextTask, base_folder, packages
+from suture.demo_tasks import OPERATIONS, TASKS, TextTask, base_folder, packages, published_folder
 from suture.evals import EVALS
 from suture.graft import write_graft
 from suture.learned import PRESETS, learn
@@ -43,9 +43,12 @@ from suture.models import Classifier, Head, load_encoder, load_head, load_tokeni
 from suture.run import merge
 from suture.stats import Stats
 from suture.vector import TaskVector
+from suture.workshop import EVAL_BATCH, Model, Workshop, digest, fingerprint, write
 
 DENSITIES = (0.001, 0.005, 0.01, 0.05, 0.1)
 RULES = ("learned", "first_order", "magnitude", "random")
+SPACE = ["embedding", "head", "pooler"]
+"""What no mask and no merge touches."""
 ROWS = 64
 """Training rows of each label from which masks are found."""
 LEARN = PRESETS["default"]
@@ -87,16 +90,16 @@ class Bench:
         self.out.mkdir(parents=True, exist_ok=True)
         places, versions = packages()
         folder = base_folder(places)
-        self.base = demo.Model("base", "base", folder, demo.fingerprint(folder), "")
+        self.base = Model("base", "base", folder, fingerprint(folder), "")
         self.checkpoint = suture.open(folder)
         tokenizer = load_tokenizer(folder)
-        shop = demo.Workshop(self.out, {"steps": demo.STEPS, "seed": seed, **versions}, say)
+        shop = Workshop(self.out, {"steps": demo.STEPS, "seed": seed, **versions}, say)
         before, demo.SEED = demo.SEED, seed  # of the split, the choice of rows and training
         try:
             self.experts = [self._expert(shop, t, places, tokenizer) for t in tasks]
         finally:
             demo.SEED = before
-        self.key = demo.digest([self.base.key, [e.key for e in self.experts]])
+        self.key = digest([self.base.key, [e.key for e in self.experts]])
 
     def _expert(self, shop: Any, task: TextTask, places: Any, tokenizer: Any) -> Expert:
         rows = list(task.read(places))
@@ -109,9 +112,7 @@ class Bench:
             labels=head.labels,
             max_length=task.max_length,
         )
-        vector = (suture.open(model.folder) - self.checkpoint).select(
-            exclude=["embedding", "head", "pooler"]
-        )
+        vector = (suture.open(model.folder) - self.checkpoint).select(exclude=SPACE)
         return Expert(task.name, model.folder, head, column.data, few, vector, model.key)
 
     # -- numbers, each made once ------------------------------------------------------------------
@@ -119,14 +120,14 @@ class Bench:
     def once(self, name: str, inputs: Any, make: Callable[[], float]) -> float:
         """A number from its file, or made now."""
         path = self.out / "numbers" / f"{name}.json"
-        key = demo.digest([self.key, inputs])
+        key = digest([self.key, inputs])
         if path.exists():
             found = json.loads(path.read_text())
             if found["key"] == key:
                 return float(found["value"])
         path.parent.mkdir(parents=True, exist_ok=True)
         value = make()
-        demo._write(path, json.dumps({"key": key, "value": value}))
+        write(path, json.dumps({"key": key, "value": value}))
         return value
 
     def accuracy(self, folder: Path, expert: Expert, side: str) -> float:
@@ -136,7 +137,7 @@ class Bench:
 
     @staticmethod
     def _accuracy(encoder: Any, expert: Expert, side: str) -> float:
-        batches = expert.data[side].batches(demo.EVAL_BATCH)
+        batches = expert.data[side].batches(EVAL_BATCH)
         return EVALS["accuracy"](Classifier(encoder, expert.head), batches)[0].value
 
     def ends(self, expert: Expert, side: str) -> tuple[float, float]:
@@ -155,7 +156,7 @@ class Bench:
         if rule in ("magnitude", "random"):
             return None
         settings = repr(LEARN) if rule == "learned" else ""
-        key = demo.digest([settings, ROWS, expert.key])[:8]
+        key = digest([settings, ROWS, expert.key])[:8]
         path = self.out / "stats" / f"{expert.name}-{rule}-{key}.safetensors"
         if not path.exists():
             began = time.perf_counter()
@@ -234,7 +235,7 @@ class Bench:
             "models": {e.name: str(e.folder) for e in self.experts},
             "method": method,
             "parameters": dict(parameters),
-            "space": {"exclude": ["embedding", "head", "pooler"]},
+            "space": {"exclude": SPACE},
             "policy": {"missing": "base"},  # position numbers, which transformers does not save
         }
         if method == "dare_linear":
@@ -256,27 +257,44 @@ class Bench:
         return best, self.merged(method, best, "test")
 
     def continual(self) -> bool:
-        """Whether the last task, added as a graft, gives the bytes of stitching all at once."""
+        """Whether a fifth task, added later as a graft, gives the bytes of stitching five at once.
+
+        The fifth is a fine-tune that others made and published. First the others are stitched from
+        their grafts; then the fifth graft is put beside these, in another order, and nobody's
+        checkpoint is opened any more.
+        """
+        folders = {e.name: e.folder for e in self.experts}
+        masks = {e.name: self.mask(e, "magnitude", 0.05) for e in self.experts}
+        fifth = published_folder(packages()[0])
+        vector = (suture.open(fifth) - self.checkpoint).select(exclude=SPACE)
+        folders[OPERATIONS] = fifth
+        masks[OPERATIONS] = suture.localize(vector, density=0.05)
         state = self.out / "state"
         shutil.rmtree(state, ignore_errors=True)
         state.mkdir()
-        for e in self.experts:
-            self.mask(e, "magnitude", 0.05).save(state / f".{e.name}.safetensors")
-            bits = StoredMask(state / f".{e.name}.safetensors")
-            write_graft(state / f"{e.name}.safetensors", suture.open(e.folder), bits)
-        common = {"base": str(self.base.folder), "method": "stitch", "policy": {"missing": "base"},
-                  "space": {"exclude": ["embedding", "head", "pooler"]}}  # fmt: skip
-        paths = {e.name: str((state / f"{e.name}.safetensors").resolve()) for e in self.experts}
+        for name, mask in masks.items():
+            mask.save(state / f".{name}.safetensors")
+            bits = StoredMask(state / f".{name}.safetensors")
+            write_graft(state / f"{name}.safetensors", suture.open(folders[name]), bits)
+        grafts = {name: str((state / f"{name}.safetensors").resolve()) for name in masks}
+        four = [e.name for e in self.experts]
         runs = {
-            "at-once": {e.name: str(e.folder) for e in self.experts},
-            "later": dict(reversed(paths.items())),
+            "four": {n: str(folders[n]) for n in four},
+            "four-grafts": {n: grafts[n] for n in reversed(four)},
+            "five": {n: str(f) for n, f in folders.items()},
+            "five-later": {n: grafts[n] for n in [OPERATIONS, *reversed(four)]},
         }
-        prints = set()
+        prints = {}
         for name, models in runs.items():
-            shutil.rmtree(self.out / name, ignore_errors=True)
-            how = {**common, "models": models, "parameters": {"masks": paths}}
-            prints.add(merge(how, self.out / name, base_dir=Path()).fingerprint)
-        return len(prints) == 1
+            out = self.out / "continual"
+            shutil.rmtree(out, ignore_errors=True)
+            how = {"base": str(self.base.folder), "method": "stitch", "models": models,
+                   "parameters": {"masks": {n: grafts[n] for n in models}},
+                   "policy": {"missing": "base"}, "space": {"exclude": SPACE}}  # fmt: skip
+            prints[name] = merge(how, out, base_dir=Path()).fingerprint
+            shutil.rmtree(out)
+        assert prints["four"] != prints["five"]
+        return prints["four"] == prints["four-grafts"] and prints["five"] == prints["five-later"]
 
 
 def quicken() -> None:
@@ -327,7 +345,8 @@ def tables(results: Mapping[str, Any]) -> str:
     same = all(results["continual"])
     lines += [
         "",
-        f"A task added later as a graft gives the bytes of stitching all at once: {same}.",
+        "A fifth task, the published fine-tune, added later as a graft gives the bytes of "
+        f"stitching five at once: {same}.",
     ]
     return "\n".join(lines) + "\n"
 
@@ -337,6 +356,9 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=Path("out/localize-tasks"))
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument(
+        "--continual", action="store_true", help="only the check of tasks that come later"
+    )
     parser.add_argument("--quick", action="store_true", help="two small tasks, to see it work")
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
@@ -349,6 +371,9 @@ def main() -> None:
     continual = []
     for seed in args.seeds:
         bench = Bench(args.out.resolve(), seed, tasks, lambda text: print(text, flush=True))
+        if args.continual:
+            print(f"seed {seed}: a fifth task later, the same bytes: {bench.continual()}")
+            continue
         for rule in RULES:
             for density in DENSITIES:
                 value = bench.retention(rule, density)
@@ -361,6 +386,8 @@ def main() -> None:
                 f"seed {seed}: {method} {best} reaches {sum(shares) / len(shares):.3f}", flush=True
             )
         continual.append(bench.continual())
+    if args.continual:
+        return
     results = {
         "tasks": [t.name for t in tasks],
         "seeds": args.seeds,

@@ -50,6 +50,8 @@ COMMANDS = [
     "strategies",
     "realign",
     "realigners",
+    "eval",
+    "compare",
     "methods",
     "demo",
 ]

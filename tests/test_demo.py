@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
@@ -19,6 +20,7 @@ from suture.evals import EvalResult
 from suture.recipe import read_recipe
 from suture.report import Report
 from suture.tune import TuneSettings
+from suture.workshop import Workshop
 
 EXAMPLES = Path(__file__).parents[1] / "examples"
 
@@ -64,10 +66,12 @@ def test_a_demo_measures_base_experts_and_merges_and_runs_once(
     report = demo.run_demo(small, say=said.append)
 
     names = [entry.name for entry in report.entries]
-    assert names == ["base", "topics", "order", OPERATIONS, *demo.MERGES]
+    assert names == ["base", "topics", "order", OPERATIONS, *demo.MERGES, "stitch-data"]
     assert Report.from_json((small / "results.json").read_text()) == report
     assert (small / "results.md").read_text() == report.to_markdown()
     assert str(small / "results.md") in said[-1]
+    assert said[-1].endswith(str(small / "report.html"))
+    _check_edits(small, report)
     assert report.entry(OPERATIONS).metrics[OPERATIONS].value == pytest.approx(1, abs=1e-5)
     assert {"torch", "transformers", "suture", "python", "package"} <= report.versions.keys()
     result = EvalResult.from_json((small / "results" / "ties" / "topics.json").read_text())
@@ -76,16 +80,53 @@ def test_a_demo_measures_base_experts_and_merges_and_runs_once(
 
     said.clear()  # again: nothing is made twice
     assert demo.run_demo(small, say=said.append) == report
-    assert not [line for line in said if "made in" in line or "step" in line]
+    assert not [line for line in said if "made in" in line or ": step " in line]
 
     said.clear()  # another rate for one expert: it and the merges are made again
     monkeypatch.setattr(demo, "TASKS", tasks(lr=1e-3))
     again = demo.run_demo(small, say=said.append)
     made = {line.split(":")[0] for line in said if "made in" in line}
-    merges = {f"merges/{name}" for name in demo.MERGES}
-    assert made == {"experts/topics", "results/scale.json"} | merges
+    merges = {f"merges/{name}" for name in (*demo.MERGES, "stitch-data")}
+    edits = {"regions/magnitude", "regions/one-step", "regions/continual.json", "analysis", "patch",
+             "curves/graft-topics.json"}  # fmt: skip
+    assert made == {"experts/topics", "results/scale.json"} | merges | edits
     assert again.base == report.base
     assert again.entry("order") == report.entry("order")
+
+
+def _check_edits(out: Path, report: Report) -> None:
+    """Regions with and without data, stitching from grafts, a patch on and off, the page."""
+    for name, models in (
+        ("magnitude", {"topics", "order", OPERATIONS}),
+        ("one-step", {"topics", "order"}),
+    ):
+        record = json.loads((out / "regions" / name / "localize.json").read_text())
+        assert record["masks"].keys() == models
+        assert all(m["density"] == pytest.approx(0.1, rel=1e-2) for m in record["masks"].values())
+    notes = " ".join(report.notes)
+    assert "gives the same bytes as stitching all experts at once" in notes
+    assert "every bit is the base's again" in notes
+    patched = load_file(out / "patch" / "patched" / "model.safetensors")
+    base, expert = (
+        load_file(p / "model.safetensors")
+        for p in (out.parent / "base", out / "experts" / "topics")
+    )
+    moved = {n: t != base[n] for n, t in patched.items()}
+    assert all(torch.equal(patched[n][m], expert[n][m]) for n, m in moved.items() if m.any())
+    assert (
+        0
+        < sum(int(m.sum()) for m in moved.values())
+        <= 0.01 * sum(t.numel() for t in base.values())
+    )
+    curve = json.loads((out / "curves" / "graft-topics.json").read_text())
+    assert [s["name"] for s in curve["series"]] == ["first_order", "magnitude", "random"]
+    looked = json.loads((out / "analysis" / "analysis.json").read_text())
+    assert [m["model"] for m in looked["diagnostics"]["models"]] == ["topics", "order"]
+    page = (out / "report.html").read_text(encoding="utf-8")
+    assert len(page) < 6e6
+    for title in ("Which layers carry which task", "Share of each mask by layer", "Grafts of topics",
+                  "What merging costs each task", "Scores with intervals"):  # fmt: skip
+        assert title in page
 
 
 def _check_experts(out: Path) -> None:
@@ -116,7 +157,7 @@ def test_quick_is_less_of_the_same() -> None:
 
 
 def test_a_half_made_thing_is_made_again(tmp_path: Path, said: list[str]) -> None:
-    shop = demo.Workshop(tmp_path, {}, said.append)
+    shop = Workshop(tmp_path, {}, said.append)
 
     def fails() -> None:
         (tmp_path / "thing").write_text("half")
@@ -130,7 +171,7 @@ def test_a_half_made_thing_is_made_again(tmp_path: Path, said: list[str]) -> Non
 
 
 def test_a_damaged_thing_is_made_again(tmp_path: Path, said: list[str]) -> None:
-    shop = demo.Workshop(tmp_path, {}, said.append)
+    shop = Workshop(tmp_path, {}, said.append)
     for _ in range(2):
         shop.make(tmp_path / "thing", 1, lambda: _touch(tmp_path / "thing", "whole"))
     assert said[-1] == "thing: as before"
@@ -145,7 +186,7 @@ def test_what_the_demo_did_not_make_is_never_replaced(tmp_path: Path, said: list
     (tmp_path / "thing").write_text("mine")
 
     with pytest.raises(OutputError, match="was not made by the demo"):
-        demo.Workshop(tmp_path, {}, said.append).make(tmp_path / "thing", 1, lambda: None)
+        Workshop(tmp_path, {}, said.append).make(tmp_path / "thing", 1, lambda: None)
 
     assert (tmp_path / "thing").read_text() == "mine"
 

@@ -121,8 +121,8 @@ def test_python_examples_parse(page: Path, body: str) -> None:
 
 @pytest.mark.parametrize(("page", "body"), list(blocks("yaml")), ids=page_id)
 def test_yaml_examples_parse(page: Path, body: str) -> None:
-    """YAML in a page is one mapping."""
-    assert isinstance(yaml.safe_load(body), dict), f"{page_id(page)}:\n{body}"
+    """YAML in a page is one mapping, or one list of rules."""
+    assert isinstance(yaml.safe_load(body), dict | list), f"{page_id(page)}:\n{body}"
 
 
 def test_no_file_names_a_machine_or_a_person() -> None:

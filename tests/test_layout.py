@@ -23,8 +23,8 @@ ORDER = [
     "stream", "vector", "profile", "select", "stats", "importance", "mask", "graft", "patchfile",
     "patch", "gather", "analysis", "merges", "engine", "recipe_types", "mergekit", "recipe",
     "card", "models", "data", "persample", "snapshot", "mover", "tune", "evals", "measure",
-    "learned", "report", "page", "run", "patching", "lowrank", "regions", "analyze", "finetune",
-    "realign", "demo_tasks", "demo", "cli", "__main__",
+    "learned", "diagnose", "report", "page", "run", "patching", "lowrank", "finetune", "tasks", "regions",
+    "analyze", "suites", "realign", "workshop", "demo_tasks", "demo_edits", "demo", "cli", "__main__",
 ]  # fmt: skip
 """The way of a tensor, top to bottom."""
 
@@ -48,7 +48,8 @@ PLACES = {
 }
 """Where a tool may be imported; others import it nowhere."""
 TORCH = {
-    "checkpoint", "models", "data", "persample", "snapshot", "mover", "tune", "evals", "finetune", "demo", "lowrank", "measure", "learned", "realign",
+    "checkpoint", "models", "data", "persample", "snapshot", "mover", "tune", "evals", "finetune", "demo",
+    "demo_edits", "workshop", "lowrank", "measure", "learned", "diagnose", "suites", "realign",
 }  # fmt: skip
 """Where torch may be imported, and in ``checkpoint`` only when a torch tensor is asked for."""
 TORCH_LATE = {"checkpoint.py", "merges/spectral.py"}

@@ -261,3 +261,42 @@ def test_logits_are_statistics(task: Any, tmp_path: Path) -> None:
     assert facts["model"] == "abc"
     assert facts["settings"]["reg"] == "l1"
     shutil.rmtree(tmp_path)
+
+
+class Killed(BaseException):
+    """Stands for the end of the process."""
+
+
+@pytest.mark.parametrize("step", ["rms", "adam", "raw"])
+def test_training_goes_on_where_it_was_killed(step: str, task: Any, tmp_path: Path) -> None:
+    """Killed after any epoch, the same call gives the same bytes; of other data it starts anew."""
+    settings = LearnSettings(epochs=4, step=step, lr={"rms": 10.0, "adam": 0.3, "raw": 1e3}[step])
+    whole = learn(task.vector, task.model(), task.rows, settings)
+    keep = tmp_path / "state.safetensors"
+    for after in (1, 3):
+        seen: list[int] = []
+
+        def kill(now: Any, after: int = after, seen: list[int] = seen) -> None:
+            seen.append(now.epoch)
+            if now.epoch == after:
+                raise Killed
+
+        with pytest.raises(Killed):
+            learn(task.vector, task.model(), task.rows, settings, progress=kill, keep=keep)
+        assert seen == ([1] if after == 1 else [2, 3])
+
+    again = learn(task.vector, task.model(), task.rows, settings, keep=keep)
+
+    assert again.facts == whole.facts
+    assert all(np.array_equal(again.tensors[k], v) for k, v in whole.tensors.items())
+    seen = []
+    less = Dataset(task.rows.ids[:-1], task.rows.labels[:-1], task.rows.pad)
+    learn(
+        task.vector,
+        task.model(),
+        less,
+        settings,
+        keep=keep,
+        progress=lambda e: seen.append(e.epoch),
+    )
+    assert seen == [1, 2, 3, 4]

@@ -281,3 +281,22 @@ def test_the_same_statistics_are_the_same_bytes(tmp_path: Path) -> None:
     again = Stats.load(tmp_path / "0.safetensors")
     assert again.facts == found.facts
     assert all(np.array_equal(again.tensors[n], v) for n, v in tensors.items())
+
+
+def test_only_the_answer_is_measured() -> None:
+    """Where rows have a prompt, the loss is the mean over the answer's tokens; prompts count not."""
+    model, plain = llama(), dataset(6, labelled=False)
+    targets = tuple(tuple(int(i >= len(ids) // 2) for i in range(len(ids))) for ids in plain.ids)
+    data = Dataset(plain.ids, plain.labels, plain.pad, targets)
+
+    def answers(model: nn.Module, batch: Any) -> torch.Tensor:
+        logits = model(batch.input_ids, batch.attention_mask)[0, :-1]
+        asked = torch.tensor(targets[batch.rows[0]][1:], dtype=torch.bool)
+        return F.cross_entropy(logits[asked], batch.input_ids[0, 1:][asked])
+
+    found = measure(model, data, ("abs_grad", "fisher"), objective=OBJECTIVES["causal"], batch=4)
+    single = measure(model, data, ("fisher",), objective=OBJECTIVES["causal"], batch=1)
+
+    assert_near(found, loop(model, data, answers, lambda m, b: ()), ("abs_grad",))
+    assert_near(found, dict(single.tensors), ("fisher",))
+    assert data_hash(data) != data_hash(plain)

@@ -177,6 +177,10 @@ TWINS: dict[str, Callable[[Given, Case], dict[str, Array]]] = {
         v, c.each("weight", 1.0), statistics("fisher", v), c.number("scale", 1.0),
         **c.options("floor", "normalize"),
     ),
+    "led": lambda v, c: slow.led(
+        v, v.base, statistics("abs_grad", v), statistics("base", v), c.each("density", 0.4),
+        c.each("weight", 1.0), **c.options("elect", "safety"),
+    ),
     "regmean": lambda v, c: slow.regmean(
         v, statistics("gram", v), c.number("scale", 1.0), **c.options("alpha")
     ),
@@ -285,6 +289,13 @@ CASES = [
         {"bob": {"weight": 1.2941}},
     ),
     Case("fisher_merging", models=MODELS[:1]),
+    Case("led"),
+    Case("led", {"density": PATTERNS}, WEIGHTS),
+    *(
+        Case("led", {"elect": e, "density": 0.6}, OWN)
+        for e in ("expert", "base", "either", "expert_only", "base_only", "neither")
+    ),
+    Case("led", {"disjoint": "safety_first", "safety": "bob", "density": 0.7}),
     Case("regmean"),
     Case("regmean", {"alpha": 0.3173, "scale": 0.7113}),
     Case("regmean", {"alpha": 1.0}, models=MODELS[:2]),

@@ -20,10 +20,20 @@ import pytest
 import toy
 from browser import browser, look, needs_browser
 from making import invoke, lines_of
-from suture.analysis import Curve, Point, Series, disentanglement
+from suture.analysis import (
+    Curve,
+    Diagnosis,
+    Diagnostics,
+    Point,
+    Secant,
+    Series,
+    Smoothness,
+    disentanglement,
+)
 from suture.analyze import analysis
 from suture.errors import MissingExtraError, OutputError, RecipeError
 from suture.evals.base import EvalResult, Metric
+from suture.evals.results import Evaluation, Scores, SuiteResult
 from suture.page import gather, write_page
 from suture.page.parts import layer_labels, number, percent
 from suture.report import Entry, Report, Task
@@ -46,6 +56,48 @@ def results() -> Report:
         for n, k, v in names
     )
     return Report("Results", tasks, entries, (HOSTILE,), {"torch": "2", HOSTILE: "0"})
+
+
+def localized() -> dict[str, Any]:
+    """What `suture localize` writes, with names that it would refuse."""
+
+    def part(kept: int, entries: int) -> dict[str, float]:
+        return {"kept": kept, "entries": entries, "density": kept / entries, "share": kept / 120,
+                "enrichment": kept / entries / 0.05}  # fmt: skip
+
+    def mask(losses: list[float]) -> dict[str, Any]:
+        return {
+            "kept": 120, "entries": 2400, "density": 0.05, "wanted": 120, "tied_at_threshold": 3,
+            "bytes": 400, "stats": {"losses": losses},
+            "layers": {"model.layers.0": part(90, 1200), "model.layers.1": part(30, 1200)},
+            "roles": {"q": part(100, 1000), HOSTILE: part(20, 1400)},
+        }  # fmt: skip
+
+    overlap = {"models": ["ada", HOSTILE], "jaccard": 0.2, "independent": 0.03, "matched": 0.05,
+               "low": 0.04, "high": 0.06}  # fmt: skip
+    return {
+        "kind": "localize", "rule": {"name": "learned", "title": "Learned masks", "paper": HOSTILE},
+        "masks": {"ada": mask([2.0, 1.5]), HOSTILE: mask([1.0, 0.5])}, "overlaps": [overlap],
+        "recipe": {"rule": HOSTILE},
+    }  # fmt: skip
+
+
+def diagnosed() -> dict[str, Any]:
+    """Diagnostics of two models, as `suture analyze` writes them."""
+
+    def smooth() -> Smoothness:
+        return Smoothness(40.0, 1e-3, 9, (Secant(0.5, 2.0), Secant(1.0, 3.0)), 1.0, 4)
+
+    def one(name: str, merged: float) -> Diagnosis:
+        return Diagnosis(name, 20, 1.0, 0.25, merged, 0.01, 0.0, 0.5, smooth(), merged - 0.25,
+                         {"curvature": 5.0, "secant": 0.3, "random": 0.1}, None, 0.02)  # fmt: skip
+
+    line = Curve("loss", "way", "loss", tuple(
+        Series(n, (Point(0.0, 0.25), Point(0.5, 0.5), Point(1.0, 0.5))) for n in ("ada", HOSTILE)
+    ))  # fmt: skip
+    found = Diagnostics({"weights": {"ada": 0.5, HOSTILE: 0.5}}, (one("ada", 0.5), one(HOSTILE, 0.6)),
+                        line, {})  # fmt: skip
+    return {"kind": "analysis", "geometry": None, "diagnostics": found.to_dict()}
 
 
 @pytest.fixture(scope="session")
@@ -74,10 +126,12 @@ def sample(tmp_path_factory: pytest.TempPathFactory) -> Path:
     curve = Curve("Retention", "density", "retention",
                   (Series("magnitude", points), Series(HOSTILE, points[:2])), True)  # fmt: skip
     (where / "curve.json").write_text(json.dumps(curve.to_dict()))
-    (where / "localize.json").write_text(json.dumps({
-        "kind": "localize", "rule": "magnitude",
-        "masks": {"ada": {"density": 0.05, "kept": 120}, HOSTILE: {"density": 0.05, "kept": 7}},
-    }))  # fmt: skip
+    (where / "localize.json").write_text(json.dumps(localized()))
+    (where / "secret").mkdir()
+    (where / "secret/analysis.json").write_text(json.dumps({"kind": "analysis", "restricted": True,
+                                                            "geometry": {"models": ["SECRET"]}}))  # fmt: skip
+    (where / "losses").mkdir()
+    (where / "losses/analysis.json").write_text(json.dumps(diagnosed()))
     (where / "broken").mkdir()
     (where / "broken/suture.json").write_text('{"recipe": ')
     (where / "other.json").write_text("[1, 2]")
@@ -129,7 +183,8 @@ def test_a_folder_is_gathered_whole(sample: Path) -> None:
 
     assert [w for w, _ in found.merges] == ["merges/linear/suture.json", "merges/ties/suture.json"]
     assert [len(k) for k in (found.reports, found.results, found.analyses, found.maps,
-                             found.curves, found.localizations)] == [1] * 6  # fmt: skip
+                             found.curves, found.localizations)] == [1, 1, 2, 1, 1, 1]  # fmt: skip
+    assert found.withheld == ["secret/analysis.json"]
     assert len(found.notes) == 1
     lines_of(found.notes[0], "broken/suture.json", "left out")
 
@@ -164,6 +219,25 @@ def test_a_malformed_file_is_noted_and_the_rest_is_shown(harm: str, tmp_path: Pa
 
     lines_of(text, "Scores with intervals")
     assert found["notes"] or "analysis.json" in text
+
+
+def test_what_is_restricted_is_named_and_not_shown(page: Path) -> None:
+    """The page says that something was withheld, and holds nothing of it."""
+    text = page.read_text(encoding="utf-8")
+
+    lines_of(text, "Withheld", "secret/analysis.json", "must not be passed on")
+    assert "SECRET" not in text
+
+
+def test_a_localization_says_where_each_skill_lies(page: Path) -> None:
+    """In words, not only in colours: layers, overlap against chance, learning."""
+    text = page.read_text(encoding="utf-8")
+
+    lines_of(
+        text, "Where the entries lie that learned masks marks: 75", "Share of each mask by layer",
+        "Beyond the 95 % interval of chance: ada with", "Loss while the masks were learned",
+        "What merging costs each task", "The largest barrier is that of",
+    )  # fmt: skip
 
 
 # -- the file --------------------------------------------------------------------------------------
@@ -296,11 +370,11 @@ def test_the_command_tells_what_it_wrote(sample: Path, tmp_path: Path) -> None:
     """Size, figures, files and what was left out; one object with --json."""
     said = invoke("report", sample, "-o", tmp_path / "a.html", "--title", "Mine & <yours>")
     assert said.code == 0, said
-    lines_of(said.out, "wrote", "figures from 8 files")
+    lines_of(said.out, "wrote", "figures from 9 files")
     lines_of(said.err, "note: broken/suture.json")
     lines_of((tmp_path / "a.html").read_text(), "<h1>Mine &amp; &lt;yours&gt;</h1>")
     told = json.loads(invoke("report", sample, "-o", tmp_path / "b.html", "--json").out)
-    assert told["files"] == 8
+    assert told["files"] == 9
     assert invoke("report", sample, "-o", tmp_path / "b.html").code == 2
 
 
@@ -552,3 +626,18 @@ def test_hostile_names_do_nothing(driver: Any, page: Path) -> None:
     body = driver.execute_script("return document.body.textContent")
     assert "</script><img src=x onerror=alert(1)>" in body
     assert errors_of(driver) == []
+
+
+def test_results_of_a_suite_are_shown(tmp_path: Path) -> None:
+    """What ``suture eval`` wrote stands in the page, one evaluation after another."""
+    scores = Scores("accuracy", "share", "higher", (0, 1, 2), np.array([1.0, 0.0, 1.0]), np.ones(3))
+    evaluation = Evaluation("riddles", "accuracy", {}, "key", False, (scores,))
+    result = SuiteResult(
+        "ada", "ada", "print", "quick", "hash", {"riddles": evaluation}, ("riddles",)
+    )
+    (tmp_path / "ada.quick.json").write_text(result.to_json())
+
+    found = gather(tmp_path)
+
+    assert [(r.model, r.task, r.metrics[0].n) for _, r in found.results] == [("ada", "riddles", 3)]
+    assert found.results[0][1].metrics == evaluation.metrics

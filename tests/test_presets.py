@@ -231,5 +231,6 @@ def test_a_paper_s_preset_is_its_algorithm(name: str, large: Any, tmp_path: Path
 
 def test_every_preset_is_proven() -> None:
     """By its paper's algorithm, by PEFT, or by mergekit."""
-    proven = {*PAPERS, "ties-peft", "dare-peft", "dare-ties-peft"}
+    led = {"led-paper", "led-released", "led-released-head"}  # tests/test_led.py
+    proven = {*PAPERS, "ties-peft", "dare-peft", "dare-ties-peft", *led}
     assert proven | {n for n in PRESETS if n.endswith("-mergekit")} == PRESETS.keys()

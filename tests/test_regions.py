@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import random
+import time
 from pathlib import Path
 from typing import Any
 
@@ -11,13 +12,20 @@ import numpy as np
 import pytest
 import torch
 import yaml
+from torch.nn import functional as F
 
+import adapting
 import making
 import suture
 import tiny_model
 import toy
 from suture import Mask, Stats
-from suture.models import Head, load_encoder, save_head, save_model
+from suture.models import (
+    load_encoder,
+    load_language_model,
+    parameters_of,
+    save_model,
+)
 
 LABELS = ("colour", "sky")
 
@@ -25,21 +33,7 @@ LABELS = ("colour", "sky")
 @pytest.fixture(scope="module")
 def workshop(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A tiny encoder, two models near it, a head, rows."""
-    folder = tmp_path_factory.mktemp("workshop")
-    tiny_model.folder(folder / "base")
-    for number, name in enumerate(("one", "two")):
-        loaded = load_encoder(folder / "base", dtype=torch.float32)
-        draw = torch.Generator().manual_seed(number)
-        with torch.no_grad():
-            for p in loaded.model.parameters():
-                p.add_(0.05 * torch.randn(p.shape, generator=draw))
-        save_model(loaded.model, loaded.tokenizer, folder / name)
-    draw = torch.Generator().manual_seed(7)
-    head = Head(LABELS, torch.randn(2, 16, generator=draw), torch.zeros(2))
-    save_head(head, folder / "head.safetensors")
-    rows = [{"text": r.text, "label": r.label} for r in tiny_model.rows(20)]
-    (folder / "rows.jsonl").write_text("\n".join(map(json.dumps, rows)))
-    return folder
+    return tiny_model.workshop(tmp_path_factory.mktemp("workshop"))
 
 
 def recipe(workshop: Path, name: str = "r.yaml", **more: Any) -> Path:
@@ -137,6 +131,176 @@ def test_masks_of_a_language_model(workshop: Path, tmp_path: Path) -> None:
     assert mask.count == round(0.1 * mask.size)
 
 
+CHAT = (
+    "{% for m in messages %}{{ m['role'] }} {{ m['content'] }} {% endfor %}"
+    "{% if add_generation_prompt %}assistant {% endif %}"
+)
+
+
+@pytest.fixture(scope="module")
+def talkers(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A tiny language model with a chat template, two models near it, and prompts with answers."""
+    folder = tmp_path_factory.mktemp("talkers")
+    tokenizer: Any = tiny_model.tokenizer()
+    tokenizer.chat_template = CHAT
+    for number, name in enumerate(("base", "safe", "maths")):
+        model = tiny_model.language_model(0)
+        draw = torch.Generator().manual_seed(number)
+        with torch.no_grad():
+            for p in model.parameters():
+                p.add_(0.02 * number * torch.randn(p.shape, generator=draw))
+        save_model(model, tokenizer, folder / name)
+    for name, words in (("safe", tiny_model.COLOURS), ("maths", tiny_model.SKIES)):
+        rows = [{"prompt": f"{words[i % 3]} one two", "response": f"three {words[(i + 1) % 3]} {w}"}
+                for i, w in enumerate(tiny_model.WORDS[8:])]  # fmt: skip
+        (folder / f"{name}.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    return folder
+
+
+def talking(talkers: Path, where: Path, **more: Any) -> Path:
+    entry = {"kind": "causal", "chat": True, "batch": 4, **more.pop("task", {})}
+    what = {
+        "base": str(talkers / "base"), "models": {m: str(talkers / m) for m in ("safe", "maths")},
+        "rule": "snip", "at": "both", "density": 0.2, "scope": "tensor",
+        "tasks": {m: {"data": str(talkers / f"{m}.jsonl"), **entry} for m in ("safe", "maths")},
+        **more,
+    }  # fmt: skip
+    where.write_text(yaml.safe_dump(what))
+    return where
+
+
+def test_scores_at_both_feed_led(talkers: Path, tmp_path: Path) -> None:
+    """One command scores expert and base on the same tokens; LED merges by them, and says how."""
+    where = talking(talkers, tmp_path / "r.yaml")
+
+    said = making.invoke("localize", where, "-o", tmp_path / "out")
+
+    assert said.code == 0, said.err
+    stats = {
+        at: Stats.load(tmp_path / "out" / "stats" / at / "safe.safetensors") for at in ("", "base")
+    }
+    record = json.loads((tmp_path / "out" / "localize.json").read_text())
+    assert stats[""].facts["data"] == stats["base"].facts["data"]
+    assert stats[""].facts["model"] == record["inputs"]["safe"]["fingerprint"]
+    assert stats["base"].facts["model"] == record["inputs"]["base"]["fingerprint"]
+    loaded = load_language_model(talkers / "base", dtype=torch.float32)
+    rows = [json.loads(line) for line in (talkers / "safe.jsonl").read_text().splitlines()]
+    total: dict[str, Any] = {}
+    for row in rows:  # the slow twin: a row at a time, through the template by hand
+        before = f"user {row['prompt']} assistant "
+        ids = loaded.tokenizer([before + row["response"]], truncation=True, max_length=64)[
+            "input_ids"
+        ]
+        start = len(loaded.tokenizer([before], truncation=True, max_length=64)["input_ids"][0])
+        logits = loaded.model(torch.tensor(ids), torch.ones(1, len(ids[0]), dtype=torch.int64))[0]
+        loss = F.cross_entropy(logits[start - 1 : -1], torch.tensor(ids[0][start:]))
+        loaded.model.zero_grad()
+        loss.backward()
+        for name, p in parameters_of(loaded.model).items():
+            if p.grad is not None:
+                total[name] = total.get(name, 0) + p.grad.double().abs().numpy() / len(rows)
+    for name in stats["base"].names("abs_grad"):
+        found = stats["base"].whole("abs_grad", name)
+        np.testing.assert_allclose(found, total[name], atol=1e-6 * total[name].max() + 1e-9)
+
+    folder = tmp_path / "out" / "stats"
+    what = toy.recipe("led", {m: talkers / m for m in ("safe", "maths")}, talkers / "base",
+                      stats=str(folder), base_stats=str(folder / "base"), disjoint="safety_first",
+                      safety="safe", own={"safe": {"density": 0.3}})  # fmt: skip
+    _, report = toy.run(tmp_path / "merged", what)
+    assert report.facts["owned"]["safe"] == report.facts["elected"]["safe"] > 0
+    results = json.loads((tmp_path / "merged" / "suture.json").read_text())["results"]
+    assert results["overlaps"] == report.facts["overlaps"]
+    assert -1 <= results["rank_correlations"]["base_and_model"]["safe"] <= 1
+    with pytest.raises(suture.MismatchError, match="is not the model that the masks"):
+        swapped = {m: {"path": str(talkers / o)} for m, o in (("safe", "maths"), ("maths", "safe"))}
+        toy.run(tmp_path / "no", {**what, "models": swapped})
+
+
+def test_masks_are_enough_for_led(talkers: Path, tmp_path: Path) -> None:
+    """Without the statistics, the masks of experts and base elect; swapped ones are refused."""
+    where = talking(talkers, tmp_path / "r.yaml", density=0.4, keep_stats=False)
+    assert making.invoke("localize", where, "-o", tmp_path / "out").code == 0
+    out, base = tmp_path / "out", tmp_path / "out" / "base"
+    assert not (out / "stats").exists()
+    models = {m: talkers / m for m in ("safe", "maths")}
+    what = toy.recipe("led", models, talkers / "base", masks=str(out), base_masks=str(base),
+                      stats=None)  # fmt: skip
+
+    merged, report = toy.run(tmp_path / "merged", what)
+    drawn, control = toy.run(
+        tmp_path / "drawn", {**what, "parameters": {**what["parameters"], "rule": "random"}}
+    )
+
+    elected = {m: Mask.load(out / f"{m}.safetensors") & Mask.load(base / f"{m}.safetensors")
+               for m in models}  # fmt: skip
+    start = toy.read(talkers / "base")
+    tuned = {m: toy.read(path) for m, path in models.items()}
+    for name in elected["safe"].shapes:
+        both = {m: torch.from_numpy(np.array(mask[name])) for m, mask in elected.items()}
+        wanted = start[name].clone()
+        for mine, other in (("safe", "maths"), ("maths", "safe")):
+            alone = both[mine] & ~both[other]
+            wanted[alone] = tuned[mine][name][alone]
+        torch.testing.assert_close(merged[name], wanted, rtol=1e-6, atol=1e-7)
+    for model, mask in elected.items():
+        assert report.facts["elected"][model] == mask.density
+        assert control.facts["elected"][model] == mask.density
+    assert "rank_correlations" not in report.facts
+    assert toy.same_bytes(merged, drawn)
+    for parameters, match in (
+        ({"masks": str(base)}, "marks what matters to the base model; a mask of the tuned"),
+        ({"base_masks": str(out)}, "marks what matters to the tuned model; a mask of the base"),
+        ({"base_masks": None}, "base_masks: missing"),
+        ({"flip": True}, "flip: reverses scores"),
+        ({"stats": str(out)}, "stats and masks: give one"),
+    ):
+        with pytest.raises(suture.SutureError, match=match):
+            toy.run(tmp_path / "no", {**what, "parameters": {**what["parameters"], **parameters}})
+
+
+@pytest.mark.parametrize(
+    ("rows", "task", "match"),
+    [
+        ([{"prompt": "red one"}], {}, "line 1: no column 'response'"),
+        ([{"prompt": "red one", "response": " "}], {}, "line 1: the column 'response' is empty"),
+        ([{"prompt": "red", "rejected": "one"}], {"response": "chosen"}, "no column 'chosen'"),
+        ([], {}, "holds no rows"),
+        ([{"messages": [{"role": "user", "content": "red"}]}], {}, "no words of the assistant"),
+        ([{"body": "red"}], {}, "no column 'messages', 'prompt' or 'text', but body"),
+    ],
+)
+def test_rows_with_a_side_missing(
+    rows: Any, task: Any, match: str, talkers: Path, tmp_path: Path
+) -> None:
+    """A pair without one of its sides, and data without a row, are refused before a model is loaded."""
+    (tmp_path / "rows.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    where = talking(
+        talkers, tmp_path / "r.yaml", task={"data": str(tmp_path / "rows.jsonl"), **task}
+    )
+
+    said = making.invoke("localize", where, "-o", tmp_path / "out")
+
+    assert said.code == 2
+    assert match in said.err
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_model_without_a_chat_template(talkers: Path, workshop: Path, tmp_path: Path) -> None:
+    """It cannot be asked in one; the message says what to do, and nothing is left."""
+    for number, name in enumerate(("lm", "tuned")):
+        save_model(tiny_model.language_model(number), tiny_model.tokenizer(), tmp_path / name)
+    what = {"base": str(tmp_path / "lm"), "models": {"safe": str(tmp_path / "tuned")}}
+    tasks = {"safe": {"data": str(talkers / "safe.jsonl"), "kind": "causal", "chat": True}}
+    where = talking(talkers, tmp_path / "r.yaml", **what, tasks=tasks)
+
+    said = making.invoke("localize", where, "-o", tmp_path / "out")
+
+    assert said.code == 2
+    assert "has no chat template; use a prompt and a response column" in said.err
+    assert not (tmp_path / "out").exists()
+
+
 def test_localize_then_stitch(workshop: Path, tmp_path: Path) -> None:
     """Masks and grafts from the command line stitch to the same bytes; another model is refused."""
     where = recipe(workshop, "both.yaml", rule="random", density=0.4)
@@ -166,7 +330,7 @@ def test_what_is_measured_weighs_merges(workshop: Path, tmp_path: Path) -> None:
     assert stats.kinds == ["fisher", "gram"]
     models = {m: workshop / m for m in ("one", "two")}
 
-    for method in toy.NEED_STATS:
+    for method in ("fisher_merging", "regmean"):
         what = toy.recipe(method, models, workshop / "base", stats=str(tmp_path / "out" / "stats"))
         out, report = toy.run(tmp_path / method, what)
         assert report.facts["statistics"][0]["rows"] == 20
@@ -296,3 +460,143 @@ def test_counts_are_exact_on_odd_sizes() -> None:
     for size in (0, 1, 7, 8, 9, 8_388_608 + 77):
         bits = np.frombuffer(random.randbytes(size), np.uint8)
         assert suture.mask.popcount(bits) == int(np.unpackbits(bits).sum())  # type: ignore[attr-defined]
+
+
+def test_a_killed_run_goes_on_to_the_same_bytes(workshop: Path, tmp_path: Path) -> None:
+    """``kill -9`` while masks are learned: epochs and finished models are kept, bytes are the same;
+    another recipe starts anew, and a finished run leaves nothing beside its folder."""
+    what: dict[str, Any] = {"rule": "learned", "tasks": tasks(), "learn": {"epochs": 30}}
+    where = recipe(workshop, "killed.yaml", **what)
+    assert making.invoke("localize", where, "-o", tmp_path / "truth").code == 0
+    staging = tmp_path / ".out.suture-localize"
+    state = staging / "learning" / "two.safetensors"
+    with making.start("localize", str(where), "-o", str(tmp_path / "out"), cwd=workshop) as process:
+        end = time.monotonic() + 120
+        while not state.is_file() and process.poll() is None and time.monotonic() < end:
+            time.sleep(0.01)
+        process.kill()
+        process.communicate()
+    assert state.is_file(), "it was over before it could be killed"
+    assert not (tmp_path / "out").exists()
+
+    said = making.invoke("localize", where, "-o", tmp_path / "out")
+
+    assert said.code == 0, said.err
+    making.lines_of(said.err, "one: measured before the interruption")
+    assert "two: epoch 1 of 30" not in said.err
+    assert making.tree(tmp_path / "out") == making.tree(tmp_path / "truth")
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["out", "truth"]
+
+
+def test_what_another_run_left_is_not_used(workshop: Path, tmp_path: Path) -> None:
+    """Statistics beside the output count only if everything that they depend on is the same."""
+    staging = tmp_path / ".out.suture-localize"
+    (staging / "stats").mkdir(parents=True)
+    (staging / "resume.key").write_text("of something else")
+    (staging / "stats" / "one.safetensors").write_text("not what it should be")
+    where = recipe(workshop, "anew.yaml", rule="snip", tasks=tasks())
+
+    said = making.invoke("localize", where, "-o", tmp_path / "out")
+
+    assert said.code == 0, said.err
+    assert "before the interruption" not in said.err
+
+
+def test_restricted_is_inherited_by_everything(workshop: Path, tmp_path: Path) -> None:
+    """Masks, grafts, statistics, algebra, patches, merges, cards and the report: all are marked."""
+    alone = {"one": tasks()["one"]}
+    where = recipe(workshop, "secret.yaml", rule="snip", tasks=alone, models={"one": "one"})
+    said = making.invoke("localize", where, "-o", tmp_path / "masks", "--values", "--restricted")
+    assert said.code == 0, said.err
+    assert "restricted: neither the masks" in said.out
+    record = json.loads((tmp_path / "masks" / "localize.json").read_text())
+    path = tmp_path / "masks" / "one.safetensors"
+    mask, other = (
+        Mask.load(path),
+        Mask.of({n: np.ones(s, bool) for n, s in Mask.load(path).shapes.items()}),
+    )
+    assert record["restricted"] is True
+    assert not other.restricted
+    for found in (mask, mask & other, other | mask, other - mask, ~mask, ~(other & mask)):
+        found.save(tmp_path / "again.safetensors")
+        assert Mask.load(tmp_path / "again.safetensors").restricted
+    assert Stats.load(tmp_path / "masks" / "stats" / "one.safetensors").restricted
+
+    patch = making.invoke("patch", "make", workshop / "base", workshop / "one", "--mask", path, "-o",
+                          tmp_path / "p.patch.safetensors", "--json")  # fmt: skip
+    assert patch.json["restricted"] is True
+    made = {}
+    for kind, models in (("masks", workshop / "one"), ("graft", path)):
+        what = toy.recipe("stitch", {"one": models, "two": workshop / "two"}, workshop / "base",
+                          masks={"one": str(path), "two": str(_open_mask(workshop, tmp_path))})  # fmt: skip
+        toy.run(tmp_path / f"stitched-{kind}", what)
+        made[kind] = json.loads((tmp_path / f"stitched-{kind}" / "suture.json").read_text())
+        card = (tmp_path / f"stitched-{kind}" / "README.md").read_text()
+        assert made[kind]["restricted"] is True
+        assert made[kind]["withheld"] == ["one"]
+        assert "Restricted" in card
+        assert made[kind]["inputs"]["one"]["fingerprint"] not in card
+        assert made[kind]["inputs"]["two"]["fingerprint"] in card
+        assert "share of entries kept" not in card
+    assert suture.open(tmp_path / "stitched-masks").restricted
+    tau = suture.open(tmp_path / "stitched-masks") - suture.open(workshop / "base")
+    assert suture.localize(tau, density=0.1).restricted
+    again = recipe(workshop, "of-secret.yaml", models={"one": str(tmp_path / "stitched-masks")})
+    assert making.invoke("localize", again, "-o", tmp_path / "derived", "--json").json["restricted"]
+
+
+def _open_mask(workshop: Path, tmp_path: Path) -> Path:
+    """A mask of ``two`` without a mark."""
+    where = recipe(workshop, "open.yaml", models={"two": "two"})
+    out = tmp_path / "open"
+    if not out.exists():
+        assert making.invoke("localize", where, "-o", out).code == 0
+    assert not Mask.load(out / "two.safetensors").restricted
+    return out / "two.safetensors"
+
+
+def test_models_are_opened_as_merges_open_them(tmp_path: Path) -> None:
+    """A base with an adapter, the adapter alone and a patch mean the model that they make; rules
+    that run the model run that model."""
+    base = adapting.llama(tmp_path / "base")
+    tiny_model.tokenizer().save_pretrained(str(base))
+    tuned = adapting.adapter(base, tmp_path / "adapter")
+    whole = toy_merge(f"{base}+{tuned}", tmp_path / "whole")
+    patch = tmp_path / "p.patch.safetensors"
+    assert making.invoke("patch", "make", base, whole, "-o", patch).code == 0
+    rows = tmp_path / "rows.jsonl"
+    rows.write_text("\n".join(json.dumps({"text": r.text}) for r in tiny_model.rows(6)))
+    names = {
+        "joined": f"{base}+{tuned}",
+        "adapter": str(tuned),
+        "patch": str(patch),
+        "whole": str(whole),
+    }
+    task = {"data": str(rows), "kind": "causal", "max_length": 8}
+    for rule, more in (("magnitude", {}), ("snip", {"tasks": {m: task for m in names}})):
+        what = {"base": str(base), "models": names, "rule": rule, "density": 0.01, **more}
+        (tmp_path / "r.yaml").write_text(yaml.safe_dump(what))
+        said = making.invoke("localize", tmp_path / "r.yaml", "-o", tmp_path / rule)
+        assert said.code == 0, said.err
+        masks = {m: Mask.load(tmp_path / rule / f"{m}.safetensors") for m in names}
+        for name, mask in masks.items():
+            assert mask == masks["whole"], name
+
+
+def toy_merge(model: str, out: Path) -> Path:
+    """What a merge makes of one model."""
+    suture.run.merge({"models": {"m": model}, "method": "linear", "space": {"exclude": []}}, out)  # type: ignore[attr-defined]
+    return out
+
+
+def test_a_model_without_a_network_cannot_be_run(workshop: Path, tmp_path: Path) -> None:
+    """Rules with data need a config.json, and say so before anything is read."""
+    alone = {"one": tasks()["one"]}
+    where = recipe(workshop, "file.yaml", rule="snip", tasks=alone,
+                   models={"one": "one/model.safetensors"})  # fmt: skip
+
+    said = making.invoke("localize", where, "-o", tmp_path / "out")
+
+    assert said.code == 2
+    assert "models.one: the rule snip runs the model" in said.err
+    assert not list(tmp_path.iterdir())

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import torch
@@ -11,7 +12,16 @@ from tokenizers.models import WordLevel
 from tokenizers.pre_tokenizers import Whitespace
 
 from suture.data import Row
-from suture.models import Encoder, LanguageModel, Loaded, Tokenizer, load_encoder, save_model
+from suture.models import (
+    Encoder,
+    Head,
+    LanguageModel,
+    Loaded,
+    Tokenizer,
+    load_encoder,
+    save_head,
+    save_model,
+)
 
 WORDS = [
     "[PAD]", "[UNK]", "red", "green", "blue", "sun", "moon", "star", "one", "two", "three", "four",
@@ -67,3 +77,21 @@ def rows(n: int = 48) -> list[Row]:
         text = " ".join([words[i % 3], *fillers, words[(i // 3) % 3]])
         found.append(Row(text, ("colour", "sky")[i % 2], group=str(i)))
     return found
+
+
+def workshop(where: Path) -> Path:
+    """A folder with a base, two models near it, a head and twenty labelled rows."""
+    folder(where / "base")
+    for number, name in enumerate(("one", "two")):
+        tuned = loaded(where / "base")
+        draw = torch.Generator().manual_seed(number)
+        with torch.no_grad():
+            for p in tuned.model.parameters():
+                p.add_(0.05 * torch.randn(p.shape, generator=draw))
+        save_model(tuned.model, tuned.tokenizer, where / name)
+    draw = torch.Generator().manual_seed(7)
+    head = Head(("colour", "sky"), torch.randn(2, 16, generator=draw), torch.zeros(2))
+    save_head(head, where / "head.safetensors")
+    lines = [json.dumps({"text": r.text, "label": r.label}) for r in rows(20)]
+    (where / "rows.jsonl").write_text("\n".join(lines))
+    return where

@@ -12,7 +12,7 @@ import yaml
 from suture.checkpoint import Checkpoint, _inside, is_from_hub, read_json
 from suture.errors import CheckpointError
 from suture.merges import Method
-from suture.spec import WORD_OF, readable
+from suture.spec import WORD_OF, listed, readable
 from suture.vocabulary import FILE_LIMIT, tokenizer_files
 
 BESIDE = (
@@ -132,18 +132,25 @@ def model_card(
     results = record["results"]
     loss = results["writeback_loss"]
     recipe = yaml.safe_dump(_public(record["recipe"], donors), sort_keys=False, allow_unicode=True)
+    withheld = record.get("withheld", [])
     rows = "\n".join(
+        f"| {label} | withheld | | | |" if label in withheld else
         f"| {label} | {Path(i['path']).name} | {i['tensors']} | {readable(i['bytes'])} | "
         f"`{i['fingerprint']}` |"
         for label, i in record["inputs"].items()
-    )
+    )  # fmt: skip
     lines = [
         f"---\n{yaml.safe_dump(front, sort_keys=False)}---\n",
         f"# {name}\n",
         f"A merge made with Suture {record['suture']} by **{method.title}** ({method.paper}).\n",
         f"{method.equation}\n",
+        *_protection_lines(record),
         f"## Inputs\n\n| | model | tensors | size | fingerprint |\n|---|---|---|---|---|\n{rows}\n",
-        f"## Recipe\n\n```yaml\n{recipe}```\n",
+        *(
+            [_withheld(withheld)]
+            if record.get("restricted")
+            else [f"## Recipe\n\n```yaml\n{recipe}```\n"]
+        ),
         *_licence_lines(licences, [model_name(c) for c in donors]),
         "## Result\n",
         f"- output fingerprint `{record['output']['fingerprint']}`",
@@ -153,13 +160,39 @@ def model_card(
         lines.append(
             f"- {results['moved']:,} entries moved; rounding to the output dtype undid {loss:.2%}"
         )
-    for kept in [results["density"]] if "density" in results else []:
+    for kept in [results["density"]] if "density" in results and not withheld else []:
         lines.append(f"- share of entries kept, by model: {', '.join(f'{d:.4g}' for d in kept)}")
     lines.append(
         "\nTo make the same tensors again: `suture merge suture.json -o AGAIN`, with the inputs at "
         "the places that `suture.json` names.\n"
     )
     return "\n".join(lines)
+
+
+def _withheld(labels: Sequence[str]) -> str:
+    return (
+        f"**Restricted: it was made from inputs that must not be passed on ({listed(labels)}), nor "
+        "what is made with them.** What is known of these inputs, and the recipe, is withheld from "
+        "this card.\n"
+    )
+
+
+def _protection_lines(record: Mapping[str, Any]) -> list[str]:
+    """What one model alone wrote."""
+    found = record["results"].get("protect")
+    if found is None:
+        return []
+    own = record["recipe"]["protect"]
+    mask, rule = own.get("mask"), own.get("rule")
+    which = f"the rule {rule}" if rule is not None else "the mask"
+    which += f", with as many entries of each tensor as {Path(mask).name}" if rule and mask else (
+        f" {Path(mask).name}" if mask else "")  # fmt: skip
+    change = own.get("scale", 1)
+    has = "has its weights" if change == 1 else f"has the base plus {change:g} times its change"
+    return [
+        f"Protected by {which}: {found['entries']:,} entries ({found['share']:.3%}) are written by "
+        f"**{found['model']}** alone. The output {has} there.\n"
+    ]
 
 
 def patch_card(record: Mapping[str, Any], model: Checkpoint, name: str) -> str:
@@ -196,17 +229,6 @@ def patch_card(record: Mapping[str, Any], model: Checkpoint, name: str) -> str:
     return "\n".join(lines)
 
 
-def is_restricted(checkpoint: Checkpoint) -> bool:
-    """Whether a model must not be passed on: it is known, or the record beside it says so."""
-    record = checkpoint.folder / "suture.json"
-    if checkpoint.restricted or not checkpoint.path.is_dir() or not record.is_file():
-        return checkpoint.restricted
-    try:
-        return read_json(_inside(record, checkpoint.folder)).get("restricted") is True
-    except CheckpointError:  # some other file of that name: it says nothing
-        return False
-
-
 def model_name(checkpoint: Checkpoint) -> str:
     """How a card names a model: its hub id, or the last part of its path, never a whole path."""
     hub = is_from_hub(checkpoint)
@@ -220,6 +242,9 @@ def _public(recipe: Mapping[str, Any], donors: Sequence[Checkpoint]) -> dict[str
     }
     base = recipe["base"]
     found = {**recipe, "base": None if base is None else Path(base).name, "models": models}
+    if "protect" in recipe:
+        found["protect"] = {k: Path(v).name if k in ("mask", "stats") else v
+                            for k, v in recipe["protect"].items()}  # fmt: skip
     if "stages" in recipe:
         found["stages"] = {n: _public(stage, donors) for n, stage in recipe["stages"].items()}
     return found
@@ -291,7 +316,6 @@ __all__ = [
     "carried_files",
     "carried_tokenizer",
     "config_text",
-    "is_restricted",
     "licence_of",
     "model_card",
     "model_name",

@@ -220,8 +220,6 @@ class Checkpoint(Mapping[str, Array]):
     checkpoint gives a ``TaskVector``; adding two is an error.
     """
 
-    restricted = False
-    """Whether it is known to be made from something that must not be passed on."""
     notes: tuple[str, ...] = ()
     """What whoever uses it should know."""
     has_tokenizer = False
@@ -253,6 +251,16 @@ class Checkpoint(Mapping[str, Array]):
             for file, header in zip(files, headers, strict=True)
         ]
         """What tells cheaply whether the files are still the same: name, size, time, header."""
+
+    @cached_property
+    def restricted(self) -> bool:
+        """Whether it was made from something that must not be passed on: its record says so."""
+        record = self.folder / "suture.json"
+        try:
+            found = read_json(_inside(record, self.folder), JSON_LIMIT) if record.is_file() else {}
+        except CheckpointError:  # some other file of that name: it says nothing
+            return False
+        return found.get("restricted") is True
 
     def _read_headers(self, index: Mapping[str, str] | None) -> list[Header]:
         problems = Problems()

@@ -584,6 +584,10 @@ def localize(
             help="Write the marked weights, too: grafts, which stitch without their models.",
         ),
     ] = False,
+    restricted: Annotated[
+        bool,
+        typer.Option("--restricted", help="Mark them, and what is made with them: not to share."),
+    ] = False,
     as_json: Json = False,
 ) -> None:
     """Find the entries that carry a model's skill: a mask for each model, by an importance rule."""
@@ -592,7 +596,7 @@ def localize(
 
         machine.announce = lambda: _say("compiling for this processor (once, some ten seconds)")
         plan = regions.plan_regions(recipe, out, threads=threads, overwrite=overwrite,
-                                    values=values)  # fmt: skip
+                                    values=values, restricted=restricted)  # fmt: skip
         if not dry_run:
             record = regions.execute(plan, bars.stage, _silent if as_json else _say)
     if dry_run:
@@ -892,6 +896,154 @@ def _strategy_data(line: Any) -> dict[str, Any]:
     }
 
 
+class Asking:
+    """Progress of evaluations on standard error: a bar on a terminal, else a line now and then."""
+
+    def __init__(self, quiet: bool = False) -> None:
+        self._quiet = quiet
+        self._bars: Any = None
+        self._task: Any = None
+        self._told, self._last = 0.0, ""
+        if sys.stderr.isatty() and not quiet:
+            from rich.console import Console
+            from rich.progress import (
+                BarColumn,
+                MofNCompleteColumn,
+                Progress,
+                TextColumn,
+                TimeRemainingColumn,
+            )
+
+            self._bars = Progress(
+                TextColumn("{task.description:<8}"), BarColumn(), MofNCompleteColumn(),
+                TimeRemainingColumn(), TextColumn("{task.fields[now]}", style="dim", markup=False),
+                console=Console(stderr=True), transient=True,
+            )  # fmt: skip
+
+    def __enter__(self) -> Asking:
+        if self._bars is not None:
+            self._bars.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if self._bars is not None:
+            self._bars.stop()
+
+    def say(self, text: str) -> None:
+        """Tell something that is not a row."""
+        if not self._quiet:
+            _say(text) if self._bars is None else self._bars.console.print(
+                _clean(text), markup=False
+            )
+
+    def tell(self, at: Any) -> None:
+        """Tell how far it is."""
+        now = _clean(f"{at.model}: {at.evaluation}")
+        if self._bars is not None:
+            if self._task is None:
+                self._task = self._bars.add_task("rows", total=at.total, now=now)
+            self._bars.update(self._task, completed=round(at.done), now=now)
+        elif not self._quiet:
+            if now == self._last and time.monotonic() - self._told < 10:
+                return
+            self._told, self._last = time.monotonic(), now
+            left = "" if at.eta is None else f", {at.eta:.0f} s left"
+            _say(f"{now}: {at.done:.0f} of {at.total} rows{left}")
+
+
+@app.command("eval")
+def evaluate(
+    models: Annotated[
+        list[str], typer.Argument(help="Folders, hub ids, GGUF files or BASE+ADAPTER.")
+    ],
+    suite: Annotated[Path, typer.Option("--suite", "-s", help="What to ask (YAML).")],
+    out: Annotated[
+        Path,
+        typer.Option("--out", "-o", help="A folder of results; or a .json file, for one model."),
+    ] = Path("results"),
+    limit: Annotated[
+        int, typer.Option("--limit", min=0, help="Only the first rows of each evaluation; 0: all.")
+    ] = 0,
+    device: Annotated[str, typer.Option("--device", help="auto, cpu, cuda, cuda:1, ...")] = "auto",
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="Check everything and say what would be done.")
+    ] = False,
+    overwrite: Annotated[
+        bool, typer.Option("--overwrite", help="Replace results of other models or suites.")
+    ] = False,
+    no_resume: Annotated[
+        bool, typer.Option("--no-resume", help="Ask again what a result answers already.")
+    ] = False,
+    as_json: Json = False,
+) -> None:
+    """Evaluate models by a suite; what a result answers already is not asked again."""
+    with _errors(as_json):
+        from suture.suites import plan as planning
+        from suture.suites import work
+
+        how = planning.Options(overwrite, not no_resume, device, limit)
+        plan = planning.plan_suite(models, suite, out, how)
+        if dry_run:
+            found = planning.describe(plan)
+            _print(found) if as_json else _show_questions(found)
+            return
+        with Asking(as_json) as shown, Bars(as_json or sys.stderr.isatty()) as bars:
+            rows = sum(len(asked.rows) for asked in plan.asked.values())
+            shown.say(f"{plan.suite.name}: {len(plan.asked)} evaluation(s), {rows} rows, "
+                      f"{len(plan.subjects)} model(s) on {plan.device}")  # fmt: skip
+            results = work.execute(plan, stage=bars.stage, say=shown.say, tell=shown.tell)
+    if as_json:
+        _print({"results": [json.loads(result.to_json()) for result in results]})
+        return
+    from suture.suites.tables import results_table
+
+    for line in results_table(results):
+        _tell(line)
+    for subject in plan.subjects:
+        _tell(f"wrote {subject.out}")
+
+
+def _show_questions(found: dict[str, Any]) -> None:
+    for name, row in found["models"].items():
+        _tell(f"model    {name}: {row['path']}, result in {row['output']}")
+    for name, row in found["evaluations"].items():
+        more = ", utility" if row["utility"] else ""
+        groups = f", by {listed(row['categories'])}" if row["categories"] else ""
+        _tell(f"ask      {name}: {row['kind']}, {row['rows']} rows{more}{groups}")
+        for note in row["notes"]:
+            _tell(f"note     {name}: {note}")
+    _tell(f"device   {found['device']}")
+    _tell("nothing was asked; leave out --dry-run to evaluate")
+
+
+@app.command()
+def compare(
+    results: Annotated[
+        list[Path], typer.Argument(help="BASE.json [EXPERT.json ...] EDIT.json of one suite.")
+    ],
+    edits: Annotated[
+        list[Path] | None,
+        typer.Option("--edit", help="One more edit; then all after the base are experts."),
+    ] = None,
+    gate: Annotated[
+        Path | None, typer.Option("--gate", help="Rules that every edit must keep (YAML).")
+    ] = None,
+    as_json: Json = False,
+) -> None:
+    """Show base, experts and edits side by side; with a gate, exit 1 when a rule is broken."""
+    with _errors(as_json):
+        from suture.suites import comparison, tables
+
+        found = comparison.compare_files(results, edits or (), gate)
+    if as_json:
+        _print(found.to_dict())
+    else:
+        for line in tables.comparison_table(found):
+            _tell(line)
+    if not found.held:
+        _stop(FAILED)
+
+
 @app.command()
 def realign(
     recipe: Annotated[Path, typer.Argument(help="A recipe (YAML).")],
@@ -973,10 +1125,11 @@ def realigners(
 @app.command()
 def demo(
     out: Annotated[Path, typer.Option("--out", help="Where to write.")] = Path("demo"),
-    quick: Annotated[bool, typer.Option("--quick", help="Fewer steps: under two minutes.")] = False,
+    quick: Annotated[
+        bool, typer.Option("--quick", help="Fewer steps: under three minutes.")
+    ] = False,
 ) -> None:
-    """Fine-tune, merge and evaluate small real models, end to end."""
-    begun = time.perf_counter()
+    """Fine-tune, merge, localize, stitch, patch and evaluate small real models, end to end."""
     with _errors():
         try:
             from suture.demo import run_demo
@@ -988,8 +1141,8 @@ def demo(
                 "pip install 'suture[demo]' and pip install --no-deps -r requirements/demo.txt"
             ) from None
         run_demo(out, quick=quick, say=_say)
-    _tell(f"wrote {out / 'results.json'} and {out / 'results.md'} "
-          f"in {time.perf_counter() - begun:.0f} s")  # fmt: skip
+    page = out / "report.html"
+    _tell(str(page if page.is_file() else out / "results.md"))
 
 
 def main() -> None:

@@ -1,4 +1,4 @@
-"""The main job on small real models, end to end: fine-tune experts, merge them, compare.
+"""The main job on small real models, end to end: fine-tune, merge, localize, patch, compare.
 
 For every task a linear head is fitted on the frozen base encoder and then frozen itself; only then
 is the encoder fine-tuned (Kumar et al., 2022). So the base has a meaningful accuracy, every model
@@ -11,15 +11,13 @@ changed.
 
 from __future__ import annotations
 
-import hashlib
 import json
 import os
 import platform
 import shutil
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
-from dataclasses import asdict, dataclass, replace
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, replace
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -27,10 +25,10 @@ from typing import Any
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # before torch: idle threads must not spin
 
 import torch
-import xxhash
 import yaml
 
 from suture.data import Dataset, Row, Split, at_most, draw, labels_of, split, tokenise
+from suture.demo_edits import Edits
 from suture.demo_tasks import (
     OPERATIONS,
     OPERATIONS_ABOUT,
@@ -41,7 +39,7 @@ from suture.demo_tasks import (
     packages,
     published_folder,
 )
-from suture.errors import OutputError, SutureError
+from suture.errors import MissingExtraError, SutureError
 from suture.evals import EVALS, EvalResult, Metric
 from suture.evals.embedding import agreement
 from suture.models import (
@@ -55,17 +53,29 @@ from suture.models import (
     save_head,
     save_model,
 )
-from suture.report import Entry, Kind, Report, Task
+from suture.report import Entry, Report, Task
 from suture.roles import role_of
 from suture.run import merge
 from suture.stream import cores
 from suture.tune import Progress, TuneSettings, fit_head, tune
-
-Say = Callable[[str], None]
+from suture.workshop import (
+    EVAL_BATCH,
+    Column,
+    Model,
+    Say,
+    Workshop,
+    digest,
+    fingerprint,
+    limited,
+    read_result,
+    write,
+)
 
 STEPS = 1
 """Version of what the steps below do; raise it with them, so that nothing stale is used again."""
 SEED = 0
+FEW = 16
+"""Training rows of each label from which regions are found with data."""
 SHARES = {"validation": 0.15, "test": 0.25}
 SCALES = (0.2, 0.4, 0.6, 0.8, 1.0)
 """What task arithmetic may choose from, on validation rows; 0, the base, is an answer too."""
@@ -83,45 +93,14 @@ CHOSEN = "task-arithmetic"
 """The recipe whose scale is chosen."""
 QUICK = ("bias", "languages")
 """The tasks of the quick demo."""
-EVAL_BATCH = 64
-
-
-@dataclass(frozen=True)
-class Model:
-    """A row of the table before it is measured."""
-
-    name: str
-    kind: Kind
-    folder: Path
-    key: str
-    """Identifies its weights."""
-    about: str
-    seconds: float = 0.0
-
-
-Measure = Callable[[Encoder, Dataset], tuple[Metric, ...]]
-
-
-@dataclass(frozen=True)
-class Column:
-    """A task, ready to measure encoders on."""
-
-    task: Task
-    kind: str
-    """The evaluation."""
-    key: str
-    """Identifies data and head."""
-    data: Mapping[str, Dataset]
-    """By side: ``validation``, ``test``."""
-    measure: Measure
 
 
 def run_demo(out: Path, *, quick: bool = False, say: Say) -> Report:
     """Run the demo into a folder and return its report, also written as JSON and Markdown.
 
     Args:
-        out: takes the experts, heads, merges and results; about 1.2 GB (quick: 1 GB).
-        quick: two tasks instead of four, less training, fewer test rows; under two minutes.
+        out: takes experts, heads, merges, regions, a patch and results; about 1.5 GB.
+        quick: two tasks instead of four, less training, fewer test rows; under three minutes.
         say: receives a line of text now and then.
 
     Raises:
@@ -132,13 +111,27 @@ def run_demo(out: Path, *, quick: bool = False, say: Say) -> Report:
     versions |= {name: version(name) for name in ("torch", "transformers", "accelerate")}
     versions |= {"suture": version("suture"), "python": platform.python_version()}
     tasks = [shortened(task) for task in TASKS if task.name in QUICK] if quick else list(TASKS)
-    with _threads(cores()):
+    with limited(cores()):
         workshop = Workshop(out, {"steps": STEPS, **versions}, say)
         report = _run(workshop, tasks, places, versions)
-    _write(out / "results.json", report.to_json())
-    _write(out / "results.md", report.to_markdown())
-    say(f"done in {time.perf_counter() - began:.0f} s: see {out / 'results.md'} and results.json")
+    write(out / "results.json", report.to_json())
+    write(out / "results.md", report.to_markdown())
+    page = _page(out, say)
+    seconds = time.perf_counter() - began
+    say(f"done in {seconds:.0f} s; tables: {out / 'results.md'}; report: {page}")
     return report
+
+
+def _page(out: Path, say: Say) -> Path:
+    """The report of everything as one page; the tables alone where its extra is missing."""
+    from suture.page import write_page
+
+    try:
+        write_page(out, out / "report.html", title="The demo of Suture", overwrite=True)
+    except MissingExtraError as error:
+        say(str(error))
+        return out / "results.md"
+    return out / "report.html"
 
 
 def shortened(task: TextTask) -> TextTask:
@@ -169,14 +162,23 @@ def _run(
     models = [base, *experts]
     for name in MERGES:
         models.append(merged(shop, name, base, experts, scale if name == CHOSEN else None))
+    edits = Edits(shop, base, experts, columns)
+    edits.localize()
+    models.append(edits.stitched())
 
     entries = []
     for model in models:
         metrics = measured(shop, model, columns, "test", versions)
         shop.say(f"{model.name}: " + ", ".join(f"{n} {m.value:.3f}" for n, m in metrics.items()))
         entries.append(Entry(model.name, model.kind, metrics, model.about, model.seconds))
+    told = [edits.continual(), edits.patch()]
+    for line in told:
+        shop.say(line)
+    edits.curve()
+    edits.analyse(scale)
     notes = [
         *NOTES,
+        *told,
         _scale_note(scale, scores),
         _retrieval_note(shop, base, experts[-1], tokenizer),
     ]
@@ -238,6 +240,9 @@ def learn(
         lambda encoder, part: EVALS["accuracy"](
             Classifier(encoder, head), part.batches(EVAL_BATCH)
         ),
+        head_path.resolve(),
+        at_most(sides.train, FEW, seed=SEED),
+        task.max_length,
     )
     return column, Model(task.name, "expert", folder, key, _training(task.tune, sides), seconds)
 
@@ -337,7 +342,7 @@ def choose_scale(
                 f"{CHOSEN}: scale {scale} gives {scores[scale]:.3f} of the experts on validation"
             )
         shutil.rmtree(shop.out / "merges" / ".trial")
-        _write(path, json.dumps({str(scale): score for scale, score in scores.items()}, indent=2))
+        write(path, json.dumps({str(scale): score for scale, score in scores.items()}, indent=2))
 
     shop.make(path, inputs, choose)
     scores = {float(scale): score for scale, score in json.loads(path.read_text()).items()}
@@ -353,7 +358,7 @@ def measured(
     for column in columns:
         path = shop.out / "results" / model.name / f"{column.task.name}.json"
         key = digest([shop.made_with, model.key, column.key, side])
-        result = _result(path, key)
+        result = read_result(path, key)
         if result is None:
             if encoder is None:
                 encoder = load_encoder(model.folder, dtype=torch.float32).model
@@ -364,104 +369,9 @@ def measured(
                 model.name, column.task.name, column.kind, found, seconds, {"key": key}, versions
             )
             path.parent.mkdir(parents=True, exist_ok=True)
-            _write(path, result.to_json())
+            write(path, result.to_json())
         metrics[column.task.name] = result.metrics[0]
     return metrics
-
-
-def _result(path: Path, key: str) -> EvalResult | None:
-    try:
-        result = EvalResult.from_json(path.read_text(encoding="utf-8"))
-    except (OSError, SutureError):
-        return None
-    return result if result.inputs.get("key") == key else None
-
-
-# -- what is made once -----------------------------------------------------------------------------
-
-
-class Workshop:
-    """A folder of made things; each has a stamp beside it that says what it was made from."""
-
-    def __init__(self, out: Path, made_with: Mapping[str, Any], say: Say) -> None:
-        self.out = out
-        self.made_with = dict(made_with)
-        self.say = say
-
-    def make(self, path: Path, inputs: Any, step: Callable[[], None]) -> tuple[str, float]:
-        """Run ``step``, which makes ``path``, unless it was made from the same inputs before.
-
-        Returns:
-            The key of inputs and tools, and the seconds that making it took.
-
-        Raises:
-            OutputError: something stands there that no earlier run has made.
-        """
-        key = digest([self.made_with, inputs])
-        stamp = path.with_name(f".{path.name}.made.json")
-        name = path.relative_to(self.out)
-        found = _stamp(stamp)
-        if found and found.get("key") == key and found.get("sizes") == _sizes(path):
-            self.say(f"{name}: as before")
-            return key, float(found["seconds"])
-        if path.exists() and not found:
-            raise OutputError(f"{path} was not made by the demo; choose another folder")
-        stamp.unlink(missing_ok=True)
-        if path.is_dir():
-            shutil.rmtree(path)
-        path.parent.mkdir(parents=True, exist_ok=True)
-        began = time.perf_counter()
-        try:
-            step()
-        except BaseException:
-            self._clear(path, stamp)
-            raise
-        seconds = round(time.perf_counter() - began, 2)
-        made = {"key": key, "seconds": seconds, "sizes": _sizes(path)}
-        _write(stamp, json.dumps(made, indent=2))
-        self.say(f"{name}: made in {seconds:.1f} s")
-        return key, seconds
-
-    @staticmethod
-    def _clear(path: Path, stamp: Path) -> None:
-        if path.exists():  # ours, though not finished: the next run may replace it
-            _write(stamp, json.dumps({"key": ""}))
-
-
-def _stamp(path: Path) -> dict[str, Any]:
-    try:
-        found = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        return {}
-    return found if isinstance(found, dict) else {}
-
-
-def _sizes(path: Path) -> dict[str, int]:
-    files = [path] if path.is_file() else sorted(p for p in path.rglob("*") if p.is_file())
-    return {str(p.relative_to(path.parent)): p.stat().st_size for p in files}
-
-
-def digest(what: Any) -> str:
-    """A short hash of plain data."""
-    text = json.dumps(what, sort_keys=True, default=list, separators=(",", ":"))
-    return hashlib.blake2b(text.encode(), digest_size=16).hexdigest()
-
-
-def fingerprint(folder: Path) -> str:
-    """A fast hash of all files that make a model: weights, configuration, tokenizer."""
-    state = xxhash.xxh3_128()
-    for file in sorted([*folder.glob("*.safetensors"), *folder.glob("*.json")]):
-        state.update(file.name.encode())
-        with file.open("rb") as data:
-            while piece := data.read(1 << 20):
-                state.update(piece)
-    return state.hexdigest()
-
-
-def _write(path: Path, text: str) -> None:
-    partial = path.with_name(f".{path.name}.partial")
-    partial.write_text(text, encoding="utf-8")
-    partial.replace(path)
 
 
 def _examples() -> Path:
@@ -470,16 +380,6 @@ def _examples() -> Path:
         if (folder / "demo-linear.yaml").is_file():
             return folder
     raise SutureError("the demo's recipes are not installed: run `make demo` in a clone of Suture")
-
-
-@contextmanager
-def _threads(number: int) -> Iterator[None]:
-    before = torch.get_num_threads()
-    torch.set_num_threads(number)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(before)
 
 
 # -- words -----------------------------------------------------------------------------------------
@@ -518,14 +418,14 @@ def _retrieval_note(shop: Workshop, base: Model, expert: Model, tokenizer: Token
     for model in (base, expert):
         path = shop.out / "results" / model.name / "retrieval.json"
         key = digest([shop.made_with, model.key, data.ids])
-        result = _result(path, key)
+        result = read_result(path, key)
         if result is None:
             encoder = load_encoder(model.folder, dtype=torch.float32).model
             metrics = EVALS["neighbour"](encoder, data.batches(EVAL_BATCH))
             result = EvalResult(
                 model.name, "retrieval", "neighbour", metrics, 0.0, {"key": key}, {}
             )
-            _write(path, result.to_json())
+            write(path, result.to_json())
         metric = result.metrics[0]
         found.append(f"{metric.value:.2f} [{metric.low:.2f}, {metric.high:.2f}] for {model.name}")
     return (

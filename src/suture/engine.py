@@ -106,6 +106,8 @@ class Outcome:
     resumed: int
     """Pieces that an earlier, interrupted run had finished."""
     seconds: dict[str, float] = field(default_factory=dict)
+    told: tuple[str, ...] = ()
+    """What the methods have to say, a line each."""
 
     @property
     def writeback_loss(self) -> float | None:
@@ -341,7 +343,13 @@ def _outcome(
         for job, state in zip(jobs, states, strict=True)
     ]
     told = facts[0] if len(facts) == 1 else {"slices": facts} if any(facts) else {}
-    return Outcome(prints, made, moved, lost, told, resumed)
+    lines = (
+        line
+        for job, state in zip(jobs, states, strict=True)
+        if state is not None
+        for line in job.merge.tell(state)
+    )
+    return Outcome(prints, made, moved, lost, told, resumed, told=tuple(lines))
 
 
 def _seen(

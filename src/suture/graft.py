@@ -18,7 +18,7 @@ import numpy as np
 
 from suture.checkpoint import Array, Checkpoint, read_header
 from suture.errors import MismatchError, Problems, SutureError
-from suture.mask import GRAFT, MaskFile, StoredMask, popcount
+from suture.mask import GRAFT, MaskFile, StoredMask, marked, popcount
 from suture.spec import DTYPES, TensorSpec, listed
 from suture.views import Same, View
 
@@ -38,10 +38,11 @@ def write_graft(
         OutputError: the file cannot be written.
     """
     check_shapes(mask, tuned)
-    counts = {n: _count(mask, n) for n in mask.shapes}
+    counts = {n: mask.count(n) for n in mask.shapes}
     order = sorted(counts, key=lambda n: (-DTYPES[tuned.specs[n].dtype].bits, n))
     values = {VALUES + n: TensorSpec(tuned.specs[n].dtype, (counts[n],)) for n in order}
-    with MaskFile(path, mask.shapes, {**mask.about, **(about or {})}, values) as file:
+    known = marked({**mask.about, **(about or {})}, mask.restricted or tuned.restricted)
+    with MaskFile(path, mask.shapes, known, values) as file:
         for name in mask.shapes:
             spec = tuned.specs[name]
             dtype, at = DTYPES[spec.dtype], 0
@@ -50,20 +51,10 @@ def write_graft(
                 bits, raw = np.empty(-(-count // 8), np.uint8), np.empty(count, dtype.storage)
                 mask.read(name, start, bits)
                 tuned.read_into(name, start, raw.view(np.uint8))
-                marked = raw[np.unpackbits(bits, count=count, bitorder="little").view(bool)]
+                chosen = raw[np.unpackbits(bits, count=count, bitorder="little").view(bool)]
                 file.put(name, start // 8, bits)
-                file.put(VALUES + name, at, marked.view(np.uint8))
-                at += marked.nbytes
-
-
-def _count(mask: StoredMask, name: str) -> int:
-    numel = TensorSpec("BOOL", mask.shapes[name]).numel
-    total = 0
-    for start in range(0, numel, 8 * _READ):
-        bits = np.empty(-(-min(8 * _READ, numel - start) // 8), np.uint8)
-        mask.read(name, start, bits)
-        total += popcount(bits)
-    return total
+                file.put(VALUES + name, at, chosen.view(np.uint8))
+                at += chosen.nbytes
 
 
 def check_shapes(mask: StoredMask, model: Checkpoint, label: str = "") -> None:

@@ -35,9 +35,9 @@ class Look(NamedTuple):
     shape: tuple[int, ...]
     """Of the whole tensor."""
     delta: Array
-    """Tuned minus base: float32[size]."""
+    """Tuned minus base: float32[size]; empty for rules that do not look at it."""
     weight: Array
-    """The weights of the model that the statistics are of: float32[size]."""
+    """The weights of the model that the statistics are of: float32[size]; empty likewise."""
     stats: Stats | None
     key: int
     """Of the random stream of this tensor."""
@@ -130,6 +130,10 @@ class Rule:
     signed: bool = False
     """Whether scores may be negative; where not, an entry whose score is 0 is never kept."""
     seeded: bool = False
+    delta: bool = True
+    """Whether the change is looked at; where not, it is not read."""
+    weight: bool = True
+    """The same of the weights."""
 
     @property
     def name(self) -> str:
@@ -145,18 +149,22 @@ class Rule:
 RULES: dict[str, Rule] = {
     r.name: r
     for r in (
-        Rule(magnitude, "Magnitude", "He et al. 2025, arXiv:2408.13656"),
+        Rule(magnitude, "Magnitude", "He et al. 2025, arXiv:2408.13656", weight=False),
         Rule(random, "Random (control)", "", seeded=True),
-        Rule(fisher, "Fisher", "Matena and Raffel 2022, arXiv:2111.09832", ("fisher",)),
+        Rule(fisher, "Fisher", "Matena and Raffel 2022, arXiv:2111.09832", ("fisher",),
+             weight=False),
         Rule(empirical_fisher, "Empirical Fisher", "Kunstner et al. 2019, arXiv:1905.12558",
-             ("empirical_fisher",)),
-        Rule(snip, "SNIP, row by row", "Lee et al. 2019, arXiv:1810.02340", ("abs_grad",)),
-        Rule(delta_grad, "SNIP of the change", "Wei et al. 2024, arXiv:2402.05162", ("abs_grad",)),
+             ("empirical_fisher",), weight=False),
+        Rule(snip, "SNIP, row by row", "Lee et al. 2019, arXiv:1810.02340", ("abs_grad",),
+             delta=False),
+        Rule(delta_grad, "SNIP of the change", "Wei et al. 2024, arXiv:2402.05162", ("abs_grad",),
+             weight=False),
         Rule(first_order, "First-order saving", "Molchanov et al. 2017, arXiv:1611.06440",
-             ("grad",), signed=True),
-        Rule(wanda, "Wanda", "Sun et al. 2024, arXiv:2306.11695", ("input_norm",)),
+             ("grad",), signed=True, weight=False),
+        Rule(wanda, "Wanda", "Sun et al. 2024, arXiv:2306.11695", ("input_norm",),
+             delta=False),
         Rule(learned, "Localize-and-Stitch, learned", "He et al. 2025, arXiv:2408.13656",
-             ("logit",), signed=True),
+             ("logit",), signed=True, weight=False),
     )
 }  # fmt: skip
 """Every importance rule. Another package adds one by an entry point ``suture.rules``."""
@@ -205,6 +213,9 @@ def stream_key(seed: int, model: str, tensor: str) -> int:
     return int.from_bytes(hashlib.blake2b(text.encode(), digest_size=8).digest(), "little")
 
 
+_UNREAD = np.zeros(0, np.float32)
+
+
 @dataclass(frozen=True)
 class Scoring:
     """A rule with what it needs to score one task vector."""
@@ -237,9 +248,11 @@ class Scoring:
         Raises:
             NonFiniteError: a model, or the statistics, hold NaN or infinity here.
         """
-        delta = self._delta(name, start, count) * np.float32(self.factor)
-        of_tuned = self.weights is self.tuned
-        weight = _widened(self.tuned if of_tuned else self.base, name, start, count)
+        delta = weight = _UNREAD
+        if self.rule.delta:
+            delta = self._delta(name, start, count) * np.float32(self.factor)
+        if self.rule.weight:
+            weight = _widened(self.weights, name, start, count)
         shape = self.base.specs[name].shape
         key = stream_key(self.seed, self.label, name) if self.rule.seeded else 0
         look = Look(name, start, count, shape, delta, weight, self.stats, key)

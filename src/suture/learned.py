@@ -16,6 +16,7 @@ import math
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, fields, replace
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -27,6 +28,7 @@ from suture.mask import localize
 from suture.measure import OBJECTIVES, Objective, check_rows, data_hash
 from suture.models import evaluating, parameters_of
 from suture.mover import to
+from suture.snapshot import Snapshot, read_snapshot, write_snapshot
 from suture.stats import Stats
 from suture.vector import TaskVector
 
@@ -150,7 +152,7 @@ class Epoch:
     """Share of logits above 0 after it."""
 
 
-def learn(
+def learn(  # noqa: PLR0913  every word of the question
     vector: TaskVector,
     model: nn.Module,
     data: Dataset,
@@ -160,6 +162,7 @@ def learn(
     device: str = "cpu",
     facts: Mapping[str, Any] | None = None,
     progress: Callable[[Epoch], None] | None = None,
+    keep: Path | None = None,
 ) -> Stats:
     """Train the logits of the mask of one task vector; statistics of the kind ``logit``.
 
@@ -172,6 +175,8 @@ def learn(
         device: where model and batches are.
         facts: kept with the logits: ``model``, the fingerprint of the tuned model.
         progress: called after every step.
+        keep: a file that holds where training stands, after every step; training goes on from it,
+            to the same bytes, if it is that of the same data and settings.
 
     Raises:
         NonFiniteError: the loss became NaN or infinite.
@@ -185,17 +190,20 @@ def learn(
     start = localize(vector, density=settings.start)
     trainer = _Trainer(vector, parameters, settings, device)
     trainer.open({name: torch.from_numpy(start[name]) for name in vector.names})
-    losses = []
+    same = {"settings": asdict(settings), "data": data_hash(data), "facts": dict(facts or {})}
+    losses = [] if keep is None else trainer.go_on(keep, same)
     with evaluating(model), _restored(model, parameters):
-        for epoch in range(1, settings.epochs + 1):
+        for epoch in range(len(losses) + 1, settings.epochs + 1):
             trainer.place()
             loss = trainer.gather(model, data, objective)
             losses.append(loss)
             trainer.step()
+            if keep is not None:
+                write_snapshot(trainer.snapshot({**same, "losses": losses}), keep)
             if progress is not None:
                 progress(Epoch(epoch, settings.epochs, loss, trainer.share()))
     known = {
-        "rows": len(data), "data": data_hash(data), "objective": objective.name, "at": "tuned",
+        "rows": len(data), "data": same["data"], "objective": objective.name, "at": "tuned",
         "loss": losses[-1], "losses": losses, "settings": asdict(settings),
         "start_density": start.density, **(facts or {}),
     }  # fmt: skip
@@ -299,6 +307,27 @@ class _Trainer:
                 logits.grad = slope
         if self._adam is not None:
             self._adam.step()
+
+    def snapshot(self, facts: Mapping[str, Any]) -> Snapshot:
+        """Where training stands: the logits, and what Adam remembers of them."""
+        tensors = {f"logit/{name}": s for name, s in self.logits.items()}
+        for name, s in self.logits.items() if self._adam is not None else ():
+            assert self._adam is not None
+            tensors |= {f"{key}/{name}": value for key, value in self._adam.state[s].items()}
+        return Snapshot(tensors, facts)
+
+    def go_on(self, path: Path, same: Mapping[str, Any]) -> list[float]:
+        """Take up where a snapshot stands, if it is one of the same; the losses so far."""
+        found = read_snapshot(path)
+        if found is None or {k: found.facts.get(k) for k in same} != same:
+            return []
+        for name, logits in self.logits.items():
+            logits.copy_(found.tensors[f"logit/{name}"])
+            if self._adam is not None:
+                kept = {k: found.tensors[f"{k}/{name}"] for k in ("step", "exp_avg", "exp_avg_sq")}
+                on = {k: t.to(logits.device) for k, t in kept.items() if k != "step"}
+                self._adam.state[logits] = {"step": kept["step"], **on}
+        return list(map(float, found.facts["losses"]))
 
     def share(self) -> float:
         """Share of logits above 0."""

@@ -79,7 +79,8 @@ class Mask:
         self.shapes = dict(shapes)
         self.bits = dict(bits)
         self.about = dict(about or {})
-        """How it was made and of what, for those who read the file; set algebra drops it."""
+        """How it was made and of what, for those who read the file; set algebra drops it, but for
+        the mark ``restricted``."""
 
     @classmethod
     def of(cls, entries: Mapping[str, Array], about: Mapping[str, Any] | None = None) -> Mask:
@@ -95,6 +96,11 @@ class Mask:
             np.unpackbits(self.bits[name], count=count, bitorder="little").view(bool).reshape(shape)
         )
 
+    @property
+    def restricted(self) -> bool:
+        """Whether it, and what is made with it, must not be passed on."""
+        return self.about.get("restricted") is True
+
     def _same(self, other: object) -> Mask:
         if not isinstance(other, Mask) or self.shapes != other.shapes:
             raise SutureError("masks combine only over the same tensors")
@@ -102,7 +108,8 @@ class Mask:
 
     def _combined(self, other: Mask, how: Callable[[Array, Array], Array]) -> Mask:
         theirs = self._same(other).bits
-        return Mask(self.shapes, {n: how(b, theirs[n]) for n, b in self.bits.items()})
+        bits = {n: how(b, theirs[n]) for n, b in self.bits.items()}
+        return Mask(self.shapes, bits, marked({}, self.restricted or other.restricted))
 
     def __and__(self, other: Mask) -> Mask:
         return self._combined(other, np.bitwise_and)
@@ -121,7 +128,7 @@ class Mask:
             if spare:
                 flipped[-1] &= 0xFF >> spare
             found[name] = flipped
-        return Mask(self.shapes, found)
+        return Mask(self.shapes, found, marked({}, self.restricted))
 
     def __eq__(self, other: object) -> bool:
         return (
@@ -189,6 +196,11 @@ class Mask:
         return cls(stored.shapes, {n: stored.checkpoint[n] for n in stored.shapes}, stored.about)
 
 
+def marked(about: Mapping[str, Any], restricted: bool) -> dict[str, Any]:
+    """What a file says of itself, with the mark of what must not be passed on where it has one."""
+    return {**about, "restricted": True} if restricted else dict(about)
+
+
 class Shared(NamedTuple):
     """What two masks of one tensor have in common."""
 
@@ -244,6 +256,8 @@ class StoredMask:
         self.path = path
         self.checkpoint = Checkpoint(path, str(path), [path])
         self.about = _about(path, metadata)
+        self.restricted = self.about.get("restricted") is True
+        self.checkpoint.restricted = self.restricted
         self.shapes: dict[str, tuple[int, ...]] = {}
         for key, text in metadata.items():
             if key.startswith("shape "):
@@ -266,6 +280,16 @@ class StoredMask:
     def read(self, name: str, start: int, out: Array) -> None:
         """Fill ``out`` (uint8) with packed bits from entry ``start``, a multiple of 8, on."""
         self.checkpoint.read_into(name, start // 8, out)
+
+    def count(self, name: str) -> int:
+        """How many entries of a tensor are marked."""
+        whole = packed_bytes(self.shapes[name])
+        bits, total = np.empty(min(whole, _CHUNK), np.uint8), 0
+        for at in range(0, whole, _CHUNK):
+            part = bits[: min(_CHUNK, whole - at)]
+            self.read(name, 8 * at, part)
+            total += popcount(part)
+        return total
 
     def overlap(self, other: StoredMask, *, seed: int = 0, draws: int = 1000) -> Overlap:
         """As ``Mask.overlap``, in the memory of two pieces.
@@ -512,7 +536,9 @@ def localize(  # noqa: PLR0913  every word of the question
     share = 1.0 if density is None else density
     located = locate(scoring, vector.names, share, scope, sink, threads=threads)
     about = {"rule": rule, "scope": scope, "density": density, "tied": located.tied}
-    return Mask(shapes, bits, about)
+    restricted = vector.base.restricted or tuned.restricted
+    restricted = restricted or (stats is not None and stats.restricted)
+    return Mask(shapes, bits, marked(about, restricted))
 
 
 __all__ = [
@@ -527,6 +553,7 @@ __all__ = [
     "check_question",
     "localize",
     "locate",
+    "marked",
     "overlap_of",
     "packed_bytes",
     "popcount",

@@ -14,6 +14,7 @@ import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from itertools import groupby
 from typing import Any
 
 import torch
@@ -22,9 +23,10 @@ from torch.nn import functional as F
 
 from suture.data import Batch, Dataset
 from suture.errors import NonFiniteError, RecipeError, did_you_mean
-from suture.evals.loss import token_losses
+from suture.evals.loss import token_losses, wide
 from suture.models import evaluating, parameters_of
-from suture.mover import to
+from suture.mover import to, wanted
+from suture.persample import Spare, Taps
 from suture.stats import OF_INPUTS, Stats, check_kinds
 
 GRADIENTS = ("fisher", "empirical_fisher", "abs_grad", "grad")
@@ -49,8 +51,7 @@ class Objective:
 
 
 def _logits(model: nn.Module, batch: Batch) -> Tensor:
-    found: Tensor = model(batch.input_ids, batch.attention_mask).float()
-    return found
+    return wide(model(batch.input_ids, batch.attention_mask))
 
 
 def _class_losses(logits: Tensor, batch: Batch) -> Tensor:
@@ -64,19 +65,20 @@ def _every_class(logits: Tensor, batch: Batch, draws: int, seed: int) -> Iterato
 
 
 def _text_losses(logits: Tensor, batch: Batch) -> Tensor:
-    each = token_losses(logits, batch.input_ids, batch.attention_mask)
-    return each.sum(1) / batch.attention_mask[:, 1:].sum(1).clamp(min=1)
+    asked = wanted(batch)
+    each = token_losses(logits, batch.input_ids, asked)
+    return each.sum(1) / asked[:, 1:].sum(1).clamp(min=1)
 
 
 def _drawn_texts(logits: Tensor, batch: Batch, draws: int, seed: int) -> Iterator[Labelling]:
     # Positions are drawn independently given the text so far; the square of the summed gradient is
     # then an unbiased estimate, because the gradients of positions have mean zero.
     logs = logits[:, :-1].log_softmax(2)
-    mask = batch.attention_mask[:, 1:]
+    mask = wanted(batch)[:, 1:]
     for draw in range(draws):
         labels = torch.zeros_like(batch.input_ids[:, 1:])
         for at, row in enumerate(batch.rows):  # of its own generator: no row depends on its batch
-            length = int(mask[at].sum())
+            length = int(batch.attention_mask[at, 1:].sum())
             if length:
                 generator = torch.Generator().manual_seed((seed * 1_000_003 + row) * 1009 + draw)
                 shares = logs[at, :length].detach().exp().cpu()
@@ -93,7 +95,8 @@ OBJECTIVES = {
         Objective("causal", _logits, _text_losses, _drawn_texts, labelled=False),
     )
 }
-"""Cross-entropy of a classifier; mean loss of the next token of a language model, a row each."""
+"""Cross-entropy of a classifier; mean loss of the next token of a language model, over the answer
+where rows have a prompt, a row each."""
 
 
 def objective_named(name: str) -> Objective:
@@ -123,8 +126,9 @@ def check_rows(data: Dataset, objective: Objective) -> None:
 
 
 def data_hash(data: Dataset) -> str:
-    """A hash of token ids and labels."""
-    text = json.dumps([data.ids, data.labels], separators=(",", ":"))
+    """A hash of token ids and labels, and of which tokens are to be predicted."""
+    found = [data.ids, data.labels, *([] if data.targets is None else [data.targets])]
+    text = json.dumps(found, separators=(",", ":"))
     return hashlib.blake2b(text.encode(), digest_size=16).hexdigest()
 
 
@@ -212,6 +216,7 @@ class _Sums:
             k: {n: torch.zeros_like(p, dtype=torch.float32) for n, p in parameters.items()}
             for k in self.kinds
         }
+        self.spare = Spare()
 
     @property
     def given(self) -> bool:
@@ -223,7 +228,7 @@ class _Sums:
         gradient = gradient.float()
         for kind, total in ((k, self.totals[k][name]) for k in self.kinds):
             if kind == "abs_grad":
-                total += gradient.abs()
+                total += torch.abs(gradient, out=self.spare.like(total))
             elif kind == "grad":
                 total += gradient
             elif kind == "empirical_fisher":
@@ -303,7 +308,7 @@ class _Rows:
             yield from self.objective.labellings(logits, batch, self.draws, self.seed)
 
     def _many(self, batch: Batch) -> None:
-        with _Taps(self.model, self.parameters, len(batch.rows)) as taps:
+        with Taps(self.model, self.parameters, len(batch.rows)) as taps:
             for losses, weight in self._passes(batch):
                 weights = None if weight is None else weight.tolist()
                 for name, at, gradient in taps.gradients(losses.sum()):
@@ -314,125 +319,36 @@ class _Rows:
 
     def _simple(self, batch: Batch) -> bool:
         """Whether the layers' own gradients add up to those that autograd gives."""
-        with _Taps(self.model, self.parameters, len(batch.rows)) as taps:
+        with Taps(self.model, self.parameters, len(batch.rows)) as taps:
             losses = self.objective.losses(self.objective.logits(self.model, batch), batch)
             if not taps.complete:
                 return False
             total = losses.sum()
             true = torch.autograd.grad(total, list(self.parameters.values()), retain_graph=True,
                                        allow_unused=True)  # fmt: skip
-            found = {n: torch.zeros_like(p) for n, p in self.parameters.items()}
-            for name, _, gradient in taps.gradients(total):
-                found[name] += gradient
-        for name, gradient in zip(self.parameters, true, strict=True):
-            known = torch.zeros_like(found[name]) if gradient is None else gradient
-            if float((found[name] - known).abs().max()) > 1e-4 * float(known.abs().max()) + 1e-7:
-                return False
-        return True
+            # One parameter after the other: nothing but the true gradients is held for all.
+            known = dict(zip(self.parameters, true, strict=True))
+            for name, rows in groupby(taps.gradients(total), key=lambda one: one[0]):
+                found = torch.zeros_like(self.parameters[name])
+                for _, _, gradient in rows:
+                    found += gradient
+                if not _near(found, known.pop(name)):
+                    return False
+        return all(g is None or _near(torch.zeros_like(g), g) for g in known.values())
+
+
+def _near(found: Tensor, true: Tensor | None) -> bool:
+    known = torch.zeros_like(found) if true is None else true
+    far = float((found - known).abs().max()) > 1e-4 * float(known.abs().max()) + 1e-7
+    return not far  # NaN is not far: that the model is broken is told where losses are added
 
 
 def _row(batch: Batch, at: int) -> Batch:
     length = int(batch.attention_mask[at].sum())
     one = slice(at, at + 1)
+    targets = None if batch.targets is None else batch.targets[one, :length]
     return Batch(batch.input_ids[one, :length], batch.attention_mask[one, :length],
-                 batch.labels[one], batch.rows[one])  # fmt: skip
-
-
-@dataclass(frozen=True)
-class _Call:
-    """What a layer read and gave."""
-
-    layer: nn.Module
-    names: Mapping[str, str]
-    """From the layer's own name of a parameter to the model's."""
-    read: Tensor
-    gave: Tensor
-
-
-class _Taps:
-    """Notes what every layer that owns one of the parameters reads and gives, inside ``with``."""
-
-    def __init__(self, model: nn.Module, parameters: Mapping[str, nn.Parameter], rows: int) -> None:
-        self.rows = rows
-        self.calls: list[_Call] = []
-        self._odd = False
-        self._names = {id(p): n for n, p in parameters.items()}
-        self._layers = {}
-        owned: set[int] = set()
-        for layer in model.modules():
-            mine = {own: self._names[id(p)] for own, p in layer.named_parameters(recurse=False)
-                    if id(p) in self._names}  # fmt: skip
-            if mine and not any(layer.children()):
-                self._layers[layer] = mine
-                owned |= {id(p) for p in layer.parameters(recurse=False)}
-        self._odd = not self._names.keys() <= owned
-        self._hooks: list[Any] = []
-
-    @property
-    def complete(self) -> bool:
-        """Whether every parameter was seen at work in simple layers that keep rows apart."""
-        seen = {name for call in self.calls for name in call.names.values()}
-        return not self._odd and seen == set(self._names.values())
-
-    def __enter__(self) -> _Taps:
-        for layer in self._layers:
-            self._hooks.append(layer.register_forward_pre_hook(self._before, with_kwargs=True))
-            self._hooks.append(layer.register_forward_hook(self._after))
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        for hook in self._hooks:
-            hook.remove()
-        self.calls.clear()
-
-    def _before(self, layer: nn.Module, args: Any, kwargs: Any) -> Any:
-        if len(args) != 1 or kwargs or not isinstance(args[0], Tensor):
-            self._odd = True
-            return None
-        if isinstance(layer, nn.Embedding) and args[0].shape[0] == 1 < self.rows:
-            # Positions are looked up once for all rows; here each row looks them up for itself.
-            return (args[0].expand(self.rows, *args[0].shape[1:]),), kwargs
-        return None
-
-    def _after(self, layer: nn.Module, args: Any, output: Any) -> None:
-        read = args[0] if len(args) == 1 else None
-        if not (isinstance(read, Tensor) and isinstance(output, Tensor)) or not (
-            read.dim() and output.dim() and len(read) == len(output) == self.rows
-        ):
-            self._odd = True
-            return
-        self.calls.append(_Call(layer, self._layers[layer], read.detach(), output))
-
-    def gradients(self, total: Tensor) -> Iterator[tuple[str, int, Tensor]]:
-        """The gradient of every row: name of the parameter, place in the batch, gradient.
-
-        Calls of one parameter (tied tensors, repeated layers) are summed before they are given.
-        """
-        backs = torch.autograd.grad(total, [c.gave for c in self.calls], retain_graph=True,
-                                    allow_unused=True)  # fmt: skip
-        by_name: dict[str, list[tuple[str, _Call, Tensor]]] = {}
-        for call, back in zip(self.calls, backs, strict=True):
-            if back is not None:
-                for own, name in call.names.items():
-                    by_name.setdefault(name, []).append((own, call, back))
-        for name, uses in by_name.items():
-            for at in range(self.rows):
-                parts = [_gradient(call, own, back, at) for own, call, back in uses]
-                yield name, at, parts[0] if len(parts) == 1 else torch.stack(parts).sum(0)
-
-
-def _gradient(call: _Call, own: str, back: Tensor, at: int) -> Tensor:
-    """The gradient of one row with respect to one parameter of a layer."""
-    if isinstance(call.layer, nn.Linear):
-        given = back[at].reshape(-1, back.shape[-1])
-        if own == "bias":
-            return given.sum(0)
-        return given.T @ call.read[at].reshape(-1, call.read.shape[-1])
-    with torch.enable_grad():
-        gave = call.layer.forward(call.read[at : at + 1])
-        parameter = call.layer.get_parameter(own)
-        (found,) = torch.autograd.grad(gave, parameter, back[at : at + 1])
-    return found
+                 batch.labels[one], batch.rows[one], targets)  # fmt: skip
 
 
 class _Inputs:

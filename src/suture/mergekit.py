@@ -515,7 +515,7 @@ def native(recipe: Recipe) -> dict[str, Any]:
         found["space"] = whole["space"]
     policy = {k: v for k, v in whole["policy"].items() if v != getattr(Policy(), k)}
     output = {k: v for k, v in whole["output"].items() if v not in (None, SHARD_SIZE)}
-    for key, value in (("policy", policy), ("output", output),
+    for key, value in (("policy", policy), ("output", output), ("protect", whole.get("protect")),
                        ("tokenizer", whole.get("tokenizer")),
                        ("chat_template", whole.get("chat_template"))):  # fmt: skip
         if value:

@@ -13,7 +13,7 @@ from __future__ import annotations
 import json
 import shutil
 import tempfile
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -251,6 +251,31 @@ def recompute_activations(backbone: nn.Module) -> None:
             raise ValueError("it has no such switch")
     except ValueError as error:
         raise RecipeError(f"activations cannot be computed anew in this model: {error}") from error
+
+
+def device_named(word: str) -> str:
+    """The device of this name; ``auto`` is the first graphics processor, else the CPU.
+
+    Raises:
+        RecipeError: there is no such device here.
+    """
+    if word == "auto":
+        return "cuda" if torch.cuda.is_available() else "cpu"
+    try:
+        kind = torch.device(word).type
+    except RuntimeError:
+        raise RecipeError(f"device: {word!r} is none; auto, cpu or cuda") from None
+    if kind not in ("cpu", "cuda") or (kind == "cuda" and not torch.cuda.is_available()):
+        raise RecipeError(f"device: there is no {word} here")
+    return word
+
+
+def longest_of(config: Mapping[str, Any], tokenizer: Any) -> int:
+    """How many tokens a model reads at most, by its configuration and its tokenizer."""
+    positions = config.get("max_position_embeddings") or config.get("n_positions") or 10**6
+    if config.get("model_type") in ("roberta", "xlm-roberta", "camembert"):
+        positions -= 2  # positions are counted from the padding id
+    return int(min(positions, getattr(tokenizer, "model_max_length", positions) or positions))
 
 
 # -- folders ---------------------------------------------------------------------------------------

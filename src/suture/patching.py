@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 import suture
-from suture.card import carried_files, config_text, is_restricted, model_name, patch_card
+from suture.card import carried_files, config_text, model_name, patch_card
 from suture.checkpoint import Checkpoint
 from suture.engine import Job, Outcome, Stage, apply
 from suture.errors import (
@@ -133,8 +133,8 @@ def make_patch(
             "tuned": model_name(tuned),
             "suture": suture.__version__,
         }
-        tainted = restricted or is_restricted(base) or is_restricted(tuned)
-        tainted = tainted or bool(getattr(mask, "restricted", False))
+        tainted = restricted or base.restricted or tuned.restricted
+        tainted = tainted or (mask is not None and mask.restricted)
         write_patch(path, spool, base.specs, _facts(spool, base.specs, prints, tainted, provenance))
     return Patch.load(path)
 
@@ -247,7 +247,7 @@ class _Work:
 
     @property
     def restricted(self) -> bool:
-        return is_restricted(self.view)
+        return self.view.restricted
 
 
 def apply_patches(

@@ -8,6 +8,11 @@ activations, and the same products as an ordinary weight gradient.
 Covered: Linear (also transformers' Conv1D), Conv1d/2d/3d without groups, and norms with an affine
 part (LayerNorm, RMSNorm and their kin). Embeddings are not: rows of unseen tokens would have
 gradients of exactly zero.
+
+``Taps`` is for statistics, where those zeros are the truth: it takes every leaf module, embeddings
+and tied tensors included, may differentiate one forward pass several times, and says where rows
+cannot be told apart. ``persample`` hands gradients over while the backward pass runs, many rows at
+a time.
 """
 
 from __future__ import annotations
@@ -15,6 +20,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import torch
@@ -255,8 +261,137 @@ def _convolution(module: nn.Module, a: Tensor, g: Tensor) -> dict[str, Callable[
     return {"weight": product, "bias": lambda: g.reshape(samples, g.shape[1], -1).sum(2)}
 
 
+# -- any leaf module, row by row -------------------------------------------------------------------
+
+
+class Spare:
+    """One tensor of each shape, to be filled again and again.
+
+    Fresh memory costs more than the sums that pass through it.
+    """
+
+    def __init__(self) -> None:
+        self._held: dict[tuple[torch.Size, torch.dtype], Tensor] = {}
+
+    def like(self, tensor: Tensor) -> Tensor:
+        """A tensor of the same shape; what was in it is gone."""
+        key = (tensor.shape, tensor.dtype)
+        if key not in self._held:
+            self._held[key] = torch.empty_like(tensor, requires_grad=False)
+        return self._held[key]
+
+
+@dataclass(frozen=True)
+class _Call:
+    """What a layer read and gave."""
+
+    layer: nn.Module
+    names: Mapping[str, str]
+    """From the layer's own name of a parameter to the model's."""
+    read: Tensor
+    gave: Tensor
+
+
+class Taps:
+    """Notes what every layer that owns one of the parameters reads and gives, inside ``with``."""
+
+    def __init__(self, model: nn.Module, parameters: Mapping[str, nn.Parameter], rows: int) -> None:
+        self.rows = rows
+        self.calls: list[_Call] = []
+        self._odd = False
+        self._names = {id(p): n for n, p in parameters.items()}
+        self._layers = {}
+        owned: set[int] = set()
+        for layer in model.modules():
+            mine = {own: self._names[id(p)] for own, p in layer.named_parameters(recurse=False)
+                    if id(p) in self._names}  # fmt: skip
+            if mine and not any(layer.children()):
+                self._layers[layer] = mine
+                owned |= {id(p) for p in layer.parameters(recurse=False)}
+        self._odd = not self._names.keys() <= owned
+        self._hooks: list[Any] = []
+        self._spare = Spare()
+
+    @property
+    def complete(self) -> bool:
+        """Whether every parameter was seen at work in simple layers that keep rows apart."""
+        seen = {name for call in self.calls for name in call.names.values()}
+        return not self._odd and seen == set(self._names.values())
+
+    def __enter__(self) -> Taps:
+        for layer in self._layers:
+            self._hooks.append(layer.register_forward_pre_hook(self._before, with_kwargs=True))
+            self._hooks.append(layer.register_forward_hook(self._after))
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for hook in self._hooks:
+            hook.remove()
+        self.calls.clear()
+
+    def _before(self, layer: nn.Module, args: Any, kwargs: Any) -> Any:
+        if len(args) != 1 or kwargs or not isinstance(args[0], Tensor):
+            self._odd = True
+            return None
+        if isinstance(layer, nn.Embedding) and args[0].shape[0] == 1 < self.rows:
+            # Positions are looked up once for all rows; here each row looks them up for itself.
+            return (args[0].expand(self.rows, *args[0].shape[1:]),), kwargs
+        return None
+
+    def _after(self, layer: nn.Module, args: Any, output: Any) -> None:
+        read = args[0] if len(args) == 1 else None
+        if not (isinstance(read, Tensor) and isinstance(output, Tensor)) or not (
+            read.dim() and output.dim() and len(read) == len(output) == self.rows
+        ):
+            self._odd = True
+            return
+        self.calls.append(_Call(layer, self._layers[layer], read.detach(), output))
+
+    def gradients(self, total: Tensor) -> Iterator[tuple[str, int, Tensor]]:
+        """The gradient of every row: name of the parameter, place in the batch, gradient.
+
+        Calls of one parameter (tied tensors, repeated layers) are summed before they are given. A
+        gradient lasts until the next one is asked for.
+        """
+        backs = torch.autograd.grad(total, [c.gave for c in self.calls], retain_graph=True,
+                                    allow_unused=True)  # fmt: skip
+        by_name: dict[str, list[tuple[str, _Call, Tensor]]] = {}
+        for call, back in zip(self.calls, backs, strict=True):
+            if back is not None:
+                for own, name in call.names.items():
+                    by_name.setdefault(name, []).append((own, call, back))
+        for name, uses in by_name.items():
+            for at in range(self.rows):
+                if len(uses) == 1:
+                    own, call, back = uses[0]
+                    yield name, at, _row_gradient(call, own, back, at, self._spare)
+                else:
+                    parts = [_row_gradient(call, own, back, at) for own, call, back in uses]
+                    yield name, at, torch.stack(parts).sum(0)
+
+
+def _row_gradient(
+    call: _Call, own: str, back: Tensor, at: int, spare: Spare | None = None
+) -> Tensor:
+    """The gradient of one row with respect to one parameter of a layer, perhaps in spare memory."""
+    if isinstance(call.layer, nn.Linear):
+        given = back[at].reshape(-1, back.shape[-1])
+        if own == "bias":
+            return given.sum(0)
+        read = call.read[at].reshape(-1, call.read.shape[-1])
+        out = None if spare is None else spare.like(call.layer.weight)
+        return torch.mm(given.T, read, out=out)
+    with torch.enable_grad():
+        gave = call.layer.forward(call.read[at : at + 1])
+        parameter = call.layer.get_parameter(own)
+        (found,) = torch.autograd.grad(gave, parameter, back[at : at + 1])
+    return found
+
+
 __all__ = [
     "PerSample",
+    "Spare",
+    "Taps",
     "Use",
     "covered",
     "is_convolution",

@@ -19,6 +19,7 @@ from suture.chat import read_chat_template
 from suture.errors import Problems, RecipeError, brief, did_you_mean
 from suture.merges import Method, method, settings
 from suture.merges.presets import Preset, preset
+from suture.merges.protect import Protection, read_protection
 from suture.recipe_types import (
     POLICIES,
     TAKEN,
@@ -367,8 +368,8 @@ def _from_raw(raw: dict[str, Any], folder: Path, problems: Problems) -> Recipe:
 
 
 KEYS = (
-    "base", "models", "method", "preset", "parameters", "slices", "space", "policy", "tokenizer",
-    "chat_template", "output", "stages",
+    "base", "models", "method", "preset", "parameters", "protect", "slices", "space", "policy",
+    "tokenizer", "chat_template", "output", "stages",
 )  # fmt: skip
 
 
@@ -424,7 +425,8 @@ def _native(raw: dict[str, Any], problems: Problems, folder: Path) -> Recipe:
         problems.add(RecipeError, "policy.vocabulary and tokenizer: give one of them")
     template = read_chat_template(raw.get("chat_template"), problems)
     recipe = Recipe(UNKNOWN, models, base, {}, space, policy, dtype, shard_size, folder,
-                    slices=slices, tokenizer=tokenizer, chat_template=template)  # fmt: skip
+                    slices=slices, tokenizer=tokenizer, chat_template=template,
+                    protect=_protection(raw, models, base, folder, problems))  # fmt: skip
     if found is None:
         return recipe
     parameters = _located(found, parameters, folder)
@@ -450,6 +452,20 @@ def _native(raw: dict[str, Any], problems: Problems, folder: Path) -> Recipe:
         return recipe
     stages = {name: (dict(stage), Lines()) for name, stage in inner.items()}
     return _with_stages(recipe, stages, folder, problems)
+
+
+def _protection(
+    raw: Mapping[str, Any], models: Mapping[str, ModelEntry], base: str | None, folder: Path,
+    problems: Problems,
+) -> Protection | None:  # fmt: skip
+    """What one model alone may write."""
+    if raw.get("protect") is not None and raw.get("slices"):
+        problems.add(
+            RecipeError,
+            "slices: protect marks entries of whole models, whose layers would have other numbers "
+            "here; merge the models whole, in a stage",
+        )
+    return read_protection(raw.get("protect"), models, base is not None, folder, problems)
 
 
 def _located(how: Method, parameters: Mapping[str, Any], folder: Path) -> dict[str, Any]:

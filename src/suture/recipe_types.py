@@ -9,6 +9,7 @@ from typing import Any
 
 from suture.errors import Problems, RecipeError, brief, did_you_mean
 from suture.merges import METHODS, Method, settings
+from suture.merges.protect import Protection
 from suture.roles import DEFAULT_SPACE, ParamSpace
 from suture.spec import WORD_OF
 from suture.vocabulary import Wanted
@@ -97,6 +98,8 @@ class Recipe:
     tokenizer: Wanted | None = None
     """The tokenizer of the output, to which embeddings are matched; ``None``: the base's own."""
     chat_template: str | None = None
+    protect: Protection | None = None
+    """Entries that one model alone may write."""
     kit: Mapping[str, Any] | None = None
     """The mergekit recipe that this one was translated from."""
 
@@ -173,6 +176,8 @@ class Recipe:
             found["tokenizer"] = self.tokenizer.plain()
         if self.chat_template is not None:
             found["chat_template"] = self.chat_template
+        if self.protect is not None:
+            found["protect"] = self.protect.plain()
         if self.stages:
             found["stages"] = {name: stage.resolved() for name, stage in self.stages.items()}
         return found

@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 import suture
-from suture.card import carried_files, carried_tokenizer, config_text, is_restricted, model_card
+from suture.card import carried_files, carried_tokenizer, config_text, model_card
 from suture.checkpoint import (
     JSON_LIMIT,
     Checkpoint,
@@ -55,6 +55,7 @@ from suture.layers import Stretch, cut, depth_of, depths, sliced_config, stack_o
 from suture.merges import Beside, Context, Method, PerModel, Scalar, method
 from suture.merges import method as method_named
 from suture.merges.presets import preset as preset_named
+from suture.merges.protect import protected
 from suture.opening import open_model
 from suture.recipe import SCHEMA, parse_recipe, read_recipe
 from suture.recipe_types import ModelEntry, Policy, Recipe, Slice
@@ -178,6 +179,8 @@ class MergeReport:
     resumed: int
     """Pieces taken over from an interrupted run."""
     notes: tuple[str, ...] = ()
+    told: tuple[str, ...] = ()
+    """What the method has to say, a line each."""
 
     def to_dict(self) -> dict[str, Any]:
         """The report as plain data."""
@@ -192,7 +195,7 @@ class Merged:
     inputs: Mapping[str, Checkpoint] = field(repr=False)
 
 
-def merged(
+def merged(  # noqa: PLR0913  every section of a recipe
     base: Checkpoint | None,
     models: Mapping[str, Checkpoint] | TaskVector,
     method_name: str | None = None,
@@ -202,6 +205,7 @@ def merged(
     space: ParamSpace | None = None,
     dtype: str | None = None,
     policy: Policy | None = None,
+    protect: Mapping[str, Any] | None = None,
     **parameters: Any,
 ) -> Merged:
     """Describe a merge of open checkpoints: ``merge(base, {"math": math}, method="ties")``.
@@ -215,6 +219,7 @@ def merged(
         space: which tensors are merged; default all but token embeddings and heads.
         dtype: of the output; default that of the base.
         policy: what to do where the models do not hold the same tensors.
+        protect: entries that one model alone may write: its name and a mask, or a rule.
         **parameters: of the method; a mapping from names of models gives each its own.
 
     Raises:
@@ -222,9 +227,9 @@ def merged(
     """
     name = method or method_name or (None if preset else "task_arithmetic")
     if isinstance(models, TaskVector):
-        if name != "task_arithmetic" or space is not None or policy is not None:
+        if name != "task_arithmetic" or any(x is not None for x in (space, policy, protect)):
             raise RecipeError(
-                "a task vector is simply added: give it no method, space or policy; "
+                "a task vector is simply added: give it no method, space, policy or protect; "
                 "`vector.select(...)` narrows it, `merge(base, {name: model}, ...)` merges"
             )
         return _applied(models, base, parameters, dtype)
@@ -239,6 +244,7 @@ def merged(
         **({"preset": preset} if preset else {}),
         "models": {m: {"path": str(c.path), **own[m]} for m, c in models.items()},
         "parameters": parameters,
+        **({"protect": dict(protect)} if protect is not None else {}),
     }
     if base is not None:
         raw["base"] = str(base.path)
@@ -403,7 +409,7 @@ def _planned(
     with problems.collecting():
         carried_files(list(inputs.values()))
     problems.raise_if_any()
-    jobs = tuple(_job(recipe, part, options) for part in parts)
+    jobs = tuple(_job(recipe, part, options, problems) for part in parts)
     _check_required(recipe, jobs, parts, problems)
     for job in jobs:
         for problem in job.merge.check(job.names, job.models):
@@ -444,11 +450,20 @@ def _opened(
             if path in stages:
                 found[label] = _output_of(path, stages[path])
                 continue
-            checkpoint = open_model(path, recipe.folder, found.get("base"))
-            if checkpoint.path.is_file():
-                checkpoint = _put_on(checkpoint, found.get("base"))
-            found[label] = checkpoint
-            refuse_uncomputable(checkpoint)
+            found[label] = open_input(path, recipe.folder, found.get("base"))
+    return found
+
+
+def open_input(path: str, near: Path | None, base: Checkpoint | None) -> Checkpoint:
+    """What a recipe may call a model, opened: also a patch or a graft, which lies on the base.
+
+    Raises:
+        SutureError: there is no such model, or nothing can be computed with it.
+    """
+    found = open_model(path, near, base)
+    if found.path.is_file():
+        found = _put_on(found, base)
+    refuse_uncomputable(found)
     return found
 
 
@@ -627,9 +642,12 @@ def _check_stacking(parts: Sequence[_Part], problems: Problems) -> None:
                 break
 
 
-def _job(recipe: Recipe, part: _Part, options: Options) -> Job:
+def _job(recipe: Recipe, part: _Part, options: Options, problems: Problems) -> Job:
     reference = part.reference
     how = recipe.method.make(**_bound(recipe.settings_of(part.cut, part.rows), part))
+    if recipe.protect is not None:
+        with problems.collecting():
+            how = protected(how, recipe.protect)
     merged_names = tuple(n for n in recipe.space.names(reference.specs) if not how.keeps(n))
     raw = frozenset(reference.specs.keys() - set(merged_names))
     base = None if part.base is None else part.views[part.base]
@@ -1018,7 +1036,7 @@ def execute(plan: Plan, stage: Stage | None = None) -> MergeReport:
         plan.out, plan.recipe.method.name, outcome.fingerprints["output"], len(plan.specs),
         plan.merged, plan.reads, plan.nbytes, outcome.seconds, outcome.writeback_loss,
         sum(outcome.moved.values()), outcome.facts, outcome.resumed,
-        (*plan.notes, *plan.told, *told, *_linked(plan, writer)),
+        (*plan.notes, *plan.told, *told, *_linked(plan, writer)), outcome.told,
     )  # fmt: skip
 
 
@@ -1176,7 +1194,7 @@ def provenance(plan: Plan, outcome: Outcome, out: Path) -> dict[str, Any]:
         "suture": suture.__version__,
         "schema": SCHEMA,
         "kind": "merge",
-        **({"restricted": True} if any(map(is_restricted, plan.inputs.values())) else {}),
+        **_marks(plan),
         **_form(plan),
         "recipe": recipe,
         "inputs": {
@@ -1201,6 +1219,13 @@ def provenance(plan: Plan, outcome: Outcome, out: Path) -> dict[str, Any]:
     }  # fmt: skip
 
 
+def _marks(plan: Plan) -> dict[str, Any]:
+    """The mark of what must not be passed on, and the inputs that it comes from."""
+    found = [label for label, c in plan.inputs.items() if c.restricted]
+    found += [m for b in plan.beside for m in b.restricted if m not in found]
+    return {"restricted": True, "withheld": list(dict.fromkeys(found))} if found else {}
+
+
 def _place_inputs(recipe: dict[str, Any], plan: Plan, out: Path) -> dict[str, str]:
     """Write into a recipe where its models and files are, seen from the output.
 
@@ -1215,6 +1240,9 @@ def _place_inputs(recipe: dict[str, Any], plan: Plan, out: Path) -> dict[str, st
         recipe["base"] = paths["base"]
     for name, entry in recipe["models"].items():
         entry["path"] = paths[name]
+    if plan.recipe.protect is not None:
+        moved = plan.recipe.protect.placed(lambda path: os.path.relpath(path, out))
+        recipe["protect"] = moved.plain()
     for name in [n for n in recipe["parameters"] if _files(plan.recipe.method, n)]:
         files = plan.recipe.parameters.get(name)
         if isinstance(files, Mapping):
@@ -1311,7 +1339,11 @@ def explain(recipe: Path | Mapping[str, Any]) -> dict[str, Any]:
             name: differences(one) for name, one in merges.items() if one.kit is not None
         },
         "native": native(found),
-        "notes": [note for one in merges.values() for note in one.notes],
+        "notes": [
+            note
+            for one in merges.values()
+            for note in (*one.notes, *([one.protect.told] if one.protect is not None else ()))
+        ],
     }
 
 
@@ -1369,6 +1401,7 @@ def report_lines(report: MergeReport) -> Iterator[str]:
     if "density" in report.facts:
         kept = ", ".join(f"{d:.4g}" for d in report.facts["density"])
         yield f"kept shares: {kept}"
+    yield from report.told
     if report.writeback_loss is not None:
         yield (
             f"{report.moved:,} entries moved; rounding to the output dtype undid "

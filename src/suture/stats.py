@@ -58,6 +58,11 @@ class Stats:
         """The kinds there are."""
         return sorted({key.partition("/")[0] for key in self.tensors})
 
+    @property
+    def restricted(self) -> bool:
+        """Whether they, and what is made with them, must not be passed on."""
+        return self.facts.get("restricted") is True
+
     def names(self, kind: str) -> list[str]:
         """The parameters for which there is this kind, sorted."""
         found = {key.partition("/")[2] for key in self.tensors if key.startswith(f"{kind}/")}
@@ -138,32 +143,29 @@ class Stats:
                 )
 
     def save(self, path: Path) -> None:
-        """Write a safetensors file, whole or not at all.
+        """Write a safetensors file, whole or not at all; the same statistics, the same bytes.
 
         Raises:
             OutputError: it cannot be written.
         """
         partial = path.with_name(f".{path.name}.partial")
-        specs = {n: TensorSpec("F32", tuple(v.shape)) for n, v in sorted(self.tensors.items())}
-        header: dict[str, Any] = {
-            "__metadata__": {"facts": json.dumps(self.facts, sort_keys=True), "format": FORMAT}
-        }
-        at = 0
-        for name, spec in specs.items():
-            header[name] = {
-                "dtype": "F32",
-                "shape": spec.shape,
-                "data_offsets": [at, at + spec.nbytes],
-            }
-            at += spec.nbytes
+        facts = json.dumps(self.facts, sort_keys=True)
+        # By hand: the library writes metadata in an order that changes from run to run.
+        header: dict[str, Any] = {"__metadata__": {"facts": facts, "format": FORMAT}}
+        tensors = {k: np.asarray(v, np.float32, order="C") for k, v in self.tensors.items()}
+        end = 0
+        for key, tensor in sorted(tensors.items()):
+            span = [end, end + tensor.nbytes]
+            header[key] = {"dtype": "F32", "shape": list(tensor.shape), "data_offsets": span}
+            end = span[1]
         text = json.dumps(header, separators=(",", ":")).encode()
         text += b" " * (-len(text) % 8)
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
-            with partial.open("wb") as file:  # by hand: the same facts give the same bytes
+            with partial.open("wb") as file:
                 file.write(len(text).to_bytes(8, "little") + text)
-                for name in specs:
-                    file.write(np.asarray(self.tensors[name], "<f4", order="C").reshape(-1).data)
+                for _, tensor in sorted(tensors.items()):
+                    file.write(tensor.reshape(-1).view(np.uint8).data)
             partial.replace(path)
         except OSError as error:
             raise OutputError(f"{path}: cannot be written: {error.strerror}") from error

@@ -55,12 +55,13 @@ NEUTRAL: dict[str, Neutral] = {
     "iso_cts": Neutral({"isotropy": 0.0, "common": 1.0}),
     "fisher_merging": Neutral(),
     "regmean": Neutral(),
+    "led": Neutral({"density": 1.0, "elect": "either"}),
 }
 AVERAGING = {
     "linear", "slerp", "nuslerp", "multislerp", "karcher", "model_stock", "fisher_merging", "regmean",
 }  # fmt: skip
 """Methods that average vectors, so that an entry only one model changed is watered down."""
-MIXING = {"tsv_merge", "iso_c", "iso_cts", "sce", "arcee_fusion", "nearswap", "passthrough"}
+MIXING = {"tsv_merge", "iso_c", "iso_cts", "sce", "arcee_fusion", "nearswap", "passthrough", "led"}
 """Methods in which entries of a tensor decide about each other, or that take only one model."""
 LIVELY: dict[str, dict[str, Any]] = {
     "ties": {"density": 0.3},
@@ -98,6 +99,9 @@ VARIANTS = [
     ("nuslerp", {"over": "row"}),
     ("nuslerp", {"over": "column"}),
     ("fisher_merging", {"normalize": True}),
+    ("led", {"density": 0.6, "elect": "expert", "disjoint": "priority"}),
+    ("led", {"density": 0.6, "rule": "random"}),
+    ("led", {"density": 0.6, "rule": "magnitude", "scope": "global"}),
 ]
 each_variant = pytest.mark.parametrize(
     ("method", "parameters"),
@@ -330,7 +334,11 @@ def test_tiny_blocks_change_no_byte(
         assert toy.same_bytes(out, whole) == []
 
 
-RANDOM = [(m, p) for m, p in VARIANTS if METHODS[m].random]
+RANDOM = [
+    (m, p)
+    for m, p in VARIANTS
+    if METHODS[m].random and ("rule" not in METHODS[m].parameters or p.get("rule") == "random")
+]
 
 
 @pytest.mark.parametrize(("method", "parameters"), RANDOM, ids=str)

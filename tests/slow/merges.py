@@ -302,3 +302,70 @@ def regmean(
             out.append(np.linalg.inv(sum(hats)) @ right)
         found[name] = np.concatenate(out)
     return _times(found, scale)
+
+
+Sets = dict[str, dict[str, set[int]]]
+"""Of each tensor and model some entries."""
+
+
+def led_elected(
+    deltas: Vectors, base: Mapping[str, Array], grads: Vectors, base_grads: Vectors,
+    density: Shares, elect: str = "both", flip: bool = False,
+) -> Sets:  # fmt: skip
+    """Location and election of LED-Merging (arXiv:2502.16770), one entry at a time.
+
+    Scores are |weight| times the mean absolute gradient, in float32; at most ``floor(r n)`` entries
+    of a tensor are important, and only with a score above 0. With ``flip`` the least are.
+    """
+
+    def best(weights: Array, gradient: Array, share: float) -> set[int]:
+        scores = np.abs(weights.astype(np.float32)) * gradient.astype(np.float32)
+        some = [i for i in range(len(scores)) if scores[i] > 0]
+        some.sort(key=lambda i: (scores[i] if flip else -scores[i], i))
+        return set(some[: math.floor(share * len(scores))])
+
+    found: Sets = {}
+    for name, start in base.items():
+        found[name] = {}
+        for model, share in zip(deltas, density(name), strict=True):
+            expert = best(start + deltas[model][name], grads[model][name], share)
+            own = best(start, base_grads[model][name], share)
+            every = set(range(len(start)))
+            found[name][model] = {
+                "both": expert & own, "expert": expert, "base": own, "either": expert | own,
+                "expert_only": expert - own, "base_only": own - expert,
+                "neither": every - expert - own,
+            }[elect]  # fmt: skip
+    return found
+
+
+def led_owned(elected: Sets, safety: str | None = None) -> Sets:
+    """What each model may write: what it alone elects, and all of it for the safety expert."""
+    return {
+        name: {
+            model: {
+                i for i in mine
+                if model == safety or not any(i in sets[m] for m in sets if m != model)
+            }
+            for model, mine in sets.items()
+        }
+        for name, sets in elected.items()
+    }  # fmt: skip
+
+
+def led(
+    deltas: Vectors, base: Mapping[str, Array], grads: Vectors, base_grads: Vectors,
+    density: Shares, weight: Shares, elect: str = "both", safety: str | None = None,
+    flip: bool = False,
+) -> dict[str, Array]:  # fmt: skip
+    """Each entry from the model that owns it; nothing elsewhere."""
+    owned = led_owned(
+        led_elected(deltas, base, grads, base_grads, density, elect, flip), safety
+    )  # fmt: skip
+    found = {}
+    for name, start in base.items():
+        found[name] = np.zeros(len(start))
+        for model, factor in zip(deltas, weight(name), strict=True):
+            for i in owned[name][model]:
+                found[name][i] = float(np.float32(factor)) * deltas[model][name][i]
+    return found

@@ -22,10 +22,12 @@ from suture.analysis.maps import (
     disentanglement,
 )
 from suture.analysis.overlap import Kept, Masked, Overlap, independent_jaccard
+from suture.analysis.theory import Diagnosis, Diagnostics, Secant, Smoothness, barrier_of
 
 __all__ = [
-    "BASES", "Basis", "Conflict", "Conflicts", "Curve", "Disentanglement", "Geometry", "Groups",
-    "Kept", "Masked", "Matrix", "Move", "Nearest", "Overlap", "Point", "Products", "Series",
-    "Signs", "Together", "addition_bound", "along", "disagreement", "disentanglement", "gap_bound",
+    "BASES", "Basis", "Conflict", "Conflicts", "Curve", "Diagnosis", "Diagnostics",
+    "Disentanglement", "Geometry", "Groups", "Kept", "Masked", "Matrix", "Move", "Nearest",
+    "Overlap", "Point", "Products", "Secant", "Series", "Signs", "Smoothness", "Together",
+    "addition_bound", "along", "barrier_of", "disagreement", "disentanglement", "gap_bound",
     "groups_of", "independent_jaccard", "make_basis", "negation_bound", "squared_distance",
 ]  # fmt: skip

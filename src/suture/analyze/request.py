@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
@@ -13,15 +14,17 @@ from suture.recipe import parse_yaml
 from suture.recipe_types import refuse_unknown, section
 from suture.roles import DEFAULT_SPACE, ParamSpace
 from suture.select import SCOPES
+from suture.tasks import Task, TaskReader
 
 ANALYSES = {
     "geometry": "norms by layer and role, dot products, angles",
     "conflicts": "where experts move entries in opposite directions",
     "overlap": "masks compared, beside what chance would give, and where they lie",
     "bases": "a few vectors that stand for many task vectors",
+    "diagnostics": "loss, gradient and smoothness on the way from each expert to a merge",
 }
 _KEYS = ("base", "models", "unseen", "analyses", "density", "scope", "masks", "bases", "space",
-         "seed")  # fmt: skip
+         "seed", "tasks", "diagnostics", "device")  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -31,6 +34,26 @@ class BasisRequest:
     kinds: tuple[str, ...] = tuple(BASES)
     size: int | None = None
     write: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
+class DiagnosticsRequest:
+    """Which merge is diagnosed, and how closely."""
+
+    weights: Mapping[str, float] = field(default_factory=dict)
+    """Factors on the task vectors; without any, the plain average."""
+    merged: str | None = None
+    """A merged model, instead of factors."""
+    rows: int = 256
+    """Most rows of a task."""
+    iterations: int = 20
+    """Products with second derivatives at most."""
+    directions: int = 4
+    """Random directions."""
+    points: int = 11
+    """On the way."""
+    dtype: str = "float32"
+    """What losses are computed in; ``float64`` where moves are small."""
 
 
 @dataclass(frozen=True)
@@ -50,6 +73,10 @@ class Request:
     bases: BasisRequest = BasisRequest()
     space: ParamSpace = DEFAULT_SPACE
     seed: int = 0
+    tasks: Mapping[str, Task] = field(default_factory=dict)
+    """Rows of some models, for the analyses that run the model."""
+    diagnostics: DiagnosticsRequest = DiagnosticsRequest()
+    device: str = "cpu"
     folder: Path = Path()
     """Where relative paths start."""
 
@@ -57,6 +84,15 @@ class Request:
         """The request with every default written out, as data that can be read again."""
         found = asdict(self)
         del found["folder"]
+        found["tasks"] = {
+            m: {k: str(v) if isinstance(v, Path) else v for k, v in task.items() if v is not None}
+            for m, task in found["tasks"].items()
+        }
+        if not self.tasks:
+            for key in ("tasks", "diagnostics", "device"):
+                del found[key]
+        elif self.diagnostics.merged is None:
+            del found["diagnostics"]["merged"]
         found["space"] = {k: list(v) for k, v in self.space._asdict().items()}
         return {k: v for k, v in found.items() if v is not None}
 
@@ -103,7 +139,8 @@ class _Reader:
         masks = self.raw.get("masks")
         if masks is not None and not isinstance(masks, str):
             self.refuse(f"masks: a folder with a mask for each model, not {brief(masks)}")
-        analyses = self.analyses(density, masks, len(models))
+        tasks = TaskReader(self.raw, folder, self.problems).tasks(models)
+        analyses = self.analyses(density, masks, len(models), bool(tasks))
         scope = self.raw.get("scope", "global")
         if scope not in SCOPES:
             self.refuse(f"scope: {brief(scope)}; {did_you_mean(str(scope), SCOPES)}")
@@ -112,7 +149,8 @@ class _Reader:
             self.refuse(f"seed: a whole number from 0 to 2**63 - 1, not {brief(seed)}")
         return Request(
             base, models, unseen, analyses, density, str(scope), masks,
-            self.bases(len(models)), self.space(), seed, folder,
+            self.bases(len(models)), self.space(), seed, tasks, self.diagnostics(models, tasks),
+            self.word("device", self.raw, "cpu"), folder,
         )  # fmt: skip
 
     def words(self, value: object, where: str, known: Sequence[str]) -> tuple[str, ...]:
@@ -146,14 +184,76 @@ class _Reader:
             return None
         return float(found)
 
-    def analyses(self, density: float | None, masks: object, models: int) -> tuple[str, ...]:
+    def word(self, key: str, raw: Mapping[str, Any], default: str, where: str = "") -> str:
+        found = raw.get(key, default)
+        if not isinstance(found, str):
+            self.refuse(f"{where}{key}: a word, not {brief(found)}")
+            return default
+        return found
+
+    def diagnostics(
+        self, models: Mapping[str, str], tasks: Mapping[str, Task]
+    ) -> DiagnosticsRequest:
+        raw = section(self.raw, "diagnostics", self.problems)
+        default = DiagnosticsRequest()
+        where = "diagnostics."
+        refuse_unknown(raw, [f.name for f in fields(default)], "diagnostics: ", self.problems)
+        if raw and not tasks:
+            self.refuse("diagnostics: belong to rows; give data for a model under `tasks`")
+        counts = {}
+        for key, least in (("rows", 1), ("iterations", 1), ("directions", 0), ("points", 2)):
+            found = raw.get(key, getattr(default, key))
+            if isinstance(found, bool) or not isinstance(found, int) or found < least:
+                self.refuse(f"{where}{key}: a whole number from {least} on, not {brief(found)}")
+                found = getattr(default, key)
+            counts[key] = found
+        dtype = self.word("dtype", raw, default.dtype, where)
+        if dtype not in ("float32", "float64"):
+            self.refuse(f"{where}dtype: float32 or float64, not {dtype!r}")
+        merged = raw.get("merged")
+        if merged is not None and not isinstance(merged, str):
+            self.refuse(f"{where}merged: a path or hub id, not {brief(merged)}")
+            merged = None
+        weights = self.weights(raw, models)
+        if weights and merged is not None:
+            self.refuse("diagnostics: give weights or a merged model, not both")
+        return DiagnosticsRequest(weights, merged, **counts, dtype=dtype)
+
+    def weights(self, raw: Mapping[str, Any], models: Mapping[str, str]) -> dict[str, float]:
+        given = raw.get("weights", {})
+        if isinstance(given, int | float) and not isinstance(given, bool):
+            given = dict.fromkeys(models, given)
+        if not isinstance(given, Mapping):
+            self.refuse(f"diagnostics.weights: a number, or one for each model, not {brief(given)}")
+            return {}
+        found = {}
+        for name, value in given.items():
+            if name not in models:
+                hint = did_you_mean(str(name), list(models)) if models else "there are none"
+                self.refuse(f"diagnostics.weights: no model {name!r}; {hint}")
+            elif (
+                isinstance(value, bool)
+                or not isinstance(value, int | float)
+                or not math.isfinite(value)
+            ):
+                self.refuse(f"diagnostics.weights.{name}: a number, not {brief(value)}")
+            else:
+                found[name] = float(value)
+        return found
+
+    def analyses(
+        self, density: float | None, masks: object, models: int, rows: bool
+    ) -> tuple[str, ...]:
         masked = density is not None or masks is not None
         if self.raw.get("analyses") is None:
-            fitting = {"overlap": masked, "conflicts": models > 1, "bases": models > 1}
+            fitting = {"overlap": masked, "conflicts": models > 1, "bases": models > 1,
+                       "diagnostics": rows}  # fmt: skip
             return tuple(a for a in ANALYSES if fitting.get(a, True))
         found = self.words(self.raw["analyses"], "analyses", list(ANALYSES))
         if "overlap" in found and not masked:
             self.refuse("analyses: overlap compares masks; give a density, or a folder as `masks`")
+        if "diagnostics" in found and not rows:
+            self.refuse("analyses: diagnostics run the model; give rows under `tasks`")
         for name in ("conflicts", "bases"):
             if name in found and models == 1:
                 self.refuse(f"analyses: {name} takes two models or more")

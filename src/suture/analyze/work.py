@@ -20,6 +20,7 @@ import suture
 from suture.analysis import (
     Basis,
     Conflicts,
+    Diagnostics,
     Geometry,
     Masked,
     Overlap,
@@ -29,17 +30,19 @@ from suture.analysis import (
     groups_of,
     make_basis,
 )
+from suture.analyze.diagnostics import check_diagnostics, diagnostics
 from suture.analyze.request import ANALYSES, Request, read_request
-from suture.checkpoint import Checkpoint, is_from_hub, open_checkpoint, refuse_uncomputable
+from suture.checkpoint import Checkpoint, is_from_hub
 from suture.engine import Stage, checkpoint_fingerprint
 from suture.errors import MismatchError, OutputError, Problems, RecipeError
 from suture.mask import Mask, localize
 from suture.recipe_types import Policy
 from suture.roles import ParamSpace, check_selectors
-from suture.run import merged, save
+from suture.run import merged, open_input, save
 from suture.select import select
 from suture.spec import listed, readable
 from suture.stream import Sources, Visitor, sweep, tasks_of
+from suture.tasks import Material, read_material
 from suture.vector import TaskVector, align
 
 SCHEMA = 1
@@ -63,10 +66,16 @@ class Analysis:
     """For each model that no basis was made of: its place to each basis, by kind."""
     written: Mapping[str, Sequence[str]] = field(default_factory=dict)
     """Folders of the basis vectors that were written, by kind."""
+    diagnostics: Diagnostics | None = None
+    restricted: bool = False
+    """Whether an input must not be passed on, nor what is made with it."""
 
     def to_dict(self) -> dict[str, Any]:
         """What ``analysis.json`` holds."""
-        return {"suture": suture.__version__, "schema": SCHEMA, "kind": "analysis", **asdict(self)}
+        found = asdict(self)
+        if not self.restricted:
+            del found["restricted"]
+        return {"suture": suture.__version__, "schema": SCHEMA, "kind": "analysis", **found}
 
 
 @dataclass(frozen=True)
@@ -78,6 +87,8 @@ class AnalysisPlan:
     """By label: the base, the models, the unseen ones."""
     names: tuple[str, ...]
     masks: Mapping[str, Mask] | None
+    material: Mapping[str, Material]
+    """Rows and heads, by name of the model, where the model is to be run."""
     out: Path | None
     overwrite: bool = False
     threads: int | None = None
@@ -135,28 +146,33 @@ def plan_analysis(
     inputs: dict[str, Checkpoint] = {}
     names: list[str] = []
     masks = None
+    material: dict[str, Material] = {}
     if request is not None:
         inputs = _opened(request, problems)
         names = _checked_names(request, inputs, problems)
         if request.masks is not None and "base" in inputs:
             masks = _read_masks(request, inputs["base"], names, problems)
+        if "diagnostics" in request.analyses:
+            check_diagnostics(request, inputs, problems)
+            material = read_material(request.tasks, problems, seed=request.seed)
     if out is not None:
         _check_out(out, inputs, overwrite, problems)
     problems.raise_if_any()
     assert request is not None
     if masks is not None:
         names = [n for n in names if n in next(iter(masks.values())).shapes]
-    return AnalysisPlan(request, inputs, tuple(names), masks, out, overwrite, threads)
+    return AnalysisPlan(request, inputs, tuple(names), masks, material, out, overwrite, threads)
 
 
 def _opened(request: Request, problems: Problems) -> dict[str, Checkpoint]:
     paths = {"base": request.base, **request.models, **request.unseen}
-    found = {}
+    if "diagnostics" in request.analyses and request.diagnostics.merged is not None:
+        paths["merged"] = request.diagnostics.merged
+    found: dict[str, Checkpoint] = {}
     for label, path in paths.items():
         if path:
             with problems.collecting():
-                found[label] = open_checkpoint(path, request.folder)
-                refuse_uncomputable(found[label])
+                found[label] = open_input(path, request.folder, found.get("base"))
     return found
 
 
@@ -251,7 +267,7 @@ def analyse(plan: AnalysisPlan, stage: Stage = _silent) -> Analysis:
     unseen = tuple(plan.inputs[name] for name in request.unseen)
     masks = _masks(plan, stage)
     asked: dict[str, Visitor[Any]] = {}
-    if {"geometry", "bases"} & set(request.analyses):
+    if {"geometry", "bases", "diagnostics"} & set(request.analyses):
         asked["products"] = products = Products(len(models) + len(unseen))
     if "conflicts" in request.analyses:
         selection = None
@@ -284,6 +300,12 @@ def analyse(plan: AnalysisPlan, stage: Stage = _silent) -> Analysis:
     if "bases" in request.analyses:
         gram = products.gram.of(*plan.names)[:-1, :-1]
         bases, nearest = _bases(request, gram)
+    theory = None
+    if "diagnostics" in request.analyses:
+        inner = products.gram.of(*plan.names)[: len(models), : len(models)]
+        theory = diagnostics(request, plan.inputs, plan.names, plan.material, inner, stage)
+    restricted = any(c.restricted for c in plan.inputs.values())
+    restricted = restricted or any(m.restricted for m in (plan.masks or {}).values())
     source = (
         f"those of the folder {request.masks}"
         if plan.masks is not None
@@ -302,6 +324,8 @@ def analyse(plan: AnalysisPlan, stage: Stage = _silent) -> Analysis:
         masked.overlap(labels, groups, source) if masks else None,
         bases,
         nearest,
+        diagnostics=theory,
+        restricted=restricted,
     )
 
 
@@ -353,6 +377,13 @@ def _portable(plan: AnalysisPlan) -> dict[str, Any]:
     found["base"] = where["base"]
     for section in ("models", "unseen"):
         found[section] = {name: where[name] for name in found[section]}
+    for name, task in found.get("tasks", {}).items():
+        given = plan.request.tasks[name]
+        for key, path in (("data", given.data), ("head", given.head)):
+            if path is not None and plan.out is not None:
+                task[key] = os.path.relpath(path, plan.out.resolve())
+    if "merged" in where:
+        found["diagnostics"]["merged"] = where["merged"]
     if plan.request.masks is not None and plan.out is not None:
         masks = plan.request.folder / plan.request.masks
         found["masks"] = os.path.relpath(masks, plan.out.resolve())
@@ -474,7 +505,26 @@ def summary_lines(plan: AnalysisPlan, found: Mapping[str, Any]) -> Iterator[str]
             f"basis {basis['kind']}: {len(basis['names'])} vectors leave {basis['loss']:.2%} of "
             f"the squared length (at best {basis['bound']:.2%})"
         )
+    if found["diagnostics"] is not None:
+        yield from _diagnosed(found["diagnostics"])
     yield f"wrote {plan.out}"
+
+
+def _diagnosed(found: Mapping[str, Any]) -> Iterator[str]:
+    for one in found["models"]:
+        smooth = one["smoothness"]
+        secants = [s["value"] for s in smooth["secants"]]
+        bounds = ", ".join(f"{k} {v:.4g}" for k, v in one["bounds"].items())
+        yield (
+            f"{one['model']}: loss {one['expert_loss']:.4f} as expert, {one['merged_loss']:.4f} "
+            f"merged, {one['base_loss']:.4f} as base; gradient {one['gradient_norm']:.3g} at the "
+            "expert"
+        )
+        yield (
+            f"  gap {one['gap']:.4g}, at most (by the L of) {bounds}; L {smooth['curvature']:.3g}"
+            + (f", along the way {max(secants):.3g}" if secants else "")
+            + f"; barrier {one['barrier']:.3g}"
+        )
 
 
 def _norms(geometry: Mapping[str, Any]) -> Iterator[str]:

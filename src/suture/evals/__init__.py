@@ -1,14 +1,22 @@
-"""A loaded model and rows in, metrics out: ``EVALS``, the table of what there is."""
+"""A loaded model and rows in, numbers by row and metrics out; ``EVALS`` is the table.
+
+The names are loaded when they are first used: results are read without a framework.
+"""
 
 from __future__ import annotations
 
-from suture.evals import accuracy, embedding, loss
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
 from suture.evals.base import Eval, EvalResult, Metric, share
+
+if TYPE_CHECKING:
+    from suture.evals.table import EVALS
 
 __all__ = ["EVALS", "Eval", "EvalResult", "Metric", "share"]
 
-EVALS: dict[str, Eval] = {
-    "accuracy": accuracy.accuracy,
-    "loss": loss.loss,
-    "neighbour": embedding.neighbour,
-}
+
+def __getattr__(name: str) -> Any:
+    if name != "EVALS":
+        raise AttributeError(f"module 'suture.evals' has no attribute {name!r}")
+    return import_module("suture.evals.table").EVALS

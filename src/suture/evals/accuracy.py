@@ -2,18 +2,45 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
+from typing import Annotated
 
 import torch
 from torch import nn
 
 from suture.data import Batch
-from suture.errors import RecipeError
+from suture.errors import RecipeError, did_you_mean
 from suture.evals.base import Metric, share
+from suture.evals.kinds import Column, Job, Models, Names, Prepare, Run, Score, Word, dataset_of
 from suture.models import evaluating
 
 
 @torch.inference_mode()
+def hits(
+    model: nn.Module,
+    batches: Iterable[Batch],
+    *,
+    device: str = "cpu",
+    tick: Callable[[int], None] = lambda rows: None,
+) -> dict[int, float]:
+    """1 for every row with the right class, else 0, by row; NaN where a logit is not finite.
+
+    Raises:
+        RecipeError: a row has no label.
+    """
+    found: dict[int, float] = {}
+    with evaluating(model):
+        for batch in batches:
+            if (batch.labels < 0).any():
+                raise RecipeError("accuracy needs a label on every row")
+            logits = model(batch.input_ids.to(device), batch.attention_mask.to(device)).cpu()
+            right = (logits.argmax(1) == batch.labels).double()
+            right[~logits.isfinite().all(1)] = torch.nan
+            found.update(zip(batch.rows, right.tolist(), strict=True))
+            tick(len(batch.rows))
+    return found
+
+
 def accuracy(
     model: nn.Module, batches: Iterable[Batch], *, device: str = "cpu"
 ) -> tuple[Metric, ...]:
@@ -22,12 +49,48 @@ def accuracy(
     Raises:
         RecipeError: there are no rows, or a row has no label.
     """
-    hits, n = 0, 0
-    with evaluating(model):
-        for batch in batches:
-            if (batch.labels < 0).any():
-                raise RecipeError("accuracy needs a label on every row")
-            logits = model(batch.input_ids.to(device), batch.attention_mask.to(device))
-            hits += int((logits.argmax(1).cpu() == batch.labels).sum())
-            n += len(batch.labels)
-    return (share("accuracy", hits, n),)
+    found = hits(model, batches, device=device).values()
+    return (share("accuracy", sum(hit == 1.0 for hit in found), len(found)),)
+
+
+def classes(
+    text: Column = "text",
+    label: Column = "label",
+    head: Annotated[
+        str, Word("`model` for the head in the model's folder, `zero-shot`, or a file", False)
+    ] = "model",
+    labels: Annotated[tuple[str, ...], Names("the labels of a zero-shot head, in order")] = (),
+    label_texts: Annotated[
+        dict[str, str] | None, Names("what a zero-shot head reads for a label", True)
+    ] = None,
+) -> Prepare:
+    """The share of rows whose most likely class is the label.
+
+    The head is the one beside the model's weights, a saved one, the same for all models, or made of
+    the labels' texts by the model itself.
+    """
+
+    def prepare(job: Job) -> Run:
+        texts, told = job.column(text), job.column(label)
+        numbers = {name: i for i, name in enumerate(job.labels)}
+        for number, name in told.items():
+            if numbers and name not in numbers:
+                job.refuse(
+                    f"{job.rows[number].where}: the label {name!r} is not one of the head's; "
+                    f"{did_you_mean(name, job.labels)}"
+                )
+        rows = [n for n in texts if told.get(n) in numbers]
+        read = zip(rows, job.ids([texts[n] for n in rows]), strict=True)
+        fitting = {n: fit for n, ids in read if (fit := job.fit(n, ids)) is not None}
+        data, order = dataset_of(
+            fitting, job.tokenizer, labels={n: numbers[told[n]] for n in fitting}
+        )
+
+        def run(models: Models) -> tuple[Score, ...]:
+            batches = data.batches(job.batch)
+            found = hits(models.model, batches, device=models.device, tick=models.tick)
+            return (Score("accuracy", {order[n]: v for n, v in found.items()}, "share"),)
+
+        return run
+
+    return prepare

@@ -6,13 +6,16 @@ import json
 import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
-from torch import nn
 
-from suture.data import Batch
 from suture.errors import RecipeError
+
+if TYPE_CHECKING:  # reading results must not cost what running a model costs
+    from torch import nn
+
+    from suture.data import Batch
 
 Z95 = 1.959963984540054
 """Quantile of the normal distribution that leaves 2.5 % above."""
@@ -33,16 +36,24 @@ class Metric:
 
     @classmethod
     def read(cls, raw: Mapping[str, Any]) -> Metric:
-        """The metric that ``asdict`` wrote.
+        """The metric that ``plain`` or ``asdict`` wrote; ``null`` is a number that is none.
 
         Raises:
             RecipeError: a key is missing, unknown, or not a number.
         """
         try:
-            numbers = {key: float(raw[key]) for key in ("value", "low", "high")}
+            numbers = {
+                key: math.nan if raw[key] is None else float(raw[key])
+                for key in ("value", "low", "high")
+            }
             return cls(name=str(raw["name"]), n=int(raw["n"]), **numbers)
         except (KeyError, TypeError, ValueError) as error:
             raise RecipeError(f"not a metric: {error!r}") from error
+
+    def plain(self) -> dict[str, Any]:
+        """The metric as data that JSON can hold: what is not finite becomes ``null``."""
+        return {k: None if v != v or v in (math.inf, -math.inf) else v
+                for k, v in asdict(self).items()}  # fmt: skip
 
 
 def share(name: str, hits: int, n: int) -> Metric:

@@ -1,4 +1,4 @@
-"""A loaded encoder moved along task vectors in place: what line and disentanglement maps evaluate.
+"""A loaded model moved along task vectors in place: what line and disentanglement maps evaluate.
 
 ``suture.analysis.disentanglement`` and ``suture.analysis.along`` ask for predictions or scores of
 the base plus given amounts of task vectors; ``Walk`` gives them without writing a checkpoint.
@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from suture.data import Batch
 from suture.errors import MismatchError, RecipeError
-from suture.models import Classifier, Encoder, Head, evaluating
+from suture.models import Classifier, Encoder, Head, evaluating, parameters_of
 from suture.spec import listed
 
 Array = np.ndarray[Any, Any]
@@ -24,54 +24,75 @@ Batches = Callable[[], Iterable[Batch]]
 
 
 class Walk:
-    """The base plus amounts of task vectors, as one encoder whose weights are written over.
+    """The base plus amounts of task vectors, as one model whose weights are written over.
 
-    Every point is computed from the base anew, in float32, so that no error adds up on the way;
-    memory is the encoder and one delta a task vector.
+    Every point is computed from the base anew, in float32 (float64 where the model is), so that no
+    error adds up on the way; memory is the model and one delta a task vector.
     """
 
-    def __init__(self, encoder: Encoder, deltas: Sequence[Mapping[str, Array]]) -> None:
-        """Take a base encoder and task vectors over it, by the names that the checkpoint has.
+    def __init__(self, model: nn.Module, deltas: Sequence[Mapping[str, Array]]) -> None:
+        """Take a loaded base and task vectors over it, by the names that the checkpoint has.
 
         Raises:
-            MismatchError: a task vector has tensors that the encoder lacks, or in other shapes.
+            MismatchError: a task vector has tensors that the model lacks, or in other shapes.
         """
-        self.encoder = encoder
-        self.parameters = dict(encoder.backbone.named_parameters())
-        self.base: dict[str, Tensor] = {}
+        self.model = model
+        names = list(dict.fromkeys(n for delta in deltas for n in delta))
+        try:
+            self.moved = parameters_of(model, names)
+            """The parameters that a task vector moves, by name."""
+        except MismatchError as error:
+            raise MismatchError(
+                f"a task vector does not fit the loaded model: {error}; select the tensors that "
+                "it has"
+            ) from None
         self.deltas: list[dict[str, Tensor]] = []
         for number, delta in enumerate(deltas):
-            wrong = sorted(
-                n for n in delta
-                if n not in self.parameters
-                or tuple(self.parameters[n].shape) != tuple(delta[n].shape)
-            )  # fmt: skip
+            wrong = sorted(n for n in delta if tuple(self.moved[n].shape) != tuple(delta[n].shape))
             if wrong:
                 raise MismatchError(
-                    f"task vector {number + 1} does not fit the encoder: {listed(wrong)}; select "
+                    f"task vector {number + 1} does not fit the model: {listed(wrong)}; select "
                     "the tensors that the loaded model has"
                 )
-            self.deltas.append({n: torch.from_numpy(np.array(delta[n])) for n in delta})
-        for name in {n for delta in self.deltas for n in delta}:
-            self.base[name] = self.parameters[name].detach().clone()
+            self.deltas.append({
+                n: torch.from_numpy(np.array(delta[n])).to(self.moved[n].device) for n in delta
+            })  # fmt: skip
+        self.base = {n: p.detach().clone() for n, p in self.moved.items()}
 
     @torch.no_grad()
-    def move(self, amounts: Sequence[float]) -> Encoder:
-        """The encoder at the base plus ``amounts`` of the task vectors; all zero is the base."""
+    def move(self, amounts: Sequence[float], step: Mapping[str, Tensor] | None = None) -> nn.Module:
+        """The model at the base plus ``amounts`` of the task vectors; all zero is the base.
+
+        Args:
+            amounts: one for each task vector.
+            step: one more direction to go in, by name.
+        """
         if len(amounts) != len(self.deltas):
             raise RecipeError(f"{len(amounts)} amounts for {len(self.deltas)} task vectors")
         for name, start in self.base.items():
-            value = start.float()
+            value = start if start.dtype == torch.float64 else start.float()
             for amount, delta in zip(amounts, self.deltas, strict=True):
                 if amount and name in delta:
                     value = value + amount * delta[name]
-            self.parameters[name].copy_(value)
-        return self.encoder
+            if step is not None and name in step:
+                value = value + step[name]
+            self.moved[name].copy_(value)
+        return self.model
+
+    def direction(self, number: int) -> dict[str, Tensor]:
+        """A task vector in the dtype of the model, 0 where it moves nothing."""
+        delta = self.deltas[number]
+        return {
+            n: delta[n].to(p.dtype) if n in delta else torch.zeros_like(p, requires_grad=False)
+            for n, p in self.moved.items()
+        }
 
     def predict(
         self, heads: Sequence[Head], rows: Sequence[Batches]
     ) -> Callable[[Sequence[float], int], Array]:
         """The callable that ``disentanglement`` asks for: classes of a task's rows, by its head.
+
+        The model is an encoder.
 
         Args:
             heads: the read-out of each task.
@@ -79,8 +100,9 @@ class Walk:
         """
 
         def predict(amounts: Sequence[float], task: int) -> Array:
-            model = Classifier(self.move(amounts), heads[task])
-            return classes(model, rows[task]())
+            encoder = self.move(amounts)
+            assert isinstance(encoder, Encoder)
+            return classes(Classifier(encoder, heads[task]), rows[task]())
 
         return predict
 

@@ -8,15 +8,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from suture.checkpoint import Checkpoint, open_checkpoint, refuse_uncomputable
 from suture.errors import CheckpointError, OutputError, Problems, RecipeError
 from suture.finetune.recipe import Finetune, read_finetune
 from suture.finetune.rows import Rows, classification_rows, language_rows
 from suture.finetune.strategies import MASKS
 from suture.mask import Mask
-from suture.models import load_tokenizer
+from suture.models import device_named, load_tokenizer, longest_of
 from suture.run import Options as PlaceOptions
 from suture.run import check_place
 from suture.spec import readable
@@ -79,7 +77,7 @@ def plan_finetune(
     task = found.task or _task(base)
     device = options.device or found.device
     with problems.collecting():
-        device = device_of(device)
+        device = device_named(device)
     if found.training.patience and found.data.validation is None and not found.data.share:
         problems.add(RecipeError, "training.patience: needs validation rows")
     if task == "language-model" and found.head != "probe":
@@ -87,7 +85,7 @@ def plan_finetune(
     rows = tokenizer = None
     with problems.collecting():
         tokenizer = load_tokenizer(base.folder)
-        longest = longest_of(base, tokenizer)
+        longest = longest_of(base.config, tokenizer)
         if found.data.max_length > longest:
             raise RecipeError(
                 f"data.max_length: the base reads at most {longest} tokens, "
@@ -116,32 +114,6 @@ def _task(base: Checkpoint) -> str:
     names = base.config.get("architectures") or [""]
     causal = any(word in names[0] for word in ("ForCausalLM", "LMHeadModel"))
     return "language-model" if causal else "classification"
-
-
-def device_of(word: str) -> str:
-    """The device of this name; ``auto`` is a GPU where there is one.
-
-    Raises:
-        RecipeError: there is none of this name here.
-    """
-    if word == "auto":
-        return "cuda" if torch.cuda.is_available() else "cpu"
-    try:
-        kind = torch.device(word).type
-    except RuntimeError:
-        raise RecipeError(f"device: {word!r} is none; auto, cpu or cuda") from None
-    if kind not in ("cpu", "cuda") or (kind == "cuda" and not torch.cuda.is_available()):
-        raise RecipeError(f"device: there is no {word} here")
-    return word
-
-
-def longest_of(base: Checkpoint, tokenizer: Any) -> int:
-    """Most tokens that a model can read."""
-    config = base.config
-    positions = config.get("max_position_embeddings") or config.get("n_positions") or 10**6
-    if config.get("model_type") in ("roberta", "xlm-roberta", "camembert"):
-        positions -= 2  # positions are counted from the padding id
-    return int(min(positions, getattr(tokenizer, "model_max_length", positions) or positions))
 
 
 def _check_mask(recipe: Finetune, problems: Problems) -> None:

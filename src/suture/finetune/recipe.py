@@ -290,15 +290,7 @@ def read_training(
 def read_source(
     value: object, where: str, folder: Path, split: str, problems: Problems
 ) -> Source | None:
-    """Where rows come from: a file, or a data set of the hub.
-
-    Args:
-        value: what the recipe says.
-        where: the key, for messages.
-        folder: where relative paths start.
-        split: of a data set that names none.
-        problems: takes every fault.
-    """
+    """Where rows come from: a file or a data set of the hub; ``split`` is the hub's by default."""
     raw = {"path": value} if isinstance(value, str) else value
     if not isinstance(raw, Mapping) or not isinstance(raw.get("path"), str) or not raw["path"]:
         problems.add(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -133,19 +134,55 @@ def language_rows(spec: DataSpec, tokenizer: Any, longest: int, seed: int) -> Ro
         RecipeError: as for classification; also no chat template, or a row without a response.
     """
     sides, problems = split_records(spec, seed), Problems()
-    kind = spec.format or _format(sides[0][0][1], spec)
-    made = []
+    spec = replace(spec, format=spec.format or _format(sides[0][0][1], spec))
+    made: list[tuple[Dataset, list[str]]] = []
     for side in sides:
-        tokens, places = [], []
-        for where, record in side:
-            with problems.collecting():
-                tokens.append(_language_row(kind, spec, record, where, tokenizer))
-                places.append(where)
-        made.append(
-            _dataset(tokens, places, [-1] * len(tokens), tokenizer, spec, longest, problems)
-        )
+        with problems.collecting():
+            made.append(language_data(side, spec, tokenizer, longest))
     problems.raise_if_any()
     return Rows(made[0][0], made[1][0], (), tuple(note for _, notes in made for note in notes))
+
+
+def language_data(
+    records: Sequence[Record], spec: DataSpec, tokenizer: Any, longest: int
+) -> tuple[Dataset, list[str]]:
+    """Some rows of a language model as tokens, and notes about those that were cut or left out.
+
+    Raises:
+        RecipeError: as for ``language_rows``.
+    """
+    problems = Problems()
+    kind = spec.format or _format(records[0][1], spec)
+    tokens, places = [], []
+    for where, record in records:
+        with problems.collecting():
+            tokens.append(_language_row(kind, spec, record, where, tokenizer))
+            places.append(where)
+    found = _dataset(tokens, places, [-1] * len(tokens), tokenizer, spec, longest, problems)
+    problems.raise_if_any()
+    return found
+
+
+def check_language_records(spec: DataSpec, records: Sequence[Record]) -> None:
+    """Refuse rows that lack a column, or a side of a pair, before any tokenizer is there.
+
+    Raises:
+        RecipeError: all of them at once.
+    """
+    kind = spec.format or _format(records[0][1], spec)
+    problems = Problems()
+    for where, record in records:
+        with problems.collecting():
+            if kind == "chat":
+                said = _messages(record.get(spec.messages), where, spec.messages)
+                if not any(m["role"] == "assistant" and m["content"].strip() for m in said):
+                    raise RecipeError(f"{where}: no words of the assistant to predict")
+                continue
+            columns = [spec.text] if kind == "text" else [spec.prompt, spec.response]
+            for column in columns:
+                if not cell(record, column, where).strip():
+                    raise RecipeError(f"{where}: the column {column!r} is empty")
+    problems.raise_if_any()
 
 
 def _format(record: Mapping[str, object], spec: DataSpec) -> str:
@@ -226,7 +263,7 @@ def _chat(messages: Sequence[dict[str, str]], where: str, tokenizer: Any) -> Tok
     """
     if not getattr(tokenizer, "chat_template", None):
         raise RecipeError(
-            "the base has no chat template; use a prompt and a response column, or plain text"
+            "the model has no chat template; use a prompt and a response column, or plain text"
         )
 
     def ids(part: Sequence[dict[str, str]], ask: bool = False) -> list[int]:

@@ -20,6 +20,7 @@ from suture.merges.base import (
 )
 from suture.merges.consensus import consensus
 from suture.merges.dare import dare_linear, dare_ties
+from suture.merges.led import led
 from suture.merges.linear import linear, passthrough, slerp, task_arithmetic
 from suture.merges.measured import fisher_merging, regmean
 from suture.merges.overlap import ram, ramplus_tl, sce
@@ -47,6 +48,7 @@ METHODS: dict[str, Method] = {
         Method(dare_ties, "DARE with TIES", "Yu et al. 2024, arXiv:2311.03099", random=True),
         Method(consensus, "Consensus (TALL masks)", "Wang et al. 2024, arXiv:2405.07813"),
         Method(stitch, "Localize-and-Stitch", "He et al. 2025, arXiv:2408.13656"),
+        Method(led, "LED-Merging", "Ma et al. 2025, arXiv:2502.16770", random=True),
         Method(fisher_merging, "Fisher merging", "Matena and Raffel 2022, arXiv:2111.09832"),
         Method(regmean, "RegMean", "Jin et al. 2023, arXiv:2212.09849"),
         Method(passthrough, "Passthrough", "Goddard et al. 2024, arXiv:2403.13257",

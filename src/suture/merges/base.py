@@ -161,6 +161,19 @@ class Files:
 
 
 @dataclass(frozen=True)
+class ModelName:
+    """What a parameter that names one of the recipe's models means."""
+
+    doc: str
+
+    def problem(self, value: object) -> str | None:
+        """What is wrong with ``value``; ``None`` when nothing is."""
+        if value is None or isinstance(value, str):
+            return None
+        return f"{self.doc}; {brief(value)} is no name"
+
+
+@dataclass(frozen=True)
 class Choice:
     """What a parameter with a few named values means."""
 
@@ -246,6 +259,8 @@ class Beside:
     """Tells cheaply whether they are still the same, as plain data."""
     expected: Mapping[str, str] = field(default_factory=dict)
     """Fingerprints that inputs must have, by label, for these files to be about them."""
+    restricted: tuple[str, ...] = ()
+    """Labels of models whose files must not be passed on."""
 
 
 def _no_files(context: Context, problems: Problems) -> Beside:
@@ -258,6 +273,10 @@ def _nothing(context: Context) -> Any:
 
 def _no_facts(state: Any) -> dict[str, Any]:
     return {}
+
+
+def _nothing_to_tell(state: Any) -> Iterable[str]:
+    return ()
 
 
 def _no_problems(names: Sequence[str], models: Sequence[str]) -> Iterable[str]:
@@ -295,6 +314,8 @@ class Merge(Generic[S]):
     """How often ``prepare`` reads the models, for estimates."""
     facts: Callable[[S], dict[str, Any]] = _no_facts
     """What the report tells of the state: densities reached, ties, ..."""
+    tell: Callable[[S], Iterable[str]] = _nothing_to_tell
+    """The same for people, a line each."""
     beside: Callable[[Context, Problems], Beside] = _no_files
     """Opens the headers of files that are read besides the models, and notes what does not fit."""
     keeps: Callable[[str], bool] = _never
@@ -419,6 +440,10 @@ def _shared(
     if parameter.per_tensor:
         return _scalar(parameter, value, where, problems)
     fine = _check(parameter, value, where, problems)
+    if fine and isinstance(parameter.meta, ModelName) and value not in (None, *models):
+        problems.add(
+            RecipeError, f"{where}: no model {brief(value)}; {did_you_mean(str(value), models)}"
+        )
     whole = fine and isinstance(parameter.meta, Number) and parameter.meta.whole
     return int(value) if whole else value
 

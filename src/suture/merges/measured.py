@@ -47,17 +47,18 @@ def _stats(files: Mapping[str, str], context: Context) -> list[Stats]:
 
 def _beside(files: Mapping[str, str], kind: str, context: Context, problems: Problems) -> Beside:
     """Check the statistics against the models by their headers."""
-    identity, expected = [], {}
+    identity, expected, marked = [], {}, []
     specs = {name: context.sources.spec(name) for name in context.names}
     for model in context.models:
         with problems.collecting():
             stats = Stats.load(Path(files[model]))
             stats.check([kind], specs)
             identity.append(tuple(stats.tensors.identity))  # type: ignore[attr-defined]
+            marked += [model] if stats.restricted else []
             label = "base" if stats.facts.get("at") == "base" else model
             if isinstance(stats.facts.get("model"), str):
                 expected[label] = stats.facts["model"]
-    return Beside(tuple(identity), expected)
+    return Beside(tuple(identity), expected, tuple(marked))
 
 
 def _facts(stats: list[Stats]) -> dict[str, Any]:

@@ -3,15 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any
 
-import numpy as np
-
 from suture import kernels
 from suture.errors import MismatchError, Problems
-from suture.graft import check_shapes, is_graft
 from suture.mask import StoredMask
 from suture.merges.base import (
     Array,
@@ -26,23 +22,16 @@ from suture.merges.base import (
     Weight,
     each,
 )
+from suture.merges.marks import Masked, check_mask
 from suture.merges.ties import selected, selection_facts
 from suture.merges.votes import scaled
 from suture.select import Selection, exact_count
-from suture.spec import listed
 from suture.stream import Block, Combine
 
 Masks = Annotated[
     Mapping[str, str] | None,
     Files("the mask of each model: a folder that `suture localize` wrote, or a file a model"),
 ]
-
-
-@dataclass(frozen=True)
-class _Masks:
-    """The masks in the order of rows."""
-
-    masks: tuple[StoredMask, ...]
 
 
 def stitch(
@@ -52,7 +41,7 @@ def stitch(
     scale: Scale = Scalar(1.0),
     scope: Scope = "global",
     masks: Masks = None,
-) -> Merge[Selection | _Masks]:
+) -> Merge[Selection | Masked]:
     r"""Keep the marked entries of each task vector; average where the marked regions overlap.
 
     With masks :math:`\gamma_i`: :math:`\theta = \theta_0 + \sum_i \gamma_i \tau_i / \max(1,
@@ -78,18 +67,15 @@ def _combine(weight: Any, scale: Scalar) -> Any:
 
 
 def _from_masks(files: Mapping[str, str], weight: Any, scale: Scalar) -> Merge[Any]:
-    def opened(context: Context) -> _Masks:
-        return _Masks(tuple(StoredMask(Path(files[model])) for model in context.models))
+    def opened(context: Context) -> Masked:
+        return Masked(tuple(StoredMask(Path(files[model])) for model in context.models))
 
-    def combine(block: Block, state: _Masks) -> None:
-        bits = np.zeros((len(state.masks), -(-block.count // 8)), np.uint8)
-        for row, mask in zip(bits, state.masks, strict=True):
-            if block.name in mask.shapes:  # a tensor outside of the mask's space is not edited
-                mask.read(block.name, block.start, row)
+    def combine(block: Block, state: Masked) -> None:
+        bits = state.bits(block.name, block.start, block.count)
         kernels.stitched(block.rows, weight.row(block), bits, block.count, block.out)
         scaled(block, scale)
 
-    def facts(state: _Masks) -> dict[str, Any]:
+    def facts(state: Masked) -> dict[str, Any]:
         return {"masks": [{**mask.about, "file": mask.path.name} for mask in state.masks]}
 
     return Merge(combine, opened, facts=facts, beside=lambda c, p: _beside(files, c, p))
@@ -99,22 +85,14 @@ def _beside(files: Mapping[str, str], context: Context, problems: Problems) -> B
     """Check the masks against the models by their headers."""
     found: list[list[Any]] = []
     expected: dict[str, str] = {}
+    marked = []
     for model, checkpoint in zip(context.models, context.sources.models, strict=True):
         with problems.collecting():
             mask = StoredMask(Path(files[model]))
             found.append(mask.checkpoint.identity)
-            check_shapes(mask, checkpoint, model)
-            beyond = sorted(mask.shapes.keys() - set(context.names))
-            if beyond:
-                raise MismatchError(
-                    f"{mask.path}: marks {listed(beyond)}, which the space of this recipe leaves "
-                    "out; give both recipes the same `space`"
-                )
-            prints = {"base": mask.about.get("base"), model: mask.about.get("model")}
-            if is_graft(checkpoint.path):  # it has but the marked part of its model
-                del prints[model]
-            known = {label: p for label, p in prints.items() if isinstance(p, str)}
+            marked += [model] if mask.restricted else []
+            known = check_mask(mask, checkpoint, model, context.names)
             if expected.get("base", known.get("base")) != known.get("base", expected.get("base")):
                 raise MismatchError(f"{mask.path}: was made for another base than the other masks")
             expected |= known
-    return Beside(tuple(map(tuple, found)), expected)
+    return Beside(tuple(map(tuple, found)), expected, tuple(marked))

@@ -34,6 +34,8 @@ class Found:
     localizations: list[tuple[str, dict[str, Any]]] = field(default_factory=list)
     maps: list[tuple[str, dict[str, Any]]] = field(default_factory=list)
     curves: list[tuple[str, dict[str, Any]]] = field(default_factory=list)
+    withheld: list[str] = field(default_factory=list)
+    """Paths of files that are marked restricted; nothing else of them is kept."""
     notes: list[str] = field(default_factory=list)
 
     @property
@@ -57,9 +59,14 @@ class Found:
             RecipeError: it says what it is, but does not hold it.
         """
         kind = raw.get("kind")
+        if raw.get("restricted") is True:
+            self.withheld.append(where)
+            return
         plain = {"analysis": self.analyses, "disentanglement": self.maps, "curve": self.curves}
         if isinstance(kind, str) and kind in plain:
             plain[kind].append((where, dict(raw)))
+        elif kind == "evaluation" and "evaluations" in raw:
+            self.results += [(where, one) for one in _suite_results(text)]
         elif {"title", "tasks", "entries"} <= raw.keys():
             self.reports.append((where, _scores()[0].from_json(text)))
         elif {"model", "task", "metrics", "kind"} <= raw.keys():
@@ -70,6 +77,13 @@ class Found:
             self.merges.append((where, dict(raw)))
         elif where.rsplit("/", 1)[-1] == "localize.json":
             self.localizations.append((where, dict(raw)))
+
+
+def _suite_results(text: str) -> list[EvalResult]:
+    """What `suture eval` wrote, one evaluation after another."""
+    from suture.evals.results import SuiteResult
+
+    return SuiteResult.from_json(text).each()
 
 
 def _scores() -> tuple[type[Report], type[EvalResult]]:
@@ -116,7 +130,7 @@ def gather(folder: Path) -> Found:
         for vector in (vectors if isinstance(vectors, list) else ())
     }
     found.merges = [(where, raw) for where, raw in found.merges if where not in basis]
-    if not found.files:
+    if not found.files and not found.withheld:
         raise RecipeError(
             f"{folder}: nothing to show; a report is made of suture.json, results.json, "
             "analysis.json, localize.json and results of `suture eval`"

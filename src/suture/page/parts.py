@@ -136,3 +136,25 @@ def layer_labels(keys: Iterable[str]) -> dict[str, str]:
             )
             labels[key] = f"{own} {match[2]}"
     return labels
+
+
+def layer_words(labels: Sequence[str]) -> str:
+    """``layers 3 to 5 and weights outside of layers``."""
+    numbers = [label for label in labels if label != OUTSIDE]
+    word = "layer" if len(numbers) == 1 else "layers"
+    ranges: list[list[str]] = []
+    for label in numbers:
+        if (
+            ranges
+            and label.isdecimal()
+            and ranges[-1][-1].isdecimal()
+            and (int(label) == int(ranges[-1][-1]) + 1)
+        ):
+            ranges[-1].append(label)
+        else:
+            ranges.append([label])
+    told = [t for r in ranges for t in ([f"{r[0]} to {r[-1]}"] if len(r) > 2 else r)]
+    text = f"{word} {listed_words(told)}" if numbers else ""
+    if OUTSIDE in labels:
+        text += (" and " if text else "") + "weights outside of layers"
+    return text

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import yaml
 
-from suture.page import charts, weights
+from suture.page import charts, masks, weights
 from suture.page.gather import Found
 from suture.page.parts import Builder, Cell, Chart, Figure, Section, Table, percent
 from suture.spec import listed, readable
@@ -37,12 +37,15 @@ def sections_of(found: Found) -> list[Section]:
         one = builder(where)
         made += one.attempt("the analysis", partial(weights.sections, where, raw, one))
     for where, raw in found.localizations:
-        made += builder(where).attempt("it", partial(_localization, where, raw))
+        one = builder(where)
+        made += one.attempt("it", partial(masks.localization, where, raw, one))
     made += _curves(found, builder)
     made += _maps(found, builder)
     made += _merges(found, builder)
     made.insert(0, Section("glance", "At a glance", points=tuple(_glance(found, builder))))
     made += builder("inputs").attempt("provenance", partial(_provenance, found))
+    if found.withheld:
+        made.append(_withheld(found))
     notes = [*found.notes, *(note for b in builders for note in b.notes)]
     for where, report in found.reports:
         notes += [f"{where}: {note}" for note in report.notes]
@@ -50,6 +53,17 @@ def sections_of(found: Found) -> list[Section]:
         made.append(Section("notes", "Notes", points=tuple(notes)))
     filled = [s for s in made if s.figures or s.tables or s.points or s.listings]
     return _distinct(filled)
+
+
+def _withheld(found: Found) -> Section:
+    """What must not be passed on is named, and nothing of it shown."""
+    return Section(
+        "withheld",
+        "Withheld",
+        "These files are marked restricted: what they hold must not be passed on, so nothing of it "
+        "is on this page.",
+        points=tuple(found.withheld),
+    )
 
 
 def _distinct(sections: Sequence[Section]) -> list[Section]:
@@ -82,6 +96,8 @@ def _glance(found: Found, builder: Callable[[str], Builder]) -> Iterator[str]:
             )
     for where, raw in found.analyses:
         yield from builder(where).attempt("the summary", partial(weights.glance, raw))
+    for where, raw in found.localizations:
+        yield from builder(where).attempt("the summary", partial(masks.glance, raw))
     worst = [
         (float(loss), where)
         for where, raw in found.merges
@@ -369,30 +385,6 @@ def _map(raw: Raw) -> tuple[Chart, list[tuple[Cell, ...]]]:
 # -- localizations, merges, provenance -------------------------------------------------------------
 
 
-def _localization(where: str, raw: Raw) -> Iterator[Section]:
-    tables = []
-    plain = [(k, _plain(v)) for k, v in raw.items() if not isinstance(v, Mapping | list)]
-    if plain:
-        tables.append(Table("What was asked and found", ("what", "value"), tuple(plain)))
-    for key, value in raw.items():
-        if (
-            isinstance(value, Mapping)
-            and value
-            and all(isinstance(v, Mapping) for v in value.values())
-        ):
-            columns = list(dict.fromkeys(str(c) for v in value.values() for c in v))
-            rows = tuple((str(n), *(_plain(v.get(c)) for c in columns)) for n, v in value.items())
-            tables.append(Table(str(key), ("name", *columns), rows))
-    listing = yaml.safe_dump(raw.get("recipe") or {}, sort_keys=False, allow_unicode=True)
-    yield Section(
-        "localization",
-        "Localization",
-        f"From {where}.",
-        tables=tuple(tables),
-        listings=(("recipe", listing),) if raw.get("recipe") else (),
-    )
-
-
 def _plain(value: Any) -> Cell:
     if value is None or isinstance(value, str | int | float):
         return value
@@ -477,7 +469,7 @@ def _provenance(found: Found) -> Iterator[Section]:
     inputs: dict[tuple[str, str], list[str]] = {}
     sizes: dict[tuple[str, str], tuple[Cell, Cell]] = {}
     listings = []
-    for where, raw in [*found.merges, *found.analyses]:
+    for where, raw in [*found.merges, *found.analyses, *found.localizations]:
         rows = raw.get("inputs")
         for label, entry in rows.items() if isinstance(rows, Mapping) else ():
             if isinstance(entry, Mapping):

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
-from suture.page import charts
+from suture.page import charts, theory
 from suture.page.parts import (
     OUTSIDE,
     Builder,
@@ -14,6 +14,7 @@ from suture.page.parts import (
     Section,
     Table,
     layer_labels,
+    layer_words,
     listed_words,
     percent,
 )
@@ -50,30 +51,9 @@ def glance(raw: Raw) -> Iterator[str]:
             "" if relative is None else f" moved by {percent(float(relative))} of the base's length"
         )
         yield (
-            f"{model}{far}: {percent(held)} of its change lies in {_layers(inside)}; relative to "
-            f"their size, {strong['role']} weights moved most."
+            f"{model}{far}: {percent(held)} of its change lies in {layer_words(inside)}; relative "
+            f"to their size, {strong['role']} weights moved most."
         )
-
-
-def _layers(labels: Sequence[str]) -> str:
-    numbers = [label for label in labels if label != OUTSIDE]
-    word = "layer" if len(numbers) == 1 else "layers"
-    ranges: list[list[str]] = []
-    for label in numbers:
-        if (
-            ranges
-            and label.isdecimal()
-            and ranges[-1][-1].isdecimal()
-            and (int(label) == int(ranges[-1][-1]) + 1)
-        ):
-            ranges[-1].append(label)
-        else:
-            ranges.append([label])
-    told = [f"{r[0]} to {r[-1]}" if len(r) > 1 else r[0] for r in ranges]
-    text = f"{word} {listed_words(told)}" if numbers else ""
-    if OUTSIDE in labels:
-        text += (" and " if text else "") + "weights outside of layers"
-    return text
 
 
 def sections(where: str, raw: Raw, builder: Builder) -> Iterator[Section]:
@@ -95,6 +75,10 @@ def sections(where: str, raw: Raw, builder: Builder) -> Iterator[Section]:
     if raw.get("conflicts"):
         made = builder.attempt("conflicts", lambda: _conflicts(raw["conflicts"]))
         yield Section("conflicts", "Where experts disagree", "", tuple(made))
+    if raw.get("diagnostics"):
+        made = builder.attempt("diagnostics", lambda: theory.diagnosed(raw["diagnostics"]))
+        lead = theory.merge_of(raw["diagnostics"]) if made else ""
+        yield Section("diagnostics", "What merging costs each task", lead, tuple(made))
     if raw.get("bases"):
         made = builder.attempt("bases", lambda: _bases(raw))
         yield Section("bases", "Fewer vectors for many tasks", "", tuple(made))
@@ -144,7 +128,7 @@ def _moved(geometry: Raw) -> Iterator[Figure]:
     rows = [{"x": layer, "y": model, "value": v} for (model, layer), v in shares.items()]
     peaks = [max((v, layer) for (m, layer), v in shares.items() if m == model) for model in models]
     told = [
-        f"{m} in {_layers([layer])} ({percent(v)})"
+        f"{m} in {layer_words([layer])} ({percent(v)})"
         for m, (v, layer) in zip(models, peaks, strict=True)
     ]
     alt_text = f"Share of each model's change by layer. The largest: {listed_words(told)}."

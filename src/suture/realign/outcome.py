@@ -14,7 +14,7 @@ from typing import Any
 import yaml
 
 import suture
-from suture.card import is_restricted, licence_of, model_name
+from suture.card import licence_of, model_name
 from suture.checkpoint import is_from_hub
 from suture.evals import Metric
 from suture.finetune.outcome import data_digest
@@ -173,7 +173,7 @@ def _place(checkpoint: Any, out: Path) -> str:
 
 def restricted(plan: Plan) -> bool:
     """Whether an input must not be passed on."""
-    return any(is_restricted(c) for c in plan.inputs.values())
+    return any(c.restricted for c in plan.inputs.values())
 
 
 def key_of(plan: Plan, fingerprints: Mapping[str, str]) -> dict[str, Any]:

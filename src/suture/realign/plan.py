@@ -11,10 +11,9 @@ from typing import Any
 from suture.checkpoint import Checkpoint, refuse_uncomputable
 from suture.data import Dataset
 from suture.errors import CheckpointError, Problems, RecipeError, SutureError
-from suture.finetune.plan import device_of, longest_of
 from suture.finetune.rows import language_rows
 from suture.mask import Mask
-from suture.models import load_tokenizer
+from suture.models import device_named, load_tokenizer, longest_of
 from suture.opening import open_model
 from suture.realign.concrete import logit_shape
 from suture.realign.pairs import PairRows, read_pairs
@@ -127,7 +126,7 @@ def plan_realign(
     assert models is not None
     device = options.device or found.device
     with problems.collecting():
-        device = device_of(device)
+        device = device_named(device)
     if found.settings.get("space") == "factors":
         check_factors(models, problems)
     rows = utility = None
@@ -135,7 +134,7 @@ def plan_realign(
         with problems.collecting():
             _check_model(models.aligned)
             tokenizer = load_tokenizer(models.aligned.folder)
-            longest = longest_of(models.aligned, tokenizer)
+            longest = longest_of(models.aligned.config, tokenizer)
             for key, spec in (("data", found.data), ("utility", found.utility)):
                 if spec is not None and spec.max_length > longest:
                     problems.add(

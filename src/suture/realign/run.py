@@ -21,7 +21,7 @@ from suture.finetune.outcome import peak_memory
 from suture.finetune.output import publish, write_weights
 from suture.finetune.packed import Place
 from suture.finetune.work import locked_work
-from suture.mask import Mask
+from suture.mask import Mask, marked
 from suture.models import load_language_model, parameters_of
 from suture.mover import Mover
 from suture.realign.base import Edit, Job, Realigned, Say, Scores
@@ -85,6 +85,7 @@ def execute(plan: Plan, *, say: Say = lambda _: None, tell: Tell | None = None) 
         took = time.perf_counter() - started
         if plan.looks:
             scores["realigned"] = _looked(plan, job, realigned.edit)
+        withheld = restricted(plan) or any(m.restricted for m in realigned.masks.values())
         losses = () if realigned.result is None else realigned.result.losses
         few = max(1, len(losses) // 10)
         ends = (sum(losses[:few]) / few, sum(losses[-few:]) / few) if losses else ()
@@ -95,7 +96,7 @@ def execute(plan: Plan, *, say: Say = lambda _: None, tell: Tell | None = None) 
             sum(specs[n].numel for n in job.names),
             {"realigning": took, "in all": time.perf_counter() - began}, peak_memory(plan.device),
             {**realigned.facts, "distance": dict(distances.tuned)},
-            () if plan.rows is None else plan.rows.notes, restricted(plan),
+            () if plan.rows is None else plan.rows.notes, withheld,
         )  # fmt: skip
         return _written(plan, job, realigned, report, fingerprints, place)
 
@@ -186,13 +187,12 @@ def _written(
     )
     record = provenance(plan, report, fingerprints)
     try:
-        tainted = {"restricted": True} if report.restricted else {}
         for name, mask in realigned.masks.items():
-            marked = Mask(mask.shapes, mask.bits, {**mask.about, **tainted})
-            marked.save(folder / f"{name}.safetensors")
+            about = marked(mask.about, report.restricted)
+            Mask(mask.shapes, mask.bits, about).save(folder / f"{name}.safetensors")
         if realigned.logits is not None:
             logits = realigned.logits
-            facts = {**logits.facts, **tainted}
+            facts = marked(logits.facts, report.restricted)
             Stats(logits.tensors, facts, logits.where).save(folder / "logits.safetensors")
         for file, path in carried_files([aligned]).items():
             (folder / file).parent.mkdir(parents=True, exist_ok=True)

@@ -1,0 +1,222 @@
+"""A localization whose inputs are opened and checked; no tensor is read."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from suture.checkpoint import Checkpoint
+from suture.errors import OutputError, Problems, RecipeError
+from suture.importance import Rule, rule_named
+from suture.mask import check_question
+from suture.recipe import parse_yaml
+from suture.regions.request import Regions, regions_from
+from suture.roles import check_selectors
+from suture.run import open_input
+from suture.stats import Stats
+from suture.tasks import Material, check_loadable, read_material
+from suture.vector import align
+
+RECORD = "localize.json"
+
+
+@dataclass(frozen=True)
+class Plan:
+    """A localization whose every input was opened and checked; no tensor was read."""
+
+    recipe: Regions
+    rule: Rule
+    base: Checkpoint
+    models: Mapping[str, Checkpoint]
+    names: tuple[str, ...]
+    stats: Mapping[str, Stats]
+    material: Mapping[str, Material]
+    out: Path
+    threads: int | None = None
+    overwrite: bool = False
+    values: bool = False
+    restricted: bool = False
+    """Whether every mask is to be marked: not to be passed on."""
+
+    def describe(self) -> dict[str, Any]:
+        """What will be done, as plain data."""
+        entries = sum(self.base.specs[n].numel for n in self.names)
+        return {
+            "rule": self.rule.name,
+            "needs": list(self.recipe.needs(self.rule)),
+            "scope": self.recipe.scope,
+            "tensors": len(self.names),
+            "entries": entries,
+            "densities": dict(self.recipe.densities),
+            "models": {m: c.label for m, c in self.models.items()},
+            "rows": {m: len(found.rows) for m, found in self.material.items()},
+            "output": {"path": str(self.out), "bytes": len(self.models) * -(-entries // 8)},
+        }
+
+
+def plan_regions(
+    source: Path | Mapping[str, Any],
+    out: Path,
+    *,
+    folder: Path | None = None,
+    threads: int | None = None,
+    overwrite: bool = False,
+    values: bool = False,
+    restricted: bool = False,
+) -> Plan:
+    """Read a recipe, open its models, and check everything but the values of tensors.
+
+    Args:
+        source: a YAML file, or what stands in it.
+        out: the folder to write.
+        folder: where relative paths start; by default the file's folder or the current one.
+        threads: default every core; changes no bit.
+        overwrite: replace an older output.
+        values: write the marked weights beside the bits: grafts.
+        restricted: mark the masks: neither they nor what is made with them may be passed on.
+
+    Raises:
+        SutureError: all problems at once.
+    """
+    problems = Problems()
+    place = folder or (Path() if isinstance(source, Mapping) else source.parent)
+    raw = source if isinstance(source, Mapping) else parse_yaml(_text(source), str(source))
+    recipe = regions_from(raw, place, problems)
+    rule = _question(recipe, problems)
+    base, models = _opened(recipe, place, problems)
+    names = _names(recipe, base, problems)
+    stats = _stats(recipe, rule, base, names, problems)
+    material = (
+        {}
+        if rule is None or not recipe.needs(rule)
+        else _material(recipe, rule, base, models, problems)
+    )
+    _check_place(out, [c for c in (base, *models.values()) if c is not None], overwrite, problems)
+    problems.raise_if_any()
+    assert base is not None
+    assert rule is not None
+    return Plan(recipe, rule, base, models, names, stats, material, out, threads, overwrite, values,
+                restricted)  # fmt: skip
+
+
+def _text(source: Path) -> str:
+    try:
+        return source.read_text(encoding="utf-8")
+    except OSError as error:
+        raise RecipeError(f"{source}: {error.strerror}") from None
+    except UnicodeDecodeError:
+        raise RecipeError(f"{source}: not a text file") from None
+
+
+def _question(recipe: Regions, problems: Problems) -> Rule | None:
+    """Check the words of the recipe; the rule, if there is such."""
+    some = Stats({}, {}, "")
+    for density in set(recipe.densities.values()) or {None}:
+        for text in check_question(recipe.rule, density, recipe.scope, some, recipe.positive):
+            problems.add(RecipeError, text)
+    try:
+        rule = rule_named(recipe.rule)
+    except RecipeError:
+        return None
+    if recipe.at == "both" and recipe.stats:
+        problems.add(RecipeError, "at: both measures model and base together; leave out `stats`")
+    for name in recipe.models if recipe.needs(rule) else ():
+        if name not in recipe.stats and name not in recipe.tasks:
+            problems.add(
+                RecipeError,
+                f"tasks: {_why(recipe, rule)} needs data for {name!r}: `tasks: {{{name}: {{data: "
+                "..., head: ...}}}`, or `stats: {" + name + ": FILE}` measured before",
+            )
+    return rule
+
+
+def _why(recipe: Regions, rule: Rule) -> str:
+    return f"the rule {rule.name}" if rule.needs else f"measure: {', '.join(recipe.measure)}"
+
+
+def _opened(
+    recipe: Regions, folder: Path, problems: Problems
+) -> tuple[Checkpoint | None, dict[str, Checkpoint]]:
+    base = None
+    models = {}
+    if recipe.base:
+        with problems.collecting():
+            base = open_input(recipe.base, folder, None)
+    for name, path in recipe.models.items():
+        with problems.collecting():
+            models[name] = open_input(path, folder, base)
+            if base is not None:
+                align(base, models[name], problems, buffers=True)
+    return base, models
+
+
+def _names(recipe: Regions, base: Checkpoint | None, problems: Problems) -> tuple[str, ...]:
+    if base is None:
+        return ()
+    for key in ("include", "exclude"):
+        with problems.collecting():
+            check_selectors(getattr(recipe.space, key), base.specs, f"space.{key}")
+    names = tuple(recipe.space.names(base.specs))
+    if not names:
+        problems.add(RecipeError, "space: no tensor is left to localize in")
+    return names
+
+
+def _stats(
+    recipe: Regions, rule: Rule | None, base: Checkpoint | None, names: Sequence[str],
+    problems: Problems,
+) -> dict[str, Stats]:  # fmt: skip
+    found = {}
+    for name, path in recipe.stats.items() if rule is not None and base is not None else ():
+        with problems.collecting():
+            stats = Stats.load(path)
+            assert rule is not None
+            assert base is not None
+            stats.check(recipe.needs(rule), {n: base.specs[n] for n in names})
+            found[name] = stats
+    return found
+
+
+def _material(
+    recipe: Regions, rule: Rule, base: Checkpoint | None, models: Mapping[str, Checkpoint],
+    problems: Problems,
+) -> dict[str, Material]:  # fmt: skip
+    """Rows and heads of the models that are to be measured; text only."""
+    wanted = {n: t for n, t in recipe.tasks.items() if n not in recipe.stats}
+    at_base = rule.name == "learned" or recipe.at in ("base", "both")
+    if wanted and at_base and base is not None:
+        check_loadable(base, "base", f"the rule {rule.name}", problems)
+    for name in wanted:
+        if name in models and rule.name != "learned" and recipe.at != "base":
+            check_loadable(models[name], f"models.{name}", f"the rule {rule.name}", problems)
+    return read_material(wanted, problems, seed=recipe.seed)
+
+
+def _check_place(
+    out: Path, inputs: Sequence[Checkpoint], overwrite: bool, problems: Problems
+) -> None:
+    place = out.resolve()
+    for checkpoint in inputs:
+        held = {checkpoint.path, *checkpoint.files}
+        if any(place.is_relative_to(p) or p.is_relative_to(place) for p in held):
+            problems.add(OutputError, f"{out}: holds an input; write somewhere else")
+            return
+    empty = place.is_dir() and not any(place.iterdir())
+    if place.exists() and not empty:
+        if not place.is_dir():
+            problems.add(OutputError, f"{out}: is a file; name a folder")
+        elif not (place / RECORD).exists():
+            problems.add(OutputError, f"{out}: was not written by `suture localize`; name another")
+        elif not overwrite:
+            problems.add(OutputError, f"{out}: exists; name another folder, or add --overwrite")
+    parent = place.parent
+    while not parent.exists():
+        parent = parent.parent
+    if not parent.is_dir() or not os.access(parent, os.W_OK | os.X_OK):
+        problems.add(OutputError, f"{out}: cannot write in {parent}")
+
+
+__all__ = ["RECORD", "Plan", "plan_regions"]

@@ -1,0 +1,437 @@
+"""A suite held against its data and its models: all problems before any model is loaded."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import re
+import tempfile
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from suture.card import carried_tokenizer
+from suture.checkpoint import Checkpoint, read_json
+from suture.data import cell
+from suture.errors import OutputError, Problems, RecipeError, SutureError
+from suture.evals.kinds import Job, Row, Run
+from suture.evals.results import SuiteResult, read_result
+from suture.finetune.rows import Record, records_of
+from suture.forms import LINEARIZED, RECORD_LIMIT, form_of
+from suture.models import device_named, gguf_tokenizer, load_head, load_tokenizer, longest_of
+from suture.opening import open_model
+from suture.suites.suite import Question, Suite, read_suite
+
+HEAD = "head.safetensors"
+MOST_GROUPS = 200
+"""Categories and languages of an evaluation; a column with more is none, but perhaps of texts."""
+
+
+@dataclass(frozen=True)
+class Options:
+    """How to run, as opposed to what is asked."""
+
+    overwrite: bool = False
+    resume: bool = True
+    """Whether evaluations that a result holds already are kept."""
+    device: str = "auto"
+    limit: int = 0
+    """Only the first so many rows of each evaluation; 0 for what the suite says."""
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """One question, ready to be asked of one model."""
+
+    run: Run
+    rows: int
+    head: str
+    """Hash of the head, where that is the model's own."""
+    notes: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class Asked:
+    """One question with its rows, the same for all models."""
+
+    question: Question
+    rows: tuple[Row, ...]
+    facts: Mapping[str, Any]
+    """What two results must share to be compared."""
+    groups: Mapping[str, tuple[int, ...]]
+
+
+@dataclass(frozen=True)
+class Subject:
+    """A model that is asked; its headers and tokenizer were read, no weight."""
+
+    name: str
+    given: str
+    checkpoint: Checkpoint
+    tokenizer: Any
+    out: Path | None
+    old: SuiteResult | None
+    """What the output holds already."""
+    prepared: Mapping[str, Prepared]
+
+
+@dataclass(frozen=True)
+class Plan:
+    """Everything that will be asked, checked."""
+
+    suite: Suite
+    asked: Mapping[str, Asked]
+    subjects: tuple[Subject, ...]
+    device: str
+    options: Options
+    reference: Checkpoint | None = None
+
+    @property
+    def suite_hash(self) -> str:
+        """A hash of all that is asked."""
+        return digest({n: [a.facts, a.question.utility] for n, a in self.asked.items()})
+
+
+def digest(value: Any) -> str:
+    """A hash of plain data."""
+    text = json.dumps(value, sort_keys=True, separators=(",", ":"), default=str)
+    return hashlib.blake2b(text.encode(), digest_size=16).hexdigest()
+
+
+def plan_suite(
+    models: Sequence[str | os.PathLike[str]],
+    suite: Path | Mapping[str, Any],
+    out: Path | None,
+    options: Options | None = None,
+) -> Plan:
+    """Read a suite and its rows, open the models, tokenise; check all that can be checked.
+
+    Args:
+        models: a folder, hub id, GGUF file or ``BASE+ADAPTER`` each.
+        suite: a YAML file, or what stands in it.
+        out: a ``.json`` file for one model, or a folder; ``None`` writes nothing.
+        options: how to run.
+
+    Raises:
+        SutureError: all problems at once.
+    """
+    options, problems = options or Options(), Problems()
+    found = read_suite(suite, problems)
+    if found is not None and options.limit:  # a quick look must not replace what took hours
+        found = replace(found, name=f"{found.name}.first{options.limit}")
+    asked = {} if found is None else _asked(found, options, problems)
+    device = "cpu"
+    with problems.collecting():
+        device = device_named(options.device)
+    given = [os.fspath(model) for model in models]
+    if not given:
+        problems.add(RecipeError, "name at least one model")
+    for twice in sorted({m for m in given if given.count(m) > 1}):
+        problems.add(RecipeError, f"{twice}: stands twice among the models")
+    opened: dict[str, Checkpoint] = {}
+    for model in given:
+        with problems.collecting():
+            opened[model] = open_model(model)
+    reference = None
+    if found is not None and found.reference is not None:
+        with problems.collecting():
+            reference = open_model(found.reference, found.folder)
+    subjects = _subjects(opened, found, asked, out, options, problems)
+    problems.raise_if_any()
+    assert found is not None
+    return Plan(found, asked, tuple(subjects), device, options, reference)
+
+
+def _asked(suite: Suite, options: Options, problems: Problems) -> dict[str, Asked]:
+    """The rows of every question; whatever a row lacks is found with a tokenizer of no language."""
+    found, read = {}, dict[Any, list[Record]]()
+    for question in suite.questions:
+        with problems.collecting():
+            if question.data not in read:
+                read[question.data] = records_of(question.data)
+            records = read[question.data]
+            limit = min(filter(None, (question.limit, options.limit)), default=len(records))
+            rows, groups = _rows(question, records[:limit], problems)
+            facts = {
+                "kind": question.kind, "version": question.line.version,
+                "options": dict(question.options),
+                "decoding": {"method": "greedy", **asdict(question.decoding)}
+                if question.line.needs == "language-model" else None,
+                "max_length": question.max_length, "too_long": question.too_long,
+                "category": question.category, "language": question.language,
+                "rows": len(rows), "data": digest([dict(row.cells) for row in rows]),
+            }  # fmt: skip
+            if question.kind == "accuracy":
+                facts["head"] = _given_head(question, suite, problems)
+            found[question.name] = Asked(question, rows, facts, groups)
+    return found
+
+
+def _rows(
+    question: Question, records: Sequence[Record], problems: Problems
+) -> tuple[tuple[Row, ...], dict[str, tuple[int, ...]]]:
+    rows: list[Row] = []
+    groups: dict[str, list[int]] = {}
+    for number, (where, cells) in enumerate(records):
+        told = {}
+        for what in ("category", "language"):
+            column = getattr(question, what)
+            value = cells.get(column) if column else ""
+            if value is None:
+                problems.add(RecipeError, f"evaluations.{question.name}.{what}: {where} has no "
+                                          f"column {column!r}")  # fmt: skip
+            told[what] = "" if value is None else re.sub(r"\W+", "_", str(value)).strip("_")
+            if told[what]:
+                groups.setdefault(told[what], []).append(number)
+        rows.append(Row(where, cells, **told))
+    if len(groups) > MOST_GROUPS:
+        problems.add(RecipeError, f"evaluations.{question.name}: {len(groups)} categories and "
+                                  "languages; are these the right columns?")  # fmt: skip
+    if question.category and question.language:
+        both = {r.category for r in rows} & {r.language for r in rows} - {""}
+        for name in sorted(both):
+            problems.add(RecipeError, f"evaluations.{question.name}: {name!r} is a category and a "
+                                      "language; rename one")  # fmt: skip
+    return tuple(rows), {name: tuple(groups[name]) for name in sorted(groups)}
+
+
+def _given_head(question: Question, suite: Suite, problems: Problems) -> str:
+    """What is known of a head before there is a model: its file's hash, or how it is made."""
+    head = str(question.options["head"])
+    if head in ("model", "zero-shot"):
+        return head
+    path = suite.folder / head
+    if not path.is_file():
+        problems.add(RecipeError, f"evaluations.{question.name}.head: no file {path}; name one, or "
+                                  "say `model` or `zero-shot`")  # fmt: skip
+        return head
+    return hashlib.blake2b(path.read_bytes(), digest_size=16).hexdigest()
+
+
+def _subjects(
+    opened: Mapping[str, Checkpoint], suite: Suite | None, asked: Mapping[str, Asked],
+    out: Path | None, options: Options, problems: Problems,
+) -> list[Subject]:  # fmt: skip
+    """The models, each with every question prepared for it."""
+    found, told = [], dict[tuple[str, str], list[str]]()
+    names = _names(list(opened))
+    if out is not None and out.suffix == ".json" and len(opened) > 1:
+        problems.add(RecipeError, f"{out}: one file takes one model; name a folder for several")
+    for model, checkpoint in opened.items():
+        tokenizer: Any = None
+        with problems.collecting():
+            tokenizer = tokenizer_of(checkpoint)
+        place, old = _place(out, names[model], suite, options, problems)
+        if tokenizer is None or suite is None:
+            continue
+        prepared = {}
+        for name, one in asked.items():
+            own = Problems()
+            with own.collecting():
+                prepared[name] = _prepare(one, suite, checkpoint, tokenizer, own)
+            for text in _texts(own):
+                told.setdefault((name, text), []).append(names[model])
+        found.append(Subject(names[model], model, checkpoint, tokenizer, place, old, prepared))
+    if not found and suite is not None:  # faults of the rows are found without a model, too
+        for name, one in asked.items():
+            own = Problems()
+            with own.collecting():
+                _job(one, _Blank(), 1 << 30, (), own)
+            for text in _texts(own):
+                told.setdefault((name, text), [])
+    for (name, text), who in told.items():
+        whom = f"for {', '.join(who)}: " if len(opened) > 1 and len(who) < len(found) else ""
+        problems.add(RecipeError, f"evaluations.{name}: {whom}{text}")
+    return found
+
+
+def _texts(problems: Problems) -> list[str]:
+    """What was noted; of one fault in many rows the first, and how many more have it."""
+    try:
+        problems.raise_if_any()
+    except SutureError as error:
+        first: dict[str, str] = {}
+        counts: dict[str, int] = {}
+        for text in getattr(error, "problems", (str(error),)):
+            fault = re.sub(r", (line|row) \d+", "", text)
+            first.setdefault(fault, text)
+            counts[fault] = counts.get(fault, 0) + 1
+        more = {fault: f" (and {n - 1} more rows)" if n > 1 else "" for fault, n in counts.items()}
+        return [text + more[fault] for fault, text in first.items()]
+    return []
+
+
+class _Blank:
+    """Stands for a tokenizer where no model could be opened: rows can still be read."""
+
+    chat_template = "none"
+    pad_token_id = 0
+
+    def __call__(self, texts: list[str], **_: object) -> dict[str, list[list[int]]]:
+        return {"input_ids": [[0, 0] for _ in texts]}
+
+    def apply_chat_template(self, messages: list[dict[str, str]], **_: object) -> str:
+        return messages[-1]["content"]
+
+
+def _prepare(
+    asked: Asked, suite: Suite, checkpoint: Checkpoint, tokenizer: Any, problems: Problems
+) -> Prepared:
+    question, line = asked.question, asked.question.line
+    if line.needs == "language-model" and not is_causal(checkpoint):
+        what = (checkpoint.config.get("architectures") or ["a model without a head"])[0]
+        raise RecipeError(f"{question.kind} needs a language model; {checkpoint.label} is {what}")
+    head, labels = "", tuple[str, ...]()
+    if line.needs == "classifier":
+        labels, head = _labels(asked, suite, checkpoint)
+    longest = longest_of(checkpoint.config, tokenizer)
+    if question.max_length > longest:
+        raise RecipeError(f"max_length: {checkpoint.label} reads at most {longest} tokens, "
+                          f"not {question.max_length}")  # fmt: skip
+    job, run = _job(asked, tokenizer, question.max_length or longest, labels, problems)
+    return Prepared(run, len(asked.rows), head, tuple(job.notes))
+
+
+def _job(
+    asked: Asked, tokenizer: Any, longest: int, labels: tuple[str, ...], problems: Problems
+) -> tuple[Job, Run]:
+    question = asked.question
+    options = {k: tuple(v) if isinstance(v, list) else v for k, v in question.options.items()}
+    job = Job(asked.rows, tokenizer, longest, question.decoding, problems, question.too_long,
+              question.batch, labels)  # fmt: skip
+    run = question.line.make(**options)(job)
+    job.finish()
+    return job, run
+
+
+def _labels(asked: Asked, suite: Suite, checkpoint: Checkpoint) -> tuple[tuple[str, ...], str]:
+    """The labels of a head, and the hash of the model's own."""
+    options = asked.question.options
+    head = str(options["head"])
+    if head == "zero-shot":
+        return zero_shot_labels(asked), ""
+    if options["labels"] or options["label_texts"]:
+        raise RecipeError("labels and label_texts belong to `head: zero-shot`; a saved head has "
+                          "labels of its own")  # fmt: skip
+    path = checkpoint.folder / HEAD if head == "model" else suite.folder / head
+    if not path.is_file():
+        raise RecipeError(f"{checkpoint.label} has no {HEAD}; name the file of a head, or say "
+                          "`head: zero-shot`")  # fmt: skip
+    found, dim = load_head(path), checkpoint.config.get("hidden_size")
+    if dim is not None and found.weight.shape[1] != dim:
+        raise RecipeError(f"head: {path} reads {found.weight.shape[1]} numbers, "
+                          f"{checkpoint.label} gives {dim}")  # fmt: skip
+    own_hash = hashlib.blake2b(path.read_bytes(), digest_size=16).hexdigest()
+    return found.labels, own_hash if head == "model" else ""
+
+
+def zero_shot_labels(asked: Asked) -> tuple[str, ...]:
+    """The labels of a head that is made of texts: those of the suite, else those of the rows."""
+    given = tuple(map(str, asked.question.options["labels"]))
+    column = str(asked.question.options["label"])
+    own = {cell(r.cells, column, r.where) for r in asked.rows if r.cells.get(column) is not None}
+    return given or tuple(sorted(own))
+
+
+def is_causal(checkpoint: Checkpoint) -> bool:
+    """Whether a checkpoint is a language model."""
+    name = (checkpoint.config.get("architectures") or [""])[0]
+    return any(word in name for word in ("ForCausalLM", "LMHeadModel"))
+
+
+def tokenizer_of(checkpoint: Checkpoint) -> Any:
+    """The tokenizer of a model, whatever it lies in.
+
+    Raises:
+        CheckpointError: there is none.
+    """
+    if checkpoint.path.suffix != ".gguf":
+        return load_tokenizer(checkpoint.folder)
+    with tempfile.TemporaryDirectory() as place:
+        for name, content in gguf_tokenizer(checkpoint.path).items():
+            (Path(place) / name).write_bytes(content)
+        return load_tokenizer(Path(place))
+
+
+def beside(checkpoint: Checkpoint) -> str:
+    """A hash of what changes answers besides the weights: configuration, tokenizer, what it is."""
+    facts: dict[str, Any] = {"config": checkpoint.config}
+    if checkpoint.path.is_dir():
+        files = carried_tokenizer(checkpoint)
+        template = checkpoint.folder / "chat_template.jinja"
+        if template.is_file():
+            files = {**files, template.name: template}
+        for name, path in sorted(files.items()):
+            facts[name] = hashlib.blake2b(path.read_bytes(), digest_size=16).hexdigest()
+        if form_of(checkpoint).kind == LINEARIZED:
+            record = read_json(checkpoint.folder / "suture.json", RECORD_LIMIT)
+            facts["form"] = record.get("inputs", {}).get("base", {}).get("fingerprint")
+    return digest(facts)
+
+
+def _names(models: Sequence[str]) -> dict[str, str]:
+    """A name for each model: as many last parts of its path as tell it from the others."""
+    found = {}
+    for model in models:
+        for number in range(1, 100):
+            name = _end(model, number)
+            if [_end(other, number) for other in models].count(name) == 1:
+                break
+        found[model] = name
+    return found
+
+
+def _end(model: str, number: int) -> str:
+    parts = [p for p in re.split(r"[/\\]+", model.partition("@")[0]) if p not in ("", ".", "..")]
+    return re.sub(r"[^\w.+-]", "-", "-".join(parts[-number:])) or "model"
+
+
+def _place(
+    out: Path | None, name: str, suite: Suite | None, options: Options, problems: Problems
+) -> tuple[Path | None, SuiteResult | None]:
+    """Where a result goes, and what is there already."""
+    if out is None or suite is None:
+        return None, None
+    path = out if out.suffix == ".json" else out / f"{name}.{suite.name}.json"
+    parent = path.resolve().parent
+    while not parent.exists():
+        parent = parent.parent
+    if not parent.is_dir() or not os.access(parent, os.W_OK | os.X_OK):
+        problems.add(OutputError, f"{out}: cannot write in {parent}")
+        return path, None
+    if path.is_dir() or (out.exists() and out.suffix != ".json" and not out.is_dir()):
+        problems.add(OutputError, f"{path if path.is_dir() else out}: is in the way")
+        return path, None
+    if not path.exists() or (options.overwrite and not options.resume):
+        return path, None
+    try:
+        old = read_result(path)
+        if old.suite != suite.name and not options.overwrite:
+            raise RecipeError(f"{path}: is a result of the suite {old.suite!r}")
+    except RecipeError as error:
+        if not options.overwrite:
+            problems.add(OutputError, f"{error}; name another place, or --overwrite")
+        return path, None
+    return path, old
+
+
+def describe(plan: Plan) -> dict[str, Any]:
+    """What a plan will do, as plain data."""
+    return {
+        "suite": plan.suite.name,
+        "device": plan.device,
+        "models": {s.name: {"path": s.given, "output": None if s.out is None else str(s.out)}
+                   for s in plan.subjects},
+        "evaluations": {
+            name: {"kind": a.question.kind, "rows": len(a.rows), "utility": a.question.utility,
+                   "categories": list(a.groups),
+                   "notes": sorted({n for s in plan.subjects for n in s.prepared[name].notes})}
+            for name, a in plan.asked.items()
+        },
+    }  # fmt: skip
+
+
+__all__ = ["HEAD", "Asked", "Options", "Plan", "Prepared", "Subject", "beside", "describe",
+           "digest", "is_causal", "plan_suite", "tokenizer_of", "zero_shot_labels"]  # fmt: skip

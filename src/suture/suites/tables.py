@@ -1,0 +1,99 @@
+"""Results and comparisons as lines of text."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Sequence
+
+from suture.evals.base import Metric
+from suture.evals.results import SuiteResult
+from suture.suites.comparison import Comparison, Line, Verdict
+
+
+def number(value: float) -> str:
+    """A number in a few digits."""
+    if not math.isfinite(value):
+        return "NaN"
+    return f"{value:.4g}" if abs(value) >= 100 else f"{value:.3f}"
+
+
+def interval(metric: Metric | None, sign: str = "") -> str:
+    """A value with the ends of its interval."""
+    if metric is None:
+        return "-"
+    if not math.isfinite(metric.value):
+        return f"NaN, n = {metric.n}"
+    plus = "+" if sign and metric.value >= 0 else ""
+    return f"{plus}{number(metric.value)} [{number(metric.low)}, {number(metric.high)}]"
+
+
+def results_table(results: Sequence[SuiteResult]) -> Iterator[str]:
+    """Every metric of every model with its interval, a line each; notes after them."""
+    names = [result.model for result in results]
+    rows = []
+    for evaluation in dict.fromkeys(n for r in results for n in r.evaluations):
+        held = [r.evaluations.get(evaluation) for r in results]
+        metrics = dict.fromkeys(m.name for e in held if e for m in e.metrics)
+        for metric in metrics:
+            found = [next((m for m in e.metrics if m.name == metric), None) if e else None
+                     for e in held]  # fmt: skip
+            n = max(m.n for m in found if m is not None)
+            rows.append([f"{evaluation}.{metric}", str(n), *map(interval, found)])
+    yield from aligned(["", "n", *names], rows)
+    for result in results:
+        for evaluation, e in result.evaluations.items():
+            for note in e.notes:
+                yield f"note: {result.model}: {evaluation}: {note}"
+
+
+def comparison_table(found: Comparison) -> Iterator[str]:
+    """Models side by side, differences to the base, and what became of the rules."""
+    yield f"suite {found.suite}, 95 % intervals"
+    heads = [f"{name} ({role})" for name, role in found.roles.items()]
+    yield from aligned(["", "n", *heads], [_row(line, found) for line in found.lines])
+    others = [name for name, role in found.roles.items() if role != "base"]
+    yield ""
+    yield "less the base, on the same rows (paired bootstrap)"
+    yield from aligned(
+        ["", *others],
+        [[f"{line.evaluation}.{line.metric}",
+          *(interval(line.differences.get(name), "+") for name in others)]
+         for line in found.lines],
+    )  # fmt: skip
+    for note in found.notes:
+        yield f"note: {note}"
+    if found.verdicts:
+        yield ""
+        yield from _gate(found.verdicts)
+
+
+def _row(line: Line, found: Comparison) -> list[str]:
+    arrow = {"higher": "", "lower": " (less is better)"}[line.better]
+    n = max((m.n for m in line.values.values()), default=0)
+    cells = [interval(line.values.get(name)) for name in found.roles]
+    return [f"{line.evaluation}.{line.metric}{arrow}", str(n), *cells]
+
+
+def _gate(verdicts: Sequence[Verdict]) -> Iterator[str]:
+    broken = [v for v in verdicts if not v.held]
+    if broken:
+        yield f"gate: BROKEN, {len(broken)} of {len(verdicts)} rules"
+    else:
+        yield f"gate: held, {len(verdicts)} rules"
+    rows = []
+    for v in sorted(verdicts, key=lambda v: v.held):
+        apart = v.margin.value != v.value  # a difference to other models, not the value itself
+        told = f"margin {interval(v.margin, '+')}" if apart else interval(v.margin)
+        told = v.reason or f"{told}, n = {v.margin.n}"
+        rows.append([
+            "held" if v.held else "BROKEN", v.edit, v.rule, number(v.value), number(v.limit), told
+        ])  # fmt: skip
+    yield from aligned(["", "edit", "rule", "value", "limit", "judged on"], rows)
+
+
+def aligned(head: Sequence[str], rows: Sequence[Sequence[str]]) -> Iterator[str]:
+    """Cells under each other."""
+    lines = [head, *rows]
+    widths = [max(len(line[i]) for line in lines) for i in range(len(head))]
+    for line in lines:
+        yield "  ".join(cell.ljust(w) for cell, w in zip(line, widths, strict=True)).rstrip()

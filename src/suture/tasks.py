@@ -1,0 +1,278 @@
+"""The data that a recipe gives for a model: rows and a head, read; and the model that reads them.
+
+Nothing heavy is imported before a model is really loaded.
+"""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from suture.card import carried_files
+from suture.checkpoint import Checkpoint, open_checkpoint
+from suture.errors import Problems, RecipeError, brief, did_you_mean
+from suture.recipe_types import Policy, refuse_unknown, section
+from suture.roles import EVERYTHING
+from suture.run import merged, save
+
+if TYPE_CHECKING:
+    from suture.data import Dataset, Row
+    from suture.finetune.recipe import DataSpec
+    from suture.finetune.rows import Record
+    from suture.measure import Objective
+    from suture.models import Head
+
+TASK_KEYS = ("data", "kind", "head", "text", "label", "prompt", "response", "messages", "format",
+             "chat", "max_length", "rows", "batch", "draws")  # fmt: skip
+TOKENS = {"classification": 128, "causal": 1024}
+"""Most tokens of a row, where the recipe does not say."""
+
+
+@dataclass(frozen=True)
+class Task:
+    """The data of one model, as a recipe names them."""
+
+    data: Path
+    kind: str = "classification"
+    head: Path | None = None
+    text: str = "text"
+    label: str = "label"
+    max_length: int = 128
+    rows: int | None = None
+    """Most rows of each label, or of all where there are none."""
+    batch: int = 8
+    draws: int = 1
+    language: DataSpec | None = None
+    """The columns of a language model's rows."""
+
+
+@dataclass(frozen=True)
+class Material:
+    """What a model is measured with: its rows and the head that reads them."""
+
+    rows: Sequence[Row] | Sequence[Record]
+    head: Head | None
+
+    @property
+    def texts(self) -> list[list[str]]:
+        """What identifies each row: all that it says."""
+        return [
+            [repr(sorted(row[1].items()))] if isinstance(row, tuple) else [row.text, row.label]
+            for row in self.rows
+        ]
+
+
+@dataclass(frozen=True)
+class Net:
+    """A loaded model, the rows it reads as tokens, and what their loss is."""
+
+    model: Any
+    data: Dataset
+    objective: Objective
+    notes: tuple[str, ...] = ()
+    """About rows that were cut or left out."""
+
+
+class TaskReader:
+    """Reads the keys of a recipe and notes everything that is wrong."""
+
+    def __init__(self, raw: Mapping[str, Any], folder: Path, problems: Problems) -> None:
+        self.raw, self.folder, self.problems = raw, folder, problems
+
+    def note(self, text: str) -> None:
+        """Note a fault."""
+        self.problems.add(RecipeError, text)
+
+    def one(
+        self, raw: Mapping[str, Any], key: str, kind: type, default: Any, where: str = ""
+    ) -> Any:
+        """A value of one kind."""
+        found = raw.get(key, default)
+        fine = isinstance(found, kind) and (kind is bool or not isinstance(found, bool))
+        if found is not default and not fine:
+            words = {str: "a word", int: "a whole number", bool: "true or false"}
+            self.note(f"{where}{key}: {words[kind]}, not {brief(found)}")
+            return default
+        return found
+
+    def counted(self, raw: Mapping[str, Any], key: str, default: Any, where: str) -> Any:
+        """A whole number from 1 on."""
+        found = self.one(raw, key, int, default, where)
+        if isinstance(found, int) and found < 1:
+            self.note(f"{where}{key}: at least 1, not {found}")
+            return default
+        return found
+
+    def paired(self, key: str, models: Mapping[str, str]) -> dict[str, Any]:
+        """A section with one entry a model, by name."""
+        found = section(self.raw, key, self.problems)
+        for name in found:
+            if name not in models:
+                hint = did_you_mean(name, list(models)) if models else "there are none"
+                self.note(f"{key}: no model {name!r}; {hint}")
+        return {n: v for n, v in found.items() if n in models}
+
+    def tasks(self, models: Mapping[str, str]) -> dict[str, Task]:
+        """The section ``tasks``, paired with models by name."""
+        found = {}
+        for name, entry in self.paired("tasks", models).items():
+            where = f"tasks.{name}."
+            if not isinstance(entry, Mapping) or not isinstance(entry.get("data"), str):
+                self.note(f"tasks.{name}: a mapping with data, a .jsonl or .csv file")
+                continue
+            refuse_unknown(entry, TASK_KEYS, f"tasks.{name}: ", self.problems)
+            kind = self.one(entry, "kind", str, "classification", where)
+            if kind not in ("classification", "causal"):
+                self.note(f"{where}kind: classification or causal, not {kind!r}")
+            head = self.one(entry, "head", str, None, where)
+            if kind == "classification" and head is None:
+                self.note(f"{where}head: a classifier needs its head, a file that Suture wrote")
+            length = self.counted(entry, "max_length", TOKENS.get(kind, 128), where)
+            rows = self.counted(entry, "rows", None, where)
+            data = self.folder / entry["data"]
+            found[name] = Task(
+                data, kind, None if head is None else self.folder / head,
+                self.one(entry, "text", str, "text", where),
+                self.one(entry, "label", str, "label", where), length, rows,
+                self.counted(entry, "batch", 8, where), self.counted(entry, "draws", 1, where),
+                self.language(entry, where, data, length, rows) if kind == "causal" else None,
+            )  # fmt: skip
+        return found
+
+    def language(
+        self, entry: Mapping[str, Any], where: str, data: Path, length: int, rows: int | None
+    ) -> DataSpec:
+        """Which columns a language model's rows have; chats go through its own template."""
+        from suture.finetune.recipe import DataSpec, Source
+
+        words = {key: self.one(entry, key, str, key, where)
+                 for key in ("text", "prompt", "response", "messages")}  # fmt: skip
+        kind = self.one(entry, "format", str, "", where)
+        if kind not in ("", "text", "prompt", "chat"):
+            self.note(f"{where}format: text, prompt or chat, not {kind!r}")
+        return DataSpec(Source(str(data)), share=0.0, format=kind, max_length=length,
+                        too_long="cut", limit=rows or 0, **words,
+                        chat=self.one(entry, "chat", bool, False, where))  # fmt: skip
+
+
+def read_material(
+    tasks: Mapping[str, Task], problems: Problems, *, seed: int = 0
+) -> dict[str, Material]:
+    """Rows and heads, by name of the model; text only, faults are noted."""
+    if not tasks:
+        return {}
+    found = {}
+    with problems.collecting():
+        for name, task in tasks.items():
+            with problems.collecting():
+                found[name] = _texts(task) if task.language else _labelled(name, task, seed)
+                if not found[name].rows:
+                    raise RecipeError(f"tasks.{name}: {task.data} holds no rows")
+    return found
+
+
+def _texts(task: Task) -> Material:
+    from suture.finetune.rows import check_language_records, records_of
+
+    assert task.language is not None
+    texts = records_of(task.language.train)[: task.rows]
+    check_language_records(task.language, texts)
+    return Material(texts, None)
+
+
+def _labelled(name: str, task: Task, seed: int) -> Material:
+    from suture.data import at_most, read_rows
+    from suture.models import load_head
+
+    head = None if task.head is None else load_head(task.head)
+    rows = read_rows(task.data, text=task.text, label=task.label)
+    rows = rows if task.rows is None else at_most(rows, task.rows, seed=seed)
+    strange = {r.label for r in rows} - set(head.labels) if head else set()
+    if strange and head is not None:
+        hint = did_you_mean(sorted(strange)[0], head.labels)
+        raise RecipeError(f"tasks.{name}: the head has no label {sorted(strange)[0]!r}; {hint}")
+    return Material(rows, head)
+
+
+def check_loadable(checkpoint: Checkpoint, where: str, why: str, problems: Problems) -> None:
+    """Note a model that cannot be loaded, because nothing says what network it is."""
+    if not checkpoint.config:
+        problems.add(
+            RecipeError,
+            f"{where}: {why} runs the model, and {checkpoint.label} has no config.json: "
+            "name the model's folder",
+        )
+
+
+def folder_of(checkpoint: Checkpoint, scratch: Path, base: Checkpoint) -> Path:
+    """The folder of a model as it is; one that is computed while it is read is written out first.
+
+    Args:
+        checkpoint: the model.
+        scratch: a folder for those that are a base with adapters, a GGUF file or the like.
+        base: whose tokenizer it has, where it has none.
+    """
+    if type(checkpoint) is Checkpoint and checkpoint.path.is_dir():
+        return checkpoint.path
+    place = scratch / "model"
+    what = merged(None, {"model": checkpoint}, "linear", space=EVERYTHING,
+                  policy=Policy("base", "drop", "base"))  # fmt: skip
+    save(what, place, overwrite=True)
+    for name, path in carried_files([base]).items():
+        if not (place / name).exists():
+            shutil.copyfile(path, place / name)
+    return place
+
+
+def load_net(
+    folder: Path, task: Task, material: Material, device: str = "cpu", words: Path | None = None
+) -> Net:
+    """Load a model in float32 with its head, and its rows as tokens.
+
+    Args:
+        folder: of the model.
+        task: what is done with it.
+        material: its rows, and its head.
+        device: where it is put.
+        words: the folder of the model whose tokenizer and chat template are used, where not its
+            own: two models that are compared must read the same tokens.
+
+    Raises:
+        SutureError: the folder is not such a model, or rows have no tokens.
+    """
+    from suture.data import tokenise
+    from suture.finetune.rows import language_data
+    from suture.measure import objective_named
+    from suture.models import (
+        FLOAT32,
+        Classifier,
+        load_encoder,
+        load_language_model,
+        load_tokenizer,
+        longest_of,
+    )
+
+    objective = objective_named(task.kind)
+    if material.head is not None:
+        loaded = load_encoder(folder, device=device, dtype=FLOAT32)
+        rows: Any = material.rows
+        data = tokenise(rows, loaded.tokenizer, labels=material.head.labels,
+                        max_length=task.max_length)  # fmt: skip
+        return Net(Classifier(loaded.model, material.head).to(device), data, objective)
+    text = load_language_model(folder, device=device, dtype=FLOAT32)
+    tokenizer = text.tokenizer if words is None else load_tokenizer(words)
+    assert task.language is not None
+    longest = min(task.max_length, longest_of(open_checkpoint(folder).config, tokenizer))
+    spec = replace(task.language, max_length=longest)
+    records: Any = material.rows
+    tokens, notes = language_data(records, spec, tokenizer, longest)
+    return Net(text.model, tokens, objective, tuple(notes))
+
+
+__all__ = [
+    "TASK_KEYS", "Material", "Net", "Task", "TaskReader", "check_loadable", "folder_of", "load_net",
+    "read_material",
+]  # fmt: skip
