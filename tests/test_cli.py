@@ -53,6 +53,8 @@ COMMANDS = [
     "eval",
     "compare",
     "methods",
+    "bench",
+    "proxy",
     "demo",
 ]
 

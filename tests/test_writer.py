@@ -449,7 +449,7 @@ def test_a_lock_that_was_removed_is_no_lock(
 ) -> None:
     """A writer that opened the lock of one that was just finishing takes a new one."""
     first = filled(tmp_path / "out", TENSORS)
-    real, times = writer._locked, []
+    real, times = writer.locked, []
 
     def late(descriptor: int) -> bool:
         times.append(descriptor)
@@ -457,7 +457,7 @@ def test_a_lock_that_was_removed_is_no_lock(
             first.discard()  # between our opening of the lock and our locking of it
         return real(descriptor)
 
-    monkeypatch.setattr(writer, "_locked", late)
+    monkeypatch.setattr(writer, "locked", late)
     second = filled(tmp_path / "out", TENSORS)
 
     assert len(times) == 2

@@ -449,7 +449,7 @@ def patch_make(
     with _errors(as_json), Bars(as_json) as bars:
         from suture import patching
         from suture.mask import Mask
-        from suture.run import open_model
+        from suture.opening import open_model
 
         chosen = None if mask is None else Mask.load(mask)
         patch = patching.make_patch(
@@ -491,7 +491,7 @@ def patch_apply(
     """
     with _errors(as_json), Bars(as_json) as bars:
         from suture import patching
-        from suture.run import open_model
+        from suture.opening import open_model
 
         report = patching.apply_patches(
             open_model(model), patching.load_patches(patch), out, scale=scale,
@@ -525,8 +525,8 @@ def patch_revert(
     """Take a patch off a model again, bit for bit."""
     with _errors(as_json), Bars(as_json) as bars:
         from suture import patching
+        from suture.opening import open_model
         from suture.patch import Patch
-        from suture.run import open_model
 
         report = patching.revert_patch(
             open_model(model), Patch.load(patch), out, force=force, stage=bars.stage,
@@ -753,8 +753,8 @@ def _method_data(method: Any) -> dict[str, Any]:
 class Training:
     """Progress of training on standard error: a bar on a terminal, else a line now and then."""
 
-    def __init__(self, quiet: bool = False) -> None:
-        self._quiet = quiet
+    def __init__(self, quiet: bool = False, unit: str = "tokens") -> None:
+        self._quiet, self._unit = quiet, unit
         self._bars: Any = None
         self._tasks: dict[str, Any] = {}
         self._told = 0.0
@@ -793,7 +793,8 @@ class Training:
     def tell(self, phase: str, at: Any) -> None:
         """Tell of a step."""
         score = "" if at.score is None else f", validation {at.score:.4f}"
-        now = f"loss {at.loss:.4f}, lr {at.lr:.2e}, {at.tokens_per_second:,.0f} tokens/s{score}"
+        speed = f"{at.tokens_per_second:,.0f} {self._unit}/s"
+        now = f"loss {at.loss:.4f}, lr {at.lr:.2e}, {speed}{score}"
         if self._bars is not None:
             if phase not in self._tasks:
                 self._tasks[phase] = self._bars.add_task(phase, total=at.steps, now="")
@@ -836,7 +837,11 @@ def finetune(
         if dry_run:
             found = run.describe(plan)
         else:
-            with Training(as_json) as shown, tracker(log, out, plan.recipe.resolved()) as note:
+            unit = "images" if plan.task == "image-classification" else "tokens"
+            with (
+                Training(as_json, unit) as shown,
+                tracker(log, out, plan.recipe.resolved()) as note,
+            ):
                 rows, name = len(plan.rows.train), plan.recipe.strategy.name
                 shown.say(f"{name}: {rows} rows, {plan.steps} steps on {plan.device}")
 
@@ -1042,6 +1047,58 @@ def compare(
             _tell(line)
     if not found.held:
         _stop(FAILED)
+
+
+@app.command()
+def bench(
+    recipe: Annotated[Path, typer.Argument(help="Base, tasks, strategies, seeds (YAML).")],
+    out: Annotated[Path, typer.Option("--out", "-o", help="The folder of cells and tables.")],
+    threads: Annotated[
+        int | None, typer.Option(min=1, help="Threads to use; default: every core.")
+    ] = None,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="Check everything and say what would be done.")
+    ] = False,
+    as_json: Json = False,
+) -> None:
+    """Compare fine-tuning strategies by task arithmetic; interrupted, the same command goes on."""
+    with _errors(as_json):
+        from suture.bench import run as work
+        from suture.bench.tables import markdown
+
+        plan = work.plan_bench(recipe, out)
+        if dry_run:
+            found = work.describe(plan)
+        else:
+            found = work.bench(plan, out, threads=threads, say=_silent if as_json else _say)
+    if as_json:
+        _print(found)
+    elif dry_run:
+        for key, value in found.items():
+            _tell(f"{key:<11}{value if isinstance(value, str) else json.dumps(value)}")
+        _tell("nothing was written; leave out --dry-run to begin")
+    else:
+        _tell(markdown(found))
+        _tell(f"wrote {out / 'results.json'} and {out / 'results.md'}")
+
+
+@app.command()
+def proxy(
+    out: Annotated[Path, typer.Option("-o", "--out", help="A folder for the rows.")],
+    seed: Annotated[int, typer.Option(help="Chooses topics and wordings of the splits.")] = 0,
+    languages: Annotated[str, typer.Option(help="Some of en,de,es.")] = "en,de,es",
+    as_json: Json = False,
+) -> None:
+    """Write the rows of the harmless refusal policy: safety work without a harmful word."""
+    with _errors():
+        from suture.policy import write
+
+        counts = write(out, seed, [word.strip() for word in languages.split(",")])
+    if as_json:
+        _print(counts)
+        return
+    for name, number in counts.items():
+        _tell(f"{out / name}.jsonl: {number} rows")
 
 
 @app.command()

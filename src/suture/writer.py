@@ -161,7 +161,7 @@ class Writer:
                 raise OutputError(f"{self._staging}: {what}, which no merge left; move it away")
             while True:
                 lock = os.open(path, os.O_RDWR | os.O_CREAT, 0o644)
-                if not _locked(lock):
+                if not locked(lock):
                     os.close(lock)
                     raise OutputError(f"{self.out}: another process is writing it just now")
                 with suppress(FileNotFoundError):
@@ -386,7 +386,8 @@ def _link(source: Path, place: Path) -> bool:
     return True
 
 
-def _locked(descriptor: int) -> bool:
+def locked(descriptor: int) -> bool:
+    """Lock an open file for this process; whether it could, where the system knows locks."""
     if fcntl is not None:
         try:
             fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)

@@ -16,7 +16,7 @@ import suture
 from suture.errors import OutputError
 from suture.finetune.outcome import data_digest
 from suture.finetune.plan import Plan
-from suture.writer import _locked
+from suture.writer import locked
 
 
 def work_of(out: Path) -> Path:
@@ -62,7 +62,7 @@ def locked_work(out: Path, work: Path, facts: Mapping[str, Any], resume: bool) -
     except OSError as error:
         raise OutputError(f"{work}: cannot write there: {error.strerror}") from None
     try:
-        if not _locked(lock):
+        if not locked(lock):
             raise OutputError(f"{out}: another process is training it just now")
         _same_run(work, key, resume)
         yield work

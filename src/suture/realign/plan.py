@@ -15,13 +15,13 @@ from suture.finetune.rows import language_rows
 from suture.mask import Mask
 from suture.models import device_named, load_tokenizer, longest_of
 from suture.opening import open_model
+from suture.outputs import Options as PlaceOptions
+from suture.outputs import check_place, check_room
 from suture.realign.concrete import logit_shape
 from suture.realign.pairs import PairRows, read_pairs
 from suture.realign.parts import Models, across, check_factors, masked_shapes
 from suture.realign.recipe import Realign, read_realign
 from suture.roles import check_selectors
-from suture.run import Options as PlaceOptions
-from suture.run import check_place, check_room
 from suture.spec import readable
 from suture.vector import align
 

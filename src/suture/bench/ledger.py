@@ -1,0 +1,124 @@
+"""Finished cells of a benchmark as small files, and how long the rest will take.
+
+A cell is what one number, or a few that are made together, came from: its file is named by a
+digest of everything that it depends on, so that a second run does only what is missing or changed,
+and a kill costs at most the cell that was being made.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import time
+from collections import Counter, defaultdict
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from suture.errors import OutputError
+
+Say = Callable[[str], None]
+Kind = tuple[str, str]
+"""What is done and by which line of the tables; cells of one kind take about equally long."""
+
+
+def digest(what: Any) -> str:
+    """A short hash of plain data."""
+    text = json.dumps(what, sort_keys=True, default=list, separators=(",", ":"))
+    return hashlib.blake2b(text.encode(), digest_size=12).hexdigest()
+
+
+def write(path: Path, text: str) -> None:
+    """Write a small file that appears whole.
+
+    Raises:
+        OutputError: the disk is full or refuses.
+    """
+    partial = path.with_name(f".{path.name}.partial")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with partial.open("w", encoding="utf-8") as file:
+            file.write(text)
+            file.flush()
+            os.fsync(file.fileno())
+        partial.replace(path)
+    except OSError as error:
+        raise OutputError(f"{path}: cannot be written: {error.strerror}") from error
+
+
+class Ledger:
+    """The cells of one output folder."""
+
+    def __init__(self, folder: Path, say: Say) -> None:
+        self.folder, self.say = folder, say
+        self.pending: Counter[Kind] = Counter()
+        """Cells that are still to come, by kind."""
+        self.finished = 0
+        self._seconds: dict[Kind, list[float]] = defaultdict(list)
+
+    def path(self, name: str, key: str) -> Path:
+        """The file of a cell."""
+        return self.folder / f"{name}-{key}.json"
+
+    def find(self, name: str, key: str) -> Any | None:
+        """What a finished cell holds; ``None`` where there is none, or half of one."""
+        try:
+            found = json.loads(self.path(name, key).read_text(encoding="utf-8"))
+        except (OSError, ValueError):
+            return None
+        whole = isinstance(found, dict) and found.get("key") == key and "value" in found
+        return found if whole else None
+
+    def cell(
+        self, kind: Kind, name: str, inputs: Any, make: Callable[[], Any], *, fresh: bool = False
+    ) -> Any:
+        """What a cell holds: from its file, or made now; ``fresh`` makes it anyway.
+
+        Args:
+            kind: what it is, for the clock.
+            name: the beginning of its file's name, for people.
+            inputs: everything that it depends on, as plain data.
+            make: gives plain data.
+            fresh: whether to make it again.
+        """
+        key = digest(inputs)
+        found = None if fresh else self.find(name, key)
+        if found is None:
+            began = time.perf_counter()
+            value = make()
+            seconds = time.perf_counter() - began
+            found = {"key": key, "inputs": inputs, "seconds": round(seconds, 2), "value": value}
+            write(self.path(name, key), json.dumps(found, indent=1) + "\n")
+            self._done(kind, float(found["seconds"]))
+            self.say(f"{name}: {seconds:.1f} s{self._left()}")
+        else:
+            self._done(kind, float(found.get("seconds", 0.0)))
+        return found["value"]
+
+    def _done(self, kind: Kind, seconds: float) -> None:
+        self.pending[kind] = max(0, self.pending[kind] - 1)
+        self._seconds[kind].append(seconds)
+        self.finished += 1
+
+    def eta(self) -> float:
+        """Seconds that the pending cells will take, by finished ones of the same kind.
+
+        Where a kind has none, those that do the same for other lines count; then all.
+        """
+        every = [s for found in self._seconds.values() for s in found]
+        total = 0.0
+        for kind, count in self.pending.items():
+            same = self._seconds.get(kind) or [
+                s for (what, _), found in self._seconds.items() if what == kind[0] for s in found
+            ]
+            known = same or every
+            total += count * (sum(known) / len(known) if known else 0.0)
+        return total
+
+    def _left(self) -> str:
+        left = sum(self.pending.values())
+        if not left:
+            return ""
+        minutes, seconds = divmod(round(self.eta()), 60)
+        return f"; {left} cells to go, about {minutes}:{seconds:02d}"
