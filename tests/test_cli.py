@@ -48,6 +48,8 @@ COMMANDS = [
     "report",
     "finetune",
     "strategies",
+    "realign",
+    "realigners",
     "eval",
     "compare",
     "methods",

@@ -1149,6 +1149,84 @@ def proxy(
 
 
 @app.command()
+def realign(
+    recipe: Annotated[Path, typer.Argument(help="A recipe (YAML).")],
+    out: Annotated[Path, typer.Option("--out", "-o", help="The folder to write.")],
+    device: Annotated[
+        str | None, typer.Option("--device", help="cpu, cuda, cuda:1, ...; overrides the recipe.")
+    ] = None,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="Check everything and say what would be done.")
+    ] = False,
+    overwrite: Annotated[
+        bool, typer.Option("--overwrite", help="Replace an older output, at the end.")
+    ] = False,
+    no_resume: Annotated[
+        bool, typer.Option("--no-resume", help="Start anew even if an interrupted run left work.")
+    ] = False,
+    threads: Threads = None,
+    log: Annotated[
+        str | None, typer.Option("--log", help="Also write curves: tensorboard or trackio.")
+    ] = None,
+    as_json: Json = False,
+) -> None:
+    """Put safety that fine-tuning took away back into a new model; interrupted, it goes on."""
+    with _errors(as_json):
+        from suture.finetune.trackers import tracker
+        from suture.realign import describe, execute, plan_realign, report_rows
+        from suture.realign.plan import Options as How
+
+        how = How(overwrite=overwrite, resume=not no_resume, device=device, threads=threads)
+        plan = plan_realign(recipe, out, how)
+        if dry_run:
+            found = describe(plan)
+        else:
+            with Training(as_json) as shown, tracker(log, out, plan.recipe.resolved()) as note:
+                steps = f", {plan.steps} steps" if plan.steps else ""
+                shown.say(f"{plan.recipe.method.name}: on {plan.device}{steps}")
+
+                def tell(phase: str, at: Any) -> None:
+                    shown.tell(phase, at)
+                    note(phase, at)
+
+                report = execute(plan, say=shown.say, tell=tell)
+    if dry_run:
+        if as_json:
+            _print(found)
+            return
+        for key, value in found.items():
+            _tell(f"{key:<11}{value if isinstance(value, str) else json.dumps(value)}")
+        _tell("nothing was written; leave out --dry-run to realign")
+    elif as_json:
+        _print(report.to_dict())
+    else:
+        for line in report.notes:
+            _tell(f"note: {line}")
+        for key, text in report_rows(report):
+            _tell(f"{key:<22}{text}")
+
+
+@app.command()
+def realigners(
+    name: Annotated[str | None, typer.Argument(help="Show this one in full.")] = None,
+    as_json: Json = False,
+) -> None:
+    """List the ways to realign with their parameters, defaults, papers and needs."""
+    with _errors(as_json):
+        from suture.realign import METHODS, method
+
+        chosen = list(METHODS.values()) if name is None else [method(name)]
+        found = {m.name: _strategy_data(m) for m in chosen}
+        for m in chosen:
+            found[m.name]["needs"] = "needs " + ", ".join(("aligned", "models", *m.needs))
+    if as_json:
+        _print(found)
+        return
+    for key, row in found.items():
+        _show_line(key, row, whole=name is not None)
+
+
+@app.command()
 def demo(
     out: Annotated[Path, typer.Option("--out", help="Where to write.")] = Path("demo"),
     quick: Annotated[

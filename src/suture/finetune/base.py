@@ -212,7 +212,7 @@ class Tuned:
 class Strategy:
     """A line of the table: the function that makes the training, and what to know of it."""
 
-    make: Callable[..., Callable[[Job], Tuned]]
+    make: Callable[..., Callable[[Any], Any]]
     title: str
     paper: str
     """Where it comes from: authors, year, identifier."""

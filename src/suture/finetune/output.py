@@ -62,14 +62,14 @@ def write_weights(
                 file.write(shard.header)
                 for name, at in sorted(shard.offsets.items(), key=lambda pair: pair[1]):
                     assert file.tell() == at
-                    value = base.tensor(name)
-                    if name in inside:
+                    value, own = base.tensor(name), inside.get(name, [])
+                    if len(own) == 1 and places[own[0]].stop is None:
+                        value = trained[own[0]].detach().cpu()
+                    elif own:
                         value = value.clone()
-                        for own in inside[name]:
-                            part = places[own].of(value)
-                            part.copy_(trained[own].detach().to("cpu", value.dtype))
-                        if len(inside[name]) == 1 and places[inside[name][0]].stop is None:
-                            value = trained[inside[name][0]].detach().cpu()
+                        for one in own:
+                            part = places[one].of(value)
+                            part.copy_(trained[one].detach().to("cpu", value.dtype))
                     if DTYPES[specs[name].dtype].computable:
                         value = value.to(TORCH[specs[name].dtype])
                     raw = (

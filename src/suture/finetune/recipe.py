@@ -190,36 +190,9 @@ class _Reader:
         recompute = raw.pop("recompute", False)
         if not isinstance(recompute, bool):
             self.refuse(f"training.recompute: true or false, not {brief(recompute)}")
-        default = TuneSettings(lr=lr)
-        names = tuple(f.name for f in fields(TuneSettings))
-        refuse_unknown(raw, (*names, "recompute"), "training: ", self.problems)
-        fine = {}
-        for key in names:
-            if key not in raw:
-                continue
-            value, like = raw[key], getattr(default, key)
-            if key == "precision" and value is False:  # YAML reads a bare `no` as false
-                value = "no"
-            number = isinstance(value, int | float) and not isinstance(value, bool)
-            if isinstance(like, str):
-                right = isinstance(value, str)
-            else:
-                right = (
-                    number
-                    and abs(value) < 2**63
-                    and (isinstance(like, float) or value == int(value))
-                )
-            if right:
-                fine[key] = type(like)(value)
-            else:
-                kind = "a number" if isinstance(like, float) else "a whole number"
-                kind = "a word" if isinstance(like, str) else kind
-                self.refuse(f"training.{key}: {kind}, not {brief(value)}")
-        with self.problems.collecting():
-            for key, value in fine.items():
-                with self.problems.collecting():
-                    TuneSettings(**{key: value})
-        return (default if self.problems else replace(default, **fine)), bool(recompute)
+        return read_training(raw, TuneSettings(lr=lr), self.problems, ("recompute",)), bool(
+            recompute
+        )
 
     def output(self) -> tuple[str | None, str]:
         raw = section(self.raw, "output", self.problems)
@@ -293,6 +266,44 @@ class _Reader:
             texts = {}
         named = {str(k): str(v) for k, v in texts.items()}
         return {"labels": tuple(map(str, labels)), "label_texts": named, "chat": chat}
+
+
+def read_training(
+    raw: Mapping[str, Any], default: TuneSettings, problems: Problems, more: tuple[str, ...] = ()
+) -> TuneSettings:
+    """The section ``training`` of a recipe.
+
+    Args:
+        raw: what stands there.
+        default: what holds where nothing does.
+        problems: takes every fault.
+        more: keys that somebody else reads.
+    """
+    names = tuple(f.name for f in fields(TuneSettings))
+    refuse_unknown(raw, (*names, *more), "training: ", problems)
+    fine: dict[str, Any] = {}
+    for key in names:
+        if key not in raw:
+            continue
+        value, like = raw[key], getattr(default, key)
+        if key == "precision" and value is False:  # YAML reads a bare `no` as false
+            value = "no"
+        number = isinstance(value, int | float) and not isinstance(value, bool)
+        if isinstance(like, str):
+            right = isinstance(value, str)
+        else:
+            whole = isinstance(like, int)
+            right = number and abs(value) < 2**63 and (not whole or value == int(value))
+        if right:
+            fine[key] = type(like)(value)
+        else:
+            kind = "a number" if isinstance(like, float) else "a whole number"
+            kind = "a word" if isinstance(like, str) else kind
+            problems.add(RecipeError, f"training.{key}: {kind}, not {brief(value)}")
+    for key, value in fine.items():
+        with problems.collecting():
+            TuneSettings(**{key: value})
+    return default if problems else replace(default, **fine)
 
 
 PACKAGE = "package:"

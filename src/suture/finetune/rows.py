@@ -256,20 +256,37 @@ def _format(record: Mapping[str, object], spec: DataSpec) -> str:
 def _language_row(
     kind: str, spec: DataSpec, record: Mapping[str, object], where: str, tokenizer: Any
 ) -> Tokens:
-    end = [] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id]
     if kind == "text":
+        end = [] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id]
         return Tokens(_ids(tokenizer, [cell(record, spec.text, where)])[0] + end, None)
     if kind == "chat":
         return _chat(_messages(record.get(spec.messages), where, spec.messages), where, tokenizer)
     prompt, response = cell(record, spec.prompt, where), cell(record, spec.response, where)
-    if spec.chat:
+    return answer_tokens(prompt, response, spec.chat, where, tokenizer)
+
+
+def answer_tokens(prompt: str, answer: str, chat: bool, where: str, tokenizer: Any) -> Tokens:
+    """A prompt and the answer to it; the answer is what is to be predicted.
+
+    Args:
+        prompt: what is asked.
+        answer: what is to be predicted, with the mark of an end behind it.
+        chat: whether both are put into the chat template.
+        where: the row, for messages.
+        tokenizer: of the model.
+
+    Raises:
+        RecipeError: there is no chat template.
+    """
+    if chat:
         return _chat(
-            [{"role": "user", "content": prompt}, {"role": "assistant", "content": response}],
+            [{"role": "user", "content": prompt}, {"role": "assistant", "content": answer}],
             where,
             tokenizer,
         )
+    end = [] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id]
     before = _ids(tokenizer, [prompt])[0]
-    after = list(tokenizer([response], add_special_tokens=False)["input_ids"][0]) + end
+    after = list(tokenizer([answer], add_special_tokens=False)["input_ids"][0]) + end
     return Tokens(before + after, [0] * len(before) + [1] * len(after))
 
 
