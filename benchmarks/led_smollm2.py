@@ -119,7 +119,8 @@ def tuned(place: Path, base: Path, name: str, seed: int, how: argparse.Namespace
         finetune({
             "base": str(base), "strategy": "full", "task": "language-model",
             "data": {"train": str(place / f"{name}.jsonl"), "prompt": "prompt",
-                     "response": "response", "chat": True, "max_length": 128, "limit": limit},
+                     "response": "response", "chat": True, "max_length": 128, "limit": limit,
+                     "validation": 0},
             "training": {"epochs": epochs, "batch": 8, "lr": how.lr, "seed": seed,
                          "save_every": 10},
         }, out)  # fmt: skip
