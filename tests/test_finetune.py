@@ -7,6 +7,7 @@ import errno
 import json
 import os
 import random
+import shutil
 import signal
 import subprocess
 import sys
@@ -132,6 +133,22 @@ def test_every_strategy_goes_from_a_recipe_to_a_folder(
     again = finetune(what, tmp_path / "again")
     assert again.fingerprint == report.fingerprint
     assert (again.losses, again.metric) == (report.losses, report.metric)
+
+
+def test_the_files_of_a_sentence_encoder_come_along(shop: Path, tmp_path: Path) -> None:
+    """A base made by sentence-transformers has files in folders of their own."""
+    base = tmp_path / "base"
+    shutil.copytree(shop / "base", base)
+    kinds = [{"idx": 0, "name": "0", "path": "", "type": "sentence_transformers.models.Transformer"},
+             {"idx": 1, "name": "1", "path": "1_Pooling", "type": "sentence_transformers.models.Pooling"}]  # fmt: skip
+    (base / "modules.json").write_text(json.dumps(kinds))
+    (base / "1_Pooling").mkdir()
+    (base / "1_Pooling" / "config.json").write_text('{"pooling_mode_mean_tokens": true}')
+
+    finetune(recipe(shop, base=str(base)), tmp_path / "out")
+
+    for name in ("modules.json", "1_Pooling/config.json"):
+        assert (tmp_path / "out" / name).read_bytes() == (base / name).read_bytes()
 
 
 def test_an_adapter_is_what_peft_reads(shop: Path, tmp_path: Path) -> None:

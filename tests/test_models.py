@@ -195,3 +195,14 @@ def test_a_classifier_is_encoder_then_head() -> None:
         model(batch.input_ids, batch.attention_mask), vectors @ HEAD.weight.T + HEAD.bias
     )
     torch.testing.assert_close(model.head().weight, HEAD.weight)
+
+
+def test_a_cosine_head_comes_back_and_has_the_same_bytes_every_time(tmp_path: Path) -> None:
+    """Its kind is told by the file; nothing in the file changes from one time to the next."""
+    head = Head(("a", "b"), torch.randn(2, 4), torch.zeros(2), cosine=True)
+    for name in ("one", "two"):
+        save_head(head, tmp_path / name)
+
+    assert load_head(tmp_path / "one").cosine
+    assert load_head(tmp_path / "one").labels == ("a", "b")
+    assert (tmp_path / "one").read_bytes() == (tmp_path / "two").read_bytes()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -47,6 +48,15 @@ def carried_files(donors: Sequence[Checkpoint]) -> dict[str, Path]:
         names = [p.name for p in sorted(donors[0].folder.glob("*.py"))]
         found |= _files(donors[0], names)  # text only: whoever loads the model decides to run it
     return found
+
+
+def carry(donors: Sequence[Checkpoint], folder: Path) -> None:
+    """Copy what ``carried_files`` finds into a folder, beside what stands there already."""
+    for name, path in carried_files(donors).items():
+        place = folder / name
+        if not place.exists():
+            place.parent.mkdir(parents=True, exist_ok=True)
+            shutil.copyfile(path, place)
 
 
 def carried_tokenizer(donor: Checkpoint) -> dict[str, Path]:
@@ -315,6 +325,7 @@ def _text(checkpoint: Checkpoint, name: str) -> str | None:
 __all__ = [
     "carried_files",
     "carried_tokenizer",
+    "carry",
     "config_text",
     "licence_of",
     "model_card",

@@ -514,13 +514,17 @@ def save_model(model: Encoder | LanguageModel, tokenizer: Tokenizer, out: Path) 
         raise OutputError(f"{out}: cannot be written: {error}") from error
 
 
+_LABELS, _COSINE = "labels", "labels of a cosine head"
+"""What the labels are called in the metadata of a head's file."""
+
+
 def save_head(head: Head, path: Path) -> None:
     """Write a head as one safetensors file: ``weight``, ``bias``, the labels in its metadata."""
     path.parent.mkdir(parents=True, exist_ok=True)
     partial = path.with_name(f".{path.name}.partial")
     tensors = {"weight": head.weight.contiguous(), "bias": head.bias.contiguous()}
-    about = {"labels": json.dumps(head.labels)} | ({"cosine": "true"} if head.cosine else {})
-    save_file(tensors, partial, about)
+    # One key: the library writes several in an order that changes from run to run.
+    save_file(tensors, partial, {_COSINE if head.cosine else _LABELS: json.dumps(head.labels)})
     partial.replace(path)
 
 
@@ -532,8 +536,9 @@ def load_head(path: Path, *, device: str = "cpu") -> Head:
     """
     try:
         with safe_open(path, "pt", device=device) as file:
-            labels = tuple(json.loads(file.metadata()["labels"]))
-            cosine = file.metadata().get("cosine") == "true"
+            about = file.metadata()
+            cosine = _COSINE in about
+            labels = tuple(json.loads(about[_COSINE if cosine else _LABELS]))
             head = Head(labels, file.get_tensor("weight"), file.get_tensor("bias"), cosine)
     except (OSError, SafetensorError, KeyError, TypeError, ValueError) as error:
         raise CheckpointError(f"{path}: not a head saved by Suture: {error}") from error

@@ -5,13 +5,12 @@ Nothing heavy is imported before a model is really loaded.
 
 from __future__ import annotations
 
-import shutil
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from suture.card import carried_files
+from suture.card import carry
 from suture.checkpoint import Checkpoint, open_checkpoint
 from suture.errors import Problems, RecipeError, brief, did_you_mean
 from suture.recipe_types import Policy, refuse_unknown, section
@@ -221,9 +220,7 @@ def folder_of(checkpoint: Checkpoint, scratch: Path, base: Checkpoint) -> Path:
     what = merged(None, {"model": checkpoint}, "linear", space=EVERYTHING,
                   policy=Policy("base", "drop", "base"))  # fmt: skip
     save(what, place, overwrite=True)
-    for name, path in carried_files([base]).items():
-        if not (place / name).exists():
-            shutil.copyfile(path, place / name)
+    carry([base], place)
     return place
 
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import shutil
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -15,7 +14,7 @@ import yaml
 from safetensors import SafetensorError
 from torch import Tensor
 
-from suture.card import carried_files, config_text, licence_of, model_name
+from suture.card import carry, config_text, licence_of, model_name
 from suture.checkpoint import Checkpoint, open_checkpoint
 from suture.engine import checkpoint_fingerprint, output_specs
 from suture.errors import OutputError
@@ -100,8 +99,7 @@ def write_beside(
     try:
         texts = {}
         if recipe.form != "patch":  # the patched base has these of its own
-            for file, path in carried_files([base]).items():
-                shutil.copyfile(path, folder / file)
+            carry([base], folder)
             texts["config.json"] = config_text(base.config, recipe.dtype)
         texts |= {
             "suture.json": json.dumps(record, indent=2, ensure_ascii=False) + "\n",

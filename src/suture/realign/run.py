@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from suture.card import carried_files, config_text
+from suture.card import carry, config_text
 from suture.checkpoint import Checkpoint
 from suture.engine import checkpoint_fingerprint
 from suture.errors import OutputError
@@ -194,9 +194,7 @@ def _written(
             logits = realigned.logits
             facts = marked(logits.facts, report.restricted)
             Stats(logits.tensors, facts, logits.where).save(folder / "logits.safetensors")
-        for file, path in carried_files([aligned]).items():
-            (folder / file).parent.mkdir(parents=True, exist_ok=True)
-            shutil.copyfile(path, folder / file)
+        carry([aligned], folder)
         texts = {
             "config.json": config_text(aligned.config, plan.recipe.dtype),
             "suture.json": json.dumps(record, indent=2, ensure_ascii=False) + "\n",
