@@ -9,7 +9,7 @@ SHELL := bash
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
 .NOTPARALLEL:
-.PHONY: help test check lint format docs proofs bench tables arithmetic demo clean
+.PHONY: help test check lint format docs proofs bench tables arithmetic images depth judges demo clean
 
 PYTHON ?= python3
 VENV ?= .venv
@@ -61,9 +61,21 @@ bench: $(STAMPS)/bench  ## measure speed and memory on this machine
 tables: $(STAMPS)/demo  ## masks and stitching on the demo's tasks, 3 seeds; hours, goes on where it stopped
 	$(BIN)/python benchmarks/localize_tasks.py $(ARGS)
 
+images: $(STAMPS)/bench  ## tune a real vision transformer on real digits; minutes
+	@$(PIP) -c constraints.txt -e '.[finetune]'
+	@$(PIP) --no-deps -r requirements/images.txt
+	$(BIN)/python benchmarks/images.py $(ARGS)
+
+depth: $(STAMPS)/demo  ## masks in the last blocks against all, on the demo's tasks, 3 seeds; an hour
+	$(BIN)/python benchmarks/depth.py $(ARGS)
+
 arithmetic: $(STAMPS)/demo  ## fine-tuning strategies by task arithmetic, 3 seeds; hours, goes on where it stopped
 	@$(PIP) --no-deps -r requirements/bench.txt
 	$(BIN)/suture bench examples/bench.yaml --out out/bench $(ARGS)
+
+judges: $(STAMPS)/demo  ## who tells refusals: word lists and a trained classifier against people's labels
+	@$(PIP) --no-deps -r requirements/safety.txt
+	$(BIN)/python benchmarks/judges.py $(ARGS)
 
 demo: $(STAMPS)/demo  ## the main job on small real models, end to end
 	$(BIN)/suture demo $(ARGS)
@@ -83,7 +95,7 @@ $(BIN)/python:
 	@$(PYTHON) -m venv $(VENV) || { rm -f $@; \
 		echo "could not make $(VENV); on Debian and Ubuntu: apt install python3-venv" >&2; exit 1; }
 
-$(STAMPS)/test: EXTRAS := models,finetune,data,tensorboard,gguf,analysis,report,test,oracle
+$(STAMPS)/test: EXTRAS := models,finetune,data,images,tensorboard,gguf,analysis,report,test,oracle
 $(STAMPS)/check: EXTRAS := models,report,check
 $(STAMPS)/bench: EXTRAS := models,oracle
 $(STAMPS)/demo: EXTRAS := demo,analysis,report

@@ -48,10 +48,13 @@ COMMANDS = [
     "report",
     "finetune",
     "strategies",
+    "realign",
+    "realigners",
     "eval",
     "compare",
     "methods",
     "bench",
+    "proxy",
     "demo",
 ]
 

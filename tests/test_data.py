@@ -30,6 +30,10 @@ def test_jsonl_and_csv_give_the_same_rows(tmp_path: Path) -> None:
     jsonl.write_text('{"text": "one, two", "label": 3}\n\n{"text": "né", "label": true}\n', "utf-8")
     csv.write_text('text,label\n"one, two",3\nné,true\n', "utf-8")
 
+    one = tmp_path / "a.json"
+    one.write_text('[{"text": "one, two", "label": 3}, {"text": "né", "label": true}]', "utf-8")
+
+    assert read_rows(one) == read_rows(jsonl)
     assert read_rows(jsonl) == read_rows(csv) == [Row("one, two", "3"), Row("né", "true")]
 
 
@@ -47,9 +51,12 @@ def test_columns_are_named_by_the_caller(tmp_path: Path) -> None:
         ("a.jsonl", '{"txt": "x", "label": "y"}', r"line 1: no column 'text'; did you mean 'txt'"),
         ("a.jsonl", '{"text": "x", "label": "y"}\n{', "line 2: not JSON"),
         ("a.jsonl", "[1]", "line 1: a row is an object"),
+        ("a.json", '{"text": "x"}', "one list of objects"),
+        ("a.json", "[", "not JSON"),
+        ("a.json", "[]", "holds no rows"),
         ("a.csv", "text,label\n", "holds no rows"),
         ("a.csv", "text,label\nx\n", "line 2: no column 'label'"),
-        ("a.txt", "x", r"read from .jsonl and .csv"),
+        ("a.txt", "x", r"read from .jsonl and .json"),
         ("a.csv", None, "cannot be read"),
     ],
 )

@@ -20,10 +20,11 @@ import numpy as np
 import pytest
 import torch
 import yaml
+from safetensors import SafetensorError
 
 import suture
 import tiny_model
-from suture import snapshot
+from suture import models, snapshot
 from suture.errors import (
     MismatchError,
     MissingExtraError,
@@ -249,12 +250,19 @@ os.environ["HF_HUB_OFFLINE"] = "1"
 import torch
 torch.set_num_threads(1)
 from suture.finetune import finetune
-recipe, out, stop = json.loads(sys.argv[2]), Path(sys.argv[3]), json.loads(sys.argv[4])
-def tell(phase, at):
-    if [phase, at.step] in stop:
-        os.kill(os.getpid(), signal.SIGKILL)
-report = finetune(recipe, out, tell=tell)
-print(report.fingerprint, report.losses)
+recipe, out, stops = json.loads(sys.argv[2]), Path(sys.argv[3]), json.loads(sys.argv[4])
+for stop in stops:  # each run is a process of its own; what is imported is not imported again
+    child = os.fork()
+    if not child:
+        def tell(phase, at):
+            if [phase, at.step] == stop:
+                os.kill(os.getpid(), signal.SIGKILL)
+        report = finetune(recipe, out, tell=tell)
+        print(report.fingerprint, report.losses, flush=True)
+        os._exit(0)
+    _, status = os.waitpid(child, 0)
+    assert os.waitstatus_to_exitcode(status) == (-signal.SIGKILL if stop else 0), (stop, status)
+    assert out.exists() is not bool(stop)
 """
 
 
@@ -267,41 +275,34 @@ def test_a_killed_run_ends_as_one_that_was_not(
 ) -> None:
     """``kill -9`` at random steps of every phase, dropout and early stop included; then the same
     command: the same losses and the same bytes."""
-    what = recipe(
-        shop, name, training={**TRAINING, "save_every": 3, "patience": 3, "validate_every": 2}
-    )
+    training = {**TRAINING, "save_every": 3, "patience": 3, "validate_every": 2}
+    if kills == 10:
+        training = {**training, "epochs": 5, "patience": 8}
+    what = recipe(shop, name, training=training)
     expected = finetune(what, tmp_path / "whole")
     dice = random.Random(name)
     phases = ["dense", "train"] if name == "lota" else ["train"]
     steps = range(1, expected.steps + 1)
-    stops = [
-        [phase, step]
-        for phase in phases
-        for step in sorted(dice.sample(steps, min(kills, len(steps))))
-    ]
-    for number, stop in enumerate(stops):
-        done = child(what, tmp_path / "out", [stop])
-        assert done.returncode == -signal.SIGKILL, (number, stop, done.stderr)
-        assert not (tmp_path / "out").exists()
-    done = child(what, tmp_path / "out", [])
+    stops = [[phase, step] for phase in phases for step in sorted(dice.sample(steps, kills))]
+    done = child(what, tmp_path / "out", [*stops, None])
     assert done.returncode == 0, done.stderr
     assert done.stdout.split(" ", 1)[0] == expected.fingerprint
     assert done.stdout.split(" ", 1)[1].strip() == str(expected.losses)
     assert sorted(p.name for p in tmp_path.iterdir()) == ["out", "whole"]
 
 
-def child(what: dict[str, Any], out: Path, stop: list[Any]) -> subprocess.CompletedProcess[str]:
+def child(what: dict[str, Any], out: Path, stops: list[Any]) -> subprocess.CompletedProcess[str]:
     here = str(Path(__file__).parent)
     return subprocess.run(
-        [sys.executable, "-c", CHILD, here, json.dumps(what), str(out), json.dumps(stop)],
-        capture_output=True, text=True, timeout=120, check=False,
+        [sys.executable, "-c", CHILD, here, json.dumps(what), str(out), json.dumps(stops)],
+        capture_output=True, text=True, timeout=1200, check=False,
     )  # fmt: skip
 
 
 def test_another_recipe_does_not_take_over_checkpoints(shop: Path, tmp_path: Path) -> None:
     """Work of hours is not thrown away in silence; --no-resume says so."""
     what = recipe(shop, "talos")
-    assert child(what, tmp_path / "out", [["train", 5]]).returncode == -signal.SIGKILL
+    assert child(what, tmp_path / "out", [["train", 5]]).returncode == 0
     other = {**what, "training": {**TRAINING, "lr": 1e-3}}
     with pytest.raises(OutputError, match="another recipe"):
         finetune(other, tmp_path / "out")
@@ -335,6 +336,31 @@ def test_a_full_disk_keeps_the_last_checkpoint(
     monkeypatch.undo()
     assert finetune(what, tmp_path / "out").fingerprint == expected.fingerprint
     assert not work.exists()
+
+
+def test_a_disk_that_is_full_at_once_says_that_nothing_is_kept(
+    shop: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The first checkpoint, the head and the room that is known to be missing."""
+
+    def full(*_: Any) -> None:
+        raise SafetensorError("I/O error: No space left on device")
+
+    monkeypatch.setattr(snapshot, "save_file", full)
+    with pytest.raises(OutputError, match="No space left.*it was the first"):
+        finetune(recipe(shop), tmp_path / "out")
+    monkeypatch.undo()
+    assert not list(tmp_path.iterdir())
+
+    monkeypatch.setattr(models, "save_file", full)
+    with pytest.raises(OutputError, match="No space left.*the training is kept"):
+        finetune(recipe(shop), tmp_path / "out")
+    assert (tmp_path / ".out.finetune" / "train.safetensors").is_file()
+    monkeypatch.undo()
+    little = types.SimpleNamespace(free=60_000)
+    monkeypatch.setattr("suture.finetune.plan.shutil.disk_usage", lambda _: little)
+    assert "need about" in problems_of(recipe(shop), tmp_path / "x")[0]
+    assert plan_finetune(recipe(shop, "talos"), tmp_path / "x").steps == 12
 
 
 def test_a_loss_that_is_not_finite_keeps_the_last_checkpoint(
@@ -517,11 +543,11 @@ def test_all_problems_of_a_recipe_at_once(shop: Path, tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("data", "words"),
     [
-        ({"label": "lable"}, "no column 'lable'; did you mean 'label'"),
-        ({"text": "body"}, "no column 'body'"),
+        ({"label": "lable"}, "no row has a column 'lable'; did you mean 'label'"),
+        ({"text": "body"}, "no row has a column 'body'"),
         (
             {"labels": ["colour", "skies"]},
-            "the label 'sky' is not among data.labels; known: colour, skies",
+            "(and 23 more rows): the label 'sky' is not among data.labels; known: colour, skies",
         ),
         ({"max_length": 2}, "tokens, but max_length is 2"),
         ({"max_length": 99}, "reads at most 32 tokens"),
@@ -535,6 +561,21 @@ def test_rows_that_do_not_fit_are_told_before_training(
     """Unknown column, label out of range, too long, an empty side: place, cause and remedy."""
     found = problems_of(recipe(shop, data={**recipe(shop)["data"], **data}), tmp_path / "out")
     assert any(words in text for text in found), found
+
+
+def test_a_head_that_does_not_fit_is_told_before_training(shop: Path, tmp_path: Path) -> None:
+    """Other labels and another width, both at once."""
+    save_head(Head(("colour", "moon"), torch.zeros(2, 8), torch.zeros(2)), tmp_path / "head")
+    found = problems_of(recipe(shop, head=str(tmp_path / "head")), tmp_path / "x")
+    assert "is for the labels colour, moon; the rows have colour, sky" in found[0]
+    assert "reads 8 numbers, the base gives 16" in found[1]
+
+
+def test_a_row_of_too_many_cells_is_told(shop: Path, tmp_path: Path) -> None:
+    """A text with a comma and no quotes: the line, and what to do."""
+    (tmp_path / "rows.csv").write_text("text,label\nred, blue,colour\nsun,sky\n")
+    found = problems_of(recipe(shop, data={"train": str(tmp_path / "rows.csv")}), tmp_path / "x")
+    assert "line 2: has more cells than the first line has columns (text, label)" in found[0]
 
 
 def test_long_rows_are_cut_or_left_out_if_asked(shop: Path, tmp_path: Path) -> None:
@@ -639,6 +680,16 @@ def test_a_data_set_of_the_hub_is_asked_for_by_split(
     assert asked == [("some/set", "small", "train", "v1"), ("some/set", None, "test", None)]
     assert plan.rows.labels == ("colour", "sky")
     assert len(plan.rows.train) == len(plan.rows.validation) == 48
+
+
+def test_each_strategy_has_a_rate_of_its_own(shop: Path) -> None:
+    """Where a recipe names none; the docs tell it. One that is named is taken."""
+    page = (Path(__file__).parents[1] / "docs" / "finetune.md").read_text(encoding="utf-8")
+    for name, line in STRATEGIES.items():
+        assert read_finetune(recipe(shop, name, training={})).training.lr == line.lr
+        assert read_finetune(recipe(shop, name, training={"lr": 2e-6})).training.lr == 2e-6
+        assert f"{line.lr:.0e}".replace("e-0", "e-") in page, name
+    assert STRATEGIES["talos"].lr == 10 * STRATEGIES["full"].lr
 
 
 def test_recipes_survive_being_written_out(shop: Path) -> None:

@@ -22,9 +22,10 @@ ORDER = [
     "vocabulary", "chat", "embeddings", "adapters", "ggufs", "opening", "forms", "writer",
     "stream", "vector", "profile", "select", "stats", "importance", "mask", "graft", "patchfile",
     "patch", "gather", "analysis", "merges", "engine", "recipe_types", "mergekit", "recipe",
-    "card", "models", "data", "persample", "snapshot", "mover", "tune", "evals", "measure",
-    "learned", "diagnose", "report", "page", "run", "patching", "lowrank", "finetune", "tasks", "regions",
-    "analyze", "suites", "workshop", "demo_tasks", "demo_edits", "demo", "bench", "cli", "__main__",
+    "card", "models", "data", "images", "persample", "snapshot", "mover", "tune", "evals", "measure",
+    "learned", "diagnose", "report", "page", "outputs",
+    "parts", "planning", "record", "telling", "run", "patching", "lowrank", "finetune", "tasks", "regions",
+    "analyze", "suites", "realign", "policy", "workshop", "demo_tasks", "demo_edits", "demo", "bench", "cli", "__main__",
 ]  # fmt: skip
 """The way of a tensor, top to bottom."""
 
@@ -44,12 +45,13 @@ PLACES = {
     "scipy": {"analysis"},
     "sklearn": {"analysis"},
     "mergekit": set(),
+    "PIL": {"images"},
     "pickle": set(),
 }
 """Where a tool may be imported; others import it nowhere."""
 TORCH = {
-    "checkpoint", "models", "data", "persample", "snapshot", "mover", "tune", "evals", "finetune", "demo",
-    "bench", "demo_edits", "workshop", "lowrank", "measure", "learned", "diagnose", "suites",
+    "checkpoint", "models", "data", "images", "persample", "snapshot", "mover", "tune", "evals", "finetune", "demo",
+    "bench", "demo_edits", "workshop", "lowrank", "measure", "learned", "diagnose", "suites", "realign",
 }  # fmt: skip
 """Where torch may be imported, and in ``checkpoint`` only when a torch tensor is asked for."""
 TORCH_LATE = {"checkpoint.py", "merges/spectral.py"}

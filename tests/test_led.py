@@ -319,6 +319,23 @@ def test_priorities_decide(family: Any) -> None:
     assert voted("neither", rows[:1], rows[1:2], 7)[0, 0] == 0b1000000
 
 
+def test_priorities_may_differ_from_tensor_to_tensor(family: Any, tmp_path: Path) -> None:
+    """A pattern in the place of the number counts for the tensors that it fits."""
+    models = family("f32")
+    given = Given(models)
+    one = "model.layers.1.mlp.down_proj.weight"
+
+    out, _ = led(models, tmp_path / "out", density=0.7, disjoint="priority",
+                 own={"bob": {"priority": {one: 1.0, "*": 0.0}}})  # fmt: skip
+
+    elected = given.elected(0.7, 0.7, 0.7)
+    plain, first = slow.led_owned(elected), slow.led_owned(elected, "bob")
+    for name in given.names:
+        wanted = first[name] if name == one else plain[name]
+        changed = written(out, models, [name])[name]
+        assert changed == set().union(*wanted.values()), name
+
+
 @pytest.mark.parametrize(
     ("more", "match"),
     [

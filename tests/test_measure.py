@@ -269,6 +269,20 @@ def test_names_of_files_find_their_parameters() -> None:
     assert labels_of(tiny_model.rows(4)) == LABELS
 
 
+def test_the_same_statistics_are_the_same_bytes(tmp_path: Path) -> None:
+    """However often they are saved: the order of the metadata is fixed; scalars and empty tensors
+    survive."""
+    tensors = {"grad/b": np.ones((2, 3)), "grad/a": np.float32(4), "grad/c": np.zeros((0, 2))}
+    found = Stats(tensors, {"rows": 3, "data": "x"}, "here")
+    for number in range(8):
+        found.save(tmp_path / f"{number}.safetensors")
+    saved = {path.read_bytes() for path in tmp_path.iterdir()}
+    assert len(saved) == 1
+    again = Stats.load(tmp_path / "0.safetensors")
+    assert again.facts == found.facts
+    assert all(np.array_equal(again.tensors[n], v) for n, v in tensors.items())
+
+
 def test_only_the_answer_is_measured() -> None:
     """Where rows have a prompt, the loss is the mean over the answer's tokens; prompts count not."""
     model, plain = llama(), dataset(6, labelled=False)

@@ -234,8 +234,8 @@ def test_a_localization_says_where_each_skill_lies(page: Path) -> None:
     text = page.read_text(encoding="utf-8")
 
     lines_of(
-        text, "Of the entries that Learned masks marks, 75", "Share of each mask by layer",
-        "Beyond the 95 % interval of chance: ada and", "Loss while the masks were learned",
+        text, "Where the entries lie that learned masks marks: 75", "Share of each mask by layer",
+        "Beyond the 95 % interval of chance: ada with", "Loss while the masks were learned",
         "What merging costs each task", "The largest barrier is that of",
     )  # fmt: skip
 
@@ -374,7 +374,7 @@ def test_the_command_tells_what_it_wrote(sample: Path, tmp_path: Path) -> None:
     lines_of(said.err, "note: broken/suture.json")
     lines_of((tmp_path / "a.html").read_text(), "<h1>Mine &amp; &lt;yours&gt;</h1>")
     told = json.loads(invoke("report", sample, "-o", tmp_path / "b.html", "--json").out)
-    assert told["files"] == 8
+    assert told["files"] == 9
     assert invoke("report", sample, "-o", tmp_path / "b.html").code == 2
 
 

@@ -34,6 +34,7 @@ from making import (
     write_recipe,
 )
 from suture import run
+from suture.planning import run_key
 
 FILES = {
     "tokenizer.json": '{"version": "1.0"}',
@@ -220,7 +221,7 @@ def test_patterns_in_another_order_are_another_merge(here: Path) -> None:
 
     def key(density: dict[str, float]) -> str:
         recipe = {**RECIPE, "parameters": {"density": density}}
-        return run._key(run.plan_recipe(recipe, here / "x", run.Options(), here))
+        return run_key(run.plan_recipe(recipe, here / "x", run.Options(), here))
 
     one = {"*mlp*": 0.1, "*layers*": 0.9}
 

@@ -31,7 +31,7 @@ from making import (
     tree,
     weights,
 )
-from suture import engine, profile, run, spec, stream, writer
+from suture import engine, profile, run, spec, stream, telling, writer
 from suture.errors import MismatchError, NonFiniteError, OutputError, SutureError
 from suture.run import MergeReport
 from suture.writer import Writer
@@ -41,7 +41,7 @@ PIECE = 256
 
 @pytest.fixture(autouse=True)
 def small_pieces(monkeypatch: pytest.MonkeyPatch) -> None:
-    for module in (spec, engine, run, profile):  # not `stream`: blocks may be larger there
+    for module in (spec, engine, telling, profile):  # not `stream`: blocks may be larger there
         monkeypatch.setattr(module, "PIECE", PIECE)
     monkeypatch.setattr(stream, "TASK_PIECES", 2)
     quick_disk(monkeypatch)

@@ -59,6 +59,23 @@ def language_model(seed: int = 0) -> LanguageModel:
         return LanguageModel(transformers.GPT2LMHeadModel(config).eval())
 
 
+def image_folder(where: Path, kind: str = "vit", seed: int = 0) -> Path:
+    """A random vision transformer for images of 8 pixels in patches of 4."""
+    shape = {
+        "hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2, "image_size": 8,
+        "patch_size": 4, "num_channels": 1 if kind == "grey" else 3,
+    }  # fmt: skip
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        if kind == "dinov2":
+            model = transformers.Dinov2Model(transformers.Dinov2Config(mlp_ratio=2, **shape))
+        else:
+            made = transformers.ViTConfig(intermediate_size=32, **shape)
+            model = transformers.ViTForImageClassification(made)
+    model.save_pretrained(where)
+    return where
+
+
 def folder(where: Path, seed: int = 0) -> Path:
     save_model(encoder(seed), tokenizer(), where)
     return where

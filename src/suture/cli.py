@@ -449,7 +449,7 @@ def patch_make(
     with _errors(as_json), Bars(as_json) as bars:
         from suture import patching
         from suture.mask import Mask
-        from suture.run import open_model
+        from suture.opening import open_model
 
         chosen = None if mask is None else Mask.load(mask)
         patch = patching.make_patch(
@@ -491,7 +491,7 @@ def patch_apply(
     """
     with _errors(as_json), Bars(as_json) as bars:
         from suture import patching
-        from suture.run import open_model
+        from suture.opening import open_model
 
         report = patching.apply_patches(
             open_model(model), patching.load_patches(patch), out, scale=scale,
@@ -525,8 +525,8 @@ def patch_revert(
     """Take a patch off a model again, bit for bit."""
     with _errors(as_json), Bars(as_json) as bars:
         from suture import patching
+        from suture.opening import open_model
         from suture.patch import Patch
-        from suture.run import open_model
 
         report = patching.revert_patch(
             open_model(model), Patch.load(patch), out, force=force, stage=bars.stage,
@@ -753,8 +753,8 @@ def _method_data(method: Any) -> dict[str, Any]:
 class Training:
     """Progress of training on standard error: a bar on a terminal, else a line now and then."""
 
-    def __init__(self, quiet: bool = False) -> None:
-        self._quiet = quiet
+    def __init__(self, quiet: bool = False, unit: str = "tokens") -> None:
+        self._quiet, self._unit = quiet, unit
         self._bars: Any = None
         self._tasks: dict[str, Any] = {}
         self._told = 0.0
@@ -793,7 +793,8 @@ class Training:
     def tell(self, phase: str, at: Any) -> None:
         """Tell of a step."""
         score = "" if at.score is None else f", validation {at.score:.4f}"
-        now = f"loss {at.loss:.4f}, lr {at.lr:.2e}, {at.tokens_per_second:,.0f} tokens/s{score}"
+        speed = f"{at.tokens_per_second:,.0f} {self._unit}/s"
+        now = f"loss {at.loss:.4f}, lr {at.lr:.2e}, {speed}{score}"
         if self._bars is not None:
             if phase not in self._tasks:
                 self._tasks[phase] = self._bars.add_task(phase, total=at.steps, now="")
@@ -836,7 +837,11 @@ def finetune(
         if dry_run:
             found = run.describe(plan)
         else:
-            with Training(as_json) as shown, tracker(log, out, plan.recipe.resolved()) as note:
+            unit = "images" if plan.task == "image-classification" else "tokens"
+            with (
+                Training(as_json, unit) as shown,
+                tracker(log, out, plan.recipe.resolved()) as note,
+            ):
                 rows, name = len(plan.rows.train), plan.recipe.strategy.name
                 shown.say(f"{name}: {rows} rows, {plan.steps} steps on {plan.device}")
 
@@ -1075,6 +1080,103 @@ def bench(
     else:
         _tell(markdown(found))
         _tell(f"wrote {out / 'results.json'} and {out / 'results.md'}")
+
+
+@app.command()
+def proxy(
+    out: Annotated[Path, typer.Option("-o", "--out", help="A folder for the rows.")],
+    seed: Annotated[int, typer.Option(help="Chooses topics and wordings of the splits.")] = 0,
+    languages: Annotated[str, typer.Option(help="Some of en,de,es.")] = "en,de,es",
+    as_json: Json = False,
+) -> None:
+    """Write the rows of the harmless refusal policy: safety work without a harmful word."""
+    with _errors():
+        from suture.policy import write
+
+        counts = write(out, seed, [word.strip() for word in languages.split(",")])
+    if as_json:
+        _print(counts)
+        return
+    for name, number in counts.items():
+        _tell(f"{out / name}.jsonl: {number} rows")
+
+
+@app.command()
+def realign(
+    recipe: Annotated[Path, typer.Argument(help="A recipe (YAML).")],
+    out: Annotated[Path, typer.Option("--out", "-o", help="The folder to write.")],
+    device: Annotated[
+        str | None, typer.Option("--device", help="cpu, cuda, cuda:1, ...; overrides the recipe.")
+    ] = None,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="Check everything and say what would be done.")
+    ] = False,
+    overwrite: Annotated[
+        bool, typer.Option("--overwrite", help="Replace an older output, at the end.")
+    ] = False,
+    no_resume: Annotated[
+        bool, typer.Option("--no-resume", help="Start anew even if an interrupted run left work.")
+    ] = False,
+    threads: Threads = None,
+    log: Annotated[
+        str | None, typer.Option("--log", help="Also write curves: tensorboard or trackio.")
+    ] = None,
+    as_json: Json = False,
+) -> None:
+    """Put safety that fine-tuning took away back into a new model; interrupted, it goes on."""
+    with _errors(as_json):
+        from suture.finetune.trackers import tracker
+        from suture.realign import describe, execute, plan_realign, report_rows
+        from suture.realign.plan import Options as How
+
+        how = How(overwrite=overwrite, resume=not no_resume, device=device, threads=threads)
+        plan = plan_realign(recipe, out, how)
+        if dry_run:
+            found = describe(plan)
+        else:
+            with Training(as_json) as shown, tracker(log, out, plan.recipe.resolved()) as note:
+                steps = f", {plan.steps} steps" if plan.steps else ""
+                shown.say(f"{plan.recipe.method.name}: on {plan.device}{steps}")
+
+                def tell(phase: str, at: Any) -> None:
+                    shown.tell(phase, at)
+                    note(phase, at)
+
+                report = execute(plan, say=shown.say, tell=tell)
+    if dry_run:
+        if as_json:
+            _print(found)
+            return
+        for key, value in found.items():
+            _tell(f"{key:<11}{value if isinstance(value, str) else json.dumps(value)}")
+        _tell("nothing was written; leave out --dry-run to realign")
+    elif as_json:
+        _print(report.to_dict())
+    else:
+        for line in report.notes:
+            _tell(f"note: {line}")
+        for key, text in report_rows(report):
+            _tell(f"{key:<22}{text}")
+
+
+@app.command()
+def realigners(
+    name: Annotated[str | None, typer.Argument(help="Show this one in full.")] = None,
+    as_json: Json = False,
+) -> None:
+    """List the ways to realign with their parameters, defaults, papers and needs."""
+    with _errors(as_json):
+        from suture.realign import METHODS, method
+
+        chosen = list(METHODS.values()) if name is None else [method(name)]
+        found = {m.name: _strategy_data(m) for m in chosen}
+        for m in chosen:
+            found[m.name]["needs"] = "needs " + ", ".join(("aligned", "models", *m.needs))
+    if as_json:
+        _print(found)
+        return
+    for key, row in found.items():
+        _show_line(key, row, whole=name is not None)
 
 
 @app.command()

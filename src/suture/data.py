@@ -52,9 +52,10 @@ class Batch(NamedTuple):
     """Padded rows, ready for a model."""
 
     input_ids: Tensor
-    """``(batch, length)`` int64, padded on the right."""
+    """``(batch, length)`` int64, padded on the right; pixels of images, float32
+    ``(batch, channels, height, width)``."""
     attention_mask: Tensor
-    """``(batch, length)`` int64: 1 for a token, 0 for padding."""
+    """``(batch, length)`` int64: 1 for a token, 0 for padding; one 1 for an image."""
     labels: Tensor
     """``(batch,)`` int64: the position of each label in the list of labels; -1 without one."""
     rows: tuple[int, ...]
@@ -167,7 +168,23 @@ class Dataset:
         and the batches shuffled: little padding, and a new order for every seed.
         """
         for rows in plan([len(row) for row in self.ids], size, seed=seed):
-            yield collate(self, rows)
+            yield self.collate(rows)
+
+    def collate(self, rows: Sequence[int]) -> Batch:
+        """The rows at these positions, padded on the right to the longest of them."""
+        longest = max(len(self.ids[i]) for i in rows)
+        ids = torch.full((len(rows), longest), self.pad)
+        mask = torch.zeros((len(rows), longest), dtype=torch.int64)
+        for at, i in enumerate(rows):
+            length = len(self.ids[i])
+            ids[at, :length] = torch.tensor(self.ids[i], dtype=torch.int64)
+            mask[at, :length] = 1
+        targets = None
+        if self.targets is not None:
+            targets = torch.zeros_like(mask)
+            for at, i in enumerate(rows):
+                targets[at, : len(self.ids[i])] = torch.tensor(self.targets[i], dtype=torch.int64)
+        return Batch(ids, mask, torch.tensor([self.labels[i] for i in rows]), tuple(rows), targets)
 
 
 def plan(lengths: Sequence[int], size: int, *, seed: int | None) -> list[list[int]]:
@@ -190,20 +207,8 @@ def plan(lengths: Sequence[int], size: int, *, seed: int | None) -> list[list[in
 
 
 def collate(data: Dataset, rows: Sequence[int]) -> Batch:
-    """The rows at these positions, padded on the right to the longest of them."""
-    longest = max(len(data.ids[i]) for i in rows)
-    ids = torch.full((len(rows), longest), data.pad)
-    mask = torch.zeros((len(rows), longest), dtype=torch.int64)
-    for at, i in enumerate(rows):
-        length = len(data.ids[i])
-        ids[at, :length] = torch.tensor(data.ids[i], dtype=torch.int64)
-        mask[at, :length] = 1
-    targets = None
-    if data.targets is not None:
-        targets = torch.zeros_like(mask)
-        for at, i in enumerate(rows):
-            targets[at, : len(data.ids[i])] = torch.tensor(data.targets[i], dtype=torch.int64)
-    return Batch(ids, mask, torch.tensor([data.labels[i] for i in rows]), tuple(rows), targets)
+    """The rows at these positions as a batch."""
+    return data.collate(rows)
 
 
 def tokenise(
@@ -243,10 +248,25 @@ def _jsonl(path: Path) -> Iterator[tuple[int, Mapping[str, object]]]:
             yield number, record
 
 
+def _json(path: Path) -> Iterator[tuple[int, Mapping[str, object]]]:
+    try:
+        found = json.loads(path.read_text(encoding="utf-8"))
+    except (ValueError, RecursionError) as error:
+        raise RecipeError(f"{path}: not JSON: {error}") from error
+    if not isinstance(found, list) or not all(isinstance(record, dict) for record in found):
+        raise RecipeError(f"{path}: a .json file of rows is one list of objects")
+    yield from enumerate(found, 1)
+
+
 def _csv(path: Path) -> Iterator[tuple[int, Mapping[str, object]]]:
     with path.open(encoding="utf-8-sig", newline="") as lines:
         reader = csv.DictReader(lines)
         for record in reader:
+            if None in record:  # cells that the first line has no name for
+                raise RecipeError(
+                    f"{path}, line {reader.line_num}: has more cells than the first line has "
+                    f"columns ({', '.join(reader.fieldnames or ())}); texts with commas need quotes"
+                )
             yield reader.line_num, record
 
 
@@ -268,6 +288,7 @@ def _parquet(path: Path) -> Iterator[tuple[int, Mapping[str, object]]]:
 
 READERS: dict[str, Callable[[Path], Iterator[tuple[int, Mapping[str, object]]]]] = {
     ".jsonl": _jsonl,
+    ".json": _json,
     ".csv": _csv,
     ".parquet": _parquet,
 }

@@ -4,12 +4,14 @@ Nothing here downloads, unpickles or runs code that came with a checkpoint. Mode
 ``nn.Module``s with one plain ``forward``, so that the rest of the library needs no transformers:
 
 - ``Encoder``: token ids to one vector a text (masked mean of the last layer)
+- ``ImageEncoder``: pixels to one vector an image (the class token of the last layer)
 - ``LanguageModel``: token ids to next-token logits
 - ``Classifier``: an encoder and a linear head; the head is saved beside, never merged
 """
 
 from __future__ import annotations
 
+import inspect
 import json
 import shutil
 import tempfile
@@ -90,17 +92,70 @@ class Encoder(nn.Module):
         return masked_mean(hidden.last_hidden_state, attention_mask)
 
 
+class ImageEncoder(Encoder):
+    """A vision transformer that gives every image one vector.
+
+    It is the class token of the last layer; of a model that has none, the mean of the patches.
+    """
+
+    def __init__(self, backbone: nn.Module) -> None:
+        super().__init__(backbone)
+        self.by_token = any(
+            name.rpartition(".")[2] in ("cls_token", "class_embedding")
+            for name, _ in backbone.named_parameters()
+        )
+        # models that do not stretch their position table unasked say so in their signature
+        asked = "interpolate_pos_encoding" in inspect.signature(backbone.forward).parameters
+        self.stretch = {"interpolate_pos_encoding": True} if asked else {}
+
+    def forward(self, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
+        """Vectors ``(batch, dim)`` of pixels ``(batch, channels, height, width)``."""
+        hidden: Tensor = self.backbone(pixel_values=input_ids, **self.stretch).last_hidden_state
+        return hidden[:, 0] if self.by_token else hidden.mean(1)
+
+
 class LanguageModel(nn.Module):
     """A causal language model that gives every position the logits of the next token."""
 
     def __init__(self, backbone: nn.Module) -> None:
         super().__init__()
         self.backbone = backbone
+        self._plain: bool | None = None
 
     def forward(self, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
         """Logits ``(batch, length, vocabulary)`` of token ids ``(batch, length)``."""
         logits: Tensor = self.backbone(input_ids=input_ids, attention_mask=attention_mask).logits
         return logits
+
+    def hidden(self, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
+        """What the read-out reads: the last hidden states ``(batch, length, dim)``."""
+        body: Any = self.backbone.base_model
+        states: Tensor = body(input_ids=input_ids, attention_mask=attention_mask).last_hidden_state
+        return states
+
+    def read_out(self) -> nn.Linear | None:
+        """The matrix that turns hidden states into logits, if nothing else does.
+
+        Some models scale or cap their logits; whether this one does is seen by trying, once.
+        """
+        if self._plain is None:
+            head: Any = getattr(self.backbone, "get_output_embeddings", lambda: None)()
+            body = getattr(self.backbone, "base_model", self.backbone)
+            self._plain = type(head) is nn.Linear and body is not self.backbone
+            if self._plain:
+                ids = torch.tensor([[0, 1, 2]], device=head.weight.device) % len(head.weight)
+                device = head.weight.device.type
+                with (
+                    evaluating(self.backbone),
+                    torch.no_grad(),
+                    torch.autocast(device, enabled=False),
+                ):
+                    whole = LanguageModel.forward(self, ids, torch.ones_like(ids))
+                    parts = head(self.hidden(ids, torch.ones_like(ids)))
+                self._plain = bool(torch.allclose(whole, parts, rtol=1e-4, atol=1e-5))
+        backbone: Any = self.backbone
+        found: nn.Linear | None = backbone.get_output_embeddings() if self._plain else None
+        return found
 
 
 @dataclass(frozen=True, eq=False)
@@ -181,7 +236,8 @@ def parameters_of(model: nn.Module, names: Iterable[str] | None = None) -> dict[
     """
     inner = model.encoder if isinstance(model, Classifier) else model
     backbone = inner.backbone if isinstance(inner, Encoder | LanguageModel) else inner
-    found = dict(backbone.named_parameters())
+    stored = file_names(backbone)
+    found = {stored[name]: p for name, p in backbone.named_parameters()}
     if names is None:
         return found
     prefix = f"{getattr(backbone, 'base_model_prefix', '')}."  # which files have or lack
@@ -199,6 +255,27 @@ def parameters_of(model: nn.Module, names: Iterable[str] | None = None) -> dict[
             f"{type(backbone).__name__} has no parameters {shown}; leave them out of the `space`"
         )
     return wanted
+
+
+def file_names(model: nn.Module) -> dict[str, str]:
+    """The names that parameters have in files, by those that they have in the model.
+
+    transformers 5 renames the tensors of some architectures, ViT and Dinov2 among them, when it
+    loads them, and back when it saves them.
+    """
+    own = {name: p.detach() for name, p in model.named_parameters()}
+    try:
+        from transformers.core_model_loading import revert_weight_conversion
+    except ImportError:  # transformers 4 renames nothing
+        return {name: name for name in own}
+    by_place = {(t.data_ptr(), t.shape): name for name, t in own.items() if t.numel()}
+    stored = {name: name for name in own}
+    if isinstance(model, transformers.PreTrainedModel):
+        for name, tensor in revert_weight_conversion(model, own).items():
+            held = by_place.get((tensor.data_ptr(), tensor.shape))
+            if held is not None:  # else made of several: it has no name of its own in the files
+                stored[held] = name
+    return stored
 
 
 @torch.inference_mode()
@@ -251,6 +328,9 @@ def recompute_activations(backbone: nn.Module) -> None:
             raise ValueError("it has no such switch")
     except ValueError as error:
         raise RecipeError(f"activations cannot be computed anew in this model: {error}") from error
+    config: Any = getattr(backbone, "config", None)
+    if hasattr(config, "use_cache"):
+        config.use_cache = False  # transformers would switch it off with a notice
 
 
 def device_named(word: str) -> str:
@@ -304,6 +384,31 @@ def load_encoder(
     return Loaded(Encoder(backbone), load_tokenizer(folder))
 
 
+def reads_images(config: Mapping[str, Any]) -> bool:
+    """Whether a configuration is that of a model that reads images and nothing else."""
+    return "patch_size" in config and not {"vocab_size", "text_config"} & set(config)
+
+
+def load_image_encoder(
+    folder: Path, *, device: str = "cpu", dtype: torch.dtype | None = None
+) -> ImageEncoder:
+    """Load a vision transformer; ``dtype`` is that of the files unless given.
+
+    Raises:
+        CheckpointError: the folder is not a readable safetensors checkpoint, lacks weights, or
+            holds another kind of model.
+    """
+    backbone = _load(transformers.AutoModel, folder, device=device, dtype=dtype)
+    config: Any = backbone.config
+    mixing = any(isinstance(m, nn.modules.batchnorm._BatchNorm) for m in backbone.modules())
+    if mixing or not hasattr(config, "hidden_size") or not reads_images(config.to_dict()):
+        raise CheckpointError(
+            f"{folder}: {type(backbone).__name__} is no vision transformer such as ViT or Dinov2; "
+            "other image models are not supported"
+        )
+    return ImageEncoder(backbone)
+
+
 def load_language_model(
     folder: Path, *, device: str = "cpu", dtype: torch.dtype | None = None
 ) -> Loaded[LanguageModel]:
@@ -314,6 +419,34 @@ def load_language_model(
     """
     backbone = _load(transformers.AutoModelForCausalLM, folder, device=device, dtype=dtype)
     return Loaded(LanguageModel(backbone), load_tokenizer(folder))
+
+
+class TextClassifier(nn.Module):
+    """A transformer with a classification head of its own, as others publish them."""
+
+    def __init__(self, backbone: nn.Module, labels: tuple[str, ...]) -> None:
+        super().__init__()
+        self.backbone = backbone
+        self.labels = labels
+
+    def forward(self, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
+        """Logits ``(batch, labels)`` of token ids ``(batch, length)``."""
+        logits: Tensor = self.backbone(input_ids=input_ids, attention_mask=attention_mask).logits
+        return logits
+
+
+def load_text_classifier(folder: Path, *, device: str = "cpu") -> Loaded[TextClassifier]:
+    """Load the folder of a text classifier with its head and labels, in float32.
+
+    Raises:
+        CheckpointError: the folder is not a readable safetensors checkpoint, or lacks weights.
+    """
+    backbone = _load(
+        transformers.AutoModelForSequenceClassification, folder, device=device, dtype=FLOAT32
+    )
+    names: Any = backbone.config.id2label  # type: ignore[union-attr]
+    labels = tuple(str(names[number]) for number in sorted(names))
+    return Loaded(TextClassifier(backbone, labels).eval(), load_tokenizer(folder))
 
 
 def load_tokenizer(folder: Path) -> Tokenizer:

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from suture.data import Batch
+from suture.models import LanguageModel
 
 Loss = Callable[[nn.Module, Batch], Tensor]
 """Mean loss of one batch, a scalar; the batch is on the model's device."""
@@ -21,11 +22,73 @@ def classification(model: nn.Module, batch: Batch) -> Tensor:
     return F.cross_entropy(model(batch.input_ids, batch.attention_mask).float(), batch.labels)
 
 
+ROWS = 512
+"""Positions whose logits are held at once."""
+
+
 def next_token(model: nn.Module, batch: Batch) -> Tensor:
-    """Cross-entropy of a language model over the tokens that are targets, a mean over them."""
-    logits = model(batch.input_ids, batch.attention_mask)[:, :-1]
-    targets = batch.input_ids[:, 1:].masked_fill(wanted(batch)[:, 1:] == 0, -100)
+    """Cross-entropy of a language model over the tokens that are targets, a mean over them.
+
+    A model with a plain read-out computes logits at these positions only, some at a time, and their
+    gradient at once: a vocabulary is many times as wide as a hidden state, and nothing of its width
+    is kept for the backward pass.
+    """
+    ids, counts = batch.input_ids, wanted(batch)[:, 1:] != 0
+    head = model.read_out() if isinstance(model, LanguageModel) else None
+    if head is not None and torch.is_grad_enabled():
+        assert isinstance(model, LanguageModel)
+        states = model.hidden(ids, batch.attention_mask)[:, :-1][counts]
+        apply: Callable[..., Tensor] = ReadOutLoss.apply
+        return apply(states, head.weight, head.bias, ids[:, 1:][counts])
+    logits = model(ids, batch.attention_mask)[:, :-1]
+    targets = ids[:, 1:].masked_fill(~counts, -100)
     return F.cross_entropy(logits.float().flatten(0, 1), targets.flatten())
+
+
+class ReadOutLoss(torch.autograd.Function):
+    r"""Mean cross-entropy of ``states @ weight.T + bias``; gradients are made in the forward pass.
+
+    .. math:: \nabla_z L = (\operatorname{softmax}(z) - e_t) / n, \qquad
+              \nabla_h L = W^\top \nabla_z L
+
+    so that logits :math:`z` are needed once. float32 inside, whatever the states are.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any, states: Tensor, weight: Tensor, bias: Tensor | None, targets: Tensor
+    ) -> Tensor:
+        """The loss of ``states`` ``(n, dim)`` for ``targets`` ``(n,)``."""
+        asks = ctx.needs_input_grad
+        like = [states, weight, bias]
+        found = [
+            torch.zeros_like(t, dtype=torch.float32) if t is not None and asks[i] else None
+            for i, t in enumerate(like)
+        ]
+        total = torch.zeros((), dtype=torch.float32, device=states.device)
+        for start in range(0, len(targets), ROWS):
+            rows = slice(start, start + ROWS)
+            h, target = states[rows], targets[rows, None]
+            logs = F.linear(h, weight, bias).float().log_softmax(-1)
+            total -= logs.gather(1, target).sum()
+            g = logs.exp_()
+            g.scatter_add_(1, target, torch.full_like(target, -1, dtype=g.dtype))
+            if found[0] is not None:
+                found[0][rows] = g.to(weight.dtype) @ weight
+            if found[1] is not None:
+                found[1] += g.T @ h.float()
+            if found[2] is not None:
+                found[2] += g.sum(0)
+        count = max(1, len(targets))
+        ctx.save_for_backward(*(None if t is None else t.div_(count) for t in found))
+        ctx.dtypes = [None if t is None else t.dtype for t in like]
+        return total / count
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Any) -> Any:
+        """What the forward pass has made, times the gradient of the loss."""
+        pairs = zip(ctx.saved_tensors, ctx.dtypes, strict=True)
+        return (*(None if t is None else (t * grads[0]).to(d) for t, d in pairs), None)
 
 
 def wanted(batch: Batch) -> Tensor:

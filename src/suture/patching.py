@@ -32,11 +32,13 @@ from suture.errors import (
 from suture.gather import Checked, Gather, compare, differing, masked, selected
 from suture.mask import Mask
 from suture.merges import Merge
+from suture.outputs import Options, check_place, check_room
 from suture.patch import ON_OVERLAP, UNDO, Patch, StoredPatch, check_free
 from suture.patchfile import Spool, write_patch
+from suture.planning import check_ties
 from suture.recipe import SCHEMA
+from suture.record import portable
 from suture.roles import DEFAULT_SPACE
-from suture.run import Options, _check_place, _portable, check_room, check_ties
 from suture.select import SCOPES, Selection, select
 from suture.spec import TensorSpec, listed, readable
 from suture.stream import DELTA, RAW, Block, Progress, Sources, cores, fingerprint, sweep, tasks_of
@@ -308,7 +310,7 @@ def _run(
     how = Options(**options)
     place = Path(out)
     inputs = {"model": model, **{p.label: p.file.held for p in given}}
-    _check_place(place, inputs, how, problems)
+    check_place(place, inputs, how, problems)
     with problems.collecting():
         patch.check_fit(model)
     with problems.collecting():
@@ -337,7 +339,7 @@ def _run(
             outcome = apply([job], writer, {"patched": view}, inner)
             view.check_unchanged()
             undo = _add_files(work, writer, found, outcome, spool)
-            _check_place(place, inputs, how, problems)  # once more: time has passed
+            check_place(place, inputs, how, problems)  # once more: time has passed
             problems.raise_if_any()
             writer.publish()
         except (MismatchError, NonFiniteError, RecipeError):  # the same again would fail the same
@@ -421,7 +423,7 @@ def _record(
         **work.said,
         "forced": list(found.foreign),
         "inputs": {
-            "model": {"path": _portable(work.model, out), "fingerprint": facts["base"],
+            "model": {"path": portable(work.model, out), "fingerprint": facts["base"],
                       "tensors": len(specs), "bytes": work.model.nbytes},
         },
         "patches": [

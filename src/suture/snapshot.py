@@ -53,7 +53,9 @@ def write_snapshot(snapshot: Snapshot, path: Path) -> None:
         with suppress(OSError):
             partial.unlink(missing_ok=True)
         why = error.strerror if isinstance(error, OSError) and error.strerror else error
-        kept = "the one before is kept, and the same command goes on from it"
+        kept = "it was the first; with more room the same command starts anew"
+        if path.is_file():
+            kept = "the one before is kept, and the same command goes on from it"
         raise OutputError(f"{path}: the checkpoint cannot be written: {why}; {kept}") from error
 
 

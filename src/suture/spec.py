@@ -195,6 +195,7 @@ _SIGNS = {
     "Sigma": "Σ", "mu": "μ", "kappa": "κ", "epsilon": "ε", "sigma": "σ", "sum": "Σ", "top": "T",
     "lVert": "‖", "rVert": "‖", "lfloor": "⌊", "rfloor": "⌋", "ge": "≥", "le": "≤", "cdot": "·",
     "sim": "~", "odot": "⊙", "leftarrow": "←", "in": "∈",
+    "nabla": "∇", "ell": "\u2113", "cap": "∩", "setminus": "\u2216", "bigcup": "\u222a", "ne": "≠",
 }  # fmt: skip
 _ABOVE = {"hat": "\u0302", "bar": "\u0304"}
 

@@ -72,8 +72,15 @@ class TuneSettings:
             if getattr(self, name) < least.get(name, 0):
                 at_least = least.get(name, 0)
                 raise RecipeError(f"{name} must be at least {at_least}; got {getattr(self, name)}")
-        if not (0 <= self.warmup <= 1 and self.lr > 0 and self.weight_decay >= 0 and self.clip > 0):
-            raise RecipeError(f"warmup is a share, the other rates are positive; got {self}")
+        rules = {
+            "warmup": (0 <= self.warmup <= 1, "a share, in [0, 1]"),
+            "lr": (self.lr > 0, "positive"),
+            "weight_decay": (self.weight_decay >= 0, "not negative"),
+            "clip": (self.clip > 0, "positive"),
+        }
+        for name, (fine, must) in rules.items():
+            if not fine:
+                raise RecipeError(f"{name} must be {must}; got {getattr(self, name)}")
         for name, known in (("precision", PRECISIONS), ("schedule", SCHEDULES)):
             if getattr(self, name) not in known:
                 hint = ", ".join(known)

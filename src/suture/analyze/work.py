@@ -36,9 +36,10 @@ from suture.checkpoint import Checkpoint, is_from_hub
 from suture.engine import Stage, checkpoint_fingerprint
 from suture.errors import MismatchError, OutputError, Problems, RecipeError
 from suture.mask import Mask, localize
+from suture.planning import open_input
 from suture.recipe_types import Policy
 from suture.roles import ParamSpace, check_selectors
-from suture.run import merged, open_input, save
+from suture.run import merged, save
 from suture.select import select
 from suture.spec import listed, readable
 from suture.stream import Sources, Visitor, sweep, tasks_of

@@ -29,7 +29,7 @@ from suture.finetune.base import Job
 from suture.finetune.packed import Place, unpack
 from suture.finetune.run import places_of
 from suture.mask import Mask
-from suture.models import Classifier, Encoder, Head
+from suture.models import Classifier, Encoder, Head, file_names
 from suture.mover import Mover, classification
 from suture.tune import TuneResult, TuneSettings, tune
 
@@ -87,9 +87,10 @@ def learn(
     """
     encoder = copy.deepcopy(base.encoder)
     backbone: Any = encoder.backbone
+    stored = file_names(backbone)
     apart = unpack(backbone) if line.strategy.sparse else {}
     model = Classifier(encoder, side.head)
-    places = places_of(model, BODY, apart, base.checkpoint)
+    places = places_of(model, BODY, stored, apart, base.checkpoint)
     start = {n: p.detach().clone() for n, p in model.named_parameters() if n in places}
     settings = replace(training, lr=rate, seed=seed, save_every=10**9)
     found: list[tuple[int, Vector, float]] = []

@@ -24,6 +24,7 @@ import inspect
 import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Annotated, Any, Literal, get_type_hints
 
 from torch import nn
@@ -138,6 +139,10 @@ class Job:
     batch: int = 16
     labels: tuple[str, ...] = ()
     """Of a classifier's head; of the rows where it is made of texts."""
+    folder: Path = Path()
+    """Where relative paths of the suite start."""
+    stamp: str = ""
+    """Set by a kind that reads more than rows and models: what tells that from another."""
     notes: list[str] = field(default_factory=list)
     _over: list[str] = field(default_factory=list)
 
@@ -282,6 +287,8 @@ class Kind:
     """The same for batches at hand, as during training, where the kind reads nothing else."""
     reference: bool = False
     """Whether it needs a reference model."""
+    asks: bool = False
+    """Whether it asks a reference model where the suite names one."""
     version: int = 1
     """Counted up when the numbers that come out change: older results are then not reused."""
 

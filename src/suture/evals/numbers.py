@@ -34,11 +34,43 @@ def _exp_ratio(values: Array, weights: Array) -> Array:
     return np.asarray(np.exp(_ratio(values, weights)))
 
 
+def _auroc(values: Array, weights: Array) -> Array:
+    """How often a row of weight 1 has more than one of weight 0; equals count half.
+
+    0.5 where a draw has rows of one weight only: nothing is known then.
+    """
+    if values.ndim > 1:
+        pairs = zip(values, np.broadcast_to(weights, values.shape), strict=True)
+        return np.array([_auroc(v, w) for v, w in pairs])
+    above, below = values[weights > 0], np.sort(values[weights <= 0])
+    if not len(above) or not len(below):
+        return np.asarray(0.5)
+    ranks = np.searchsorted(below, above, "left") + np.searchsorted(below, above, "right")
+    return np.asarray(ranks.mean() / (2 * len(below)))
+
+
+def _false_at_95(values: Array, weights: Array) -> Array:
+    """Share of rows of weight 0 that reach what 95 % of the rows of weight 1 reach.
+
+    0.5 where a draw has rows of one weight only.
+    """
+    if values.ndim > 1:
+        pairs = zip(values, np.broadcast_to(weights, values.shape), strict=True)
+        return np.array([_false_at_95(v, w) for v, w in pairs])
+    above, below = np.sort(values[weights > 0]), values[weights <= 0]
+    if not len(above) or not len(below):
+        return np.asarray(0.5)
+    threshold = above[int(0.05 * len(above))]  # of n rows, at most 5 % lie below it
+    return np.asarray((below >= threshold).mean())
+
+
 STATISTICS: dict[str, Statistic] = {
     "share": _mean,  # of rows with 1; the others have 0
     "mean": _mean,
     "ratio": _ratio,  # sum of values over sum of weights
     "exp-ratio": _exp_ratio,  # the same as an exponent: perplexity
+    "auroc": _auroc,  # how well values tell rows of weight 1 from rows of weight 0
+    "false-at-95": _false_at_95,  # of weight 0, at the threshold that 95 % of the others reach
 }
 """How numbers by row become one, by name."""
 

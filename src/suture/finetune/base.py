@@ -13,7 +13,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from suture.checkpoint import Checkpoint
+from suture.checkpoint import Checkpoint, open_checkpoint
 from suture.data import Dataset
 from suture.errors import MismatchError, Problems, RecipeError, brief, did_you_mean
 from suture.finetune.packed import Place
@@ -21,6 +21,8 @@ from suture.forms import PLAIN
 from suture.mask import Mask
 from suture.merges.base import Number, Parameter
 from suture.mover import Loss, Mover
+from suture.patch import Patch
+from suture.patchfile import is_patch
 from suture.roles import DEFAULT_SPACE, ROLES
 from suture.tune import TuneResult, TuneSettings
 
@@ -172,6 +174,19 @@ class Job:
         return found
 
 
+def given_mask(path: Path) -> Mask:
+    """The mask in a file: a saved one, or the entries that a patch replaces.
+
+    Raises:
+        SutureError: the file is neither, or is damaged.
+    """
+    if not is_patch(open_checkpoint(path)):
+        return Mask.load(path)
+    patch = Patch.load(path)
+    mask = patch.mask()
+    return Mask(mask.shapes, mask.bits, {} if patch.base is None else {"base": patch.base})
+
+
 @dataclass(frozen=True)
 class Tuned:
     """What a strategy leaves beside the weights, which are in the model."""
@@ -197,12 +212,14 @@ class Tuned:
 class Strategy:
     """A line of the table: the function that makes the training, and what to know of it."""
 
-    make: Callable[..., Callable[[Job], Tuned]]
+    make: Callable[..., Callable[[Any], Any]]
     title: str
     paper: str
     """Where it comes from: authors, year, identifier."""
     sparse: bool = False
     """Whether it moves chosen entries only; a mask is then saved beside the weights."""
+    lr: float = TuneSettings.lr
+    """The peak rate where a recipe names none: fewer or slower entries need a larger one."""
 
     @property
     def name(self) -> str:
@@ -267,4 +284,4 @@ def ones(parameters: Mapping[str, Tensor]) -> dict[str, Tensor]:
 
 
 __all__ = ["Job", "Number", "Roles", "Share", "Strategy", "Text", "Tuned", "Words",
-           "backbone_of", "entries", "ones"]  # fmt: skip
+           "backbone_of", "entries", "given_mask", "ones"]  # fmt: skip

@@ -10,7 +10,7 @@ import torch
 from torch.nn import functional as F
 
 from suture.data import Dataset, rows_of, tokenise
-from suture.errors import MismatchError
+from suture.errors import MismatchError, Problems
 from suture.models import Encoder, Head, embed, load_head
 from suture.tune import fit_head
 
@@ -35,16 +35,29 @@ def make_head(
     if kind in ("probe", "learned"):
         features = embed(encoder, data.batches(64), device=device)
         return fit_head(features, torch.tensor(data.labels), labels)
-    head = load_head(folder / kind)
+    return saved_head(kind, folder, labels, encoder.dim)
+
+
+def saved_head(path: str, folder: Path, labels: Sequence[str], dim: int | None) -> Head:
+    """A head that was saved, for these labels and an encoder of this width, if it is known.
+
+    Raises:
+        CheckpointError: there is none.
+        MismatchError: it is for other labels or another width.
+    """
+    head, problems = load_head(folder / path), Problems()
     if head.labels != tuple(labels):
-        raise MismatchError(
-            f"head: {kind} is for the labels {', '.join(head.labels[:8])}; "
-            f"the rows have {', '.join(labels[:8])}"
+        problems.add(
+            MismatchError,
+            f"head: {path} is for the labels {', '.join(head.labels[:8])}; "
+            f"the rows have {', '.join(labels[:8])}",
         )
-    if head.weight.shape[1] != encoder.dim:
-        raise MismatchError(
-            f"head: {kind} reads {head.weight.shape[1]} numbers, the base gives {encoder.dim}"
+    if dim is not None and head.weight.shape[1] != dim:
+        problems.add(
+            MismatchError,
+            f"head: {path} reads {head.weight.shape[1]} numbers, the base gives {dim}",
         )
+    problems.raise_if_any()
     return head
 
 

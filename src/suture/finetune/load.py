@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import nn
@@ -17,7 +19,9 @@ from suture.models import (
     LanguageModel,
     load_encoder,
     load_head,
+    load_image_encoder,
     load_language_model,
+    reads_images,
 )
 
 
@@ -77,4 +81,15 @@ def _body(folder: Path, head: Path | None, device: str) -> Encoder | LanguageMod
     causal = any(word in names[0] for word in ("ForCausalLM", "LMHeadModel"))
     if causal and head is None:
         return load_language_model(folder, device=device, dtype=torch.float32).model
+    return encoder_of(config, folder, device)
+
+
+def encoder_of(config: Mapping[str, Any], folder: Path, device: str) -> Encoder:
+    """The encoder of a folder, of texts or of images, in float32.
+
+    Raises:
+        CheckpointError: the folder holds no such model.
+    """
+    if reads_images(config):
+        return load_image_encoder(folder, device=device, dtype=torch.float32)
     return load_encoder(folder, device=device, dtype=torch.float32).model

@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 import torch
 import yaml
+from safetensors import SafetensorError
 from torch import Tensor
 
 from suture.card import carried_files, config_text, licence_of, model_name
@@ -25,6 +26,7 @@ from suture.models import Head, save_head
 from suture.spec import DTYPES
 from suture.writer import _sync_folder, index_of, plan_shards
 
+PATCH = "tuned.patch.safetensors"
 TORCH = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 
 
@@ -60,14 +62,14 @@ def write_weights(
                 file.write(shard.header)
                 for name, at in sorted(shard.offsets.items(), key=lambda pair: pair[1]):
                     assert file.tell() == at
-                    value = base.tensor(name)
-                    if name in inside:
+                    value, own = base.tensor(name), inside.get(name, [])
+                    if len(own) == 1 and places[own[0]].stop is None:
+                        value = trained[own[0]].detach().cpu()
+                    elif own:
                         value = value.clone()
-                        for own in inside[name]:
-                            part = places[own].of(value)
-                            part.copy_(trained[own].detach().to("cpu", value.dtype))
-                        if len(inside[name]) == 1 and places[inside[name][0]].stop is None:
-                            value = trained[inside[name][0]].detach().cpu()
+                        for one in own:
+                            part = places[one].of(value)
+                            part.copy_(trained[one].detach().to("cpu", value.dtype))
                     if DTYPES[specs[name].dtype].computable:
                         value = value.to(TORCH[specs[name].dtype])
                     raw = (
@@ -96,10 +98,12 @@ def write_beside(
 ) -> None:
     """Write configuration, tokenizer, head, card and provenance."""
     try:
-        for file, path in carried_files([base]).items():
-            shutil.copyfile(path, folder / file)
-        texts = {
-            "config.json": config_text(base.config, recipe.dtype),
+        texts = {}
+        if recipe.form != "patch":  # the patched base has these of its own
+            for file, path in carried_files([base]).items():
+                shutil.copyfile(path, folder / file)
+            texts["config.json"] = config_text(base.config, recipe.dtype)
+        texts |= {
             "suture.json": json.dumps(record, indent=2, ensure_ascii=False) + "\n",
             "README.md": card(base, recipe, record, name),
         }
@@ -107,7 +111,7 @@ def write_beside(
             (folder / file).write_text(text, encoding="utf-8")
         if head is not None:
             save_head(head, folder / "head.safetensors")
-    except OSError as error:
+    except (OSError, SafetensorError) as error:
         raise _full(folder, error) from error
 
 
@@ -132,10 +136,10 @@ def publish(folder: Path, out: Path, *, overwrite: bool) -> None:
         raise _full(out, error) from error
 
 
-def _full(folder: Path, error: OSError) -> OutputError:
+def _full(folder: Path, error: OSError | SafetensorError) -> OutputError:
+    why = getattr(error, "strerror", None) or error
     return OutputError(
-        f"{folder}: {error.strerror or error}; the training is kept, and the same command goes on "
-        "from it"
+        f"{folder}: {why}; the training is kept, and the same command goes on from it"
     )
 
 
@@ -162,6 +166,11 @@ def card(base: Checkpoint, recipe: Finetune, record: Mapping[str, Any], name: st
             "**These weights are those of a linearized model.** They are the base plus a "
             "direction; evaluate them to first order around the base "
             "(`suture.finetune.load_tuned`), not as an ordinary model.\n"
+        )
+    if recipe.form != "model":
+        lines.append(
+            f"`{PATCH}` makes this model of its base, bit for bit:\n\n```text\n"
+            f"suture patch apply BASE {name}/{PATCH} -o OUT\n```\n"
         )
     lines += [
         "## Result\n",

@@ -9,15 +9,19 @@ from pathlib import Path
 from typing import Any
 
 from suture.checkpoint import Checkpoint, open_checkpoint, refuse_uncomputable
+from suture.data import Dataset
 from suture.errors import CheckpointError, OutputError, Problems, RecipeError
-from suture.finetune.recipe import Finetune, read_finetune
+from suture.finetune.base import given_mask
+from suture.finetune.heads import saved_head
+from suture.finetune.image_rows import image_rows, look_of
+from suture.finetune.recipe import HEADS, IMAGES, Finetune, read_finetune
 from suture.finetune.rows import Rows, classification_rows, language_rows
 from suture.finetune.strategies import MASKS
-from suture.mask import Mask
-from suture.models import device_named, load_tokenizer, longest_of
-from suture.run import Options as PlaceOptions
-from suture.run import _check_place
-from suture.spec import readable
+from suture.images import Images
+from suture.models import device_named, load_tokenizer, longest_of, reads_images
+from suture.outputs import Options as PlaceOptions
+from suture.outputs import check_place
+from suture.spec import DTYPES, readable
 
 
 @dataclass(frozen=True)
@@ -69,7 +73,7 @@ def plan_finetune(
         with problems.collecting():
             base = _base(found)
     inputs = {} if base is None else {"base": base}
-    _check_place(out, inputs, PlaceOptions(overwrite=options.overwrite), problems)
+    check_place(out, inputs, PlaceOptions(overwrite=options.overwrite), problems)
     if found is None or base is None:
         problems.raise_if_any()
     assert found is not None
@@ -82,22 +86,41 @@ def plan_finetune(
         problems.add(RecipeError, "training.patience: needs validation rows")
     if task == "language-model" and found.head != "probe":
         problems.add(RecipeError, "head: a language model has its own; leave it out")
+    if task == IMAGES and found.head == "zero-shot":
+        problems.add(RecipeError, "head: zero-shot reads texts, the base images; take the probe")
     rows = tokenizer = None
     with problems.collecting():
-        tokenizer = load_tokenizer(base.folder)
-        longest = longest_of(base.config, tokenizer)
-        if found.data.max_length > longest:
-            raise RecipeError(
-                f"data.max_length: the base reads at most {longest} tokens, "
-                f"not {found.data.max_length}"
-            )
-        read = classification_rows if task == "classification" else language_rows
-        rows = read(found.data, tokenizer, longest, found.training.seed)
+        rows, tokenizer = _rows(found, base, task)
+    if rows is not None and task != "language-model" and found.head not in HEADS:
+        with problems.collecting():
+            saved_head(found.head, found.folder, rows.labels, base.config.get("hidden_size"))
     _check_mask(found, problems)
-    _check_room(out, base, problems)
+    _check_form(found, base, problems)
     problems.raise_if_any()
     assert rows is not None
-    return Plan(found, base, task, tokenizer, rows, out, device, options)
+    plan = Plan(found, base, task, tokenizer, rows, out, device, options)
+    _check_room(plan, problems)
+    problems.raise_if_any()
+    return plan
+
+
+def _rows(recipe: Finetune, base: Checkpoint, task: str) -> tuple[Rows, Any]:
+    """The rows of a recipe, and the tokenizer of a base that reads texts."""
+    data, seed, images = recipe.data, recipe.training.seed, reads_images(base.config)
+    if images != (task == IMAGES):
+        kind = "images" if images else "texts"
+        raise RecipeError(f"task: the base reads {kind}, so {task} is not for it; leave it out")
+    if images:
+        look, notes = look_of(base, data.size)
+        return image_rows(data, look, seed)._replace(notes=notes), None
+    tokenizer = load_tokenizer(base.folder)
+    longest = longest_of(base.config, tokenizer)
+    if data.max_length > longest:
+        raise RecipeError(
+            f"data.max_length: the base reads at most {longest} tokens, not {data.max_length}"
+        )
+    read = classification_rows if task == "classification" else language_rows
+    return read(data, tokenizer, longest, seed), tokenizer
 
 
 def _base(recipe: Finetune) -> Checkpoint:
@@ -111,6 +134,8 @@ def _base(recipe: Finetune) -> Checkpoint:
 
 
 def _task(base: Checkpoint) -> str:
+    if reads_images(base.config):
+        return IMAGES
     names = base.config.get("architectures") or [""]
     causal = any(word in names[0] for word in ("ForCausalLM", "LMHeadModel"))
     return "language-model" if causal else "classification"
@@ -123,18 +148,47 @@ def _check_mask(recipe: Finetune, problems: Problems) -> None:
             path = recipe.folder / mask
             if not path.is_file():
                 raise RecipeError(f"parameters.mask: no file {path}, nor one of {', '.join(MASKS)}")
-            Mask.load(path)
+            given_mask(path)
 
 
-def _check_room(out: Path, base: Checkpoint, problems: Problems) -> None:
-    parent = out.resolve().parent
+def _check_form(recipe: Finetune, base: Checkpoint, problems: Problems) -> None:
+    if recipe.form == "model":
+        return
+    if recipe.strategy.name == "linearized":
+        problems.add(RecipeError, "output.form: a linearized model is no patch of its base")
+    held = {spec.dtype for spec in base.specs.values() if DTYPES[spec.dtype].computable}
+    if recipe.dtype is not None and held != {recipe.dtype}:
+        problems.add(
+            RecipeError,
+            f"output.dtype: a patch has the dtypes of its base ({', '.join(sorted(held))}); "
+            "leave it out",
+        )
+
+
+def _check_room(plan: Plan, problems: Problems) -> None:
+    """Whether there is room for the output, and for a checkpoint while the next one is written."""
+    parent = plan.out.resolve().parent
     while not parent.exists():
         parent = parent.parent
-    needed, free = base.nbytes * 2, shutil.disk_usage(parent).free
+    name, parameters = plan.recipe.strategy.name, plan.recipe.resolved()["parameters"]
+    share = float(parameters["density"]) if name in ("talos", "masked") else 1.0
+    share = 0.02 if "lora" in name else share
+    copies = 2 if plan.steps > plan.recipe.training.save_every else 1
+    state = int(12 * plan.base.numel * share)  # values and two moments, in float32
+    needed, free = plan.base.nbytes + copies * state, shutil.disk_usage(parent).free
     if needed > free:
         problems.add(
-            OutputError, f"{out}: needs about {readable(needed)} of disk, {readable(free)} are free"
+            OutputError,
+            f"{plan.out}: output and checkpoints need about {readable(needed)} of disk, "
+            f"{readable(free)} are free",
         )
+
+
+def _extent(data: Dataset) -> dict[str, Any]:
+    """How large rows are: tokens, or pixels."""
+    if isinstance(data, Images):
+        return {"pixels": list(data.look.size)}
+    return {"tokens": sum(map(len, data.ids)), "longest": max(map(len, data.ids))}
 
 
 def describe(plan: Plan) -> dict[str, Any]:
@@ -146,8 +200,7 @@ def describe(plan: Plan) -> dict[str, Any]:
         "base": plan.base.label,
         "task": plan.task,
         "rows": {"train": len(rows.train), "validation": len(rows.validation)},
-        "tokens": sum(map(len, rows.train.ids)),
-        "longest": max(map(len, rows.train.ids)),
+        **_extent(rows.train),
         "labels": list(rows.labels),
         "steps": plan.steps,
         "device": plan.device,

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import asdict, dataclass, field, fields, replace
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -16,8 +18,10 @@ from suture.spec import WORD_OF, dtype_named
 from suture.tune import TuneSettings
 
 KEYS = ("base", "strategy", "parameters", "task", "data", "head", "training", "output", "device")
-TASKS = ("classification", "language-model")
+IMAGES = "image-classification"
+TASKS = ("classification", IMAGES, "language-model")
 HEADS = ("probe", "zero-shot", "learned")
+FORMS = ("model", "patch", "both")
 TOO_LONG = ("error", "cut", "drop")
 
 
@@ -45,6 +49,9 @@ class DataSpec:
     prompt: str = "prompt"
     response: str = "response"
     messages: str = "messages"
+    image: str = "image"
+    size: int = 0
+    """Pixels that images are scaled to, in both directions; 0 for what the base was made for."""
     format: str = ""
     """text, prompt or chat; found out from the columns unless given."""
     labels: tuple[str, ...] = ()
@@ -75,6 +82,8 @@ class Finetune:
     """Whether activations are computed anew in the backward pass, to save memory."""
     dtype: str | None = None
     """The dtype of the output; ``None`` keeps that of the base."""
+    form: str = "model"
+    """What is written: the whole model, a patch of the base, or both."""
     device: str = "auto"
     folder: Path = field(default_factory=Path)
 
@@ -94,7 +103,10 @@ class Finetune:
             "data": {"train": train, "validation": validation or share, **data},
             "head": self.head,
             "training": {**asdict(self.training), "recompute": self.recompute},
-            "output": {"dtype": None if self.dtype is None else WORD_OF[self.dtype]},
+            "output": {
+                "dtype": None if self.dtype is None else WORD_OF[self.dtype],
+                "form": self.form,
+            },
             "device": self.device,
         }
 
@@ -156,8 +168,8 @@ class _Reader:
                 raise RecipeError("strategy: missing; `suture strategies` lists them")
             found = strategy(name)
             found.settings(parameters, self.problems)
-        training, recompute = self.training()
-        dtype = self.dtype()
+        training, recompute = self.training(TuneSettings.lr if found is None else found.lr)
+        dtype, form = self.output()
         task = self.word("task", TASKS, None)
         head = self.raw.get("head", "probe")
         if not isinstance(head, str) or not head:
@@ -171,49 +183,27 @@ class _Reader:
         if self.problems or found is None or data is None:
             return None
         return Finetune(str(base), found, data, parameters, task, str(head), training, recompute,
-                        dtype, str(device), folder)  # fmt: skip
+                        dtype, form, str(device), folder)  # fmt: skip
 
-    def training(self) -> tuple[TuneSettings, bool]:
+    def training(self, lr: float) -> tuple[TuneSettings, bool]:
         raw = section(self.raw, "training", self.problems)
         recompute = raw.pop("recompute", False)
         if not isinstance(recompute, bool):
             self.refuse(f"training.recompute: true or false, not {brief(recompute)}")
-        default = TuneSettings()
-        names = tuple(f.name for f in fields(TuneSettings))
-        refuse_unknown(raw, (*names, "recompute"), "training: ", self.problems)
-        fine = {}
-        for key in names:
-            if key not in raw:
-                continue
-            value, like = raw[key], getattr(default, key)
-            if key == "precision" and value is False:  # YAML reads a bare `no` as false
-                value = "no"
-            number = isinstance(value, int | float) and not isinstance(value, bool)
-            if isinstance(like, str):
-                right = isinstance(value, str)
-            else:
-                right = (
-                    number
-                    and abs(value) < 2**63
-                    and (isinstance(like, float) or value == int(value))
-                )
-            if right:
-                fine[key] = type(like)(value)
-            else:
-                kind = "a word" if isinstance(like, str) else "a number"
-                self.refuse(f"training.{key}: {kind}, not {brief(value)}")
-        with self.problems.collecting():
-            for key, value in fine.items():
-                with self.problems.collecting():
-                    TuneSettings(**{key: value})
-        return (default if self.problems else TuneSettings(**fine)), bool(recompute)
+        return read_training(raw, TuneSettings(lr=lr), self.problems, ("recompute",)), bool(
+            recompute
+        )
 
-    def dtype(self) -> str | None:
+    def output(self) -> tuple[str | None, str]:
         raw = section(self.raw, "output", self.problems)
-        refuse_unknown(raw, ("dtype",), "output: ", self.problems)
+        refuse_unknown(raw, ("dtype", "form"), "output: ", self.problems)
+        form, dtype = raw.get("form") or "model", None
+        if form not in FORMS:
+            hint = did_you_mean(str(form), FORMS)
+            self.refuse(f"output.form: {brief(form)} is not known; {hint}")
         with self.problems.collecting():
-            return None if raw.get("dtype") is None else dtype_named(str(raw["dtype"]))
-        return None
+            dtype = None if raw.get("dtype") is None else dtype_named(str(raw["dtype"]))
+        return dtype, str(form)
 
     def data(self, folder: Path) -> DataSpec | None:
         raw = section(self.raw, "data", self.problems)
@@ -234,7 +224,7 @@ class _Reader:
     def columns(self, raw: Mapping[str, Any]) -> dict[str, Any]:
         """What the columns are called and what stands in them."""
         given: dict[str, Any] = {}
-        for key in ("text", "label", "prompt", "response", "messages"):
+        for key in ("text", "label", "prompt", "response", "messages", "image"):
             if key in raw and not isinstance(raw[key], str):
                 self.refuse(f"data.{key}: the name of a column, not {brief(raw[key])}")
             elif key in raw:
@@ -251,7 +241,7 @@ class _Reader:
     def limits(self, raw: Mapping[str, Any]) -> dict[str, Any]:
         """How much of the rows is used."""
         given: dict[str, Any] = {}
-        for key in ("max_length", "limit"):
+        for key in ("max_length", "limit", "size"):
             value = raw.get(key, 0)
             if isinstance(value, bool) or not isinstance(value, int) or value < 0:
                 self.refuse(f"data.{key}: a whole number, not {brief(value)}")
@@ -278,6 +268,66 @@ class _Reader:
         return {"labels": tuple(map(str, labels)), "label_texts": named, "chat": chat}
 
 
+def read_training(
+    raw: Mapping[str, Any], default: TuneSettings, problems: Problems, more: tuple[str, ...] = ()
+) -> TuneSettings:
+    """The section ``training`` of a recipe.
+
+    Args:
+        raw: what stands there.
+        default: what holds where nothing does.
+        problems: takes every fault.
+        more: keys that somebody else reads.
+    """
+    names = tuple(f.name for f in fields(TuneSettings))
+    refuse_unknown(raw, (*names, *more), "training: ", problems)
+    fine: dict[str, Any] = {}
+    for key in names:
+        if key not in raw:
+            continue
+        value, like = raw[key], getattr(default, key)
+        if key == "precision" and value is False:  # YAML reads a bare `no` as false
+            value = "no"
+        number = isinstance(value, int | float) and not isinstance(value, bool)
+        if isinstance(like, str):
+            right = isinstance(value, str)
+        else:
+            whole = isinstance(like, int)
+            right = number and abs(value) < 2**63 and (not whole or value == int(value))
+        if right:
+            fine[key] = type(like)(value)
+        else:
+            kind = "a number" if isinstance(like, float) else "a whole number"
+            kind = "a word" if isinstance(like, str) else kind
+            problems.add(RecipeError, f"training.{key}: {kind}, not {brief(value)}")
+    for key, value in fine.items():
+        with problems.collecting():
+            TuneSettings(**{key: value})
+    return default if problems else replace(default, **fine)
+
+
+PACKAGE = "package:"
+"""Before the path of a file that an installed Python package carries; its code is not run."""
+
+
+def _packaged(path: str, where: str) -> Path:
+    """A file of an installed package, read where it lies.
+
+    Raises:
+        RecipeError: there is no such package, or no such file in it.
+    """
+    name, _, rest = path.partition("/")
+    spec = find_spec(name) if re.fullmatch(r"[A-Za-z_]\w*", name) else None
+    if spec is None or not spec.submodule_search_locations:
+        raise RecipeError(f"{where}: the package {name} is not installed; install it, or take rows "
+                          "of your own")  # fmt: skip
+    for place in map(Path, spec.submodule_search_locations):
+        found = place / rest
+        if found.is_file() and place.resolve() in found.resolve().parents:
+            return found
+    raise RecipeError(f"{where}: the package {name} has no file {rest}")
+
+
 def read_source(
     value: object, where: str, folder: Path, split: str, problems: Problems
 ) -> Source | None:
@@ -286,14 +336,18 @@ def read_source(
     if not isinstance(raw, Mapping) or not isinstance(raw.get("path"), str) or not raw["path"]:
         problems.add(
             RecipeError,
-            f"{where}: a file (.jsonl, .csv, .parquet) or a data set of the hub, "
-            f"not {brief(value)}",
+            f"{where}: a file (.jsonl, .json, .csv, .parquet; of images also .npz or a folder) or "
+            f"a data set of the hub, not {brief(value)}",
         )
         return None
     refuse_unknown(raw, ("path", "split", "config", "revision"), f"{where}: ", problems)
     path = str(raw["path"])
+    if path.startswith(PACKAGE):
+        with problems.collecting():
+            return Source(str(_packaged(path.removeprefix(PACKAGE), where)))
+        return None
     local = folder / path
-    if local.is_file():
+    if local.exists():
         return Source(str(local))
     looks = path.count("/") == 1 and not path.startswith((".", "/", "~")) and not Path(path).suffix
     if not looks:

@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
-from suture.data import Dataset, Row, cell, draw, labels_of, read_records
+from suture.data import Dataset, Row, cell, draw, read_records
 from suture.errors import MissingExtraError, Problems, RecipeError, did_you_mean
 from suture.finetune.recipe import DataSpec, Source
 
+R = TypeVar("R")
 Record = tuple[str, Mapping[str, object]]
 """Where a row stands, and its cells."""
 
@@ -31,8 +32,8 @@ class Tokens(NamedTuple):
     targets: list[int] | None
 
 
-def records_of(source: Source) -> list[Record]:
-    """The rows of a file or of a data set of the hub.
+def records_of(source: Source, *, encoded: str = "") -> list[Record]:
+    """The rows of a file or of a data set of the hub; ``encoded`` names a column of image files.
 
     Raises:
         MissingExtraError: the hub's library is not installed.
@@ -41,7 +42,7 @@ def records_of(source: Source) -> list[Record]:
     if not source.split:
         return read_records(Path(source.path))
     try:
-        from datasets import load_dataset
+        from datasets import Image, load_dataset
     except ImportError as error:
         raise MissingExtraError("a data set of the hub", "data") from error
     where = f"{source.path} ({source.split})"
@@ -53,6 +54,8 @@ def records_of(source: Source) -> list[Record]:
         raise RecipeError(
             f"{where}: cannot be read: {' '.join(str(error).split())[:300]}"
         ) from error
+    if isinstance(found.features.get(encoded), Image):
+        found = found.cast_column(encoded, Image(decode=False))
     rows = [(f"{where}, row {n}", record) for n, record in enumerate(found)]
     if not rows:
         raise RecipeError(f"{where}: holds no rows")
@@ -66,21 +69,78 @@ def records_of(source: Source) -> list[Record]:
 
 
 def split_records(spec: DataSpec, seed: int) -> tuple[list[Record], list[Record]]:
-    """Training and validation rows; a share is held out by a hash of each row, not by its place."""
+    """Training and validation rows; a share is held out by a hash of each row, not by its place.
+
+    Raises:
+        RecipeError: they cannot be read, or a side is empty.
+    """
     train = records_of(spec.train)
     if spec.limit:
         train = train[: spec.limit]
     if spec.validation is not None:
         return train, records_of(spec.validation)
-    sides: tuple[list[Record], list[Record]] = ([], [])
-    for where, record in train:
-        sides[draw(seed, repr(sorted(record.items()))) < spec.share].append((where, record))
+    return held_out(train, lambda row: repr(sorted(row[1].items())), spec, seed)
+
+
+def need_columns(
+    sides: Sequence[Sequence[Record]], columns: Sequence[str], problems: Problems
+) -> None:
+    """Note each column that no row at all has, once; single gaps are told row by row."""
+    records = [record for side in sides for _, record in side]
+    known = sorted({str(key) for record in records for key in record})
+    for column in columns:
+        if all(record.get(column) is None for record in records):
+            problems.add(RecipeError, f"data: no row has a column {column!r}; "
+                                      f"{did_you_mean(column, known)}")  # fmt: skip
+    problems.raise_if_any()
+
+
+def held_out(
+    rows: Sequence[R], key: Callable[[R], str], spec: DataSpec, seed: int
+) -> tuple[list[R], list[R]]:
+    """Rows in two parts; a row's side depends on the seed and its key and on no other row.
+
+    Raises:
+        RecipeError: a side is empty.
+    """
+    sides: tuple[list[R], list[R]] = ([], [])
+    for row in rows:
+        sides[draw(seed, key(row)) < spec.share].append(row)
     if not sides[0] or (spec.share and not sides[1]):
         side = "validation" if sides[0] else "training"
         raise RecipeError(
-            f"data.validation: {spec.share} of {len(train)} rows leaves no {side} rows"
+            f"data.validation: {spec.share} of {len(rows)} rows leaves no {side} rows"
         )
     return sides
+
+
+def numbered(
+    sides: Sequence[Sequence[tuple[str, str]]], spec: DataSpec
+) -> tuple[tuple[str, ...], list[list[int]]]:
+    """The labels there are, and the number of each row's, of (place, label) on several sides.
+
+    Raises:
+        RecipeError: a label is not listed, or there is only one; all such rows at once.
+    """
+    problems = Problems()
+    labels = spec.labels or tuple(sorted({label for _, label in sides[0]}))
+    if len(labels) < 2:
+        problems.add(
+            RecipeError,
+            f"data: all training rows have the label {labels[0]!r}; there is nothing to learn",
+        )
+    numbers = {label: i for i, label in enumerate(labels)}
+    known = "data.labels" if spec.labels else "the training rows"
+    strange: dict[str, list[str]] = {}
+    for where, label in (row for side in sides for row in side):
+        if label not in numbers:
+            strange.setdefault(label, []).append(where)
+    for label, places in strange.items():
+        others = f" (and {len(places) - 1} more rows)" if places[1:] else ""
+        problems.add(RecipeError, f"{places[0]}{others}: the label {label!r} is not among {known}; "
+                                  f"{did_you_mean(label, labels)}")  # fmt: skip
+    problems.raise_if_any()
+    return labels, [[numbers[label] for _, label in side] for side in sides]
 
 
 def classification_rows(spec: DataSpec, tokenizer: Any, longest: int, seed: int) -> Rows:
@@ -91,6 +151,7 @@ def classification_rows(spec: DataSpec, tokenizer: Any, longest: int, seed: int)
             kinds of faults at once, the first rows of each.
     """
     sides, problems = split_records(spec, seed), Problems()
+    need_columns(sides, (spec.text, spec.label), problems)
     read: list[list[Row]] = []
     places: list[list[str]] = []
     for side in sides:
@@ -102,26 +163,19 @@ def classification_rows(spec: DataSpec, tokenizer: Any, longest: int, seed: int)
         read.append(rows)
         places.append(where_of)
     problems.raise_if_any()
-    labels = spec.labels or labels_of(read[0])
-    if len(labels) < 2:
-        problems.add(
-            RecipeError,
-            f"data: all training rows have the label {labels[0]!r}; there is nothing to learn",
-        )
-    numbers = {label: i for i, label in enumerate(labels)}
-    for rows, where_of in zip(read, places, strict=True):
-        for row, where in zip(rows, where_of, strict=True):
-            if row.label not in numbers:
-                known = "data.labels" if spec.labels else "the training rows"
-                problems.add(RecipeError, f"{where}: the label {row.label!r} is not among {known}; "
-                                          f"{did_you_mean(row.label, labels)}")  # fmt: skip
-    problems.raise_if_any()
+    labels, numbers = numbered(
+        [
+            [(where, row.label) for row, where in zip(rows, where_of, strict=True)]
+            for rows, where_of in zip(read, places, strict=True)
+        ],
+        spec,
+    )
     made = [
         _dataset(
             [Tokens(ids, None) for ids in _ids(tokenizer, [r.text for r in rows])], where_of,
-            [numbers[r.label] for r in rows], tokenizer, spec, longest, problems,
+            mine, tokenizer, spec, longest, problems,
         )
-        for rows, where_of in zip(read, places, strict=True)
+        for rows, where_of, mine in zip(read, places, numbers, strict=True)
     ]  # fmt: skip
     problems.raise_if_any()
     return Rows(made[0][0], made[1][0], labels, tuple(note for _, notes in made for note in notes))
@@ -202,20 +256,37 @@ def _format(record: Mapping[str, object], spec: DataSpec) -> str:
 def _language_row(
     kind: str, spec: DataSpec, record: Mapping[str, object], where: str, tokenizer: Any
 ) -> Tokens:
-    end = [] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id]
     if kind == "text":
+        end = [] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id]
         return Tokens(_ids(tokenizer, [cell(record, spec.text, where)])[0] + end, None)
     if kind == "chat":
         return _chat(_messages(record.get(spec.messages), where, spec.messages), where, tokenizer)
     prompt, response = cell(record, spec.prompt, where), cell(record, spec.response, where)
-    if spec.chat:
+    return answer_tokens(prompt, response, spec.chat, where, tokenizer)
+
+
+def answer_tokens(prompt: str, answer: str, chat: bool, where: str, tokenizer: Any) -> Tokens:
+    """A prompt and the answer to it; the answer is what is to be predicted.
+
+    Args:
+        prompt: what is asked.
+        answer: what is to be predicted, with the mark of an end behind it.
+        chat: whether both are put into the chat template.
+        where: the row, for messages.
+        tokenizer: of the model.
+
+    Raises:
+        RecipeError: there is no chat template.
+    """
+    if chat:
         return _chat(
-            [{"role": "user", "content": prompt}, {"role": "assistant", "content": response}],
+            [{"role": "user", "content": prompt}, {"role": "assistant", "content": answer}],
             where,
             tokenizer,
         )
+    end = [] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id]
     before = _ids(tokenizer, [prompt])[0]
-    after = list(tokenizer([response], add_special_tokens=False)["input_ids"][0]) + end
+    after = list(tokenizer([answer], add_special_tokens=False)["input_ids"][0]) + end
     return Tokens(before + after, [0] * len(before) + [1] * len(after))
 
 

@@ -10,27 +10,30 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from torch import nn
 
-from suture.checkpoint import Checkpoint
+from suture.checkpoint import Checkpoint, open_checkpoint
 from suture.engine import checkpoint_fingerprint
 from suture.errors import CheckpointError, OutputError, Problems
 from suture.evals import EVALS, Metric
 from suture.finetune.base import Job, Say, Tuned, backbone_of
 from suture.finetune.heads import make_head
+from suture.finetune.load import encoder_of
 from suture.finetune.outcome import FinetuneReport, provenance, report_of, report_rows
-from suture.finetune.output import publish, write_beside, write_weights
+from suture.finetune.output import PATCH, publish, write_beside, write_weights
 from suture.finetune.packed import Place, unpack
 from suture.finetune.plan import Options, Plan, describe, plan_finetune
 from suture.finetune.work import workshop
 from suture.models import (
     Classifier,
     Head,
-    load_encoder,
+    file_names,
     load_language_model,
     recompute_activations,
 )
 from suture.mover import Mover, classification, next_token
+from suture.patching import make_patch
 from suture.spec import listed
 from suture.tune import Progress, TuneResult, TuneSettings, tune
 
@@ -91,7 +94,7 @@ def _model(plan: Plan) -> tuple[nn.Module, Head | None]:
         ).model
         head, backbone = None, model.backbone
     else:
-        encoder = load_encoder(folder, device=plan.device, dtype=torch.float32).model
+        encoder = encoder_of(plan.base.config, folder, plan.device)
         head = make_head(
             recipe.head, encoder, plan.tokenizer, plan.rows.train, plan.rows.labels,
             recipe.data.label_texts, folder=recipe.folder, device=plan.device,
@@ -110,6 +113,7 @@ def _job(
     recipe = plan.recipe
     body = "backbone." if plan.task == "language-model" else "encoder.backbone."
     backbone = backbone_of(model, body)
+    stored = file_names(backbone)
     apart = unpack(backbone) if recipe.strategy.sparse else {}
     score = _score(plan)
 
@@ -126,14 +130,23 @@ def _job(
     calibration = plan.rows.validation if len(plan.rows.validation) else plan.rows.train
     return Job(
         model, body, plan.rows.train, calibration, loss, recipe.training, plan.device, plan.base,
-        fingerprint, places_of(model, body, apart, plan.base), run, work, say, recipe.folder,
+        fingerprint, places_of(model, body, stored, apart, plan.base), run, work, say,
+        recipe.folder,
     )  # fmt: skip
 
 
 def places_of(
-    model: nn.Module, body: str, apart: Mapping[str, Place], base: Checkpoint
-) -> dict[str, Place]:
+    model: nn.Module, body: str, stored: Mapping[str, str], apart: Mapping[str, Place],
+    base: Checkpoint,
+) -> dict[str, Place]:  # fmt: skip
     """Where each parameter of the body stands in the base's files, checked by its values.
+
+    Args:
+        model: the model.
+        body: the prefix of its pretrained part.
+        stored: names in files of the parameters of that part, before packed ones were split.
+        apart: what was split from packed ones.
+        base: the files.
 
     Raises:
         CheckpointError: a matrix stands nowhere: the loader has renamed or recombined tensors.
@@ -143,8 +156,8 @@ def places_of(
     found, lost = {}, []
     for name, parameter in backbone.named_parameters():
         place = apart.get(name, Place(name))
-        names = [place.name, f"{prefix}.{place.name}", place.name.removeprefix(f"{prefix}.")]
-        for candidate in names:
+        own = stored.get(place.name, place.name)
+        for candidate in (own, f"{prefix}.{own}", own.removeprefix(f"{prefix}."), place.name):
             if candidate not in base.specs:
                 continue
             there = place._replace(name=candidate)
@@ -185,10 +198,10 @@ def _score(plan: Plan) -> Callable[[nn.Module], float] | None:
 def _written(
     plan: Plan, job: Job, tuned: Tuned, head: Head | None, report: FinetuneReport, work: Path
 ) -> FinetuneReport:
-    folder = work / "model"
+    folder = work / "output" / plan.out.name
     shutil.rmtree(folder, ignore_errors=True)
-    folder.mkdir()
-    trained = _moved(job)
+    folder.mkdir(parents=True)
+    trained, form = _moved(job), plan.recipe.form
     try:
         fingerprint = write_weights(plan.base, trained, job.places, plan.recipe.dtype, folder)
         if tuned.masks is not None:
@@ -196,8 +209,15 @@ def _written(
             job.mask(tuned.masks, about).save(folder / "mask.safetensors")
         if tuned.save is not None:
             tuned.save(folder)
-    except OSError as error:
-        raise OutputError(f"{folder}: {error.strerror or error}; the training is kept") from error
+    except (OSError, SafetensorError) as error:
+        why = getattr(error, "strerror", None) or error
+        raise OutputError(f"{folder}: {why}; the training is kept") from error
+    if form != "model":
+        whole = open_checkpoint(folder)
+        make_patch(plan.base, whole, folder / PATCH)
+        if form == "patch":
+            for file in (*whole.files, folder / "model.safetensors.index.json"):
+                file.unlink(missing_ok=True)
     report = replace(report, fingerprint=fingerprint)
     record = provenance(plan, job, tuned, report)
     write_beside(plan.base, plan.recipe, record, head, folder, plan.out.name)

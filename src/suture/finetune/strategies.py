@@ -21,6 +21,7 @@ from suture.finetune.base import (
     Tuned,
     Words,
     entries,
+    given_mask,
     ones,
 )
 from suture.finetune.calibrate import (
@@ -33,7 +34,6 @@ from suture.finetune.calibrate import (
 )
 from suture.finetune.compact import Compact
 from suture.forms import LINEARIZED
-from suture.mask import Mask
 from suture.merges.base import Choice
 from suture.mover import Mover
 from suture.roles import role_of
@@ -240,13 +240,15 @@ MASKS = ("dense", "random", "least-sensitive", "most-sensitive")
 
 
 def masked(
-    mask: Annotated[str, Text("a mask file, or dense, random, least-sensitive, most-sensitive")],
+    mask: Annotated[
+        str, Text("a mask or patch file, or dense, random, least-sensitive, most-sensitive")
+    ],
     density: Share = 0.1,
     only: Annotated[Words, Roles("roles that are trained; none given: all")] = (),
     rows: Rows = 256,
     seed: Seed = 0,
 ) -> Way:
-    """Train the entries of a given mask: one that was saved, or one of the controls by name.
+    """Train the entries of a given mask: a saved one, those of a patch, or a control by name.
 
     ``random`` and the one-shot rankings choose the same number of entries as TaLoS of this density;
     ``dense`` takes all entries of the roles that ``only`` names.
@@ -267,7 +269,7 @@ def masked(
             path = job.folder / mask
             if not path.is_file():
                 raise RecipeError(f"parameters.mask: no file {path}; {did_you_mean(mask, MASKS)}")
-            return job.masks_of(Mask.load(path), str(path))
+            return job.masks_of(given_mask(path), str(path))
         known = dict(job.model.named_parameters())
         names = _trainable(job, prunable(job.model))
         budget = _budget(density, {n: known[n] for n in names})
@@ -331,14 +333,21 @@ STRATEGIES: dict[str, Strategy] = {
     for s in (
         Strategy(full, "Full fine-tuning", "Ilharco et al. 2023, arXiv:2212.04089"),
         Strategy(
-            linearized, "Linearized fine-tuning", "Ortiz-Jimenez et al. 2023, arXiv:2305.12827"
+            linearized,
+            "Linearized fine-tuning",
+            "Ortiz-Jimenez et al. 2023, arXiv:2305.12827",
+            lr=1e-4,
         ),
-        Strategy(lora, "LoRA", "Hu et al. 2022, arXiv:2106.09685"),
-        Strategy(linearized_lora, "Linearized LoRA", "Tang et al. 2024, arXiv:2310.04742"),
-        Strategy(lota, "LoTA", "Panda et al. 2024, arXiv:2406.16797", sparse=True),
-        Strategy(talos, "TaLoS", "Iurada et al. 2025, arXiv:2504.02620", sparse=True),
+        Strategy(lora, "LoRA", "Hu et al. 2022, arXiv:2106.09685", lr=3e-4),
+        Strategy(linearized_lora, "Linearized LoRA", "Tang et al. 2024, arXiv:2310.04742", lr=1e-3),
+        Strategy(lota, "LoTA", "Panda et al. 2024, arXiv:2406.16797", sparse=True, lr=1e-4),
+        Strategy(talos, "TaLoS", "Iurada et al. 2025, arXiv:2504.02620", sparse=True, lr=5e-4),
         Strategy(
-            masked, "Training of a given mask", "Iurada et al. 2025, arXiv:2504.02620", sparse=True
+            masked,
+            "Training of a given mask",
+            "Iurada et al. 2025, arXiv:2504.02620",
+            sparse=True,
+            lr=3e-4,
         ),
     )
 }

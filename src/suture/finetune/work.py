@@ -6,10 +6,11 @@ import hashlib
 import json
 import os
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
 from importlib.metadata import version
 from pathlib import Path
+from typing import Any
 
 import suture
 from suture.errors import OutputError
@@ -26,8 +27,6 @@ def work_of(out: Path) -> Path:
 @contextmanager
 def workshop(plan: Plan, fingerprint: str) -> Iterator[Path]:
     """The folder of a run's checkpoints, locked; removed when the run is done."""
-    out = plan.out.resolve()
-    work = work_of(out)
     facts = {
         "recipe": {**plan.recipe.resolved(), "base": "", "output": None, "device": ""},
         "base": fingerprint,
@@ -36,9 +35,27 @@ def workshop(plan: Plan, fingerprint: str) -> Iterator[Path]:
             data_digest(plan.rows.validation),
             list(plan.rows.labels),
         ],
-        "versions": [suture.__version__, version("torch"), version("transformers")],
     }
-    key = hashlib.sha256(json.dumps(facts, sort_keys=True, default=str).encode()).hexdigest()
+    with locked_work(plan.out, work_of(plan.out.resolve()), facts, plan.options.resume) as work:
+        yield work
+
+
+@contextmanager
+def locked_work(out: Path, work: Path, facts: Mapping[str, Any], resume: bool) -> Iterator[Path]:
+    """A folder for what a run makes once, locked; removed when the run is done.
+
+    Args:
+        out: the output, for messages.
+        work: the folder.
+        facts: what decides the bytes of the run, as plain data; versions are added.
+        resume: whether to go on with what is there.
+
+    Raises:
+        OutputError: it belongs to another run, or one is going on.
+    """
+    versions = [suture.__version__, version("torch"), version("transformers")]
+    text = json.dumps({**facts, "versions": versions}, sort_keys=True, default=str)
+    key = hashlib.sha256(text.encode()).hexdigest()
     try:
         work.mkdir(parents=True, exist_ok=True)
         lock = os.open(work / "lock", os.O_RDWR | os.O_CREAT, 0o644)
@@ -46,8 +63,8 @@ def workshop(plan: Plan, fingerprint: str) -> Iterator[Path]:
         raise OutputError(f"{work}: cannot write there: {error.strerror}") from None
     try:
         if not locked(lock):
-            raise OutputError(f"{plan.out}: another process is training it just now")
-        _same_run(work, key, plan)
+            raise OutputError(f"{out}: another process is training it just now")
+        _same_run(work, key, resume)
         yield work
         shutil.rmtree(work, ignore_errors=True)
     finally:
@@ -57,15 +74,15 @@ def workshop(plan: Plan, fingerprint: str) -> Iterator[Path]:
                 shutil.rmtree(work)
 
 
-def _same_run(work: Path, key: str, plan: Plan) -> None:
+def _same_run(work: Path, key: str, resume: bool) -> None:
     path = work / "key"
     held = [p for p in work.iterdir() if p.name not in ("lock", "key")]
-    if plan.options.resume and held and (not path.is_file() or path.read_text() != key):
+    if resume and held and (not path.is_file() or path.read_text() != key):
         raise OutputError(
             f"{work}: holds checkpoints of a run with another recipe, base or rows; take the old "
             "recipe to go on with them, or --no-resume to start anew"
         )
-    if not plan.options.resume:
+    if not resume:
         for stale in held:
             shutil.rmtree(stale) if stale.is_dir() else stale.unlink()
     path.write_text(key)

@@ -201,13 +201,13 @@ class Election:
                 )
         return restricted
 
-    def levels(self, context: Context) -> list[float]:
-        """The priority of each model."""
+    def levels(self, name: str, models: Sequence[str]) -> list[float]:
+        """The priority of each model in one tensor."""
         if self.disjoint == "safety_first":
-            return [float(model == self.safety) for model in context.models]
+            return [float(model == self.safety) for model in models]
         if self.disjoint == "priority":
-            return list(self.priority.at("", len(context.models)))
-        return [0.0] * len(context.models)
+            return list(self.priority.at(name, len(models)))
+        return [0.0] * len(models)
 
     def prepare(self, context: Context) -> Elected:
         """Rank, and count what was elected."""
@@ -281,7 +281,6 @@ class Elected:
     ) -> None:
         self.how, self.marks, self.control = how, marks, control
         self.models = context.models
-        self.levels = how.levels(context)
         self.facts: dict[str, Any] = {}
         self.census = Census(context.names, len(context.models), self.look)
 
@@ -292,7 +291,7 @@ class Elected:
         expert, base = bits[:number], bits[number:] if len(bits) > number else bits
         elected = voted("expert" if self.control else how.elect, expert, base, count)
         if how.embeddings == "elected" or role_of(name).kind not in ("embedding", "head"):
-            return Votes(expert, base, elected, kept_apart(elected, self.levels))
+            return Votes(expert, base, elected, kept_apart(elected, how.levels(name, self.models)))
         whole = np.zeros_like(elected)
         if how.embeddings == "safety":
             whole[self.models.index(str(how.safety))] = 0xFF

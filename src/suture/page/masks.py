@@ -44,7 +44,7 @@ def localization(where: str, raw: Raw, builder: Builder) -> Iterator[Section]:
     recipe = yaml.safe_dump(raw.get("recipe") or {}, sort_keys=False, allow_unicode=True)
     yield Section(
         "localization",
-        "Which entries carry the skill",
+        f"Which entries carry the skill: {str(rule['title']).lower()}",
         f"From {where}: entries ranked by {rule['title']} ({rule['paper']}).",
         tuple(figures),
         (kept,),
@@ -66,7 +66,8 @@ def glance(raw: Raw) -> Iterator[str]:
             held += float(layers[key]["share"])
         inside = [labels[k] for k in layers if k in chosen]
         told.append(f"{percent(held)} of {model}'s in {layer_words(inside)}")
-    yield f"Of the entries that {raw['rule']['title']} marks, {listed_words(told)}."
+    rule = str(raw["rule"]["title"]).lower()
+    yield f"Where the entries lie that {rule} marks: {listed_words(told)}."
 
 
 def _places(masks: Mapping[str, Raw]) -> Iterator[Figure]:
@@ -137,7 +138,7 @@ def _overlaps(raw: Raw) -> Iterator[Figure]:
         return
     rows: list[dict[str, Any]] = [
         {
-            "name": f"{p['models'][0]} and {p['models'][1]}",
+            "name": f"{p['models'][0]} with {p['models'][1]}",
             "value": float(p["jaccard"]),
             "mark": float(p["matched"]),
         }

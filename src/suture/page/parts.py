@@ -153,7 +153,7 @@ def layer_words(labels: Sequence[str]) -> str:
             ranges[-1].append(label)
         else:
             ranges.append([label])
-    told = [f"{r[0]} to {r[-1]}" if len(r) > 1 else r[0] for r in ranges]
+    told = [t for r in ranges for t in ([f"{r[0]} to {r[-1]}"] if len(r) > 2 else r)]
     text = f"{word} {listed_words(told)}" if numbers else ""
     if OUTSIDE in labels:
         text += (" and " if text else "") + "weights outside of layers"

@@ -12,10 +12,10 @@ from suture.checkpoint import Checkpoint
 from suture.errors import OutputError, Problems, RecipeError
 from suture.importance import Rule, rule_named
 from suture.mask import check_question
+from suture.planning import open_input
 from suture.recipe import parse_yaml
 from suture.regions.request import Regions, regions_from
 from suture.roles import check_selectors
-from suture.run import open_input
 from suture.stats import Stats
 from suture.tasks import Material, check_loadable, read_material
 from suture.vector import align

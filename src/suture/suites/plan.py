@@ -48,7 +48,7 @@ class Prepared:
     run: Run
     rows: int
     head: str
-    """Hash of the head, where that is the model's own."""
+    """Hash of the head, where that is the model's own, or of what else a kind reads."""
     notes: tuple[str, ...]
 
 
@@ -238,7 +238,7 @@ def _subjects(
         for name, one in asked.items():
             own = Problems()
             with own.collecting():
-                _job(one, _Blank(), 1 << 30, (), own)
+                _job(one, suite, _Blank(), 1 << 30, (), own)
             for text in _texts(own):
                 told.setdefault((name, text), [])
     for (name, text), who in told.items():
@@ -270,7 +270,7 @@ class _Blank:
     pad_token_id = 0
 
     def __call__(self, texts: list[str], **_: object) -> dict[str, list[list[int]]]:
-        return {"input_ids": [[0, 0] for _ in texts]}
+        return {"input_ids": [[number, *[0] * 101] for number in range(len(texts))]}
 
     def apply_chat_template(self, messages: list[dict[str, str]], **_: object) -> str:
         return messages[-1]["content"]
@@ -290,17 +290,18 @@ def _prepare(
     if question.max_length > longest:
         raise RecipeError(f"max_length: {checkpoint.label} reads at most {longest} tokens, "
                           f"not {question.max_length}")  # fmt: skip
-    job, run = _job(asked, tokenizer, question.max_length or longest, labels, problems)
-    return Prepared(run, len(asked.rows), head, tuple(job.notes))
+    job, run = _job(asked, suite, tokenizer, question.max_length or longest, labels, problems)
+    return Prepared(run, len(asked.rows), head or job.stamp, tuple(job.notes))
 
 
 def _job(
-    asked: Asked, tokenizer: Any, longest: int, labels: tuple[str, ...], problems: Problems
-) -> tuple[Job, Run]:
+    asked: Asked, suite: Suite, tokenizer: Any, longest: int, labels: tuple[str, ...],
+    problems: Problems,
+) -> tuple[Job, Run]:  # fmt: skip
     question = asked.question
     options = {k: tuple(v) if isinstance(v, list) else v for k, v in question.options.items()}
     job = Job(asked.rows, tokenizer, longest, question.decoding, problems, question.too_long,
-              question.batch, labels)  # fmt: skip
+              question.batch, labels, suite.folder)  # fmt: skip
     run = question.line.make(**options)(job)
     job.finish()
     return job, run

@@ -130,7 +130,8 @@ def _check_old(plan: Plan, prints: Sequence[str]) -> None:
 
 def _key(asked: Asked, subject: Subject, fingerprint: str, around: str, other: str | None) -> str:
     head = subject.prepared[asked.question.name].head
-    reference = other if asked.question.line.reference else None
+    line = asked.question.line
+    reference = other if line.reference or line.asks else None
     return digest([asked.facts, fingerprint, around, head, reference])
 
 
@@ -227,7 +228,8 @@ class _Shelf:
     def reference(self, asked: Asked) -> nn.Module | None:
         """The model to compare with, where the kind needs one."""
         other = self.plan.reference
-        if not asked.question.line.reference or other is None:
+        line = asked.question.line
+        if not (line.reference or line.asks) or other is None:
             return None
 
         def load() -> nn.Module:

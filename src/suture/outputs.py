@@ -1,0 +1,139 @@
+"""How a run is done, and where it may write: nothing of value is destroyed, and there is room."""
+
+from __future__ import annotations
+
+import os
+import shutil
+from collections.abc import Collection, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+from suture.checkpoint import (
+    Checkpoint,
+)
+from suture.errors import (
+    OutputError,
+    Problems,
+)
+from suture.spec import (
+    readable,
+)
+from suture.stream import BLOCK
+from suture.writer import staging_of
+
+
+@dataclass(frozen=True)
+class Options:
+    """How to run a merge, as opposed to what it is: none of it changes a byte of the tensors."""
+
+    threads: int | None = None
+    block: int = BLOCK
+    overwrite: bool = False
+    resume: bool = True
+    allow_nonfinite: bool = False
+    link: bool = False
+    """Whether files of the output that would be copies of an input's may be links to it."""
+
+
+def check_place(
+    out: Path, inputs: Mapping[str, Checkpoint], options: Options, problems: Problems
+) -> None:
+    """Note what keeps an output from being written, or what it would destroy.
+
+    Args:
+        out: the folder that will be.
+        inputs: what is read, by its label.
+        options: whether something older may be replaced.
+        problems: takes the notes.
+    """
+    try:
+        held = {label: {c.path, *c.files} for label, c in inputs.items()}
+        if apart(out, held, problems):
+            check_free(out, out.resolve(), options, problems)
+    except (OSError, RuntimeError) as error:  # a name too long, a link to itself
+        problems.add(OutputError, f"{out}: {getattr(error, 'strerror', None) or error}")
+
+
+def apart(out: Path, held: Mapping[str, Collection[Path]], problems: Problems) -> bool:
+    """Whether an output, and the place where it is prepared, are apart from what is read."""
+    place = out.resolve()
+    ours = (place, staging_of(place))
+    for label, paths in held.items():
+        if any(o.is_relative_to(p) or p.is_relative_to(o) for p in paths for o in ours):
+            problems.add(OutputError, f"{out}: holds the input {label!r}; write somewhere else")
+            return False
+    return True
+
+
+def check_recipe_stays(recipe: Path, out: Path, problems: Problems) -> None:
+    """An output is replaced as a whole: a recipe in it would be gone before it could be repeated.
+
+    The record that Suture itself writes there is no loss: the new output has its own.
+    """
+    try:
+        inside = recipe.resolve().is_relative_to(out.resolve())
+    except (OSError, RuntimeError):
+        return  # check_place says what is wrong with the path
+    if inside and recipe.name != "suture.json":
+        problems.add(
+            OutputError, f"{out}: --overwrite would remove the recipe {recipe} in it; move it first"
+        )
+
+
+def check_free(out: Path, place: Path, options: Options, problems: Problems) -> None:
+    """Note what stands where an output is to be, or why nothing can be written there."""
+    staging_of(place).exists()  # its name is longer still: too long is seen here, not later
+    if place.exists():
+        empty = place.is_dir() and not any(place.iterdir())
+        if not place.is_dir():
+            problems.add(OutputError, f"{out}: is a file; name a folder")
+        elif not empty and not options.overwrite:
+            problems.add(OutputError, f"{out}: exists; name another folder, or add --overwrite")
+        elif not empty and not (place / "suture.json").exists():
+            problems.add(
+                OutputError,
+                f"{out}: was not written by suture, so it is not replaced; remove it yourself",
+            )
+    parent = place.parent
+    while not parent.exists():
+        parent = parent.parent
+    if not parent.is_dir() or not os.access(parent, os.W_OK | os.X_OK) or not _writable(parent):
+        problems.add(OutputError, f"{out}: cannot write in {parent}")
+
+
+def _writable(folder: Path) -> bool:
+    """Whether the file system takes writes: a read-only one refuses even the superuser."""
+    try:
+        return not os.statvfs(folder).f_flag & os.ST_RDONLY
+    except (AttributeError, OSError):
+        return True
+
+
+def check_room(out: Path, nbytes: int, resume: bool, problems: Problems, spared: int = 0) -> None:
+    """Note where a disk has too little room for an output.
+
+    Args:
+        out: the folder that will be.
+        nbytes: of its tensors.
+        resume: whether what an interrupted run left is used again.
+        problems: takes the note.
+        spared: bytes that are not written, because they are links.
+    """
+    staged = 0
+    folder = staging_of(out.resolve()) / "model"
+    if resume and folder.is_dir():
+        staged = sum(p.stat().st_blocks * 512 for p in folder.iterdir() if p.is_file())
+    free = shutil.disk_usage(existing(out)).free
+    needed = nbytes - max(staged, spared)
+    if needed > free:
+        problems.add(
+            OutputError, f"{out}: needs {readable(needed)} of disk, {readable(free)} are free"
+        )
+
+
+def existing(path: Path) -> Path:
+    """The nearest folder above a path that exists."""
+    parent = path.resolve().parent
+    while not parent.exists():
+        parent = parent.parent
+    return parent

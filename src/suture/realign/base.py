@@ -1,0 +1,156 @@
+"""What a way to realign is: a function from its parameters to new weights, and a table line."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from suture.data import Dataset
+from suture.errors import RecipeError
+from suture.evals import EVALS, Metric
+from suture.finetune.base import Strategy
+from suture.mask import Mask
+from suture.models import parameters_of
+from suture.realign.fuse import Fuser, Fusing, fuser
+from suture.realign.pairs import Pairs, answers_of, margins
+from suture.realign.parts import Models
+from suture.stats import Stats
+from suture.tune import TuneResult, TuneSettings
+
+Say = Callable[[str], None]
+Edit = Callable[[str], Tensor]
+"""The new weights of a tensor, by its name: float32, computed when they are asked for."""
+Scores = dict[str, Metric]
+"""What is known of one model: ``margin``, ``preferred``, and ``utility`` where there are rows."""
+
+
+@dataclass(frozen=True)
+class MaybeFile:
+    """What a parameter that names a file, or none, means."""
+
+    doc: str
+
+    def problem(self, value: object) -> str | None:
+        """What is wrong with ``value``; ``None`` when nothing is."""
+        return None if isinstance(value, str) else f"{self.doc}; {value!r} is no file"
+
+
+@dataclass
+class Job:
+    """What a way to realign works with."""
+
+    models: Models
+    names: tuple[str, ...]
+    """The tensors in which a tuned model differs from the aligned one."""
+    fusing: Fusing
+    train: Pairs | None
+    validation: Pairs | None
+    utility: Dataset | None
+    settings: TuneSettings
+    device: str
+    model: nn.Module | None = None
+    """The aligned model in float32, where there are pairs or utility rows."""
+    tune: Callable[..., TuneResult] | None = None
+    """The loop, with a checkpoint and with somebody who is told of every step."""
+    work: Path | None = None
+    """A folder for what is made once."""
+    say: Say = lambda _: None
+    threads: int | None = None
+    folder: Path = field(default_factory=Path)
+    """Where relative paths of the recipe start."""
+    _parameters: dict[str, nn.Parameter] = field(default_factory=dict)
+
+    def parameters(self, names: Sequence[str] | None = None) -> dict[str, nn.Parameter]:
+        """The parameters of the model by the names of the checkpoint's tensors."""
+        assert self.model is not None
+        if not self._parameters:
+            self._parameters = parameters_of(self.model, self.names)
+        return {n: self._parameters[n] for n in (self.names if names is None else names)}
+
+    def fused(self) -> Edit:
+        """The aligned model plus the task vectors as they are: what is to be realigned."""
+        masks = [lambda name: torch.ones(())] * len(self.models.tuned)
+        return self.masked(masks)
+
+    def masked(self, masks: Sequence[Callable[[str], Tensor]]) -> Edit:
+        """The aligned model plus the task vectors, each through a mask of its own."""
+
+        def deltas(name: str) -> list[Tensor]:
+            tasks = self.models.whole(name).tasks
+            return [mask(name) * task for mask, task in zip(masks, tasks, strict=True)]
+
+        chosen: Fuser = fuser(self.fusing, self.names, deltas)
+
+        def edit(name: str) -> Tensor:
+            part = self.models.whole(name)
+            return part.safe + chosen(name, deltas(name))
+
+        return edit
+
+    @torch.no_grad()
+    def place(self, edit: Edit) -> None:
+        """Put new weights into the model."""
+        for name, parameter in self.parameters().items():
+            parameter.copy_(edit(name))
+
+    def aligned(self, name: str) -> Tensor:
+        """The aligned weights, as an edit that changes nothing."""
+        return self.models.whole(name).safe
+
+    def scores(self, pairs: Pairs | None) -> Scores:
+        """What the model, as it is now, makes of pairs and of the utility rows."""
+        assert self.model is not None
+        found: Scores = {}
+        if pairs is not None and len(pairs):
+            answers = answers_of(self.model, pairs, self.settings.batch, self.device)
+            margin, preferred = margins(answers, pairs)
+            found |= {"margin": margin, "preferred": preferred}
+        if self.utility is not None:
+            batches = self.utility.batches(self.settings.batch)
+            found["utility"] = EVALS["loss"](self.model, batches, device=self.device)[0]
+        return found
+
+
+@dataclass(frozen=True)
+class Realigned:
+    """What a way to realign leaves."""
+
+    edit: Edit
+    facts: Mapping[str, Any] = field(default_factory=dict)
+    masks: Mapping[str, Mask] = field(default_factory=dict)
+    """Entries that are kept, by the name of a file without its ending."""
+    logits: Stats | None = None
+    result: TuneResult | None = None
+    """What training did, where there was any."""
+
+
+Way = Callable[[Job], Realigned]
+
+
+@dataclass(frozen=True)
+class Realigner(Strategy):
+    """A line of the table: the function that makes the way, and what it asks of a recipe."""
+
+    needs: tuple[str, ...] = ()
+    """Of ``base``, ``safety``, ``data``: what a recipe must name."""
+    trains: bool = False
+    """Whether it learns something by gradients."""
+
+
+def needed(value: Any, what: str) -> Any:
+    """What a recipe must have named; the plan has checked it before.
+
+    Raises:
+        RecipeError: it is missing.
+    """
+    if value is None:
+        raise RecipeError(f"{what}: missing")
+    return value
+
+
+__all__ = ["Edit", "Job", "MaybeFile", "Realigned", "Realigner", "Say", "Scores", "Way", "needed"]

@@ -1,0 +1,232 @@
+"""Pairs of a safe and an unsafe answer to one prompt: rows to tokens, log-probabilities, DPO.
+
+    L = -log sigmoid(beta ((lp(chosen) - ref(chosen)) - (lp(rejected) - ref(rejected))))
+
+``lp`` is the sum of the log-probabilities of an answer's tokens (Rafailov et al. 2023,
+arXiv:2305.18290). The reference is computed once, for all rows.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from suture.data import Batch, Dataset, cell, collate, draw
+from suture.errors import NonFiniteError, Problems, RecipeError
+from suture.evals.base import Metric, mean, share
+from suture.finetune.recipe import Source
+from suture.finetune.rows import Record, Tokens, answer_tokens, records_of
+from suture.models import evaluating
+from suture.mover import to, wanted
+
+
+@dataclass(frozen=True)
+class PairSpec:
+    """The rows and what their columns are called."""
+
+    train: Source
+    validation: Source | None = None
+    test: Source | None = None
+    """Rows for the numbers that are reported; where there are none, the validation rows."""
+    share: float = 0.1
+    """Share of prompts held out for validation, where it has no source of its own."""
+    prompt: str = "prompt"
+    chosen: str = "chosen"
+    rejected: str = "rejected"
+    max_length: int = 0
+    """Most tokens of prompt and answer; 0 for what the model can read."""
+    too_long: str = "error"
+    limit: int = 0
+    """Use only the first so many training rows; 0 for all."""
+    chat: bool = False
+    """Whether prompts and answers are put into the chat template."""
+
+
+@dataclass(frozen=True)
+class Pairs:
+    """Tokenised pairs: the first half of ``rows`` are chosen answers, the second the rejected."""
+
+    rows: Dataset
+
+    def __len__(self) -> int:
+        return len(self.rows) // 2
+
+    @property
+    def leading(self) -> Dataset:
+        """The chosen answers, by which batches are planned."""
+        n = len(self)
+        targets = self.rows.targets
+        return Dataset(self.rows.ids[:n], (-1,) * n, self.rows.pad,
+                       None if targets is None else targets[:n])  # fmt: skip
+
+    def batch(self, rows: Sequence[int]) -> Batch:
+        """Both answers of some pairs as one batch: chosen ones first."""
+        return collate(self.rows, [*rows, *(len(self) + r for r in rows)])
+
+
+class PairRows(NamedTuple):
+    """The sides of the pairs, and what is to be said of them."""
+
+    train: Pairs
+    validation: Pairs
+    test: Pairs
+    notes: tuple[str, ...]
+
+    @property
+    def reported(self) -> Pairs:
+        """The pairs whose numbers are reported."""
+        return self.test if len(self.test) else self.validation
+
+
+def read_pairs(spec: PairSpec, tokenizer: Any, longest: int, seed: int) -> PairRows:
+    """Read and tokenise all sides; a prompt is on one side only.
+
+    Raises:
+        RecipeError: there are no rows, all pairs are identical, a column is missing, an answer is
+            empty or too long; all kinds of faults at once.
+    """
+    train = records_of(spec.train)
+    train = train[: spec.limit] if spec.limit else train
+    if spec.validation is not None:
+        sides = [train, records_of(spec.validation)]
+    else:
+        sides = [[], []]
+        for where, record in train:
+            key = cell(record, spec.prompt, where)
+            sides[draw(seed, key) < spec.share].append((where, record))
+    sides.append([] if spec.test is None else records_of(spec.test))
+    problems = Problems()
+    notes: list[str] = []
+    found = [
+        _tokenised(side, name, spec, tokenizer, longest, problems, notes)
+        for side, name in zip(sides, ("train", "validation", "test"), strict=True)
+    ]
+    problems.raise_if_any()
+    if not len(found[0]) or (spec.share and not len(found[1])):
+        side = "validation" if len(found[0]) else "training"
+        raise RecipeError(
+            f"data.validation: {spec.share} of {len(train)} pairs leaves no {side} pairs; prompts "
+            "are divided, never the pairs of one prompt"
+        )
+    return PairRows(found[0], found[1], found[2], tuple(notes))
+
+
+def _tokenised(
+    records: Sequence[Record], side: str, spec: PairSpec, tokenizer: Any, longest: int,
+    problems: Problems, notes: list[str],
+) -> Pairs:  # fmt: skip
+    limit = spec.max_length or longest
+    kept: list[list[Tokens]] = []
+    same = over = 0
+    for where, record in records:
+        with problems.collecting():
+            prompt = cell(record, spec.prompt, where)
+            texts = [cell(record, column, where) for column in (spec.chosen, spec.rejected)]
+            if texts[0] == texts[1]:
+                same += 1
+                continue
+            both = [answer_tokens(prompt, t, spec.chat, where, tokenizer) for t in texts]
+            long = max(len(tokens.ids) for tokens in both)
+            over += long > limit
+            if long > limit and spec.too_long == "drop":
+                continue
+            kept.append([_cut(t, limit, long, spec, where) for t in both])
+    if same and same == len(records):
+        problems.add(
+            RecipeError,
+            f"data.{side}: in all {same} pairs {spec.chosen!r} and {spec.rejected!r} are "
+            "identical; nothing tells what is safe",
+        )
+    elif same:
+        notes.append(f"{same} of {len(records)} {side} pairs have two equal answers; left out")
+    if over and spec.too_long != "error":
+        done = "cut" if spec.too_long == "cut" else "left out"
+        notes.append(f"{over} of {len(records)} {side} pairs have more than {limit} tokens; {done}")
+    rows = [pair[which] for which in (0, 1) for pair in kept]
+    return Pairs(
+        Dataset(
+            tuple(tuple(row.ids) for row in rows), (-1,) * len(rows), tokenizer.pad_token_id or 0,
+            tuple(tuple(row.targets or ()) for row in rows),
+        )
+    )  # fmt: skip
+
+
+def _cut(tokens: Tokens, limit: int, long: int, spec: PairSpec, where: str) -> Tokens:
+    if long > limit and spec.too_long == "error":
+        raise RecipeError(
+            f"{where}: {long} tokens, but max_length is {limit}; raise it, or say "
+            "`too_long: cut` or `too_long: drop` under data"
+        )
+    found = Tokens(tokens.ids[:limit], (tokens.targets or [])[:limit])
+    if not any((found.targets or [])[1:]):
+        raise RecipeError(f"{where}: an answer has no tokens: is it empty, or was it cut away?")
+    return found
+
+
+# -- numbers ---------------------------------------------------------------------------------------
+
+
+def log_probabilities(model: nn.Module, batch: Batch) -> Tensor:
+    """Of every row's answer, summed over its tokens: ``(rows,)``, differentiable.
+
+    Only the positions before an answer's tokens are looked at: the others' logits would only be
+    multiplied by 0.
+    """
+    logits = model(batch.input_ids, batch.attention_mask)[:, :-1]
+    marks = wanted(batch)[:, 1:] == 1
+    wide = logits[marks] if logits.dtype == torch.float64 else logits[marks].float()
+    found = -F.cross_entropy(wide, batch.input_ids[:, 1:][marks], reduction="none")
+    return found.new_zeros(marks.shape).masked_scatter(marks, found).sum(1)
+
+
+def dpo(answers: Tensor, reference: Tensor, beta: float) -> Tensor:
+    """The losses of pairs: ``(pairs,)``.
+
+    Args:
+        answers: log-probabilities ``(pairs, 2)``, chosen and rejected.
+        reference: the same under the reference.
+        beta: how strongly a change is rewarded.
+    """
+    moved = answers - reference
+    return -F.logsigmoid(beta * (moved[:, 0] - moved[:, 1]))
+
+
+@torch.no_grad()
+def answers_of(model: nn.Module, pairs: Pairs, size: int, device: str = "cpu") -> Tensor:
+    """Log-probabilities of all answers: ``(pairs, 2)`` float64 on the CPU.
+
+    Raises:
+        NonFiniteError: the model gave NaN or infinity.
+    """
+    found = torch.zeros(len(pairs), 2, dtype=torch.float64)
+    with evaluating(model):
+        for part in pairs.leading.batches(size):
+            batch = to(pairs.batch(part.rows), torch.device(device))
+            values = log_probabilities(model, batch).double().cpu()
+            found[list(part.rows)] = values.view(2, -1).T
+    if not torch.isfinite(found).all():
+        raise NonFiniteError("the model gives an answer a probability that is not a finite number")
+    return found
+
+
+def margins(answers: Tensor, pairs: Pairs) -> tuple[Metric, Metric]:
+    """Mean and sign of ``lp(chosen) / |chosen| - lp(rejected) / |rejected|``, a token's nats.
+
+    The length of an answer is that of its tokens, so that short answers have no advantage.
+    """
+    assert pairs.rows.targets is not None
+    lengths = torch.tensor([sum(row[1:]) for row in pairs.rows.targets], dtype=torch.float64)
+    per_token = answers / lengths.view(2, -1).T
+    gap = (per_token[:, 0] - per_token[:, 1]).tolist()
+    return mean("margin", gap), share("preferred", sum(g > 0 for g in gap), len(gap))
+
+
+__all__ = [
+    "PairRows", "PairSpec", "Pairs", "answers_of", "dpo", "log_probabilities", "margins",
+    "read_pairs",
+]  # fmt: skip

@@ -1,0 +1,260 @@
+"""A recipe held against its models, rows and output: all problems before anything is trained."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from suture.checkpoint import Checkpoint, refuse_uncomputable
+from suture.data import Dataset
+from suture.errors import CheckpointError, Problems, RecipeError, SutureError
+from suture.finetune.rows import language_rows
+from suture.mask import Mask
+from suture.models import device_named, load_tokenizer, longest_of
+from suture.opening import open_model
+from suture.outputs import Options as PlaceOptions
+from suture.outputs import check_place, check_room
+from suture.realign.concrete import logit_shape
+from suture.realign.pairs import PairRows, read_pairs
+from suture.realign.parts import Models, across, check_factors, masked_shapes
+from suture.realign.recipe import Realign, read_realign
+from suture.roles import check_selectors
+from suture.spec import readable
+from suture.vector import align
+
+
+@dataclass(frozen=True)
+class Options:
+    """How to run, as opposed to what: none of it changes the weights on one device."""
+
+    overwrite: bool = False
+    resume: bool = True
+    device: str | None = None
+    """Overrides the recipe's."""
+    threads: int | None = None
+
+
+@dataclass(frozen=True)
+class Plan:
+    """A realignment whose inputs were opened and checked; no weight was read."""
+
+    recipe: Realign
+    models: Models
+    rows: PairRows | None
+    utility: Dataset | None
+    out: Path
+    device: str
+    options: Options
+
+    @property
+    def inputs(self) -> dict[str, Checkpoint]:
+        """Every model by what the recipe calls it."""
+        return _labelled(self.models)
+
+    @property
+    def looks(self) -> bool:
+        """Whether a model is loaded, to be trained or looked at."""
+        return self.rows is not None or self.utility is not None
+
+    @property
+    def trains(self) -> bool:
+        """Whether the method trains."""
+        return self.recipe.method.trains
+
+    @property
+    def steps(self) -> int:
+        """Optimizer steps."""
+        if self.rows is None or not self.trains:
+            return 0
+        how = self.recipe.training
+        batches = -(-len(self.rows.train) // how.batch)
+        steps = -(-batches // how.accumulate) * how.epochs
+        return min(steps, how.steps or steps)
+
+    def memory(self) -> dict[str, int]:
+        """Bytes that are needed at most, without activations, by what they are for."""
+        specs = self.models.aligned.specs
+        found = {"model": 4 * self.models.aligned.numel} if self.looks else {}
+        tasks = len(self.models.tuned)
+        if not self.trains:
+            largest = max(specs[n].numel for n in self.models.names)
+            ranked = sum(specs[n].numel for n in self.models.names) * 12
+            found |= {"ranking": ranked} if self.recipe.fusing.how == "ties" else {}
+            return found | {"a tensor": 4 * largest * (4 + tasks)}
+        how = self.recipe.settings
+        shapes = masked_shapes(self.models, how["space"])
+        entries = sum(math.prod(shape) for shape in shapes.values())
+        logits = sum(
+            math.prod(logit_shape(shape, how["granularity"], across(key)))
+            for key, shape in shapes.items()
+        )
+        weights = 4 * sum(specs[n].numel for n in {key.partition(":")[0] for key in shapes})
+        found |= {
+            "gradients": weights,
+            "aligned weights": weights,
+            "task vectors": 4 * tasks * entries,
+            "logits, noise and optimizer": 20 * logits,
+        }
+        if self.recipe.fusing.how == "ties":
+            found["ranking"] = 12 * entries
+        return found
+
+
+def plan_realign(
+    recipe: Path | Mapping[str, Any], out: Path, options: Options | None = None
+) -> Plan:
+    """Read a recipe, open its models, read and tokenise its rows; check all that can be checked.
+
+    Raises:
+        SutureError: all problems at once.
+    """
+    options = options or Options()
+    problems = Problems()
+    found = models = None
+    with problems.collecting():
+        found = read_realign(recipe)
+    if found is not None:
+        models = _models(found, problems)
+    inputs = {} if models is None else _labelled(models)
+    check_place(out, inputs, PlaceOptions(overwrite=options.overwrite), problems)
+    if found is None or models is None:
+        problems.raise_if_any()
+    assert found is not None
+    assert models is not None
+    device = options.device or found.device
+    with problems.collecting():
+        device = device_named(device)
+    if found.settings.get("space") == "factors":
+        check_factors(models, problems)
+    rows = utility = None
+    if found.data is not None or found.utility is not None:
+        with problems.collecting():
+            _check_model(models.aligned)
+            tokenizer = load_tokenizer(models.aligned.folder)
+            longest = longest_of(models.aligned.config, tokenizer)
+            for key, spec in (("data", found.data), ("utility", found.utility)):
+                if spec is not None and spec.max_length > longest:
+                    problems.add(
+                        RecipeError,
+                        f"{key}.max_length: the model reads at most {longest} tokens, "
+                        f"not {spec.max_length}",
+                    )
+            if found.data is not None:
+                with problems.collecting():
+                    rows = read_pairs(found.data, tokenizer, longest, found.training.seed)
+            if found.utility is not None:
+                with problems.collecting():
+                    utility = language_rows(found.utility, tokenizer, longest, 0).train
+    _check_protect(found, problems)
+    if rows is not None and found.training.patience and not len(rows.validation):
+        problems.add(RecipeError, "training.patience: needs validation pairs")
+    check_room(out, models.aligned.nbytes * 2, False, problems)
+    problems.raise_if_any()
+    return Plan(found, models, rows, utility, out, device, options)
+
+
+def _check_protect(recipe: Realign, problems: Problems) -> None:
+    """Note what a method's parameters ask for besides what its line in the table says."""
+    if recipe.method.name != "protect":
+        return
+    mask = recipe.settings["mask"]
+    if mask:
+        with problems.collecting():
+            Mask.load(recipe.folder / mask)
+    elif recipe.base is None:
+        problems.add(
+            RecipeError,
+            "base: missing; protect finds what the alignment moved, or takes `parameters: {mask: "
+            "FILE}`",
+        )
+
+
+def _labelled(models: Models) -> dict[str, Checkpoint]:
+    found = {"aligned": models.aligned, **{f"models.{m}": c for m, c in models.tuned.items()}}
+    for label, checkpoint in (("base", models.base), ("safety", models.safety)):
+        if checkpoint is not None:
+            found[label] = checkpoint
+    return found
+
+
+def _models(recipe: Realign, problems: Problems) -> Models | None:
+    """Open every model; an adapter alone is put on what the aligned model's adapter is put on."""
+    base = _opened("base", recipe.base, recipe, None, problems)
+    aligned = _opened("aligned", recipe.aligned, recipe, base, problems)
+    if aligned is None:
+        return None
+    ground = aligned
+    while ground.put_on is not None:
+        ground = ground.put_on
+    tuned = {
+        m: found for m, path in recipe.models.items()
+        if (found := _opened(f"models.{m}", path, recipe, ground, problems)) is not None
+    }  # fmt: skip
+    safety = _opened("safety", recipe.safety, recipe, ground, problems)
+    models = Models(aligned, tuned, recipe.weights, (), base, safety)
+    for other in (base, safety, *tuned.values()):
+        if other is not None:
+            align(aligned, other, problems, buffers=True)
+    names = recipe.space.names(aligned.specs)
+    with problems.collecting():
+        words = (*recipe.space.include, *recipe.space.exclude)
+        check_selectors(words, tuple(aligned.specs), "space")
+    if not names:
+        problems.add(RecipeError, "space: no tensor is left that may change")
+    return None if problems else replace(models, names=tuple(names))
+
+
+def _opened(
+    label: str, path: str | None, recipe: Realign, ground: Checkpoint | None, problems: Problems
+) -> Checkpoint | None:
+    if path is None:
+        return None
+    try:
+        found = open_model(path, recipe.folder, ground)
+        refuse_uncomputable(found)
+    except SutureError as error:
+        for line in getattr(error, "problems", (str(error),)):
+            problems.add(type(error), f"{label}: {line}")
+        return None
+    return found
+
+
+def _check_model(aligned: Checkpoint) -> None:
+    if not aligned.path.is_dir() or not aligned.config:
+        raise CheckpointError(
+            f"aligned: {aligned.label}: pairs need a model folder with a config.json"
+        )
+    names = aligned.config.get("architectures") or [""]
+    if not any(word in names[0] for word in ("ForCausalLM", "LMHeadModel")):
+        raise CheckpointError(
+            f"aligned: {aligned.label}: pairs need a causal language model, "
+            f"not {names[0] or 'this'}"
+        )
+
+
+def describe(plan: Plan) -> dict[str, Any]:
+    """What a plan will do, as plain data."""
+    rows, memory = plan.rows, plan.memory()
+    return {
+        "method": plan.recipe.method.name,
+        "parameters": plan.recipe.settings,
+        "models": {label: c.label for label, c in plan.inputs.items()},
+        "fuse": plan.recipe.fusing.resolved(),
+        "tensors": len(plan.models.names),
+        "pairs": {} if rows is None else {
+            "train": len(rows.train), "validation": len(rows.validation), "test": len(rows.test),
+        },
+        "utility": 0 if plan.utility is None else len(plan.utility),
+        "steps": plan.steps,
+        "memory": {**{k: readable(v) for k, v in memory.items()},
+                   "in all": readable(sum(memory.values())) + ", and activations"},
+        "device": plan.device,
+        "output": str(plan.out),
+        "notes": [] if rows is None else list(rows.notes),
+    }  # fmt: skip
+
+
+__all__ = ["Options", "Plan", "describe", "plan_realign"]

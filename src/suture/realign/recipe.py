@@ -1,0 +1,294 @@
+"""The recipe of a realignment: YAML to frozen types, all faults at once."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field, fields
+from pathlib import Path
+from typing import Any
+
+from suture.errors import Problems, RecipeError, brief, did_you_mean
+from suture.finetune.recipe import TOO_LONG, DataSpec, read_source, read_training
+from suture.realign.base import Realigner
+from suture.realign.fuse import Fusing, read_fusing
+from suture.realign.methods import method
+from suture.realign.pairs import PairSpec
+from suture.recipe import RECIPE_LIMIT, parse_yaml
+from suture.recipe_types import refuse_unknown, section
+from suture.roles import ParamSpace
+from suture.spec import WORD_OF, dtype_named
+from suture.tune import TuneSettings
+
+KEYS = (
+    "method", "base", "aligned", "models", "safety", "fuse", "parameters", "space", "data",
+    "utility", "training", "ancestor", "output", "device",
+)  # fmt: skip
+TRAINING = TuneSettings(
+    epochs=3, batch=4, accumulate=4, lr=5e-3, warmup=0.0, schedule="cosine", weight_decay=0.0
+)
+"""That of the published code."""
+ANCESTOR = ("check", "trust")
+
+
+@dataclass(frozen=True)
+class Realign:
+    """A realignment, as data: every key is known and every value checked."""
+
+    method: Realigner
+    aligned: str
+    models: Mapping[str, str]
+    weights: Mapping[str, float]
+    base: str | None = None
+    safety: str | None = None
+    fusing: Fusing = field(default_factory=Fusing)
+    parameters: Mapping[str, Any] = field(default_factory=dict)
+    space: ParamSpace = field(default_factory=lambda: ParamSpace((), ()))
+    data: PairSpec | None = None
+    utility: DataSpec | None = None
+    """Rows of what the tuned models are for; a loss per token is measured on them."""
+    training: TuneSettings = TRAINING
+    ancestor: str = "check"
+    """Whether distances are asked if the tuned models come from the aligned one."""
+    dtype: str | None = None
+    device: str = "auto"
+    folder: Path = field(default_factory=Path)
+
+    @property
+    def settings(self) -> dict[str, Any]:
+        """The parameters of the method with its defaults."""
+        return self.method.settings(self.parameters, Problems())
+
+    def resolved(self) -> dict[str, Any]:
+        """The recipe with every default written out, as plain data that can be read again."""
+        return {
+            "method": self.method.name,
+            "base": self.base,
+            "aligned": self.aligned,
+            "models": {m: {"path": p, "weight": self.weights[m]} for m, p in self.models.items()},
+            "safety": self.safety,
+            "fuse": self.fusing.resolved(),
+            "parameters": self.settings,
+            "space": {"include": list(self.space.include), "exclude": list(self.space.exclude)},
+            "data": None if self.data is None else _sided(asdict(self.data)),
+            "utility": None if self.utility is None else _rows(self.utility),
+            "training": asdict(self.training),
+            "ancestor": self.ancestor,
+            "output": {"dtype": None if self.dtype is None else WORD_OF[self.dtype]},
+            "device": self.device,
+        }
+
+
+def _sided(data: dict[str, Any]) -> dict[str, Any]:
+    share = data.pop("share")
+    return {**data, "validation": data["validation"] or share}
+
+
+def _rows(spec: DataSpec) -> dict[str, Any]:
+    found = asdict(spec)
+    return {"rows": found["train"], **{k: found[k] for k in UTILITY_KEYS[1:]}}
+
+
+UTILITY_KEYS = (
+    "rows", "text", "prompt", "response", "messages", "format", "max_length", "too_long", "limit",
+    "chat",
+)  # fmt: skip
+
+
+def read_realign(source: Path | Mapping[str, Any], folder: Path | None = None) -> Realign:
+    """Read a recipe file, or a mapping.
+
+    Raises:
+        RecipeError: everything that is wrong with it, at once.
+    """
+    if isinstance(source, Mapping):
+        raw, where = dict(source), folder or Path()
+    else:
+        raw, where = _parsed(source), folder or source.parent
+    problems = Problems()
+    found = _Reader(raw, where, problems).recipe()
+    problems.raise_if_any()
+    assert found is not None
+    return found
+
+
+def _parsed(source: Path) -> dict[str, Any]:
+    try:
+        if source.stat().st_size > RECIPE_LIMIT:
+            raise RecipeError(f"{source}: too large for a recipe")
+        return parse_yaml(source.read_text(encoding="utf-8"), str(source))
+    except OSError as error:
+        raise RecipeError(f"{source}: {error.strerror}") from None
+    except UnicodeDecodeError:
+        raise RecipeError(f"{source}: not a text file") from None
+
+
+class _Reader:
+    """Reads one recipe; every fault is noted."""
+
+    def __init__(self, raw: dict[str, Any], folder: Path, problems: Problems) -> None:
+        self.raw, self.folder, self.problems = raw, folder, problems
+
+    def refuse(self, text: str) -> None:
+        self.problems.add(RecipeError, text)
+
+    def recipe(self) -> Realign | None:
+        refuse_unknown(self.raw, KEYS, "", self.problems)
+        found, parameters = None, section(self.raw, "parameters", self.problems)
+        with self.problems.collecting():
+            name = self.raw.get("method")
+            if not isinstance(name, str):
+                raise RecipeError("method: missing; `suture realigners` lists them")
+            found = method(name)
+            settings = found.settings(parameters, self.problems)
+            if not self.problems:
+                found.make(**settings)
+        aligned = self.path("aligned")
+        if aligned is None and self.raw.get("aligned") is None:
+            self.refuse("aligned: missing; the safe model that the others were tuned from")
+        paths, weights = self.models()
+        fusing = read_fusing(self.raw.get("fuse"), len(paths), self.problems)
+        data, utility = self.data(), self.utility()
+        base, safety = self.path("base"), self.path("safety")
+        given = {"base": base, "safety": safety, "data": data}
+        for need in () if found is None else found.needs:
+            if given[need] is None and self.raw.get(need) is None:
+                self.refuse(f"{need}: missing; {found and found.name} needs {MEANT[need]}")
+        training = read_training(section(self.raw, "training", self.problems), TRAINING,
+                                 self.problems)  # fmt: skip
+        space, dtype = self.space(), self.dtype()
+        ancestor = self.raw.get("ancestor", "check")
+        if ancestor not in ANCESTOR:
+            hint = did_you_mean(str(ancestor), ANCESTOR)
+            self.refuse(f"ancestor: {brief(ancestor)} is not known; {hint}")
+        device = self.raw.get("device", "auto")
+        if not isinstance(device, str):
+            self.refuse(f"device: auto, cpu or cuda, not {brief(device)}")
+        if self.problems:
+            return None
+        assert found is not None
+        return Realign(
+            found, str(aligned), paths, weights, base, safety, fusing, parameters, space, data,
+            utility, training, ancestor, dtype, device, self.folder,
+        )  # fmt: skip
+
+    def path(self, key: str) -> str | None:
+        value = self.raw.get(key)
+        if value is None:
+            return None
+        if not isinstance(value, str) or not value:
+            self.refuse(f"{key}: the path or hub id of a model, not {brief(value)}")
+            return None
+        return value
+
+    def models(self) -> tuple[dict[str, str], dict[str, float]]:
+        entries = section(self.raw, "models", self.problems)
+        if not entries and isinstance(self.raw.get("models", {}), Mapping):
+            self.refuse("models: a mapping from names to the tuned models, with at least one")
+        paths, weights = {}, {}
+        for name, entry in sorted(entries.items()):  # the order of models is no part of a result
+            given = {"path": entry} if isinstance(entry, str) else entry
+            if not isinstance(given, Mapping) or not isinstance(given.get("path"), str):
+                self.refuse(f"models.{name}: a path, or a mapping with a path, not {brief(entry)}")
+                continue
+            refuse_unknown(given, ("path", "weight"), f"models.{name}: ", self.problems)
+            weight = given.get("weight", 1.0)
+            if isinstance(weight, bool) or not isinstance(weight, int | float) or weight != weight:
+                self.refuse(f"models.{name}.weight: a number, not {brief(weight)}")
+                continue
+            paths[name], weights[name] = given["path"], float(weight)
+        return paths, weights
+
+    def space(self) -> ParamSpace:
+        raw = section(self.raw, "space", self.problems)
+        refuse_unknown(raw, ("include", "exclude"), "space: ", self.problems)
+        found = []
+        for key in ("include", "exclude"):
+            words = raw.get(key, [])
+            words = [words] if isinstance(words, str) else words
+            if not isinstance(words, list) or not all(isinstance(w, str) for w in words):
+                self.refuse(f"space.{key}: a list of roles or name patterns, not {brief(words)}")
+                words = []
+            found.append(tuple(words))
+        return ParamSpace(*found)
+
+    def dtype(self) -> str | None:
+        raw = section(self.raw, "output", self.problems)
+        refuse_unknown(raw, ("dtype",), "output: ", self.problems)
+        with self.problems.collecting():
+            return None if raw.get("dtype") is None else dtype_named(str(raw["dtype"]))
+        return None
+
+    def data(self) -> PairSpec | None:
+        raw = section(self.raw, "data", self.problems)
+        if not raw:
+            return None
+        names = tuple(f.name for f in fields(PairSpec) if f.name != "share")
+        refuse_unknown(raw, names, "data: ", self.problems)
+        train = read_source(raw.get("train"), "data.train", self.folder, "train", self.problems)
+        share, other = 0.1, raw.get("validation", 0.1)
+        validation = test = None
+        if isinstance(other, int | float) and not isinstance(other, bool):
+            share = float(other)
+            if not 0 <= share < 1:
+                self.refuse(f"data.validation: a share is in [0, 1), not {share}")
+        else:
+            validation = read_source(
+                other, "data.validation", self.folder, "validation", self.problems
+            )
+        if raw.get("test") is not None:
+            test = read_source(raw["test"], "data.test", self.folder, "test", self.problems)
+        given = self.columns(raw, "data", ("prompt", "chosen", "rejected"))
+        given |= self.limits(raw, "data")
+        return None if train is None else PairSpec(train, validation, test, share, **given)
+
+    def utility(self) -> DataSpec | None:
+        value = self.raw.get("utility")
+        if value is None:
+            return None
+        raw = {"rows": value} if isinstance(value, str) else section(
+            self.raw, "utility", self.problems
+        )  # fmt: skip
+        refuse_unknown(raw, UTILITY_KEYS, "utility: ", self.problems)
+        rows = read_source(raw.get("rows"), "utility.rows", self.folder, "test", self.problems)
+        given = self.columns(raw, "utility", ("text", "prompt", "response", "messages"))
+        given |= self.limits(raw, "utility")
+        form = raw.get("format") or ""
+        if form not in ("", "text", "prompt", "chat"):
+            self.refuse(f"utility.format: text, prompt or chat, not {brief(form)}")
+        return None if rows is None else DataSpec(rows, None, 0.0, format=form, **given)
+
+    def columns(self, raw: Mapping[str, Any], where: str, keys: tuple[str, ...]) -> dict[str, Any]:
+        given: dict[str, Any] = {}
+        for key in keys:
+            if key in raw and (not isinstance(raw[key], str) or not raw[key]):
+                self.refuse(f"{where}.{key}: the name of a column, not {brief(raw[key])}")
+            elif key in raw:
+                given[key] = raw[key]
+        return given
+
+    def limits(self, raw: Mapping[str, Any], where: str) -> dict[str, Any]:
+        given: dict[str, Any] = {}
+        for key in ("max_length", "limit"):
+            value = raw.get(key, 0)
+            if isinstance(value, bool) or not isinstance(value, int) or value < 0:
+                self.refuse(f"{where}.{key}: a whole number, not {brief(value)}")
+            else:
+                given[key] = value
+        long = raw.get("too_long", "error")
+        if long not in TOO_LONG:
+            self.refuse(f"{where}.too_long: {did_you_mean(str(long), TOO_LONG)}")
+        else:
+            given["too_long"] = long
+        chat = raw.get("chat", False)
+        if not isinstance(chat, bool):
+            self.refuse(f"{where}.chat: true or false, not {brief(chat)}")
+        return given | {"chat": chat}
+
+
+MEANT = {
+    "base": "the pretrained model that the aligned one was made of",
+    "safety": "a model tuned from the aligned one on safety data alone",
+    "data": "pairs of a safe (`chosen`) and an unsafe (`rejected`) answer",
+}
+
+__all__ = ["KEYS", "TRAINING", "Realign", "read_realign"]

@@ -1,0 +1,218 @@
+"""From a recipe to a realigned folder: check, learn or compute, evaluate, publish; no printing."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import time
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from suture.card import carried_files, config_text
+from suture.checkpoint import Checkpoint
+from suture.engine import checkpoint_fingerprint
+from suture.errors import OutputError
+from suture.finetune.outcome import peak_memory
+from suture.finetune.output import publish, write_weights
+from suture.finetune.packed import Place
+from suture.finetune.work import locked_work
+from suture.mask import Mask, marked
+from suture.models import load_language_model, parameters_of
+from suture.mover import Mover
+from suture.realign.base import Edit, Job, Realigned, Say, Scores
+from suture.realign.outcome import (
+    RealignReport,
+    card,
+    key_of,
+    provenance,
+    restricted,
+    retention,
+)
+from suture.realign.parts import Distances, array, check_ancestor, measure
+from suture.realign.plan import Options, Plan, plan_realign
+from suture.spec import readable
+from suture.stats import Stats
+from suture.tune import Progress, TuneResult, tune
+from suture.views import View
+
+Tell = Callable[[str, Progress], None]
+"""Is told the phase and where training stands, after every step."""
+
+
+def realign(
+    recipe: Path | Mapping[str, Any],
+    out: Path,
+    *,
+    say: Say = lambda _: None,
+    tell: Tell | None = None,
+    **options: Any,
+) -> RealignReport:
+    """Follow a recipe file (or mapping) into a folder; keywords as the fields of ``Options``.
+
+    Raises:
+        SutureError: the recipe, an input or the output is at fault; all problems at once.
+    """
+    return execute(plan_realign(recipe, out, Options(**options)), say=say, tell=tell)
+
+
+def execute(plan: Plan, *, say: Say = lambda _: None, tell: Tell | None = None) -> RealignReport:
+    """Realign as planned and publish the folder; an interrupted run goes on where it stopped.
+
+    Raises:
+        MismatchError: the aligned model is not what the tuned ones were tuned from.
+        SutureError: training failed, or the output cannot be written; the last checkpoint is kept.
+    """
+    began = time.perf_counter()
+    need = plan.memory()
+    parts = ", ".join(f"{what} {readable(n)}" for what, n in need.items())
+    say(f"needs about {readable(sum(need.values()))} of memory ({parts}), and activations")
+    fingerprints = {label: checkpoint_fingerprint(c) for label, c in plan.inputs.items()}
+    distances = measure(plan.models, plan.options.threads)
+    if plan.recipe.ancestor == "check":
+        check_ancestor(plan.models, distances)
+    out = plan.out.resolve()
+    work = out.parent / f".{out.name}.realign"
+    with locked_work(plan.out, work, key_of(plan, fingerprints), plan.options.resume) as place:
+        job = _job(plan, _names(plan, distances), place, say, tell)
+        scores = _before(plan, job)
+        started = time.perf_counter()
+        realigned = plan.recipe.method.make(**plan.recipe.settings)(job)
+        took = time.perf_counter() - started
+        if plan.looks:
+            scores["realigned"] = _looked(plan, job, realigned.edit)
+        withheld = restricted(plan) or any(m.restricted for m in realigned.masks.values())
+        losses = () if realigned.result is None else realigned.result.losses
+        few = max(1, len(losses) // 10)
+        ends = (sum(losses[:few]) / few, sum(losses[-few:]) / few) if losses else ()
+        specs = plan.models.aligned.specs
+        report = RealignReport(
+            plan.out, plan.recipe.method.name, "", scores, retention(scores), len(losses), ends,
+            None if realigned.result is None else realigned.result.best,
+            sum(specs[n].numel for n in job.names),
+            {"realigning": took, "in all": time.perf_counter() - began}, peak_memory(plan.device),
+            {**realigned.facts, "distance": dict(distances.tuned)},
+            () if plan.rows is None else plan.rows.notes, withheld,
+        )  # fmt: skip
+        return _written(plan, job, realigned, report, fingerprints, place)
+
+
+def _names(plan: Plan, found: Distances) -> tuple[str, ...]:
+    """The tensors that may come out otherwise than they are in the aligned model."""
+    if "base" not in plan.recipe.method.needs:
+        return found.changed
+    both = {*found.changed, *found.moved}
+    return tuple(n for n in plan.models.names if n in both)
+
+
+def _job(plan: Plan, names: tuple[str, ...], work: Path, say: Say, tell: Tell | None) -> Job:
+    recipe, rows = plan.recipe, plan.rows
+    model = None
+    if plan.looks:
+        model = load_language_model(
+            plan.models.aligned.folder, device=plan.device, dtype=torch.float32
+        ).model
+        _adapt(model, plan.models.aligned)
+
+    def train(mover: Mover, score: Callable[[nn.Module], float] | None) -> TuneResult:
+        assert rows is not None
+        return tune(
+            mover.model, rows.train.leading, recipe.training, device=plan.device, mover=mover,
+            progress=None if tell is None else lambda at: tell("train", at), score=score,
+            checkpoint=work / "train.safetensors",
+        )  # fmt: skip
+
+    return Job(
+        plan.models, names, recipe.fusing, None if rows is None else rows.train,
+        None if rows is None else rows.validation, plan.utility, recipe.training, plan.device,
+        model, train, work, say, plan.options.threads, recipe.folder,
+    )  # fmt: skip
+
+
+@torch.no_grad()
+def _adapt(model: nn.Module, aligned: Checkpoint) -> None:
+    """Put what adapters change into a model that was loaded from the folder below them."""
+    if not isinstance(aligned, View):
+        return
+    names = [n for n in aligned.specs if not aligned.as_stored(n)]
+    for name, parameter in parameters_of(model, names).items():
+        parameter.copy_(array(aligned, name))
+
+
+def _before(plan: Plan, job: Job) -> dict[str, Scores]:
+    """The aligned model and the tuned ones, as they came."""
+    if not plan.looks:
+        return {}
+    job.say("looking at the aligned model, and at the tuned ones as they came")
+    return {"aligned": _looked(plan, job, job.aligned), "tuned": _looked(plan, job, job.fused())}
+
+
+def _looked(plan: Plan, job: Job, edit: Edit) -> Scores:
+    job.place(edit)
+    return job.scores(None if plan.rows is None else plan.rows.reported)
+
+
+@dataclass(frozen=True)
+class _Lazy(Mapping[str, Tensor]):
+    """New weights that are computed when they are written."""
+
+    edit: Edit
+    names: tuple[str, ...]
+
+    def __getitem__(self, name: str) -> Tensor:
+        return self.edit(name)
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.names)
+
+    def __len__(self) -> int:
+        return len(self.names)
+
+
+def _written(
+    plan: Plan, job: Job, realigned: Realigned, report: RealignReport,
+    fingerprints: Mapping[str, str], work: Path,
+) -> RealignReport:  # fmt: skip
+    folder, aligned = work / "model", plan.models.aligned
+    shutil.rmtree(folder, ignore_errors=True)
+    folder.mkdir()
+    weights = _Lazy(realigned.edit, job.names)
+    places = {name: Place(name) for name in job.names}
+    report = replace(
+        report, fingerprint=write_weights(aligned, weights, places, plan.recipe.dtype, folder)
+    )
+    record = provenance(plan, report, fingerprints)
+    try:
+        for name, mask in realigned.masks.items():
+            about = marked(mask.about, report.restricted)
+            Mask(mask.shapes, mask.bits, about).save(folder / f"{name}.safetensors")
+        if realigned.logits is not None:
+            logits = realigned.logits
+            facts = marked(logits.facts, report.restricted)
+            Stats(logits.tensors, facts, logits.where).save(folder / "logits.safetensors")
+        for file, path in carried_files([aligned]).items():
+            (folder / file).parent.mkdir(parents=True, exist_ok=True)
+            shutil.copyfile(path, folder / file)
+        texts = {
+            "config.json": config_text(aligned.config, plan.recipe.dtype),
+            "suture.json": json.dumps(record, indent=2, ensure_ascii=False) + "\n",
+            "README.md": card(plan, record, plan.out.name),
+        }
+        for file, text in texts.items():
+            (folder / file).write_text(text, encoding="utf-8")
+    except OSError as error:
+        raise OutputError(
+            f"{folder}: {error.strerror or error}; the training is kept, and the same command goes "
+            "on from it"
+        ) from error
+    for checkpoint in plan.inputs.values():
+        checkpoint.check_unchanged()
+    publish(folder, plan.out.resolve(), overwrite=plan.options.overwrite)
+    return report
+
+
+__all__ = ["RealignReport", "execute", "realign"]

@@ -1,0 +1,678 @@
+"""From a recipe to a realigned folder: every method, resume after a kill, wrong input, the command."""
+
+from __future__ import annotations
+
+import json
+import random
+import shutil
+import signal
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+import yaml
+from safetensors.numpy import load_file, save_file
+
+import adapting
+import refusing
+import suture
+from making import invoke
+from suture.errors import MismatchError, NonFiniteError, OutputError, RecipeError, SutureError
+from suture.mask import Mask, localize
+from suture.models import load_language_model
+from suture.realign import METHODS, plan_realign, read_realign, realign, somf
+from suture.realign.fuse import FUSES
+from suture.stats import Stats
+
+EXAMPLES: dict[str, dict[str, Any]] = {
+    "somf": {},
+    "resta": {"gamma": 0.5, "density": 0.7},
+    "safelora": {"threshold": 1.0, "normalise": True},
+    "safemerge": {"threshold": 1.0},
+    "dare": {"density": 0.7},
+    "random": {"density": 0.5},
+    "magnitude": {"density": 0.5},
+    "protect": {"density": 0.3},
+    "line-search": {"points": 9, "retain": 0.5},
+}
+"""Parameters with which each method runs on the tiny family."""
+TRAINING = {"epochs": 2, "batch": 8, "accumulate": 1, "lr": 0.1, "save_every": 3}
+
+
+@pytest.fixture(scope="module")
+def shop(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The family; nobody may change it."""
+    return refusing.family(tmp_path_factory.mktemp("refusing"))
+
+
+def recipe(shop: Path, method: str = "somf", **sections: Any) -> dict[str, Any]:
+    return {
+        "method": method,
+        "base": str(shop / "start"),
+        "aligned": str(shop / "aligned"),
+        "models": {"tuned": str(shop / "tuned")},
+        "parameters": EXAMPLES[method],
+        "data": {"train": str(shop / "pairs.jsonl"), "validation": 0.3},
+        "training": TRAINING,
+        **({"safety": str(shop / "other")} if method == "safemerge" else {}),
+        **sections,
+    }
+
+
+def dataless(shop: Path, method: str, **parameters: Any) -> dict[str, Any]:
+    found = recipe(shop, method, parameters=parameters)
+    return {k: v for k, v in found.items() if k not in ("data", "training")}
+
+
+def tensors(where: Path) -> dict[str, np.ndarray[Any, Any]]:
+    found: dict[str, np.ndarray[Any, Any]] = load_file(where / "model.safetensors")
+    return found
+
+
+def test_every_method_has_an_example() -> None:
+    """The table and the tests agree; each line says what it is and what its parameters mean."""
+    assert set(EXAMPLES) == set(METHODS)
+    for line in METHODS.values():
+        assert line.paper
+        assert line.equation
+        assert all(p.doc for p in line.parameters.values())
+
+
+@pytest.mark.parametrize("name", list(EXAMPLES))
+def test_every_method_goes_from_a_recipe_to_a_folder(name: str, shop: Path, tmp_path: Path) -> None:
+    """The folder loads, differs from both models, says what was done, and the same recipe gives
+    the same bytes."""
+    what = recipe(shop, name, utility={"rows": str(shop / "utility.jsonl")})
+    report = realign(what, tmp_path / "out")
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["out"]
+    load_language_model(tmp_path / "out")
+    record = json.loads((tmp_path / "out" / "suture.json").read_text())
+    assert record["kind"] == "realign"
+    assert record["recipe"]["method"] == name
+    assert record["output"]["fingerprint"] == report.fingerprint
+    assert set(report.scores) == {"aligned", "tuned", "realigned"}
+    assert set(report.scores["realigned"]) == {"margin", "preferred", "utility"}
+    new = tensors(tmp_path / "out")
+    for other in ("aligned", "tuned"):
+        assert any(not np.array_equal(v, new[n]) for n, v in tensors(shop / other).items())
+    again = realign(what, tmp_path / "again")
+    assert (tmp_path / "again" / "model.safetensors").read_bytes() == (
+        tmp_path / "out" / "model.safetensors"
+    ).read_bytes()
+    assert again.scores == report.scores
+    # and from the record alone, wherever the rows are
+    card = (tmp_path / "out" / "README.md").read_text()
+    assert METHODS[name].title in card
+
+
+def test_somf_brings_refusals_back(shop: Path, tmp_path: Path) -> None:
+    """More of the margin than a random mask of the same density, and most of the utility; the
+    policy is refused more often on prompts that were held out."""
+    utility = {"rows": str(shop / "utility.jsonl")}
+    training = {**TRAINING, "epochs": 10, "lr": 0.05}
+    learned = realign(recipe(shop, training=training, utility=utility), tmp_path / "somf")
+    control = realign(recipe(shop, "random", utility=utility), tmp_path / "random")
+    assert learned.losses[1] < learned.losses[0]
+    safety, kept = learned.retention["safety"], learned.retention["utility"]
+    assert safety is not None
+    assert kept is not None
+    assert control.retention["safety"] is not None
+    assert safety > max(0.9, control.retention["safety"] + 0.3)
+    assert kept > 0.8
+    scores = learned.scores
+    assert scores["realigned"]["preferred"].value > scores["tuned"]["preferred"].value
+
+
+def test_the_mask_and_its_logits_serve_elsewhere(shop: Path, tmp_path: Path) -> None:
+    """The mask is where logits are above 0, and ``localize`` ranks the logits."""
+    realign(recipe(shop), tmp_path / "out")
+    mask, logits = (tmp_path / "out" / f"{n}.safetensors" for n in ("mask", "logits"))
+    held, stats = Mask.load(mask), Stats.load(logits)
+    tau = suture.open(shop / "tuned") - suture.open(shop / "aligned")
+    found = localize(tau, "learned", stats=stats, positive=True)
+    assert {n: held[n].sum() for n in held.shapes} == {n: found[n].sum() for n in held.shapes}
+    assert 0 < held.density < 1
+    top = localize(tau, "learned", stats=stats, density=0.1)
+    assert top.count == round(0.1 * top.size)
+
+
+@pytest.mark.parametrize("granularity", ["row", "tensor"])
+def test_coarse_masks(granularity: str, shop: Path, tmp_path: Path) -> None:
+    """One logit an output or a tensor: few numbers are learned, the mask still has every entry."""
+    parameters = {"granularity": granularity, "rescale": "none"}
+    report = realign(recipe(shop, parameters=parameters), tmp_path / "out")
+    assert report.facts["logits"] < report.facts["masked"] / 10
+    mask = Mask.load(tmp_path / "out" / "mask.safetensors")
+    assert mask.size == report.facts["masked"]
+
+
+@pytest.mark.parametrize("how", [f for f in FUSES if f != "single"])
+def test_several_models_are_fused(how: str, shop: Path, tmp_path: Path) -> None:
+    """By every way to fuse; an order of models is not part of the result."""
+    models = {"tuned": str(shop / "tuned"), "other": {"path": str(shop / "other"), "weight": 0.5}}
+    what = recipe(shop, models=models, fuse={"how": how, "coefficient": 0.5})
+    report = realign(what, tmp_path / "out")
+    assert report.losses[1] < report.losses[0]
+    turned = {k: models[k] for k in reversed(models)}
+    other = realign({**what, "models": turned}, tmp_path / "turned")
+    assert (other.losses, other.fingerprint) == (report.losses, report.fingerprint)
+
+
+def test_exports(shop: Path, tmp_path: Path) -> None:
+    """Soft, hard and averaged come from the same logits; each is the same in every run."""
+    made = {}
+    for export in ("soft", "hard", "averaged"):
+        where = tmp_path / export
+        realign(recipe(shop, parameters={"export": export}), where)
+        made[export] = tensors(where)
+    logits = [load_file(tmp_path / e / "logits.safetensors") for e in made]
+    assert all(np.array_equal(v, other[n]) for other in logits[1:] for n, v in logits[0].items())
+    safe, tuned = tensors(shop / "aligned"), tensors(shop / "tuned")
+    for name, value in logits[0].items():
+        key = name.removeprefix("logit/")
+        delta = tuned[key] - safe[key]
+        soft = 1 / (1 + np.exp(-value.astype(np.float64)))
+        hard = (value > 0).astype(np.float64)
+        for export, mask in (("soft", soft), ("hard", hard)):
+            wanted = safe[key] + mask / max(mask.mean(), 1e-3) * delta
+            np.testing.assert_allclose(made[export][key], wanted, atol=2e-6)
+    key = next(n for n in safe if "q_proj" in n)
+    assert not np.array_equal(made["averaged"][key], made["soft"][key])
+
+
+# -- baselines, against their equations ------------------------------------------------------------
+
+
+def test_resta(shop: Path, tmp_path: Path) -> None:
+    """``tuned + gamma (aligned - base)``, also where the tuned model did not move; with DARE the
+    kept share of what is added is divided by the density."""
+    base, safe, tuned = (tensors(shop / n) for n in ("start", "aligned", "tuned"))
+    realign(dataless(shop, "resta", gamma=0.3), tmp_path / "out")
+    for name, value in tensors(tmp_path / "out").items():
+        np.testing.assert_allclose(value, tuned[name] + 0.3 * (safe[name] - base[name]), atol=1e-6)
+    realign(dataless(shop, "resta", gamma=0.3, density=0.5), tmp_path / "thin")
+    kept = total = 0
+    for name, value in tensors(tmp_path / "thin").items():
+        v = 0.3 * (safe[name] - base[name])
+        here = np.abs(value - tuned[name]) > 1e-7
+        np.testing.assert_allclose((value - tuned[name])[here], 2 * v[here], atol=1e-6)
+        kept, total = kept + int(here.sum()), total + int((np.abs(v) > 1e-7).sum())
+    assert kept / total == pytest.approx(0.5, abs=0.03)
+
+
+def projected(shop: Path, name: str) -> tuple[np.ndarray[Any, Any], float]:
+    """``C delta`` and its cosine with ``delta``, with C formed."""
+    base, safe, tuned = (tensors(shop / n)[name].astype(np.float64) for n in
+                         ("start", "aligned", "tuned"))  # fmt: skip
+    v, delta = safe - base, tuned - safe
+    c = v @ v.T / np.linalg.norm(v)
+    found = c @ delta
+    return found, float((found * delta).sum() / np.linalg.norm(found) / np.linalg.norm(delta))
+
+
+def test_safelora(shop: Path, tmp_path: Path) -> None:
+    """By number, the matrices of lowest cosine get ``C delta``; embeddings and norms are left."""
+    safe, tuned = tensors(shop / "aligned"), tensors(shop / "tuned")
+    realign(dataless(shop, "safelora", select="number", number=3), tmp_path / "out")
+    new = tensors(tmp_path / "out")
+    matrices = [n for n, v in safe.items() if v.ndim == 2 and "embed" not in n]
+    low = sorted(matrices, key=lambda n: projected(shop, n)[1])[:3]
+    for name, value in new.items():
+        wanted = safe[name] + projected(shop, name)[0] if name in low else tuned[name]
+        np.testing.assert_allclose(value, wanted, atol=2e-6)
+    realign(dataless(shop, "safelora", threshold=-1.0), tmp_path / "none")
+    assert all(np.allclose(v, tuned[n], atol=1e-6) for n, v in tensors(tmp_path / "none").items())
+
+
+def test_safelora_normalised(shop: Path, tmp_path: Path) -> None:
+    """C over its largest eigenvalue: no direction grows."""
+    safe, tuned = tensors(shop / "aligned"), tensors(shop / "tuned")
+    realign(dataless(shop, "safelora", threshold=1.0, normalise=True), tmp_path / "out")
+    base, name = tensors(shop / "start"), next(n for n in safe if "up_proj" in n)
+    v = (safe[name] - base[name]).astype(np.float64)
+    delta = tuned[name] - safe[name]
+    wanted = v @ v.T / np.linalg.norm(v, 2) ** 2 @ delta
+    found = tensors(tmp_path / "out")[name] - safe[name]
+    np.testing.assert_allclose(found, wanted, atol=2e-6)
+    assert np.linalg.norm(found) <= np.linalg.norm(delta)
+
+
+def test_safemerge(shop: Path, tmp_path: Path) -> None:
+    """Below the threshold 0.8 of the change and 0.2 of the safety model's; else the tuned model."""
+    safe, tuned, extra = (tensors(shop / n) for n in ("aligned", "tuned", "other"))
+    name = next(n for n in safe if "q_proj" in n)
+    cosine = projected(shop, name)[1]
+    for threshold, mixed in ((cosine + 1e-4, True), (cosine - 1e-4, False)):
+        out = tmp_path / str(mixed)
+        realign(dataless(shop, "safemerge", threshold=threshold), out)
+        delta = tuned[name] - safe[name]
+        wanted = 0.8 * delta + 0.2 * (extra[name] - safe[name]) if mixed else delta
+        np.testing.assert_allclose(tensors(out)[name] - safe[name], wanted, atol=2e-6)
+
+
+@pytest.mark.parametrize("method", ["random", "magnitude"])
+def test_fixed_masks(method: str, shop: Path, tmp_path: Path) -> None:
+    """Exactly so many entries stay, divided by their share where that is asked for."""
+    safe, tuned = tensors(shop / "aligned"), tensors(shop / "tuned")
+    realign(dataless(shop, method, density=0.25, rescale="mean"), tmp_path / "out")
+    mask = Mask.load(tmp_path / "out" / "mask.safetensors")
+    assert mask.count == round(0.25 * mask.size)
+    for name, value in tensors(tmp_path / "out").items():
+        kept = mask[name].astype(np.float64)
+        wanted = safe[name] + kept / max(kept.mean(), 1e-3) * (tuned[name] - safe[name])
+        np.testing.assert_allclose(value, wanted, atol=2e-6)
+
+
+def test_protect(shop: Path, tmp_path: Path) -> None:
+    """Entries that the alignment moved most have their aligned values, bit for bit, the others
+    those of the tuned model; a mask of the user's does as well."""
+    base, safe, tuned = (tensors(shop / n) for n in ("start", "aligned", "tuned"))
+    realign(dataless(shop, "protect", density=0.2), tmp_path / "out")
+    mask = Mask.load(tmp_path / "out" / "mask.safetensors")
+    assert mask.count == round(0.2 * mask.size)
+    low = min(np.abs(safe[n] - base[n])[mask[n]].min() for n in safe if mask[n].any())
+    high = max(np.abs(safe[n] - base[n])[~mask[n]].max() for n in safe if not mask[n].all())
+    assert low >= high
+    for name, value in tensors(tmp_path / "out").items():
+        assert np.array_equal(value[mask[name]], safe[name][mask[name]])
+        np.testing.assert_allclose(value[~mask[name]], tuned[name][~mask[name]], atol=1e-6)
+    given = dataless(shop, "protect", mask=str(tmp_path / "out" / "mask.safetensors"))
+    given.pop("base")
+    realign(given, tmp_path / "again")
+    assert all(np.array_equal(v, tensors(tmp_path / "again")[n])
+               for n, v in tensors(tmp_path / "out").items())  # fmt: skip
+
+
+def test_line_search(shop: Path, tmp_path: Path) -> None:
+    """The chosen coefficient passes the gate, and none that passes loses less utility."""
+    what = recipe(shop, "line-search", parameters={"retain": 0.6, "points": 6},
+                  utility={"rows": str(shop / "utility.jsonl")})  # fmt: skip
+    report = realign(what, tmp_path / "out")
+    line, chosen = report.facts["line"], report.facts["coefficient"]
+    assert [point["c"] for point in line] == pytest.approx([0, 0.2, 0.4, 0.6, 0.8, 1])
+    passing = [point for point in line if point["margin"] >= report.facts["gate"]]
+    assert chosen == min(passing, key=lambda point: point["utility"])["c"]
+    safe, tuned = tensors(shop / "aligned"), tensors(shop / "tuned")
+    for name, value in tensors(tmp_path / "out").items():
+        wanted = tuned[name] + chosen * (safe[name] - tuned[name])
+        np.testing.assert_allclose(value, wanted, atol=2e-6)
+
+
+# -- adapters --------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def lora(shop: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Two adapters of the same rank on one base, and one of another."""
+    where = tmp_path_factory.mktemp("adapters")
+    for name, seed, rank in (("safe", 1, 4), ("tuned", 2, 4), ("wide", 3, 6)):
+        adapting.adapter(shop / "start", where / name, seed, r=rank)
+    return where
+
+
+def on_adapters(shop: Path, lora: Path, space: str, **parameters: Any) -> dict[str, Any]:
+    found = recipe(
+        shop,
+        aligned=f"{shop / 'start'}+{lora / 'safe'}",
+        models={"tuned": str(lora / "tuned")},
+        parameters={"space": space, **parameters},
+        training={**TRAINING, "steps": 2, "lr": 1e-4},
+        ancestor="trust",
+    )
+    return {**found, "base": str(shop / "start")}
+
+
+@pytest.mark.parametrize("space", ["delta_w", "factors"])
+def test_open_and_closed_masks_of_adapters(
+    space: str, shop: Path, lora: Path, tmp_path: Path
+) -> None:
+    """Logits of +20 give base plus tuned adapter, logits of -20 without rescaling base plus safe
+    adapter: in both spaces, as PEFT merges them."""
+    ends = {"tuned": 20.0, "safe": -6.0}
+    for name, start in ends.items():
+        what = on_adapters(shop, lora, space, start=start, rescale="none")
+        report = realign(what, tmp_path / name)
+        wanted = adapting.merged_by_peft(shop / "start", lora / name)
+        for key, value in tensors(tmp_path / name).items():
+            np.testing.assert_allclose(value, wanted[key].numpy(), atol=2e-2 if start < 0 else 1e-5)
+    factors = sum(v.size for v in load_file(lora / "safe" / "adapter_model.safetensors").values())
+    assert (report.facts["masked"] == factors) == (space == "factors")
+
+
+def test_a_mask_of_factors_is_no_mask_of_products(shop: Path, lora: Path, tmp_path: Path) -> None:
+    """Half of both factors' changes is a quarter of their product, and cross terms: the spaces
+    give different models from the same logits."""
+    made = []
+    for space in ("delta_w", "factors"):
+        realign(on_adapters(shop, lora, space, rescale="none"), tmp_path / space)
+        made.append(tensors(tmp_path / space))
+    name = next(n for n in made[0] if "q_proj" in n)
+    assert np.abs(made[0][name] - made[1][name]).max() > 1e-4
+
+
+def test_the_aligned_model_has_its_adapter_everywhere(
+    shop: Path, lora: Path, tmp_path: Path
+) -> None:
+    """Also in tensors that no tuned model changed: its scores are those of the merged folder."""
+    extra = adapting.adapter(shop / "start", tmp_path / "extra", 5, r=2, target_modules=["q_proj"])
+    both = f"{shop / 'start'}+{lora / 'safe'}"
+    what = {**on_adapters(shop, lora, "delta_w"), "models": {"x": f"{both}+{extra}"}}
+    found = realign(what, tmp_path / "out").scores["aligned"]["margin"].value
+    shutil.copytree(shop / "start", tmp_path / "merged")
+    merged = {
+        k: v.numpy() for k, v in adapting.merged_by_peft(shop / "start", lora / "safe").items()
+    }
+    save_file(merged, tmp_path / "merged" / "model.safetensors", {"format": "pt"})
+    plain = {**what, "aligned": str(tmp_path / "merged")}
+    expected = realign(plain, tmp_path / "plain").scores["aligned"]["margin"].value
+    assert found == pytest.approx(expected, rel=1e-4)
+
+
+def test_factors_must_fit(shop: Path, lora: Path, tmp_path: Path) -> None:
+    """Ranks that differ, and models without adapters, are refused with what to do; products may
+    be compared whatever the ranks."""
+    what = on_adapters(shop, lora, "factors")
+    wide = {**what, "models": {"tuned": str(lora / "wide")}}
+    with pytest.raises(MismatchError, match=r"rank 6, not 4.*delta_w"):
+        plan_realign(wide, tmp_path / "out")
+    with pytest.raises(MismatchError, match="has no adapter.*delta_w"):
+        plan_realign({**what, "aligned": str(shop / "aligned")}, tmp_path / "out")
+    whole = {**what, "models": {"tuned": str(shop / "tuned")}}
+    with pytest.raises(MismatchError, match="only one of them has factors"):
+        plan_realign(whole, tmp_path / "out")
+    plan_realign({**wide, "parameters": {"space": "delta_w"}}, tmp_path / "out")
+
+
+# -- interruptions ---------------------------------------------------------------------------------
+
+CHILD = """
+import json, os, signal, sys
+from pathlib import Path
+os.environ["HF_HUB_OFFLINE"] = "1"
+import torch
+torch.set_num_threads(1)
+from suture.realign import realign
+recipe, out, stop = json.loads(sys.argv[1]), Path(sys.argv[2]), json.loads(sys.argv[3])
+def tell(phase, at):
+    if at.step == stop:
+        os.kill(os.getpid(), signal.SIGKILL)
+report = realign(recipe, out, tell=tell)
+print(report.fingerprint, report.losses)
+"""
+
+
+def child(what: dict[str, Any], out: Path, stop: int) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [sys.executable, "-c", CHILD, json.dumps(what), str(out), json.dumps(stop)],
+        capture_output=True, text=True, timeout=300, check=False,
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize(("how", "kills"), [("average", 1), ("dare", 2)])
+def test_a_killed_run_ends_as_one_that_was_not(
+    how: str, kills: int, shop: Path, tmp_path: Path
+) -> None:
+    """``kill -9`` at random steps, early stop included; then the same command: the same losses,
+    masks, logits and weights, byte for byte."""
+    what = recipe(
+        shop,
+        models={"tuned": str(shop / "tuned"), "other": str(shop / "other")},
+        fuse=how,
+        training={**TRAINING, "epochs": 3, "patience": 3, "validate_every": 2},
+    )
+    expected = realign(what, tmp_path / "whole")
+    for stop in sorted(random.Random(how).sample(range(1, expected.steps), kills)):
+        done = child(what, tmp_path / "out", stop)
+        assert done.returncode == -signal.SIGKILL, done.stderr
+        assert not (tmp_path / "out").exists()
+    done = child(what, tmp_path / "out", 0)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.strip() == f"{expected.fingerprint} {expected.losses}"
+    for file in ("model", "mask", "logits"):
+        pair = [(tmp_path / n / f"{file}.safetensors").read_bytes() for n in ("whole", "out")]
+        assert pair[0] == pair[1], file
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["out", "whole"]
+
+
+def test_the_best_masks_are_kept(shop: Path, tmp_path: Path) -> None:
+    """Training stops when held-out pairs say so, and goes back to where they were best."""
+    training = {**TRAINING, "epochs": 20, "lr": 10.0, "schedule": "constant", "patience": 2,
+                "validate_every": 1}  # fmt: skip
+    report = realign(recipe(shop, training=training), tmp_path / "out")
+    assert report.best is not None
+    assert report.best <= report.steps - 2
+    assert report.steps < 100
+
+
+def test_what_goes_wrong_keeps_the_last_good_state(
+    shop: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A loss that is no number, or masks that close: the message says so and where the last
+    checkpoint is, nothing appears at the output, and the run can go on from it to the same end."""
+    what = recipe(shop)
+    expected = realign(what, tmp_path / "whole")
+    real, calls = somf.dpo, 0
+
+    def broken(*args: Any) -> torch.Tensor:
+        nonlocal calls
+        calls += 1
+        return real(*args) * (float("nan") if calls == 8 else 1.0)
+
+    monkeypatch.setattr(somf, "dpo", broken)
+    with pytest.raises(NonFiniteError, match=r"loss is nan at step \d.*the checkpoint of step \d"):
+        realign(what, tmp_path / "out")
+    monkeypatch.setattr(somf, "dpo", real)
+    steps: list[int] = []
+
+    def closing(phase: str, at: Any) -> None:
+        steps.append(at.step)
+        if at.step == 8:
+            monkeypatch.setattr(somf, "COLLAPSED", 0.9)
+
+    with pytest.raises(SutureError, match=r"collapsed: its mean fell to 0.*is kept in"):
+        realign(what, tmp_path / "out", tell=closing)
+    assert steps[0] > 1
+    assert not (tmp_path / "out").exists()
+    monkeypatch.setattr(somf, "COLLAPSED", 1e-3)
+    found = realign(what, tmp_path / "out")
+    assert (found.fingerprint, found.losses) == (expected.fingerprint, expected.losses)
+
+
+def test_a_mask_that_has_collapsed(shop: Path, tmp_path: Path) -> None:
+    """Logits far below 0 leave the aligned model alone: that is said, not written."""
+    with pytest.raises(SutureError, match="only the aligned model would be left"):
+        realign(recipe(shop, parameters={"start": -9.0}), tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
+def test_another_recipe_does_not_take_over(shop: Path, tmp_path: Path) -> None:
+    """Masks of another recipe are kept until --no-resume says otherwise."""
+
+    def stop(phase: str, at: Any) -> None:
+        if at.step == 5:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        realign(recipe(shop), tmp_path / "out", tell=stop)
+    other = recipe(shop, training={**TRAINING, "lr": 0.01})
+    with pytest.raises(OutputError, match="another recipe"):
+        realign(other, tmp_path / "out")
+    realign(other, tmp_path / "out", resume=False)
+
+
+# -- wrong input -----------------------------------------------------------------------------------
+
+
+def test_pairs_that_teach_nothing(shop: Path, tmp_path: Path) -> None:
+    """No rows; two equal answers in every row; a column that is missing; an empty answer."""
+    rows = refusing.pairs()
+    same = [{**r, "rejected": r["chosen"]} for r in rows]
+    cases = {
+        "holds no rows": [],
+        "in all .* pairs 'chosen' and 'rejected' are identical": same,
+        "no column 'chosen'": [{"prompt": r["prompt"], "safe": r["chosen"]} for r in rows],
+        "leaves no (validation|training) pairs": rows[:1],
+    }
+    for text, found in cases.items():
+        path = refusing.write_pairs(tmp_path / "pairs.jsonl", found)
+        with pytest.raises(RecipeError, match=text):
+            plan_realign(recipe(shop, data={"train": path}), tmp_path / "out")
+    mixed = refusing.write_pairs(tmp_path / "pairs.jsonl", rows + same[:3])
+    plan = plan_realign(recipe(shop, data={"train": mixed}), tmp_path / "out")
+    assert plan.rows is not None
+    assert "two equal answers; left out" in " ".join(plan.rows.notes)
+    short = {"train": mixed, "max_length": 4, "too_long": "cut"}
+    with pytest.raises(RecipeError, match="has no tokens"):
+        plan_realign(recipe(shop, data=short), tmp_path / "out")
+
+
+def test_prompts_are_on_one_side_only(shop: Path, tmp_path: Path) -> None:
+    """Several pairs of a prompt are never divided between training and validation."""
+    rows = [{**r, "rejected": r["rejected"] + extra} for r in refusing.pairs()
+            for extra in ("", " now")]  # fmt: skip
+    path = refusing.write_pairs(tmp_path / "pairs.jsonl", rows)
+    plan = plan_realign(recipe(shop, data={"train": path, "validation": 0.4}), tmp_path / "out")
+    assert plan.rows is not None
+    sides = [{ids[:5] for ids in side.rows.ids} for side in (plan.rows.train, plan.rows.validation)]
+    assert sides[0]
+    assert sides[1]
+    assert not sides[0] & sides[1]
+
+
+def test_an_aligned_model_that_is_no_ancestor(shop: Path, tmp_path: Path) -> None:
+    """A model nearer to the base than to the aligned one, the aligned model itself, and another
+    model altogether are told by distances; `ancestor: trust` overrides."""
+    shutil.copytree(shop / "start", tmp_path / "cousin")
+    moved = {n: v + np.float32(1e-3) for n, v in tensors(shop / "start").items()}
+    save_file(moved, tmp_path / "cousin" / "model.safetensors", {"format": "pt"})
+    cousin = recipe(shop, "magnitude", models={"x": str(tmp_path / "cousin")})
+    with pytest.raises(MismatchError, match=r"models.x: .*lies nearer to the base .*trust"):
+        realign(cousin, tmp_path / "out")
+    realign({**cousin, "ancestor": "trust"}, tmp_path / "out")
+    itself = recipe(shop, models={"x": str(shop / "aligned")})
+    with pytest.raises(MismatchError, match="is the aligned model itself"):
+        realign(itself, tmp_path / "other")
+    refusing.save_model(refusing.llama(seed=9), refusing.tokenizer(), tmp_path / "stranger")
+    stranger = recipe(shop, models={"x": str(tmp_path / "stranger")})
+    del stranger["base"]
+    with pytest.raises(MismatchError, match=r"differs from .* by \d+%"):
+        realign(stranger, tmp_path / "other")
+
+
+def test_all_faults_of_a_recipe_at_once(shop: Path, tmp_path: Path) -> None:
+    """With the key, what was expected, and a suggestion."""
+    with pytest.raises(RecipeError) as caught:
+        read_realign(
+            {
+                "method": "somv", "aligned": 3, "models": {"a": 1}, "fuse": "tis", "spase": {},
+                "data": {"train": "nowhere.jsonl", "chosn": "x"}, "training": {"lr": "fast"},
+                "ancestor": "chek", "space": {"include": 3},
+            },
+            shop,
+        )  # fmt: skip
+    text = str(caught.value)
+    for part in ("did you mean 'somf'", "aligned: the path", "models.a: a path", "mean 'ties'",
+                 "'spase'; did you mean 'space'", "no file", "did you mean 'chosen'",
+                 "training.lr: a number", "did you mean 'check'", "space.include"):  # fmt: skip
+        assert part in text, (part, text)
+    needs = recipe(shop, "safemerge")
+    for key in ("base", "safety"):
+        needs.pop(key)
+    with pytest.raises(RecipeError, match=r"base: missing(.|\n)*safety: missing"):
+        read_realign(needs)
+    for what, text in (
+        (recipe(shop, parameters={"granularity": "tensor"}), "is 1 whatever was learned"),
+        (recipe(shop, models={"a": "x", "b": "y"}, fuse="single"), "single takes one model"),
+        ({**dataless(shop, "magnitude"), "method": "somf"}, "data: missing"),
+    ):
+        with pytest.raises(RecipeError, match=text):
+            read_realign(what)
+
+
+def test_the_example_can_be_read(shop: Path, tmp_path: Path) -> None:
+    """``examples/realign.yaml`` and the recipe of the docs, with rows beside them."""
+    root = Path(__file__).parents[1]
+    page = (root / "docs" / "realign.md").read_text()
+    for name in ("pairs", "utility", "reported", "math-held-out"):
+        (tmp_path / f"{name}.jsonl").write_text("{}")
+    for text in ((root / "examples" / "realign.yaml").read_text(),
+                 page.split("```yaml\n")[1].split("```")[0]):  # fmt: skip
+        found = read_realign(yaml.safe_load(text), tmp_path)
+        assert found.method.name == "somf"
+        assert found.fusing.how == "ties"
+        again = read_realign(found.resolved(), tmp_path)
+        assert again.resolved() == found.resolved()
+
+
+def test_models_that_do_not_fit(shop: Path, tmp_path: Path) -> None:
+    """Shapes, a missing folder, an output that is an input: all before anything is read."""
+    refusing.save_model(refusing.llama(width=16), refusing.tokenizer(), tmp_path / "small")
+    what = recipe(shop, models={"x": str(tmp_path / "small"), "y": str(tmp_path / "none")})
+    with pytest.raises(SutureError, match=r"models.y: (.|\n)*is \[") as caught:
+        plan_realign(what, shop / "aligned")
+    assert "aligned" in str(caught.value)
+
+
+def test_numbers_that_are_none(shop: Path, tmp_path: Path) -> None:
+    """NaN in a model is an error of its own."""
+    shutil.copytree(shop / "tuned", tmp_path / "nan")
+    broken = tensors(shop / "tuned")
+    broken["model.norm.weight"][0] = np.nan
+    save_file(broken, tmp_path / "nan" / "model.safetensors", {"format": "pt"})
+    with pytest.raises(NonFiniteError, match="NaN or infinite"):
+        realign(recipe(shop, models={"x": str(tmp_path / "nan")}), tmp_path / "out")
+
+
+def test_what_must_not_be_passed_on_is_marked(shop: Path, tmp_path: Path) -> None:
+    """A restricted input makes a restricted output, in the record and in the card."""
+    shutil.copytree(shop / "tuned", tmp_path / "secret")
+    record = tmp_path / "secret" / "suture.json"
+    record.write_text(json.dumps({**json.loads(record.read_text()), "restricted": True}))
+    what = dataless(shop, "magnitude", density=0.5)
+    report = realign({**what, "models": {"x": str(tmp_path / "secret")}}, tmp_path / "out")
+    assert report.restricted
+    assert json.loads((tmp_path / "out" / "suture.json").read_text())["restricted"] is True
+    assert "must not be passed on" in (tmp_path / "out" / "README.md").read_text()
+    assert Mask.load(tmp_path / "out" / "mask.safetensors").about["restricted"] is True
+    again = {**what, "models": {"x": str(tmp_path / "out")}, "ancestor": "trust"}
+    assert realign(again, tmp_path / "next").restricted
+
+
+# -- the command -----------------------------------------------------------------------------------
+
+
+def test_the_command(shop: Path, tmp_path: Path) -> None:
+    """Says what memory it needs, writes a folder, prints a table or one JSON object; errors end
+    with 2 and without a traceback."""
+    path = tmp_path / "recipe.yaml"
+    path.write_text(yaml.safe_dump(recipe(shop)))
+    code, out, err = invoke("realign", str(path), "-o", str(tmp_path / "out"), "--dry-run")
+    assert code == 0, err
+    assert "nothing was written" in out
+    assert "in all" in out
+    code, out, err = invoke("realign", str(path), "-o", str(tmp_path / "out"))
+    assert code == 0, err
+    assert "needs about" in err
+    assert "retention, safety" in out
+    code, out, err = invoke("realign", str(path), "-o", str(tmp_path / "two"), "--json")
+    assert code == 0, err
+    assert json.loads(out)["method"] == "somf"
+    code, out, err = invoke("realign", str(path), "-o", str(tmp_path / "out"))
+    assert code == 2
+    assert "exists" in err
+    assert "Traceback" not in err
+
+
+def test_the_table_of_methods() -> None:
+    """Every method with its parameters; one in full, with what it needs."""
+    code, out, _ = invoke("realigners")
+    assert code == 0
+    assert all(name in out for name in METHODS)
+    code, out, _ = invoke("realigners", "safemerge")
+    assert code == 0
+    assert "needs aligned, models, base, safety" in out
+    assert invoke("realigners", "safemrge")[0] == 2
