@@ -103,6 +103,7 @@ class _Run:
         self.versions |= {"suture": suture.__version__, "python": platform.python_version()}
         self.ledger.pending = expected(self.bench)
         self.record: dict[str, Any] = {"base": {}, "lines": {}, "sensitivity": {}, "ceiling": {}}
+        self._before = _cells(plan.out / "results.json")
         self._base: Base | None = None
         self._sides: dict[int, list[Side]] = {}
 
@@ -359,6 +360,9 @@ class _Run:
         return found
 
     def _write(self, *, complete: bool) -> dict[str, Any]:
+        """Write the tables; those of a run that went on are not replaced by those of less."""
+        if not complete and self.ledger.finished < self._before:
+            return {}
         if complete and "masks" in self.bench.measure:
             self.record["ceiling"] = self._ceilings()
         found = results(self.bench, self.record, self.versions, self.base.fingerprint)
@@ -383,6 +387,14 @@ class _Late:
         if self._space is None:
             self._space = self._make()
         return self._space
+
+
+def _cells(path: Path) -> int:
+    """How many cells the tables in a file were made of."""
+    try:
+        return int(json.loads(path.read_text(encoding="utf-8"))["cells"])
+    except (OSError, ValueError, KeyError, TypeError):
+        return 0
 
 
 def _facts(found: Learnt) -> dict[str, Any]:
