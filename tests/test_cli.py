@@ -378,7 +378,12 @@ def test_a_signal_ends_a_merge_that_goes_on_later(tmp_path: Path, number: signal
     """Exit code 3, one line, nothing published; the same command takes over what was finished."""
     large(tmp_path)
     flags = ("--threads", "1")
-    with start("merge", "recipe.yaml", "-o", "out", "--json", *flags, cwd=tmp_path) as process:
+    before = signal.signal(number, signal.SIG_DFL)  # what a shell starts with & ignores SIGINT
+    try:
+        process = start("merge", "recipe.yaml", "-o", "out", "--json", *flags, cwd=tmp_path)
+    finally:
+        signal.signal(number, before)
+    with process:
         journal = staging(tmp_path / "out") / "journal"
         while process.poll() is None and not (journal.exists() and journal.stat().st_size):
             time.sleep(0.001)

@@ -431,6 +431,25 @@ def test_a_report_without_a_clear_gain_is_still_shown(tmp_path: Path) -> None:
     assert "Retention of the gain" not in text
 
 
+def test_a_benchmark_shows_sums_claims_and_masks(tmp_path: Path) -> None:
+    """What `suture bench` wrote: every strategy with its interval, every claim with its verdict."""
+    measured = Path(__file__).parent.parent / "benchmarks" / "arithmetic.json"
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "results.json").write_bytes(measured.read_bytes())
+
+    found = write_page(tmp_path / "out", tmp_path / "report.html")
+
+    assert not found["notes"]
+    text = (tmp_path / "report.html").read_text()
+    raw = json.loads(measured.read_text())
+    for line in raw["lines"]:
+        assert f">{line}<" in text
+    for claim in raw["claims"]:
+        assert claim["text"].replace("'", "&#39;") in text or claim["text"] in text
+    assert "Every vector on every task" in text
+    assert "What the masks of different tasks share" in text
+
+
 # -- in a browser ----------------------------------------------------------------------------------
 
 

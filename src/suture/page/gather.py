@@ -34,6 +34,7 @@ class Found:
     localizations: list[tuple[str, dict[str, Any]]] = field(default_factory=list)
     maps: list[tuple[str, dict[str, Any]]] = field(default_factory=list)
     curves: list[tuple[str, dict[str, Any]]] = field(default_factory=list)
+    benchmarks: list[tuple[str, dict[str, Any]]] = field(default_factory=list)
     withheld: list[str] = field(default_factory=list)
     """Paths of files that are marked restricted; nothing else of them is kept."""
     notes: list[str] = field(default_factory=list)
@@ -49,6 +50,7 @@ class Found:
             self.localizations,
             self.maps,
             self.curves,
+            self.benchmarks,
         )
         return sum(len(kind) for kind in kinds)
 
@@ -62,7 +64,12 @@ class Found:
         if raw.get("restricted") is True:
             self.withheld.append(where)
             return
-        plain = {"analysis": self.analyses, "disentanglement": self.maps, "curve": self.curves}
+        plain = {
+            "analysis": self.analyses,
+            "disentanglement": self.maps,
+            "curve": self.curves,
+            "bench": self.benchmarks,
+        }
         if isinstance(kind, str) and kind in plain:
             plain[kind].append((where, dict(raw)))
         elif kind == "evaluation" and "evaluations" in raw:

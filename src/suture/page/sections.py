@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import yaml
 
-from suture.page import charts, masks, weights
+from suture.page import arithmetic, charts, masks, weights
 from suture.page.gather import Found
 from suture.page.parts import Builder, Cell, Chart, Figure, Section, Table, percent
 from suture.spec import listed, readable
@@ -33,6 +33,9 @@ def sections_of(found: Found) -> list[Section]:
     for where, report in found.reports:
         made.append(_results(where, report, builder(where)))
     made += _loose_results(found)
+    for where, raw in found.benchmarks:
+        one = builder(where)
+        made += one.attempt("it", partial(arithmetic.arithmetic, where, raw, one))
     for where, raw in found.analyses:
         one = builder(where)
         made += one.attempt("the analysis", partial(weights.sections, where, raw, one))
@@ -94,6 +97,8 @@ def _glance(found: Found, builder: Callable[[str], Builder]) -> Iterator[str]:
                 f"Of {len(merges)} merges, {name} keeps most of the experts: {percent(mean)} of "
                 f"their scores on average, {percent(low)} in its weakest task{before}."
             )
+    for where, raw in found.benchmarks:
+        yield from builder(where).attempt("the summary", partial(arithmetic.glance, raw))
     for where, raw in found.analyses:
         yield from builder(where).attempt("the summary", partial(weights.glance, raw))
     for where, raw in found.localizations:
