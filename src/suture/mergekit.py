@@ -22,6 +22,7 @@ from suture.recipe_types import (
     UNKNOWN,
     ModelEntry,
     Policy,
+    Reader,
     Recipe,
     Slice,
     Source,
@@ -70,18 +71,15 @@ def translated(raw: Mapping[str, Any], folder: Path, problems: Problems) -> Reci
     return _Reader(raw, folder, problems).recipe()
 
 
-class _Reader:
+class _Reader(Reader):
     def __init__(self, raw: Mapping[str, Any], folder: Path, problems: Problems) -> None:
-        self.raw, self.folder, self.problems = raw, folder, problems
+        super().__init__(raw, folder, problems)
         self.notes: list[str] = []
         name = raw["merge_method"]
         self.name = name if isinstance(name, str) else str(name)
         self.kit = KITS.get(self.name)
         self.module: Scopes = []
         self.incomplete: set[str] = set()
-
-    def refuse(self, text: str) -> None:
-        self.problems.add(RecipeError, text)
 
     def recipe(self) -> Recipe:
         """The recipe in Suture's terms."""

@@ -94,11 +94,16 @@ def check_free(out: Path, place: Path, options: Options, problems: Problems) -> 
                 OutputError,
                 f"{out}: was not written by suture, so it is not replaced; remove it yourself",
             )
-    parent = place.parent
-    while not parent.exists():
-        parent = parent.parent
-    if not parent.is_dir() or not os.access(parent, os.W_OK | os.X_OK) or not _writable(parent):
-        problems.add(OutputError, f"{out}: cannot write in {parent}")
+    check_parent(place, out, problems)
+
+
+def check_parent(place: Path, out: Path, problems: Problems) -> bool:
+    """Whether something can be made at ``place``; where not, a note that names ``out``."""
+    parent = existing(place)
+    if parent.is_dir() and os.access(parent, os.W_OK | os.X_OK) and _writable(parent):
+        return True
+    problems.add(OutputError, f"{out}: cannot write in {parent}")
+    return False
 
 
 def _writable(folder: Path) -> bool:

@@ -145,6 +145,40 @@ _PLACE = re.compile(r"([\w-]+(?:\.[\w*/-]+|\[\d+\])*)(?:\['[^']*'\](?:\[\d+\])?)
 _LAST = re.compile(r"(^|\.)[^.\[\]]*$|\[\d+\]$")
 
 
+def text_of(source: Path, what: str = "recipe", limit: int = RECIPE_LIMIT) -> str:
+    """What a file of ours says, if it is text of a size that a person may have written.
+
+    Args:
+        source: the file.
+        what: it should be, for the message.
+        limit: bytes that it may have.
+
+    Raises:
+        RecipeError: it cannot be read, is too large, or is no text.
+    """
+    try:
+        if source.stat().st_size > limit:
+            raise RecipeError(f"{source}: too large for a {what}")
+        return source.read_text(encoding="utf-8")
+    except OSError as error:
+        raise RecipeError(f"{source}: {error.strerror}") from None
+    except UnicodeDecodeError:
+        raise RecipeError(f"{source}: not a text file") from None
+
+
+def raw_recipe(
+    source: Path | Mapping[str, Any], folder: Path | None = None
+) -> tuple[dict[str, Any], Path]:
+    """What a recipe of any command says, and where its relative paths start.
+
+    Raises:
+        RecipeError: the file cannot be read, or holds no YAML mapping.
+    """
+    if isinstance(source, Mapping):
+        return dict(source), folder or Path()
+    return parse_yaml(text_of(source), str(source)), folder or source.parent
+
+
 def parse_yaml(text: str, where: str, lines: list[Lines] | None = None) -> dict[str, Any]:
     """Read a YAML mapping; ``lines`` takes where its parts stand.
 
@@ -225,16 +259,9 @@ def parse_recipe(
 
 
 def _from_file(source: Path, folder: Path, problems: Problems) -> Recipe | None:
-    try:
-        if source.is_dir():
-            raise RecipeError(f"{source}: is a folder; a recipe is a YAML file")
-        if source.stat().st_size > RECIPE_LIMIT * (16 if source.suffix == ".json" else 1):
-            raise RecipeError(f"{source}: too large for a recipe")
-        text = source.read_text(encoding="utf-8")
-    except OSError as error:
-        raise RecipeError(f"{source}: {error.strerror}") from None
-    except UnicodeDecodeError:
-        raise RecipeError(f"{source}: not a text file") from None
+    if source.is_dir():
+        raise RecipeError(f"{source}: is a folder; a recipe is a YAML file")
+    text = text_of(source, limit=RECIPE_LIMIT * (16 if source.suffix == ".json" else 1))
     if source.suffix == ".json":
         return _from_provenance(text, source, folder, problems)
     lines: list[Lines] = []

@@ -16,6 +16,23 @@ from suture.vocabulary import Wanted
 from suture.writer import SHARD_SIZE
 
 
+class Reader:
+    """Reads the keys of one recipe; every fault is noted, none stops it.
+
+    Args:
+        raw: what the recipe says.
+        folder: where its relative paths start.
+        problems: takes the faults.
+    """
+
+    def __init__(self, raw: Mapping[str, Any], folder: Path, problems: Problems) -> None:
+        self.raw, self.folder, self.problems = raw, folder, problems
+
+    def refuse(self, text: str) -> None:
+        """Note a fault."""
+        self.problems.add(RecipeError, text)
+
+
 @dataclass(frozen=True)
 class Policy:
     """What to do where the models do not hold the same tensors."""

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 from suture.card import carry
 from suture.checkpoint import Checkpoint, open_checkpoint
 from suture.errors import Problems, RecipeError, brief, did_you_mean
-from suture.recipe_types import Policy, refuse_unknown, section
+from suture.recipe_types import Policy, Reader, refuse_unknown, section
 from suture.roles import EVERYTHING
 from suture.run import merged, save
 
@@ -75,15 +75,8 @@ class Net:
     """About rows that were cut or left out."""
 
 
-class TaskReader:
+class TaskReader(Reader):
     """Reads the keys of a recipe and notes everything that is wrong."""
-
-    def __init__(self, raw: Mapping[str, Any], folder: Path, problems: Problems) -> None:
-        self.raw, self.folder, self.problems = raw, folder, problems
-
-    def note(self, text: str) -> None:
-        """Note a fault."""
-        self.problems.add(RecipeError, text)
 
     def one(
         self, raw: Mapping[str, Any], key: str, kind: type, default: Any, where: str = ""
@@ -93,7 +86,7 @@ class TaskReader:
         fine = isinstance(found, kind) and (kind is bool or not isinstance(found, bool))
         if found is not default and not fine:
             words = {str: "a word", int: "a whole number", bool: "true or false"}
-            self.note(f"{where}{key}: {words[kind]}, not {brief(found)}")
+            self.refuse(f"{where}{key}: {words[kind]}, not {brief(found)}")
             return default
         return found
 
@@ -101,7 +94,7 @@ class TaskReader:
         """A whole number from 1 on."""
         found = self.one(raw, key, int, default, where)
         if isinstance(found, int) and found < 1:
-            self.note(f"{where}{key}: at least 1, not {found}")
+            self.refuse(f"{where}{key}: at least 1, not {found}")
             return default
         return found
 
@@ -111,7 +104,7 @@ class TaskReader:
         for name in found:
             if name not in models:
                 hint = did_you_mean(name, list(models)) if models else "there are none"
-                self.note(f"{key}: no model {name!r}; {hint}")
+                self.refuse(f"{key}: no model {name!r}; {hint}")
         return {n: v for n, v in found.items() if n in models}
 
     def tasks(self, models: Mapping[str, str]) -> dict[str, Task]:
@@ -120,15 +113,15 @@ class TaskReader:
         for name, entry in self.paired("tasks", models).items():
             where = f"tasks.{name}."
             if not isinstance(entry, Mapping) or not isinstance(entry.get("data"), str):
-                self.note(f"tasks.{name}: a mapping with data, a .jsonl or .csv file")
+                self.refuse(f"tasks.{name}: a mapping with data, a .jsonl or .csv file")
                 continue
             refuse_unknown(entry, TASK_KEYS, f"tasks.{name}: ", self.problems)
             kind = self.one(entry, "kind", str, "classification", where)
             if kind not in ("classification", "causal"):
-                self.note(f"{where}kind: classification or causal, not {kind!r}")
+                self.refuse(f"{where}kind: classification or causal, not {kind!r}")
             head = self.one(entry, "head", str, None, where)
             if kind == "classification" and head is None:
-                self.note(f"{where}head: a classifier needs its head, a file that Suture wrote")
+                self.refuse(f"{where}head: a classifier needs its head, a file that Suture wrote")
             length = self.counted(entry, "max_length", TOKENS.get(kind, 128), where)
             rows = self.counted(entry, "rows", None, where)
             data = self.folder / entry["data"]
@@ -151,7 +144,7 @@ class TaskReader:
                  for key in ("text", "prompt", "response", "messages")}  # fmt: skip
         kind = self.one(entry, "format", str, "", where)
         if kind not in ("", "text", "prompt", "chat"):
-            self.note(f"{where}format: text, prompt or chat, not {kind!r}")
+            self.refuse(f"{where}format: text, prompt or chat, not {kind!r}")
         return DataSpec(Source(str(data)), share=0.0, format=kind, max_length=length,
                         too_long="cut", limit=rows or 0, **words,
                         chat=self.one(entry, "chat", bool, False, where))  # fmt: skip

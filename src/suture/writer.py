@@ -19,8 +19,8 @@ import json
 import os
 import shutil
 import threading
-from collections.abc import Iterable, Mapping, Sequence
-from contextlib import suppress
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -384,6 +384,31 @@ def _link(source: Path, place: Path) -> bool:
     except OSError:  # another disk, or a file system without links
         return False
     return True
+
+
+@contextmanager
+def alone(folder: Path, out: Path, doing: str) -> Iterator[None]:
+    """Hold a folder against other processes of ours; it is made where it is missing.
+
+    Args:
+        folder: to be held; has a file ``lock`` from then on.
+        out: what the message names.
+        doing: what another process is said to be doing.
+
+    Raises:
+        OutputError: another process holds it, or nothing can be written there.
+    """
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        lock = os.open(folder / "lock", os.O_RDWR | os.O_CREAT, 0o644)
+    except OSError as error:
+        raise OutputError(f"{folder}: cannot write there: {error.strerror}") from None
+    try:
+        if not locked(lock):
+            raise OutputError(f"{out}: another process is {doing} it just now")
+        yield
+    finally:
+        os.close(lock)
 
 
 def locked(descriptor: int) -> bool:

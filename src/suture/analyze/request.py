@@ -9,9 +9,9 @@ from pathlib import Path
 from typing import Any
 
 from suture.analysis import BASES
-from suture.errors import Problems, RecipeError, brief, did_you_mean
-from suture.recipe import parse_yaml
-from suture.recipe_types import refuse_unknown, section
+from suture.errors import Problems, brief, did_you_mean
+from suture.recipe import raw_recipe
+from suture.recipe_types import Reader, refuse_unknown, section
 from suture.roles import DEFAULT_SPACE, ParamSpace
 from suture.select import SCOPES
 from suture.tasks import Task, TaskReader
@@ -102,28 +102,16 @@ def read_request(
 ) -> Request | None:
     """Read an analysis recipe; faults are noted in ``problems``, ``None`` where nothing is left."""
     with problems.collecting():
-        if isinstance(source, Mapping):
-            return _Reader(dict(source), problems).request(folder or Path())
-        try:
-            text = source.read_text(encoding="utf-8")
-        except (OSError, UnicodeDecodeError) as error:
-            reason = getattr(error, "strerror", None) or "not a text file"
-            raise RecipeError(f"{source}: {reason}") from None
-        raw = parse_yaml(text, str(source))
-        return _Reader(raw, problems).request(folder or source.parent)
+        raw, where = raw_recipe(source, folder)
+        return _Reader(raw, where, problems).request()
     return None
 
 
-class _Reader:
+class _Reader(Reader):
     """Reads a mapping key by key and notes every fault."""
 
-    def __init__(self, raw: dict[str, Any], problems: Problems) -> None:
-        self.raw, self.problems = raw, problems
-
-    def refuse(self, text: str) -> None:
-        self.problems.add(RecipeError, text)
-
-    def request(self, folder: Path) -> Request:
+    def request(self) -> Request:
+        folder = self.folder
         refuse_unknown(self.raw, _KEYS, "", self.problems)
         base = self.raw.get("base")
         if not isinstance(base, str):

@@ -36,6 +36,7 @@ from suture.checkpoint import Checkpoint, is_from_hub
 from suture.engine import Stage, checkpoint_fingerprint
 from suture.errors import MismatchError, OutputError, Problems, RecipeError
 from suture.mask import Mask, localize
+from suture.outputs import check_parent
 from suture.planning import open_input
 from suture.recipe_types import Policy
 from suture.roles import ParamSpace, check_selectors
@@ -240,11 +241,7 @@ def _check_out(
             problems.add(
                 OutputError, f"{_staging(place)}: holds {listed(sorted(held))}; move it away"
             )
-        parent = place.parent
-        while not parent.exists():
-            parent = parent.parent
-        if not parent.is_dir() or not os.access(parent, os.W_OK | os.X_OK):
-            problems.add(OutputError, f"{out}: cannot write in {parent}")
+        check_parent(place, out, problems)
     except (OSError, RuntimeError) as error:
         problems.add(OutputError, f"{out}: {getattr(error, 'strerror', None) or error}")
 

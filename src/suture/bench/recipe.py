@@ -9,11 +9,11 @@ from pathlib import Path
 from typing import Any
 
 from suture.bench.tasks import TASKS, BenchTask, task_of_file
-from suture.errors import Problems, RecipeError, brief, did_you_mean
+from suture.errors import Problems, brief, did_you_mean
 from suture.finetune.base import Strategy
 from suture.finetune.strategies import strategy
-from suture.recipe import RECIPE_LIMIT, parse_yaml
-from suture.recipe_types import refuse_unknown, section
+from suture.recipe import raw_recipe
+from suture.recipe_types import Reader, refuse_unknown, section
 from suture.tune import TuneSettings
 
 MINILM = "minilm"
@@ -134,10 +134,7 @@ def read_bench(source: Path | Mapping[str, Any], folder: Path | None = None) -> 
     Raises:
         RecipeError: everything that is wrong with it, at once.
     """
-    if isinstance(source, Mapping):
-        raw, where = dict(source), folder or Path()
-    else:
-        raw, where = _parsed(source), folder or source.parent
+    raw, where = raw_recipe(source, folder)
     problems = Problems()
     found = _Reader(raw, where, problems).bench()
     problems.raise_if_any()
@@ -145,25 +142,8 @@ def read_bench(source: Path | Mapping[str, Any], folder: Path | None = None) -> 
     return found
 
 
-def _parsed(source: Path) -> dict[str, Any]:
-    try:
-        if source.stat().st_size > RECIPE_LIMIT:
-            raise RecipeError(f"{source}: too large for a recipe")
-        return parse_yaml(source.read_text(encoding="utf-8"), str(source))
-    except OSError as error:
-        raise RecipeError(f"{source}: {error.strerror}") from None
-    except UnicodeDecodeError:
-        raise RecipeError(f"{source}: not a text file") from None
-
-
-class _Reader:
+class _Reader(Reader):
     """Reads one recipe; every fault is noted."""
-
-    def __init__(self, raw: dict[str, Any], folder: Path, problems: Problems) -> None:
-        self.raw, self.folder, self.problems = raw, folder, problems
-
-    def refuse(self, text: str) -> None:
-        self.problems.add(RecipeError, text)
 
     def bench(self) -> Bench | None:
         refuse_unknown(self.raw, KEYS, "", self.problems)

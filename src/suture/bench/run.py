@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 import json
-import os
 import platform
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, replace
 from functools import partial
 from importlib.metadata import version
@@ -36,12 +34,11 @@ from suture.bench.tasks import BenchTask
 from suture.checkpoint import open_checkpoint
 from suture.data import Dataset, labels_of, tokenise
 from suture.engine import checkpoint_fingerprint
-from suture.errors import OutputError
 from suture.finetune.heads import zero_shot
 from suture.mask import Mask
 from suture.models import Head, embed, load_encoder
 from suture.tune import fit_head
-from suture.writer import locked
+from suture.writer import alone
 
 FEW = 16
 """Test rows of each task that movement is measured on: no labels, so few are enough."""
@@ -71,26 +68,11 @@ def bench(
     before = torch.get_num_threads()
     torch.set_num_threads(threads or before)
     try:
-        with _alone(plan.out):
+        # A second process would delete vectors that this one needs.
+        with alone(plan.out / "cells", plan.out, "working on"):
             return run.all()
     finally:
         torch.set_num_threads(before)
-
-
-@contextmanager
-def _alone(out: Path) -> Iterator[None]:
-    """Hold the output folder: a second process would delete vectors that this one needs."""
-    try:
-        (out / "cells").mkdir(parents=True, exist_ok=True)
-        lock = os.open(out / "lock", os.O_RDWR | os.O_CREAT, 0o644)
-    except OSError as error:
-        raise OutputError(f"{out}: cannot write there: {error.strerror}") from error
-    try:
-        if not locked(lock):
-            raise OutputError(f"{out}: another process is working on it just now")
-        yield
-    finally:
-        os.close(lock)
 
 
 class _Run:

@@ -20,7 +20,7 @@ from suture.finetune.strategies import MASKS
 from suture.images import Images
 from suture.models import device_named, load_tokenizer, longest_of, reads_images
 from suture.outputs import Options as PlaceOptions
-from suture.outputs import check_place
+from suture.outputs import check_place, existing
 from suture.spec import DTYPES, readable
 
 
@@ -167,9 +167,7 @@ def _check_form(recipe: Finetune, base: Checkpoint, problems: Problems) -> None:
 
 def _check_room(plan: Plan, problems: Problems) -> None:
     """Whether there is room for the output, and for a checkpoint while the next one is written."""
-    parent = plan.out.resolve().parent
-    while not parent.exists():
-        parent = parent.parent
+    parent = existing(plan.out)
     name, parameters = plan.recipe.strategy.name, plan.recipe.resolved()["parameters"]
     share = float(parameters["density"]) if name in ("talos", "masked") else 1.0
     share = 0.02 if "lora" in name else share

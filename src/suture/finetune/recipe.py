@@ -12,8 +12,8 @@ from typing import Any
 from suture.errors import Problems, RecipeError, brief, did_you_mean
 from suture.finetune.base import Strategy
 from suture.finetune.strategies import strategy
-from suture.recipe import RECIPE_LIMIT, parse_yaml
-from suture.recipe_types import refuse_unknown, section
+from suture.recipe import raw_recipe
+from suture.recipe_types import Reader, refuse_unknown, section
 from suture.spec import WORD_OF, dtype_named
 from suture.tune import TuneSettings
 
@@ -117,36 +117,16 @@ def read_finetune(source: Path | Mapping[str, Any], folder: Path | None = None) 
     Raises:
         RecipeError: everything that is wrong with it, at once.
     """
-    if isinstance(source, Mapping):
-        raw, where = dict(source), folder or Path()
-    else:
-        raw, where = _parsed(source), folder or source.parent
+    raw, where = raw_recipe(source, folder)
     problems = Problems()
-    found = _Reader(raw, problems).recipe(where)
+    found = _Reader(raw, where, problems).recipe()
     problems.raise_if_any()
     assert found is not None
     return found
 
 
-def _parsed(source: Path) -> dict[str, Any]:
-    try:
-        if source.stat().st_size > RECIPE_LIMIT:
-            raise RecipeError(f"{source}: too large for a recipe")
-        return parse_yaml(source.read_text(encoding="utf-8"), str(source))
-    except OSError as error:
-        raise RecipeError(f"{source}: {error.strerror}") from None
-    except UnicodeDecodeError:
-        raise RecipeError(f"{source}: not a text file") from None
-
-
-class _Reader:
+class _Reader(Reader):
     """Reads one recipe; every fault is noted."""
-
-    def __init__(self, raw: dict[str, Any], problems: Problems) -> None:
-        self.raw, self.problems = raw, problems
-
-    def refuse(self, text: str) -> None:
-        self.problems.add(RecipeError, text)
 
     def word(self, key: str, choices: tuple[str, ...], default: Any) -> Any:
         value = self.raw.get(key)
@@ -157,7 +137,8 @@ class _Reader:
             return default
         return value
 
-    def recipe(self, folder: Path) -> Finetune | None:
+    def recipe(self) -> Finetune | None:
+        folder = self.folder
         refuse_unknown(self.raw, KEYS, "", self.problems)
         base, name = self.raw.get("base"), self.raw.get("strategy")
         if not isinstance(base, str) or not base:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 import shutil
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
@@ -16,7 +15,7 @@ import suture
 from suture.errors import OutputError
 from suture.finetune.outcome import data_digest
 from suture.finetune.plan import Plan
-from suture.writer import locked
+from suture.writer import alone
 
 
 def work_of(out: Path) -> Path:
@@ -57,18 +56,11 @@ def locked_work(out: Path, work: Path, facts: Mapping[str, Any], resume: bool) -
     text = json.dumps({**facts, "versions": versions}, sort_keys=True, default=str)
     key = hashlib.sha256(text.encode()).hexdigest()
     try:
-        work.mkdir(parents=True, exist_ok=True)
-        lock = os.open(work / "lock", os.O_RDWR | os.O_CREAT, 0o644)
-    except OSError as error:
-        raise OutputError(f"{work}: cannot write there: {error.strerror}") from None
-    try:
-        if not locked(lock):
-            raise OutputError(f"{out}: another process is training it just now")
-        _same_run(work, key, resume)
-        yield work
-        shutil.rmtree(work, ignore_errors=True)
+        with alone(work, out, "training"):
+            _same_run(work, key, resume)
+            yield work
+            shutil.rmtree(work, ignore_errors=True)
     finally:
-        os.close(lock)
         with suppress(OSError):  # nothing was saved: leave no trace
             if {p.name for p in work.iterdir()} <= {"lock", "key"}:
                 shutil.rmtree(work)

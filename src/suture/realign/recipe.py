@@ -13,8 +13,8 @@ from suture.realign.base import Realigner
 from suture.realign.fuse import Fusing, read_fusing
 from suture.realign.methods import method
 from suture.realign.pairs import PairSpec
-from suture.recipe import RECIPE_LIMIT, parse_yaml
-from suture.recipe_types import refuse_unknown, section
+from suture.recipe import raw_recipe
+from suture.recipe_types import Reader, refuse_unknown, section
 from suture.roles import ParamSpace
 from suture.spec import WORD_OF, dtype_named
 from suture.tune import TuneSettings
@@ -100,10 +100,7 @@ def read_realign(source: Path | Mapping[str, Any], folder: Path | None = None) -
     Raises:
         RecipeError: everything that is wrong with it, at once.
     """
-    if isinstance(source, Mapping):
-        raw, where = dict(source), folder or Path()
-    else:
-        raw, where = _parsed(source), folder or source.parent
+    raw, where = raw_recipe(source, folder)
     problems = Problems()
     found = _Reader(raw, where, problems).recipe()
     problems.raise_if_any()
@@ -111,25 +108,8 @@ def read_realign(source: Path | Mapping[str, Any], folder: Path | None = None) -
     return found
 
 
-def _parsed(source: Path) -> dict[str, Any]:
-    try:
-        if source.stat().st_size > RECIPE_LIMIT:
-            raise RecipeError(f"{source}: too large for a recipe")
-        return parse_yaml(source.read_text(encoding="utf-8"), str(source))
-    except OSError as error:
-        raise RecipeError(f"{source}: {error.strerror}") from None
-    except UnicodeDecodeError:
-        raise RecipeError(f"{source}: not a text file") from None
-
-
-class _Reader:
+class _Reader(Reader):
     """Reads one recipe; every fault is noted."""
-
-    def __init__(self, raw: dict[str, Any], folder: Path, problems: Problems) -> None:
-        self.raw, self.folder, self.problems = raw, folder, problems
-
-    def refuse(self, text: str) -> None:
-        self.problems.add(RecipeError, text)
 
     def recipe(self) -> Realign | None:
         refuse_unknown(self.raw, KEYS, "", self.problems)

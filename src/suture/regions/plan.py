@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,8 +11,9 @@ from suture.checkpoint import Checkpoint
 from suture.errors import OutputError, Problems, RecipeError
 from suture.importance import Rule, rule_named
 from suture.mask import check_question
+from suture.outputs import check_parent
 from suture.planning import open_input
-from suture.recipe import parse_yaml
+from suture.recipe import raw_recipe
 from suture.regions.request import Regions, regions_from
 from suture.roles import check_selectors
 from suture.stats import Stats
@@ -82,8 +82,7 @@ def plan_regions(
         SutureError: all problems at once.
     """
     problems = Problems()
-    place = folder or (Path() if isinstance(source, Mapping) else source.parent)
-    raw = source if isinstance(source, Mapping) else parse_yaml(_text(source), str(source))
+    raw, place = raw_recipe(source, folder)
     recipe = regions_from(raw, place, problems)
     rule = _question(recipe, problems)
     base, models = _opened(recipe, place, problems)
@@ -100,15 +99,6 @@ def plan_regions(
     assert rule is not None
     return Plan(recipe, rule, base, models, names, stats, material, out, threads, overwrite, values,
                 restricted)  # fmt: skip
-
-
-def _text(source: Path) -> str:
-    try:
-        return source.read_text(encoding="utf-8")
-    except OSError as error:
-        raise RecipeError(f"{source}: {error.strerror}") from None
-    except UnicodeDecodeError:
-        raise RecipeError(f"{source}: not a text file") from None
 
 
 def _question(recipe: Regions, problems: Problems) -> Rule | None:
@@ -212,11 +202,7 @@ def _check_place(
             problems.add(OutputError, f"{out}: was not written by `suture localize`; name another")
         elif not overwrite:
             problems.add(OutputError, f"{out}: exists; name another folder, or add --overwrite")
-    parent = place.parent
-    while not parent.exists():
-        parent = parent.parent
-    if not parent.is_dir() or not os.access(parent, os.W_OK | os.X_OK):
-        problems.add(OutputError, f"{out}: cannot write in {parent}")
+    check_parent(place, out, problems)
 
 
 __all__ = ["RECORD", "Plan", "plan_regions"]

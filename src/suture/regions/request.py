@@ -62,7 +62,7 @@ class _Reader(TaskReader):
         found = raw.get(key, list(default))
         found = [found] if isinstance(found, str) else found
         if not isinstance(found, list) or not all(isinstance(w, str) for w in found):
-            self.note(f"space.{key}: a list of roles or name patterns, not {brief(found)}")
+            self.refuse(f"space.{key}: a list of roles or name patterns, not {brief(found)}")
             return default
         return tuple(found)
 
@@ -70,17 +70,17 @@ class _Reader(TaskReader):
         refuse_unknown(self.raw, KEYS, "", self.problems)
         base = self.one(self.raw, "base", str, "")
         if not base:
-            self.note("base: missing; what the models were tuned from")
+            self.refuse("base: missing; what the models were tuned from")
         models, densities = self.models()
         rule = self.one(self.raw, "rule", str, "magnitude")
         at = self.one(self.raw, "at", str, "tuned")
         if at not in PLACES:
-            self.note(f"at: where statistics are measured, base, tuned or both, not {at!r}")
+            self.refuse(f"at: where statistics are measured, base, tuned or both, not {at!r}")
         if at == "both" and rule == "learned":
-            self.note("at: the rule learned trains between base and model; leave it out")
+            self.refuse("at: the rule learned trains between base and model; leave it out")
         seed = self.one(self.raw, "seed", int, 0)
         if not 0 <= seed < 2**63:
-            self.note(f"seed: from 0 to 2**63 - 1, not {seed}")
+            self.refuse(f"seed: from 0 to 2**63 - 1, not {seed}")
         space = section(self.raw, "space", self.problems)
         refuse_unknown(space, ("include", "exclude"), "space: ", self.problems)
         default = ParamSpace()
@@ -91,7 +91,7 @@ class _Reader(TaskReader):
 
             settings = settings_from(learn, self.problems)
         elif learn:
-            self.note(f"learn: belongs to the rule learned, not to {rule}")
+            self.refuse(f"learn: belongs to the rule learned, not to {rule}")
         return Regions(
             base, models, densities, rule, self.one(self.raw, "scope", str, "global"),
             self.one(self.raw, "positive", bool, False), seed,
@@ -107,15 +107,15 @@ class _Reader(TaskReader):
         densities: dict[str, float | None] = {}
         entries = section(self.raw, "models", self.problems)
         if not entries:
-            self.note("models: a mapping from names to paths, with at least one model")
+            self.refuse("models: a mapping from names to paths, with at least one model")
         for name, entry in entries.items():
             found = {"path": entry} if isinstance(entry, str) else entry
             if not isinstance(found, Mapping) or not isinstance(found.get("path"), str):
-                self.note(f"models.{name}: a path, or a mapping with a path, not {brief(entry)}")
+                self.refuse(f"models.{name}: a path, or a mapping with a path, not {brief(entry)}")
                 continue
             refuse_unknown(found, ("path", "density"), f"models.{name}: ", self.problems)
             if name in ("base", "stats", "") or not name.isprintable() or set(name) & set("/\\"):
-                self.note(f"models: {name!r} cannot be the name of a mask file")
+                self.refuse(f"models: {name!r} cannot be the name of a mask file")
                 continue
             paths[name] = found["path"]
             densities[name] = self.density(found, name)
@@ -127,7 +127,7 @@ class _Reader(TaskReader):
         if found is None:
             return None
         if isinstance(found, bool) or not isinstance(found, int | float) or not 0 < found <= 1:
-            self.note(f"{where}: the share of entries kept, in (0, 1]; got {brief(found)}")
+            self.refuse(f"{where}: the share of entries kept, in (0, 1]; got {brief(found)}")
             return None
         return float(found)
 
@@ -135,14 +135,14 @@ class _Reader(TaskReader):
         """The kinds that are measured besides."""
         found = self.raw.get("measure", [])
         if not isinstance(found, list) or not all(isinstance(k, str) for k in found):
-            self.note(f"measure: a list of kinds of statistics, not {brief(found)}")
+            self.refuse(f"measure: a list of kinds of statistics, not {brief(found)}")
             return ()
         for kind in found:
             if kind not in KINDS or kind == "logit":
                 known = [k for k in KINDS if k != "logit"]
-                self.note(f"measure: no statistics {kind!r}; {did_you_mean(kind, known)}")
+                self.refuse(f"measure: no statistics {kind!r}; {did_you_mean(kind, known)}")
         if found and rule == "learned":
-            self.note("measure: the rule learned trains and measures nothing; use another recipe")
+            self.refuse("measure: the rule learned trains and measures nothing; use another recipe")
         return tuple(k for k in found if k in KINDS)
 
     def stats(self, models: Mapping[str, str]) -> dict[str, Path]:
@@ -151,7 +151,7 @@ class _Reader(TaskReader):
             if isinstance(value, str):
                 found[name] = self.folder / value
             else:
-                self.note(f"stats.{name}: a file, not {brief(value)}")
+                self.refuse(f"stats.{name}: a file, not {brief(value)}")
         return found
 
 

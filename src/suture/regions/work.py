@@ -291,9 +291,10 @@ def _measured(
     facts = marked(facts, _restricted(plan, model))
     runs = plan.base if at == "base" else plan.models[model]
     with TemporaryDirectory(prefix="suture-") as scratch:
-        folder = folder_of(runs, Path(scratch) / "runs", plan.base)
-        # The model's own words and template, also for the base: both read the same tokens.
-        words = folder_of(plan.models[model], Path(scratch) / "words", plan.base)
+        folder, words = folder_of(runs, Path(scratch) / "runs", plan.base), None
+        if task.language is not None and at == "base":
+            # The model's own words and template also for the base: both read the same tokens.
+            words = folder_of(plan.models[model], Path(scratch) / "words", plan.base)
         net = load_net(folder, task, found, recipe.device, words)
     for note in net.notes:
         say(f"{model}: {note}")

@@ -24,7 +24,7 @@ from pathlib import Path
 from typing import Any
 
 from suture.errors import Problems, RecipeError, brief
-from suture.recipe import RECIPE_LIMIT, Lines, parse_yaml
+from suture.recipe import Lines, parse_yaml, text_of
 
 OPS: dict[str, Callable[[float, float], bool]] = {
     ">=": lambda a, b: a >= b,
@@ -139,14 +139,7 @@ def read_gate(source: Path | Sequence[str], problems: Problems) -> list[Rule]:
 
 def _parsed(source: Path, problems: Problems) -> Any:
     """What stands in a file: a list, or a mapping with ``rules``."""
-    try:
-        if source.stat().st_size > RECIPE_LIMIT:
-            raise RecipeError(f"{source}: too large for a gate")
-        text = source.read_text(encoding="utf-8")
-    except OSError as error:
-        raise RecipeError(f"{source}: {error.strerror}") from None
-    except UnicodeDecodeError:
-        raise RecipeError(f"{source}: not a text file") from None
+    text = text_of(source, "gate")
     first = next((line for line in text.splitlines() if line.strip() and line[0] != "#"), "")
     bare = first.startswith("-") and first.strip() != "---"
     lines: list[Lines] = []

@@ -22,6 +22,7 @@ from suture.finetune.rows import Record, records_of
 from suture.forms import LINEARIZED, RECORD_LIMIT, form_of
 from suture.models import device_named, gguf_tokenizer, load_head, load_tokenizer, longest_of
 from suture.opening import open_model
+from suture.outputs import check_parent
 from suture.suites.suite import Question, Suite, read_suite
 
 HEAD = "head.safetensors"
@@ -396,11 +397,7 @@ def _place(
     if out is None or suite is None:
         return None, None
     path = out if out.suffix == ".json" else out / f"{name}.{suite.name}.json"
-    parent = path.resolve().parent
-    while not parent.exists():
-        parent = parent.parent
-    if not parent.is_dir() or not os.access(parent, os.W_OK | os.X_OK):
-        problems.add(OutputError, f"{out}: cannot write in {parent}")
+    if not check_parent(path, out, problems):
         return path, None
     if path.is_dir() or (out.exists() and out.suffix != ".json" and not out.is_dir()):
         problems.add(OutputError, f"{path if path.is_dir() else out}: is in the way")

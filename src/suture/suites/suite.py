@@ -8,12 +8,12 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from suture.errors import Problems, RecipeError, brief, did_you_mean
+from suture.errors import Problems, brief, did_you_mean
 from suture.evals.kinds import Decoding, Kind
 from suture.evals.table import EVALS
 from suture.finetune.recipe import TOO_LONG, Source, read_source
-from suture.recipe import RECIPE_LIMIT, Lines, parse_yaml
-from suture.recipe_types import refuse_unknown, section
+from suture.recipe import Lines, parse_yaml, text_of
+from suture.recipe_types import Reader, refuse_unknown, section
 
 KEYS = ("name", "evaluations", "decoding", "reference")
 COMMON = ("kind", "data", "limit", "category", "language", "utility", "batch", "decoding",
@@ -73,32 +73,21 @@ def read_suite(
     ``problems`` puts lines before what is noted from then on.
     """
     if isinstance(source, Mapping):
-        return _Reader(dict(source), problems).suite("suite", folder or Path(), str)
+        return _Reader(dict(source), folder or Path(), problems).suite("suite", str)
     with problems.collecting():
-        try:
-            if source.stat().st_size > RECIPE_LIMIT:
-                raise RecipeError(f"{source}: too large for a suite")
-            lines: list[Lines] = []
-            raw = parse_yaml(source.read_text(encoding="utf-8"), str(source), lines)
-        except OSError as error:
-            raise RecipeError(f"{source}: {error.strerror}") from None
-        except UnicodeDecodeError:
-            raise RecipeError(f"{source}: not a text file") from None
+        lines: list[Lines] = []
+        raw = parse_yaml(text_of(source, "suite"), str(source), lines)
         problems.locate = lines[0].locate
-        return _Reader(raw, problems).suite(source.stem, folder or source.parent, lines[0].locate)
+        reader = _Reader(raw, folder or source.parent, problems)
+        return reader.suite(source.stem, lines[0].locate)
     return None
 
 
-class _Reader:
+class _Reader(Reader):
     """Reads one suite; every fault is noted."""
 
-    def __init__(self, raw: dict[str, Any], problems: Problems) -> None:
-        self.raw, self.problems = raw, problems
-
-    def refuse(self, text: str) -> None:
-        self.problems.add(RecipeError, text)
-
-    def suite(self, stem: str, folder: Path, locate: Callable[[str], str]) -> Suite:
+    def suite(self, stem: str, locate: Callable[[str], str]) -> Suite:
+        folder = self.folder
         refuse_unknown(self.raw, KEYS, "", self.problems)
         name, reference = self.raw.get("name", stem), self.raw.get("reference")
         if not isinstance(name, str) or not re.fullmatch(r"[\w.-]+", name):
