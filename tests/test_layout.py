@@ -25,7 +25,7 @@ ORDER = [
     "card", "models", "data", "images", "persample", "snapshot", "mover", "tune", "evals", "measure",
     "learned", "diagnose", "report", "page", "outputs",
     "parts", "planning", "record", "telling", "run", "trial", "patching", "lowrank", "finetune", "tasks", "regions",
-    "analyze", "suites", "realign", "policy", "workshop", "demo_tasks", "demo_edits", "demo", "bench", "cli", "__main__",
+    "analyze", "suites", "realign", "policy", "workshop", "demo_tasks", "demo_edits", "demo", "bench", "terminal", "cli", "__main__",
 ]  # fmt: skip
 """The way of a tensor, top to bottom."""
 
@@ -37,7 +37,7 @@ PLACES = {
     "accelerate": {"tune"},
     "peft": {"finetune"},
     "typer": {"cli"},
-    "rich": {"cli"},
+    "rich": {"terminal"},
     "gguf": {"ggufs"},
     "altair": {"page"},
     "vl_convert": {"page"},
@@ -113,7 +113,7 @@ def test_a_module_imports_only_what_stands_above_it(part: str, path: Path) -> No
 
 @each_module
 def test_heavy_tools_have_one_place(part: str, path: Path) -> None:
-    """The compiler in loops and machine, transformers in models, the terminal in cli; no pickle."""
+    """The compiler in loops and machine, transformers in models, the terminal in terminal; no pickle."""
     for name, at_top in imported(path):
         tool = name.split(".")[0]
         assert part in PLACES.get(tool, {part}), f"{path.name} imports {name}"
@@ -125,7 +125,7 @@ def test_heavy_tools_have_one_place(part: str, path: Path) -> None:
 
 @each_module
 def test_nothing_is_evaluated(part: str, path: Path) -> None:
-    """No ``eval``, ``exec``, ``yaml.unsafe_load`` or pickle; ``print`` in cli only."""
+    """No ``eval``, ``exec``, ``yaml.unsafe_load`` or pickle; ``print`` in terminal only."""
     for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
         if not isinstance(node, ast.Call):
             continue
@@ -133,7 +133,7 @@ def test_nothing_is_evaluated(part: str, path: Path) -> None:
         assert called not in ("eval", "exec", "__import__", "yaml.unsafe_load", "torch.load"), (
             called
         )
-        assert called != "print" or part == "cli", f"{path.name} prints"
+        assert called != "print" or part == "terminal", f"{path.name} prints"
 
 
 def python(code: str, *args: str) -> Any:

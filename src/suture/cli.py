@@ -6,8 +6,7 @@ import gc
 import json
 import signal
 import sys
-import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Annotated, Any, NoReturn
@@ -17,6 +16,7 @@ import typer
 import suture
 from suture.errors import Problems, RecipeError, SutureError
 from suture.spec import listed, readable
+from suture.terminal import Asking, Bars, Training, say, show_json, tell
 
 DONE, FAILED, WRONG, INTERRUPTED = range(4)
 
@@ -33,67 +33,19 @@ Json = Annotated[bool, typer.Option("--json", help="Print one JSON object and no
 Threads = Annotated[
     int | None, typer.Option(min=1, help="Threads to use; default: every core. Changes no byte.")
 ]
-
-
-def _clean(text: str) -> str:
-    """Show control characters instead of obeying them: names come from files."""
-    return "".join(c if c.isprintable() or c == "\n" else ascii(c)[1:-1] for c in text)
-
-
-def _say(text: str) -> None:
-    print(_clean(text), file=sys.stderr)
-
-
-def _tell(text: str = "") -> None:
-    print(_clean(text))
-
-
-def _print(value: Any) -> None:
-    print(json.dumps(value, indent=2, ensure_ascii=False))
-
-
-class Bars:
-    """Progress on standard error: bars on a terminal, else one line a stage."""
-
-    def __init__(self, quiet: bool = False) -> None:
-        self._bars: Any = None
-        self._quiet = quiet
-        self._terminal = sys.stderr.isatty() and not quiet
-
-    def __enter__(self) -> Bars:
-        if self._terminal:
-            from rich.console import Console
-            from rich.progress import (
-                BarColumn,
-                DownloadColumn,
-                Progress,
-                TextColumn,
-                TimeRemainingColumn,
-                TransferSpeedColumn,
-            )  # fmt: skip
-
-            self._bars = Progress(
-                TextColumn("{task.description:<8}"), BarColumn(), DownloadColumn(),
-                TransferSpeedColumn(), TimeRemainingColumn(),
-                TextColumn("{task.fields[name]}", style="dim", markup=False),
-                console=Console(stderr=True), transient=True,
-            )  # fmt: skip
-            self._bars.start()
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        if self._bars is not None:
-            self._bars.stop()
-
-    def stage(self, name: str, nbytes: int) -> Callable[[str, int], None] | None:
-        """Begin a stage that will read so many bytes."""
-        if nbytes == 0 or self._quiet:
-            return None
-        if self._bars is None:
-            _say(f"{name}: reading {readable(nbytes)}")
-            return None
-        bars, task = self._bars, self._bars.add_task(name, total=nbytes, name="")
-        return lambda tensor, more: bars.update(task, advance=more, name=tensor[-48:])
+DryRun = Annotated[
+    bool, typer.Option("--dry-run", help="Check everything and say what would be done.")
+]
+Overwrite = Annotated[
+    bool, typer.Option("--overwrite", help="Replace an older output, in one step, at the end.")
+]
+NoResume = Annotated[
+    bool, typer.Option("--no-resume", help="Start anew even if an interrupted run left work.")
+]
+ToLog = Annotated[
+    str | None, typer.Option("--log", help="Also write curves: tensorboard or trackio.")
+]
+OneOf = Annotated[str | None, typer.Argument(help="Show this one in full.")]
 
 
 def _stop(code: int) -> NoReturn:
@@ -108,19 +60,19 @@ def _errors(as_json: bool = False) -> Iterator[None]:
     except SutureError as error:
         notes = "".join(f"\n  {note}" for note in getattr(error, "__notes__", ()))
         if as_json:
-            _print({"error": str(error), "kind": type(error).__name__})
-        _say(f"error: {error}{notes}")
+            show_json({"error": str(error), "kind": type(error).__name__})
+        say(f"error: {error}{notes}")
         _stop(WRONG)
     except KeyboardInterrupt:
         if as_json:
-            _print({"error": "interrupted", "kind": "Interrupted"})
-        _say("interrupted; the same command goes on from here")
+            show_json({"error": "interrupted", "kind": "Interrupted"})
+        say("interrupted; the same command goes on from here")
         _stop(INTERRUPTED)
 
 
 def _version(value: bool) -> None:
     if value:
-        _tell(f"suture {suture.__version__}")
+        tell(f"suture {suture.__version__}")
         _stop(DONE)
 
 
@@ -156,7 +108,7 @@ def inspect(
         progress = bars.stage("check", checkpoint.nbytes) if check else None
         found = inspect_model(checkpoint, check=check, each=each, progress=progress)
     if as_json:
-        _print(found)
+        show_json(found)
     else:
         _show_model(found)
     if check and not found["integrity"]["ok"]:
@@ -164,35 +116,35 @@ def inspect(
 
 
 def _show_model(found: dict[str, Any]) -> None:
-    _tell(f"{found['path']}: {found['tensors']} tensors, {found['elements']:,} elements, "
+    tell(f"{found['path']}: {found['tensors']} tensors, {found['elements']:,} elements, "
           f"{readable(found['bytes'])} in {found['files']} file(s)")  # fmt: skip
     facts = {"architecture": found["architecture"], "layers": found["layers"],
              "vocabulary": found["vocabulary"]}  # fmt: skip
-    _tell("  " + ", ".join(f"{k} {v}" for k, v in facts.items() if v))
+    tell("  " + ", ".join(f"{k} {v}" for k, v in facts.items() if v))
     for alias, name in found["tied"].items():
-        _tell(f"  {alias} is tied to {name}")
+        tell(f"  {alias} is tied to {name}")
     for section in ("dtypes", "roles"):
-        _tell(f"\n{section[:-1]:<16}{'tensors':>9}{'elements':>16}{'size':>11}{'share':>9}")
+        tell(f"\n{section[:-1]:<16}{'tensors':>9}{'elements':>16}{'size':>11}{'share':>9}")
         for name, row in found[section].items():
             share = row["bytes"] / max(1, found["bytes"])
-            _tell(f"{name:<16}{row['tensors']:>9}{row['elements']:>16,}"
+            tell(f"{name:<16}{row['tensors']:>9}{row['elements']:>16,}"
                   f"{readable(row['bytes']):>11}{share:>9.2%}")  # fmt: skip
     for name, row in found.get("each", {}).items():
         layer = "" if row["layer"] is None else f" of layer {row['layer']}"
-        _tell(f"{name}: {row['dtype']}{row['shape']}, {row['role']}{layer}, "
+        tell(f"{name}: {row['dtype']}{row['shape']}, {row['role']}{layer}, "
               f"{readable(row['bytes'])} in {row['file']}")  # fmt: skip
     if "integrity" in found:
         _show_integrity(found["integrity"])
 
 
 def _show_integrity(found: dict[str, Any]) -> None:
-    _tell("\nintegrity: " + ("ok" if found["ok"] else "NOT ok"))
+    tell("\nintegrity: " + ("ok" if found["ok"] else "NOT ok"))
     for name, count in found["nonfinite"].items():
-        _tell(f"  {name}: {count} NaN or infinite values")
+        tell(f"  {name}: {count} NaN or infinite values")
     for name in found["untied"]:
-        _tell(f"  {name}: differs from the tensor that config.json ties it to")
+        tell(f"  {name}: differs from the tensor that config.json ties it to")
     for names in found["duplicates"][:10]:
-        _tell(f"  the same bytes: {', '.join(names)}")
+        tell(f"  the same bytes: {', '.join(names)}")
 
 
 @app.command()
@@ -209,20 +161,20 @@ def diff(
         one, other = open_model(base), open_model(tuned)
         found = profile.diff(one, other, bars.stage("diff", one.nbytes + other.nbytes))
     if as_json:
-        _print(found)
+        show_json(found)
         return
-    _tell(f"{tuned} - {base}\n")
+    tell(f"{tuned} - {base}\n")
     head = f"{'changed':>9}{'norm':>12}{'relative':>10}{'largest':>11}{'cosine':>11}"
     for section in ("roles", "layers"):
         width = max(len(section), *(len(k) for k in found[section]))
-        _tell(f"{section[:-1]:<{width}}{head}")
+        tell(f"{section[:-1]:<{width}}{head}")
         for name, row in found[section].items():
-            _tell(f"{name:<{width}}{_profile_row(row)}")
-        _tell()
-    _tell(f"{'total':<8}{_profile_row(found['total'])}")
+            tell(f"{name:<{width}}{_profile_row(row)}")
+        tell()
+    tell(f"{'total':<8}{_profile_row(found['total'])}")
     for side in ("base", "tuned"):
         if names := found[f"only_in_{side}"]:
-            _tell(f"only in the {side} model: {listed(names)}")
+            tell(f"only in the {side} model: {listed(names)}")
 
 
 def _profile_row(row: dict[str, Any]) -> str:
@@ -248,9 +200,7 @@ def merge(
             help="Say what a mergekit recipe means here, and where Suture's defaults differ.",
         ),
     ] = False,
-    dry_run: Annotated[
-        bool, typer.Option("--dry-run", help="Check everything and say what would be done.")
-    ] = False,
+    dry_run: DryRun = False,
     overwrite: Annotated[
         bool,
         typer.Option(
@@ -258,9 +208,7 @@ def merge(
             help="Replace an older output with all that is in it, in one step, at the end.",
         ),
     ] = False,
-    no_resume: Annotated[
-        bool, typer.Option("--no-resume", help="Start anew even if an interrupted run left work.")
-    ] = False,
+    no_resume: NoResume = False,
     allow_nonfinite: Annotated[
         bool, typer.Option("--allow-nonfinite", help="Go on where weights are NaN or infinite.")
     ] = False,
@@ -275,13 +223,13 @@ def merge(
 
         if explain:
             told = run.explain(recipe)
-            _print(told) if as_json else _show_explanation(told)
+            show_json(told) if as_json else _show_explanation(told)
             return
         if out is None:
             raise typer.BadParameter(
                 "name the folder to write: -o OUT", param_hint="'--out' / '-o'"
             )
-        machine.announce = lambda: _say("compiling for this processor (once, some ten seconds)")
+        machine.announce = lambda: say("compiling for this processor (once, some ten seconds)")
         how = run.Options(threads=threads, overwrite=overwrite, resume=not no_resume,
                           allow_nonfinite=allow_nonfinite, link=link)  # fmt: skip
         plan = run.plan_recipe(recipe, out, how)
@@ -290,34 +238,34 @@ def merge(
             found = run.describe(plan)
         else:
             if not as_json:
-                _say(_intention(plan))
+                say(_intention(plan))
             report = run.execute(plan, bars.stage)
     if dry_run:
-        _print(found) if as_json else _show_plan(found)
+        show_json(found) if as_json else _show_plan(found)
     elif as_json:
-        _print(report.to_dict())
+        show_json(report.to_dict())
     else:
         for line in run.report_lines(report):
-            _tell(line)
+            tell(line)
 
 
 def _show_explanation(found: dict[str, Any]) -> None:
     import yaml
 
     if not found["mergekit"]:
-        _tell("# A recipe of Suture's own; without what is a default it reads:\n")
+        tell("# A recipe of Suture's own; without what is a default it reads:\n")
     else:
-        _tell("# With mergekit's meaning, which this recipe keeps, Suture's defaults differ in:\n#")
+        tell("# With mergekit's meaning, which this recipe keeps, Suture's defaults differ in:\n#")
     for stage, sentences in found["differences"].items():
         if stage:
-            _tell(f"# stage {stage}:")
+            tell(f"# stage {stage}:")
         for text in sentences or ["nothing"]:
-            _tell(_comment(text))
+            tell(_comment(text))
     for note in found["notes"]:
-        _tell(_comment(f"note: {note}"))
+        tell(_comment(f"note: {note}"))
     if found["mergekit"]:
-        _tell("#\n# The same merge as a recipe of Suture's own:\n")
-    _tell(yaml.safe_dump(found["native"], sort_keys=False, default_flow_style=None, width=100,
+        tell("#\n# The same merge as a recipe of Suture's own:\n")
+    tell(yaml.safe_dump(found["native"], sort_keys=False, default_flow_style=None, width=100,
                          allow_unicode=True).rstrip())  # fmt: skip
 
 
@@ -335,25 +283,25 @@ def _intention(plan: Any) -> str:
 
 
 def _show_plan(found: dict[str, Any]) -> None:
-    _tell(f"method   {found['method']} " + json.dumps(found["parameters"]))
+    tell(f"method   {found['method']} " + json.dumps(found["parameters"]))
     for name, row in found["stages"].items():
-        _tell(f"stage    {name}: {row['method']}, {row['tensors']} tensors, "
+        tell(f"stage    {name}: {row['method']}, {row['tensors']} tensors, "
               f"{readable(row['bytes'])}, {'there already' if row['kept'] else 'to be made'} in "
               f"{row['path']}")  # fmt: skip
     for label, row in found["inputs"].items():
-        _tell(f"input    {label}: {row['path']}, {row['tensors']} tensors, "
+        tell(f"input    {label}: {row['path']}, {row['tensors']} tensors, "
               f"{readable(row['bytes'])}, {row['files']} file(s)")  # fmt: skip
     out = found["output"]
-    _tell(f"output   {out['path']}: {out['merged']} tensors merged ({out['merged_elements']:,} "
+    tell(f"output   {out['path']}: {out['merged']} tensors merged ({out['merged_elements']:,} "
           f"elements), {out['copied']} copied, {readable(out['bytes'])}, "
           f"{out['shards']} file(s)")  # fmt: skip
-    _tell(f"reading  {readable(found['bytes_read'])} in {found['passes']} pass(es), "
+    tell(f"reading  {readable(found['bytes_read'])} in {found['passes']} pass(es), "
           f"{found['threads']} thread(s)")  # fmt: skip
-    _tell(f"memory   about {readable(found['peak_memory'])} above the interpreter")
-    _tell(f"time     about {found['seconds']:.1f} s")
+    tell(f"memory   about {readable(found['peak_memory'])} above the interpreter")
+    tell(f"time     about {found['seconds']:.1f} s")
     for note in found["notes"]:
-        _tell(f"note     {note}")
-    _tell("nothing was written; leave out --dry-run to merge")
+        tell(f"note     {note}")
+    tell("nothing was written; leave out --dry-run to merge")
 
 
 @app.command("extract-lora")
@@ -396,10 +344,10 @@ def extract_lora(
             save_others=save_others, dtype=dtype, progress=bars.stage("extract", size),
         )  # fmt: skip
     if as_json:
-        _print(report.to_dict())
+        show_json(report.to_dict())
     else:
         for line in lowrank.report_lines(report):
-            _tell(line)
+            tell(line)
 
 
 patches = typer.Typer(
@@ -407,9 +355,6 @@ patches = typer.Typer(
     no_args_is_help=True,
 )
 app.add_typer(patches, name="patch")
-Overwrite = Annotated[
-    bool, typer.Option("--overwrite", help="Replace an older output, in one step, at the end.")
-]
 Force = Annotated[
     bool,
     typer.Option(
@@ -458,9 +403,9 @@ def patch_make(
         )  # fmt: skip
         found = patching.describe(patch)
     if as_json:
-        _print(found)
+        show_json(found)
     else:
-        _tell(f"wrote {out}: {found['entries']:,} entries of {len(found['tensors'])} tensors in "
+        tell(f"wrote {out}: {found['entries']:,} entries of {len(found['tensors'])} tensors in "
               f"{readable(found['bytes'])}, {found['share']:.2%} of their size")  # fmt: skip
 
 
@@ -479,9 +424,7 @@ def patch_apply(
     force: Force = False,
     threads: Threads = None,
     overwrite: Overwrite = False,
-    no_resume: Annotated[
-        bool, typer.Option("--no-resume", help="Start anew even if an interrupted run left work.")
-    ] = False,
+    no_resume: NoResume = False,
     as_json: Json = False,
 ) -> None:
     """Put patches on a model, and write it with a patch that undoes it.
@@ -504,10 +447,10 @@ def patch_apply(
 
 def _show_patched(report: Any, lines: Iterator[str], as_json: bool) -> None:
     if as_json:
-        _print(report.to_dict())
+        show_json(report.to_dict())
         return
     for line in lines:
-        _tell(line)
+        tell(line)
 
 
 @patches.command("revert")
@@ -548,21 +491,21 @@ def patch_show(
 
         found = patching.describe(Patch.load(patch))
     if as_json:
-        _print(found)
+        show_json(found)
         return
-    _tell(f"{found['path']}: {found['entries']:,} entries in {len(found['tensors'])} tensors "
+    tell(f"{found['path']}: {found['entries']:,} entries in {len(found['tensors'])} tensors "
           f"({found['density']:.3%}), {readable(found['bytes'])}, {found['share']:.2%} of their "
           "size")  # fmt: skip
     for key, what in (("base", "base"), ("result", "result"), ("digest", "file")):
-        _tell(f"  fingerprint of the {what:<7} {found[key] or 'not known'}")
+        tell(f"  fingerprint of the {what:<7} {found[key] or 'not known'}")
     if found["restricted"]:
-        _tell("  restricted: must not be passed on, nor what is made with it")
+        tell("  restricted: must not be passed on, nor what is made with it")
     for key, value in found["provenance"].items():
-        _tell(f"  {key:<8} {value if isinstance(value, str) else json.dumps(value)}")
+        tell(f"  {key:<8} {value if isinstance(value, str) else json.dumps(value)}")
     width = max(len("tensor"), *(len(name) for name in found["tensors"]))
-    _tell(f"\n{'tensor':<{width}}{'dtype':>9}{'entries':>14}{'density':>10}{'size':>11}")
+    tell(f"\n{'tensor':<{width}}{'dtype':>9}{'entries':>14}{'density':>10}{'size':>11}")
     for name, row in found["tensors"].items():
-        _tell(f"{name:<{width}}{row['dtype']:>9}{row['entries']:>14,}{row['density']:>10.3%}"
+        tell(f"{name:<{width}}{row['dtype']:>9}{row['entries']:>14,}{row['density']:>10.3%}"
               f"{readable(row['bytes']):>11}")  # fmt: skip
 
 
@@ -571,9 +514,7 @@ def localize(
     recipe: Annotated[Path, typer.Argument(help="A recipe (YAML): base, models, rule, density.")],
     out: Annotated[Path, typer.Option("--out", "-o", help="The folder of masks to write.")],
     threads: Threads = None,
-    dry_run: Annotated[
-        bool, typer.Option("--dry-run", help="Check everything and say what would be done.")
-    ] = False,
+    dry_run: DryRun = False,
     overwrite: Annotated[
         bool, typer.Option("--overwrite", help="Replace an older folder of masks.")
     ] = False,
@@ -594,19 +535,19 @@ def localize(
     with _errors(as_json), Bars(as_json) as bars:
         from suture import machine, regions
 
-        machine.announce = lambda: _say("compiling for this processor (once, some ten seconds)")
+        machine.announce = lambda: say("compiling for this processor (once, some ten seconds)")
         plan = regions.plan_regions(recipe, out, threads=threads, overwrite=overwrite,
                                     values=values, restricted=restricted)  # fmt: skip
         if not dry_run:
-            record = regions.execute(plan, bars.stage, _silent if as_json else _say)
+            record = regions.execute(plan, bars.stage, _silent if as_json else say)
     if dry_run:
         found = plan.describe()
-        _print(found) if as_json else _show_regions(found)
+        show_json(found) if as_json else _show_regions(found)
     elif as_json:
-        _print(record)
+        show_json(record)
     else:
         for line in regions.lines(record, out):
-            _tell(line)
+            tell(line)
 
 
 def _silent(text: str) -> None:
@@ -615,15 +556,15 @@ def _silent(text: str) -> None:
 
 def _show_regions(found: dict[str, Any]) -> None:
     needs = f", from {', '.join(found['needs'])}" if found["needs"] else ", without data"
-    _tell(f"rule     {found['rule']}{needs}; scope {found['scope']}")
+    tell(f"rule     {found['rule']}{needs}; scope {found['scope']}")
     for model, label in found["models"].items():
         rows = f", {found['rows'][model]} rows" if model in found["rows"] else ""
         density = found["densities"][model]
         share = "every positive entry" if density is None else f"density {density:g}"
-        _tell(f"model    {model}: {label}, {share}{rows}")
-    _tell(f"output   {found['output']['path']}: {found['tensors']} tensors, {found['entries']:,} "
+        tell(f"model    {model}: {label}, {share}{rows}")
+    tell(f"output   {found['output']['path']}: {found['tensors']} tensors, {found['entries']:,} "
           f"entries, {readable(found['output']['bytes'])}")  # fmt: skip
-    _tell("nothing was written; leave out --dry-run to localize")
+    tell("nothing was written; leave out --dry-run to localize")
 
 
 @app.command()
@@ -631,9 +572,7 @@ def analyze(
     recipe: Annotated[Path, typer.Argument(help="What to look at (YAML).")],
     out: Annotated[Path, typer.Option("--out", "-o", help="The folder to write.")],
     threads: Threads = None,
-    dry_run: Annotated[
-        bool, typer.Option("--dry-run", help="Check everything and say what would be done.")
-    ] = False,
+    dry_run: DryRun = False,
     overwrite: Annotated[
         bool, typer.Option("--overwrite", help="Replace an older analysis, at the end.")
     ] = False,
@@ -647,9 +586,9 @@ def analyze(
         found = plan.describe() if dry_run else work.run_analysis(plan, bars.stage).to_dict()
         told = work.summary_lines(plan, found) if not as_json else ()
         for line in told:
-            _tell(line)
+            tell(line)
     if as_json:
-        _print(found)
+        show_json(found)
 
 
 @app.command()
@@ -671,17 +610,17 @@ def report(
 
         found = write_page(folder, out, images=images, title=title, overwrite=overwrite)
     if as_json:
-        _print(found)
+        show_json(found)
         return
     for note in found["notes"]:
-        _say(f"note: {note}")
+        say(f"note: {note}")
     figures = f"{found['figures']} figures from {found['files']} files"
-    _tell(f"wrote {out} ({readable(found['bytes'])}, {figures})")
+    tell(f"wrote {out} ({readable(found['bytes'])}, {figures})")
 
 
 @app.command()
 def methods(
-    name: Annotated[str | None, typer.Argument(help="Show this one in full.")] = None,
+    name: OneOf = None,
     as_json: Json = False,
 ) -> None:
     """List the merge methods with their parameters, defaults, papers and needs."""
@@ -691,7 +630,7 @@ def methods(
         chosen = list(METHODS.values()) if name is None else [method(name)]
         found = {m.name: _method_data(m) for m in chosen}
     if as_json:
-        _print(found)
+        show_json(found)
         return
     for key, row in found.items():
         _show_line(key, row, whole=name is not None)
@@ -699,27 +638,27 @@ def methods(
 
 def _show_line(key: str, row: dict[str, Any], *, whole: bool) -> None:
     """One line of a table of methods or strategies: in short, or with all that is known of it."""
-    _tell(f"{key:<17} {row['title']}: {row['paper']}")
+    tell(f"{key:<17} {row['title']}: {row['paper']}")
     presets = row.get("presets", {})
     if not whole:
         parameters = (f"{k}={v['default']}" for k, v in row["parameters"].items())
-        _tell(" " * 18 + ", ".join(parameters))
+        tell(" " * 18 + ", ".join(parameters))
         if presets:
-            _tell(" " * 18 + "presets: " + ", ".join(presets))
+            tell(" " * 18 + "presets: " + ", ".join(presets))
         return
     from suture.spec import in_letters
 
-    _tell(f"\n{in_letters(row['equation'])}\n")
+    tell(f"\n{in_letters(row['equation'])}\n")
     if "needs" in row:
-        _tell(f"{row['needs']}\n")
+        tell(f"{row['needs']}\n")
     for parameter, facts in row["parameters"].items():
         choices = f": {', '.join(facts['choices'])}" if facts["choices"] else ""
-        _tell(f"  {parameter} = {facts['default']}{facts.get('scope', '')}")
-        _tell(f"      {facts['doc']}{choices}")
+        tell(f"  {parameter} = {facts['default']}{facts.get('scope', '')}")
+        tell(f"      {facts['doc']}{choices}")
     for preset, facts in presets.items():
         given = ", ".join(f"{k}={v}" for k, v in facts["parameters"].items())
         where = f" ({facts['note']})" if facts["note"] else ""
-        _tell(f"\n  preset {preset}: {facts['source']}{where}\n      {given}")
+        tell(f"\n  preset {preset}: {facts['source']}{where}\n      {given}")
 
 
 def _method_data(method: Any) -> dict[str, Any]:
@@ -750,62 +689,6 @@ def _method_data(method: Any) -> dict[str, Any]:
     }
 
 
-class Training:
-    """Progress of training on standard error: a bar on a terminal, else a line now and then."""
-
-    def __init__(self, quiet: bool = False, unit: str = "tokens") -> None:
-        self._quiet, self._unit = quiet, unit
-        self._bars: Any = None
-        self._tasks: dict[str, Any] = {}
-        self._told = 0.0
-        if sys.stderr.isatty() and not quiet:
-            from rich.console import Console
-            from rich.progress import (
-                BarColumn,
-                MofNCompleteColumn,
-                Progress,
-                TextColumn,
-                TimeRemainingColumn,
-            )
-
-            self._bars = Progress(
-                TextColumn("{task.description:<8}"), BarColumn(), MofNCompleteColumn(),
-                TimeRemainingColumn(), TextColumn("{task.fields[now]}", style="dim", markup=False),
-                console=Console(stderr=True), transient=True,
-            )  # fmt: skip
-
-    def __enter__(self) -> Training:
-        if self._bars is not None:
-            self._bars.start()
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        if self._bars is not None:
-            self._bars.stop()
-
-    def say(self, text: str) -> None:
-        """Tell something that is not a step."""
-        if not self._quiet:
-            _say(text) if self._bars is None else self._bars.console.print(
-                _clean(text), markup=False
-            )
-
-    def tell(self, phase: str, at: Any) -> None:
-        """Tell of a step."""
-        score = "" if at.score is None else f", validation {at.score:.4f}"
-        speed = f"{at.tokens_per_second:,.0f} {self._unit}/s"
-        now = f"loss {at.loss:.4f}, lr {at.lr:.2e}, {speed}{score}"
-        if self._bars is not None:
-            if phase not in self._tasks:
-                self._tasks[phase] = self._bars.add_task(phase, total=at.steps, now="")
-            self._bars.update(self._tasks[phase], completed=at.step, now=now)
-        elif not self._quiet:
-            due = time.monotonic() - self._told > 10 or at.step == at.steps or at.score is not None
-            if due:
-                self._told = time.monotonic()
-                _say(f"{phase}: step {at.step} of {at.steps}, {now}, {at.eta:.0f} s left")
-
-
 @app.command()
 def finetune(
     recipe: Annotated[Path, typer.Argument(help="A recipe (YAML).")],
@@ -813,18 +696,10 @@ def finetune(
     device: Annotated[
         str | None, typer.Option("--device", help="cpu, cuda, cuda:1, ...; overrides the recipe.")
     ] = None,
-    dry_run: Annotated[
-        bool, typer.Option("--dry-run", help="Check everything and say what would be done.")
-    ] = False,
-    overwrite: Annotated[
-        bool, typer.Option("--overwrite", help="Replace an older output, at the end.")
-    ] = False,
-    no_resume: Annotated[
-        bool, typer.Option("--no-resume", help="Start anew even if an interrupted run left work.")
-    ] = False,
-    log: Annotated[
-        str | None, typer.Option("--log", help="Also write curves: tensorboard or trackio.")
-    ] = None,
+    dry_run: DryRun = False,
+    overwrite: Overwrite = False,
+    no_resume: NoResume = False,
+    log: ToLog = None,
     as_json: Json = False,
 ) -> None:
     """Fine-tune a model by a recipe into a new folder; interrupted, the same command goes on."""
@@ -845,30 +720,30 @@ def finetune(
                 rows, name = len(plan.rows.train), plan.recipe.strategy.name
                 shown.say(f"{name}: {rows} rows, {plan.steps} steps on {plan.device}")
 
-                def tell(phase: str, at: Any) -> None:
+                def step(phase: str, at: Any) -> None:
                     shown.tell(phase, at)
                     note(phase, at)
 
-                report = run.execute(plan, say=shown.say, tell=tell)
+                report = run.execute(plan, say=shown.say, tell=step)
     if dry_run:
         if as_json:
-            _print(found)
+            show_json(found)
             return
         for key, value in found.items():
-            _tell(f"{key:<11}{value if isinstance(value, str) else json.dumps(value)}")
-        _tell("nothing was written; leave out --dry-run to train")
+            tell(f"{key:<11}{value if isinstance(value, str) else json.dumps(value)}")
+        tell("nothing was written; leave out --dry-run to train")
     elif as_json:
-        _print(report.to_dict())
+        show_json(report.to_dict())
     else:
         for line in report.notes:
-            _tell(f"note: {line}")
+            tell(f"note: {line}")
         for key, text in run.report_rows(report):
-            _tell(f"{key:<18}{text}")
+            tell(f"{key:<18}{text}")
 
 
 @app.command()
 def strategies(
-    name: Annotated[str | None, typer.Argument(help="Show this one in full.")] = None,
+    name: OneOf = None,
     as_json: Json = False,
 ) -> None:
     """List the fine-tuning strategies with their parameters, defaults and papers."""
@@ -878,7 +753,7 @@ def strategies(
         chosen = list(STRATEGIES.values()) if name is None else [strategy(name)]
         found = {s.name: _strategy_data(s) for s in chosen}
     if as_json:
-        _print(found)
+        show_json(found)
         return
     for key, row in found.items():
         _show_line(key, row, whole=name is not None)
@@ -901,61 +776,6 @@ def _strategy_data(line: Any) -> dict[str, Any]:
     }
 
 
-class Asking:
-    """Progress of evaluations on standard error: a bar on a terminal, else a line now and then."""
-
-    def __init__(self, quiet: bool = False) -> None:
-        self._quiet = quiet
-        self._bars: Any = None
-        self._task: Any = None
-        self._told, self._last = 0.0, ""
-        if sys.stderr.isatty() and not quiet:
-            from rich.console import Console
-            from rich.progress import (
-                BarColumn,
-                MofNCompleteColumn,
-                Progress,
-                TextColumn,
-                TimeRemainingColumn,
-            )
-
-            self._bars = Progress(
-                TextColumn("{task.description:<8}"), BarColumn(), MofNCompleteColumn(),
-                TimeRemainingColumn(), TextColumn("{task.fields[now]}", style="dim", markup=False),
-                console=Console(stderr=True), transient=True,
-            )  # fmt: skip
-
-    def __enter__(self) -> Asking:
-        if self._bars is not None:
-            self._bars.start()
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        if self._bars is not None:
-            self._bars.stop()
-
-    def say(self, text: str) -> None:
-        """Tell something that is not a row."""
-        if not self._quiet:
-            _say(text) if self._bars is None else self._bars.console.print(
-                _clean(text), markup=False
-            )
-
-    def tell(self, at: Any) -> None:
-        """Tell how far it is."""
-        now = _clean(f"{at.model}: {at.evaluation}")
-        if self._bars is not None:
-            if self._task is None:
-                self._task = self._bars.add_task("rows", total=at.total, now=now)
-            self._bars.update(self._task, completed=round(at.done), now=now)
-        elif not self._quiet:
-            if now == self._last and time.monotonic() - self._told < 10:
-                return
-            self._told, self._last = time.monotonic(), now
-            left = "" if at.eta is None else f", {at.eta:.0f} s left"
-            _say(f"{now}: {at.done:.0f} of {at.total} rows{left}")
-
-
 @app.command("eval")
 def evaluate(
     models: Annotated[
@@ -970,9 +790,7 @@ def evaluate(
         int, typer.Option("--limit", min=0, help="Only the first rows of each evaluation; 0: all.")
     ] = 0,
     device: Annotated[str, typer.Option("--device", help="auto, cpu, cuda, cuda:1, ...")] = "auto",
-    dry_run: Annotated[
-        bool, typer.Option("--dry-run", help="Check everything and say what would be done.")
-    ] = False,
+    dry_run: DryRun = False,
     overwrite: Annotated[
         bool, typer.Option("--overwrite", help="Replace results of other models or suites.")
     ] = False,
@@ -990,7 +808,7 @@ def evaluate(
         plan = planning.plan_suite(models, suite, out, how)
         if dry_run:
             found = planning.describe(plan)
-            _print(found) if as_json else _show_questions(found)
+            show_json(found) if as_json else _show_questions(found)
             return
         with Asking(as_json) as shown, Bars(as_json or sys.stderr.isatty()) as bars:
             rows = sum(len(asked.rows) for asked in plan.asked.values())
@@ -998,27 +816,27 @@ def evaluate(
                       f"{len(plan.subjects)} model(s) on {plan.device}")  # fmt: skip
             results = work.execute(plan, stage=bars.stage, say=shown.say, tell=shown.tell)
     if as_json:
-        _print({"results": [json.loads(result.to_json()) for result in results]})
+        show_json({"results": [json.loads(result.to_json()) for result in results]})
         return
     from suture.suites.tables import results_table
 
     for line in results_table(results):
-        _tell(line)
+        tell(line)
     for subject in plan.subjects:
-        _tell(f"wrote {subject.out}")
+        tell(f"wrote {subject.out}")
 
 
 def _show_questions(found: dict[str, Any]) -> None:
     for name, row in found["models"].items():
-        _tell(f"model    {name}: {row['path']}, result in {row['output']}")
+        tell(f"model    {name}: {row['path']}, result in {row['output']}")
     for name, row in found["evaluations"].items():
         more = ", utility" if row["utility"] else ""
         groups = f", by {listed(row['categories'])}" if row["categories"] else ""
-        _tell(f"ask      {name}: {row['kind']}, {row['rows']} rows{more}{groups}")
+        tell(f"ask      {name}: {row['kind']}, {row['rows']} rows{more}{groups}")
         for note in row["notes"]:
-            _tell(f"note     {name}: {note}")
-    _tell(f"device   {found['device']}")
-    _tell("nothing was asked; leave out --dry-run to evaluate")
+            tell(f"note     {name}: {note}")
+    tell(f"device   {found['device']}")
+    tell("nothing was asked; leave out --dry-run to evaluate")
 
 
 @app.command()
@@ -1070,14 +888,14 @@ def compare(
                 to = blaming.Shown(bars.stage, shown.say, shown.tell)
                 blamed = blaming.search(blame, suite, case, files.place, how, to)
     if as_json:
-        _print(found.to_dict() | ({} if blamed is None else {"blame": blamed.plain()}))
+        show_json(found.to_dict() | ({} if blamed is None else {"blame": blamed.plain()}))
     else:
         for line in tables.comparison_table(found):
-            _tell(line)
+            tell(line)
         if blamed is not None:
-            _tell("")
+            tell("")
             for line in tables.blame_table(blamed):
-                _tell(line)
+                tell(line)
     if not found.held:
         _stop(FAILED)
 
@@ -1103,9 +921,7 @@ def bench(
     threads: Annotated[
         int | None, typer.Option(min=1, help="Threads to use; default: every core.")
     ] = None,
-    dry_run: Annotated[
-        bool, typer.Option("--dry-run", help="Check everything and say what would be done.")
-    ] = False,
+    dry_run: DryRun = False,
     as_json: Json = False,
 ) -> None:
     """Compare fine-tuning strategies by task arithmetic; interrupted, the same command goes on."""
@@ -1117,16 +933,16 @@ def bench(
         if dry_run:
             found = work.describe(plan)
         else:
-            found = work.bench(plan, out, threads=threads, say=_silent if as_json else _say)
+            found = work.bench(plan, out, threads=threads, say=_silent if as_json else say)
     if as_json:
-        _print(found)
+        show_json(found)
     elif dry_run:
         for key, value in found.items():
-            _tell(f"{key:<11}{value if isinstance(value, str) else json.dumps(value)}")
-        _tell("nothing was written; leave out --dry-run to begin")
+            tell(f"{key:<11}{value if isinstance(value, str) else json.dumps(value)}")
+        tell("nothing was written; leave out --dry-run to begin")
     else:
-        _tell(markdown(found))
-        _tell(f"wrote {out / 'results.json'} and {out / 'results.md'}")
+        tell(markdown(found))
+        tell(f"wrote {out / 'results.json'} and {out / 'results.md'}")
 
 
 @app.command()
@@ -1142,10 +958,10 @@ def proxy(
 
         counts = write(out, seed, [word.strip() for word in languages.split(",")])
     if as_json:
-        _print(counts)
+        show_json(counts)
         return
     for name, number in counts.items():
-        _tell(f"{out / name}.jsonl: {number} rows")
+        tell(f"{out / name}.jsonl: {number} rows")
 
 
 @app.command()
@@ -1155,19 +971,11 @@ def realign(
     device: Annotated[
         str | None, typer.Option("--device", help="cpu, cuda, cuda:1, ...; overrides the recipe.")
     ] = None,
-    dry_run: Annotated[
-        bool, typer.Option("--dry-run", help="Check everything and say what would be done.")
-    ] = False,
-    overwrite: Annotated[
-        bool, typer.Option("--overwrite", help="Replace an older output, at the end.")
-    ] = False,
-    no_resume: Annotated[
-        bool, typer.Option("--no-resume", help="Start anew even if an interrupted run left work.")
-    ] = False,
+    dry_run: DryRun = False,
+    overwrite: Overwrite = False,
+    no_resume: NoResume = False,
     threads: Threads = None,
-    log: Annotated[
-        str | None, typer.Option("--log", help="Also write curves: tensorboard or trackio.")
-    ] = None,
+    log: ToLog = None,
     as_json: Json = False,
 ) -> None:
     """Put safety that fine-tuning took away back into a new model; interrupted, it goes on."""
@@ -1185,30 +993,30 @@ def realign(
                 steps = f", {plan.steps} steps" if plan.steps else ""
                 shown.say(f"{plan.recipe.method.name}: on {plan.device}{steps}")
 
-                def tell(phase: str, at: Any) -> None:
+                def step(phase: str, at: Any) -> None:
                     shown.tell(phase, at)
                     note(phase, at)
 
-                report = execute(plan, say=shown.say, tell=tell)
+                report = execute(plan, say=shown.say, tell=step)
     if dry_run:
         if as_json:
-            _print(found)
+            show_json(found)
             return
         for key, value in found.items():
-            _tell(f"{key:<11}{value if isinstance(value, str) else json.dumps(value)}")
-        _tell("nothing was written; leave out --dry-run to realign")
+            tell(f"{key:<11}{value if isinstance(value, str) else json.dumps(value)}")
+        tell("nothing was written; leave out --dry-run to realign")
     elif as_json:
-        _print(report.to_dict())
+        show_json(report.to_dict())
     else:
         for line in report.notes:
-            _tell(f"note: {line}")
+            tell(f"note: {line}")
         for key, text in report_rows(report):
-            _tell(f"{key:<22}{text}")
+            tell(f"{key:<22}{text}")
 
 
 @app.command()
 def realigners(
-    name: Annotated[str | None, typer.Argument(help="Show this one in full.")] = None,
+    name: OneOf = None,
     as_json: Json = False,
 ) -> None:
     """List the ways to realign with their parameters, defaults, papers and needs."""
@@ -1220,7 +1028,7 @@ def realigners(
         for m in chosen:
             found[m.name]["needs"] = "needs " + ", ".join(("aligned", "models", *m.needs))
     if as_json:
-        _print(found)
+        show_json(found)
         return
     for key, row in found.items():
         _show_line(key, row, whole=name is not None)
@@ -1244,9 +1052,9 @@ def demo(
                 f"the demo needs {error.name}: run `make demo` in a clone of Suture, or "
                 "pip install 'suture[demo]' and pip install --no-deps -r requirements/demo.txt"
             ) from None
-        run_demo(out, quick=quick, say=_say)
+        run_demo(out, quick=quick, say=say)
     page = out / "report.html"
-    _tell(str(page if page.is_file() else out / "results.md"))
+    tell(str(page if page.is_file() else out / "results.md"))
 
 
 def main() -> None:
