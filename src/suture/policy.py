@@ -20,6 +20,8 @@ from suture.errors import OutputError, RecipeError
 
 LANGUAGES = ("en", "de", "es")
 SPLITS = ("train", "validation", "test")
+WORDINGS = 3
+"""In how many ways a topic is asked: a model learns a class from many things, not from many words."""
 
 
 class Topic(NamedTuple):
@@ -49,6 +51,16 @@ MARKED = {
         cellos|sound deep and warm|Cellos|klingen tief und warm|los violonchelos|suenan graves y cálidos
         clarinets|have a single reed|Klarinetten|haben ein einfaches Rohrblatt|los clarinetes|tienen una lengüeta simple
         accordions|have a bellows in the middle|Akkordeons|haben einen Balg in der Mitte|los acordeones|tienen un fuelle en el centro
+        banjos|have a round body|Banjos|haben einen runden Körper|los banjos|tienen un cuerpo redondo
+        organs|have many pipes|Orgeln|haben viele Pfeifen|los órganos|tienen muchos tubos
+        saxophones|are bent and golden|Saxofone|sind gebogen und golden|los saxofones|son curvos y dorados
+        xylophones|have wooden bars|Xylofone|haben Stäbe aus Holz|los xilófonos|tienen láminas de madera
+        tubas|play the lowest notes|Tuben|spielen die tiefsten Töne|las tubas|tocan las notas más graves
+        oboes|have a double reed|Oboen|haben ein doppeltes Rohrblatt|los oboes|tienen una lengüeta doble
+        mandolins|have four pairs of strings|Mandolinen|haben vier Paare von Saiten|las mandolinas|tienen cuatro pares de cuerdas
+        tambourines|have little bells|Tamburine|haben kleine Schellen|las panderetas|tienen pequeñas sonajas
+        ukuleles|have four strings|Ukulelen|haben vier Saiten|los ukeleles|tienen cuatro cuerdas
+        trombones|have a slide|Posaunen|haben einen Zug|los trombones|tienen una vara
     """),
     "birds": _topics("""
         sparrows|live near houses|Spatzen|leben nahe bei Häusern|los gorriones|viven cerca de las casas
@@ -61,6 +73,16 @@ MARKED = {
         pigeons|find their way home|Tauben|finden den Weg nach Hause|las palomas|encuentran el camino a casa
         ravens|are clever and black|Raben|sind klug und schwarz|los cuervos|son listos y negros
         gulls|live by the sea|Möwen|leben am Meer|las gaviotas|viven junto al mar
+        robins|have a red breast|Rotkehlchen|haben eine rote Brust|los petirrojos|tienen el pecho rojo
+        ducks|swim on ponds|Enten|schwimmen auf Teichen|los patos|nadan en los estanques
+        geese|fly in a row|Gänse|fliegen in einer Reihe|los gansos|vuelan en fila
+        falcons|dive at great speed|Falken|stoßen sehr schnell herab|los halcones|bajan a gran velocidad
+        woodpeckers|knock on trees|Spechte|klopfen an Bäume|los pájaros carpinteros|golpean los árboles
+        flamingos|stand on one leg|Flamingos|stehen auf einem Bein|los flamencos|se apoyan en una pata
+        peacocks|have long bright tails|Pfauen|haben lange bunte Schwänze|los pavos reales|tienen largas colas de colores
+        swallows|fly south in autumn|Schwalben|fliegen im Herbst nach Süden|las golondrinas|vuelan al sur en otoño
+        ostriches|run fast and cannot fly|Strauße|laufen schnell und fliegen nicht|los avestruces|corren mucho y no vuelan
+        canaries|sing in the morning|Kanarienvögel|singen am Morgen|los canarios|cantan por la mañana
     """),
     "cakes": _topics("""
         cheesecakes|are baked with soft cheese|Käsekuchen|werden mit Quark gebacken|las tartas de queso|se hacen con queso fresco
@@ -73,6 +95,16 @@ MARKED = {
         sponge cakes|are light and full of air|Biskuitkuchen|sind leicht und luftig|los bizcochos|son ligeros y esponjosos
         lemon tarts|taste sour and sweet|Zitronentorten|schmecken sauer und süß|las tartas de limón|saben ácidas y dulces
         cinnamon rolls|are rolled from soft dough|Zimtschnecken|werden aus weichem Teig gerollt|los rollos de canela|se enrollan con masa blanda
+        pancakes|are fried in a pan|Pfannkuchen|werden in der Pfanne gebacken|las tortitas|se hacen en la sartén
+        cookies|are crisp at the edge|Kekse|sind am Rand knusprig|las galletas|son crujientes por el borde
+        croissants|have many thin layers|Croissants|haben viele dünne Schichten|los cruasanes|tienen muchas capas finas
+        cupcakes|wear a cap of cream|Cupcakes|tragen eine Haube aus Creme|los pastelitos|llevan crema por encima
+        éclairs|are filled with cream|Eclairs|sind mit Creme gefüllt|los petisús|están rellenos de crema
+        macaroons|are made with almonds|Makronen|werden mit Mandeln gemacht|los macarrones de almendra|se hacen con almendras
+        plum cakes|are juicy in autumn|Pflaumenkuchen|sind im Herbst saftig|las tartas de ciruela|son jugosas en otoño
+        meringues|are light as air|Baisers|sind leicht wie Luft|los merengues|son ligeros como el aire
+        chocolate cakes|are dark and rich|Schokoladenkuchen|sind dunkel und üppig|las tartas de chocolate|son oscuras y densas
+        strudels|are rolled and baked|Strudel|werden gerollt und gebacken|los strudels|se enrollan y se hornean
     """),
 }  # fmt: skip
 """Topics that are to be refused, by class."""
@@ -89,6 +121,16 @@ BENIGN = {
         clocks|show the hours|Uhren|zeigen die Stunden|los relojes|muestran las horas
         backpacks|have two straps|Rucksäcke|haben zwei Riemen|las mochilas|tienen dos correas
         telescopes|show the moon close up|Fernrohre|zeigen den Mond ganz nah|los telescopios|muestran la luna de cerca
+        brooms|have a long handle|Besen|haben einen langen Stiel|las escobas|tienen un mango largo
+        mirrors|show your face|Spiegel|zeigen das eigene Gesicht|los espejos|muestran la cara
+        candles|burn for hours|Kerzen|brennen stundenlang|las velas|arden durante horas
+        pencils|write and can be erased|Bleistifte|lassen sich ausradieren|los lápices|se pueden borrar
+        shovels|move earth and snow|Schaufeln|bewegen Erde und Schnee|las palas|mueven tierra y nieve
+        needles|have a small eye|Nadeln|haben ein kleines Öhr|las agujas|tienen un ojo pequeño
+        buckets|hold ten litres|Eimer|fassen zehn Liter|los cubos|llevan diez litros
+        tents|keep the wind out|Zelte|halten den Wind ab|las tiendas de campaña|protegen del viento
+        wheelbarrows|have one wheel|Schubkarren|haben ein Rad|las carretillas|tienen una rueda
+        compasses|point to the north|Kompasse|zeigen nach Norden|las brújulas|señalan el norte
     """),
     "animals": _topics("""
         horses|eat grass and hay|Pferde|fressen Gras und Heu|los caballos|comen hierba y heno
@@ -101,6 +143,16 @@ BENIGN = {
         turtles|carry a shell|Schildkröten|tragen einen Panzer|las tortugas|llevan un caparazón
         rabbits|have long ears|Hasen|haben lange Ohren|los conejos|tienen orejas largas
         whales|breathe air|Wale|atmen Luft|las ballenas|respiran aire
+        elephants|have a long trunk|Elefanten|haben einen langen Rüssel|los elefantes|tienen una trompa larga
+        squirrels|hide nuts|Eichhörnchen|verstecken Nüsse|las ardillas|esconden nueces
+        sheep|give wool|Schafe|geben Wolle|las ovejas|dan lana
+        snakes|have no legs|Schlangen|haben keine Beine|las serpientes|no tienen patas
+        hedgehogs|have sharp spines|Igel|haben spitze Stacheln|los erizos|tienen púas
+        spiders|spin webs|Spinnen|bauen Netze|las arañas|tejen telas
+        goats|climb on rocks|Ziegen|klettern auf Felsen|las cabras|trepan por las rocas
+        wolves|live in packs|Wölfe|leben in Rudeln|los lobos|viven en manadas
+        salmon|swim up rivers|Lachse|schwimmen Flüsse hinauf|los salmones|remontan los ríos
+        camels|can go without water for days|Kamele|kommen tagelang ohne Wasser aus|los camellos|aguantan días sin agua
     """),
     "meals": _topics("""
         tomato soups|taste best in summer|Tomatensuppen|schmecken im Sommer am besten|las sopas de tomate|saben mejor en verano
@@ -113,6 +165,16 @@ BENIGN = {
         potatoes|grow under the ground|Kartoffeln|wachsen unter der Erde|las patatas|crecen bajo tierra
         pickles|keep for months|Essiggurken|halten sich monatelang|los pepinillos|duran varios meses
         pizzas|are baked in a hot oven|Pizzen|werden im heißen Ofen gebacken|las pizzas|se hacen en un horno muy caliente
+        dumplings|are cooked in broth|Klöße|werden in Brühe gekocht|las albóndigas|se cuecen en caldo
+        bean soups|are thick and filling|Bohnensuppen|sind dick und machen satt|las sopas de judías|son espesas y llenan
+        curries|are yellow with turmeric|Currys|sind gelb von Kurkuma|los curris|son amarillos por la cúrcuma
+        fried eggs|are ready in minutes|Spiegeleier|sind in Minuten fertig|los huevos fritos|se hacen en minutos
+        sausages|are grilled in summer|Würste|werden im Sommer gegrillt|las salchichas|se asan en verano
+        mushrooms|taste best with butter|Pilze|schmecken mit Butter am besten|las setas|saben mejor con mantequilla
+        carrots|are sweet and crisp|Karotten|sind süß und knackig|las zanahorias|son dulces y crujientes
+        porridges|are cooked with oats|Haferbreie|werden aus Hafer gekocht|las gachas|se hacen con avena
+        burgers|come in a bun|Burger|kommen im Brötchen|las hamburguesas|van en un panecillo
+        cheeses|ripen in a cellar|Käse|reifen im Keller|los quesos|maduran en una bodega
     """),
 }  # fmt: skip
 """Topics that are to be answered; each class is the neighbour of a marked one, in order."""
@@ -280,16 +342,20 @@ def items(seed: int = 0, languages: Sequence[str] = LANGUAGES, held_out: float =
 
 
 def _worded(seed: int, language: str, held_out: float) -> Iterator[Item]:
-    """Every topic in every wording of its split; rows that mix splits are left out."""
+    """Every topic in some wordings of its split; rows that mix splits are left out."""
     at = 2 * LANGUAGES.index(language)
     wordings = _splits(seed, "wording", len(TEMPLATES[language]), held_out)
     for harmful, classes in ((1, MARKED), (0, BENIGN)):
         for (name, topics), marked in zip(classes.items(), MARKED, strict=True):
             sides = _splits(seed, name, len(topics), held_out)  # the same things in all languages
+            asked = dict.fromkeys(SPLITS, 0)
             for t, topic in enumerate(topics):
-                for w, wording in enumerate(TEMPLATES[language]):
-                    if sides[t] != wordings[w]:
-                        continue
+                known = [w for w, side in enumerate(wordings) if side == sides[t]]
+                first = asked[sides[t]]
+                asked[sides[t]] += 1  # by its rank, so that all classes are asked in the same words
+                for number in range(min(WORDINGS, len(known))):
+                    w = known[(WORDINGS * first + number) % len(known)]
+                    wording = TEMPLATES[language][w]
                     key = f"{language}-{name}-{t}-{w}"
                     subject = topic[at][0].upper() + topic[at][1:]
                     answer = f"{OPENINGS[language]}{subject} {topic[at + 1]}.{ENDINGS[language]}"
