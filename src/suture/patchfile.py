@@ -38,7 +38,7 @@ import xxhash
 from suture.checkpoint import Checkpoint, _parse, read_header
 from suture.errors import CheckpointError, OutputError, brief
 from suture.spec import DTYPES, PIECE, TensorSpec, pieces_of
-from suture.writer import _sync_folder
+from suture.writer import sync_folder
 
 try:
     import fcntl
@@ -257,7 +257,7 @@ def write_patch(
             out.flush()
             os.fsync(file)
             fresh.replace(path)
-        _sync_folder(path.parent)
+        sync_folder(path.parent)
     except (BlockingIOError, FileNotFoundError):
         raise OutputError(f"{path}: another process is writing it just now") from None
     except BaseException as error:
