@@ -432,6 +432,7 @@ def _publish(
         save_file(pending.tensors, partial / WEIGHTS, {"format": "pt"})
         for name, text in texts.items():
             (partial / name).write_text(text, encoding="utf-8")
+        shutil.copymode(partial / CONFIG, partial / WEIGHTS)  # safetensors lets only the owner read
         for path in partial.iterdir():
             with path.open("rb") as file:
                 os.fsync(file.fileno())
