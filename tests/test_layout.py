@@ -112,6 +112,15 @@ def test_a_module_imports_only_what_stands_above_it(part: str, path: Path) -> No
 
 
 @each_module
+def test_what_is_private_stays_where_it_is(part: str, path: Path) -> None:
+    """No module imports a name of another that begins with an underscore."""
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.ImportFrom) and str(node.module).startswith("suture"):
+            private = [a.name for a in node.names if a.name[0] == "_" and a.name[1] != "_"]
+            assert not private, f"{path.name} imports {private} from {node.module}"
+
+
+@each_module
 def test_heavy_tools_have_one_place(part: str, path: Path) -> None:
     """The compiler in loops and machine, transformers in models, the terminal in terminal; no pickle."""
     for name, at_top in imported(path):

@@ -35,7 +35,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import xxhash
 
-from suture.checkpoint import Checkpoint, _parse, read_header
+from suture.checkpoint import Checkpoint, parse_object, read_header
 from suture.errors import CheckpointError, OutputError, brief
 from suture.spec import DTYPES, PIECE, TensorSpec, pieces_of
 from suture.writer import sync_folder
@@ -296,7 +296,7 @@ class PatchFile:
                 f"{path}: a patch of version {version}; this Suture reads version {VERSION}"
             )
         self.digest = metadata.get("digest", "")
-        self.facts = _parse(metadata.get("patch", "").encode(), f"{path}: its metadata")
+        self.facts = parse_object(metadata.get("patch", "").encode(), f"{path}: its metadata")
         self.specs: dict[str, TensorSpec] = {}
         """The tensors that are touched, sorted, as the base has them."""
         for name, entry in sorted(self._tensors().items()):
