@@ -426,7 +426,7 @@ def test_killed_right_after_the_swap(here: Path, monkeypatch: pytest.MonkeyPatch
     (out / "tokenizer.json").write_text("old")
     recipe = {**RECIPE, "output": {"dtype": "bfloat16"}}  # as many bytes, in another dtype
     with monkeypatch.context() as patch:
-        stopping(patch, writer, "_sync_folder", 1)  # between the swap and the cleaning
+        stopping(patch, writer, "sync_folder", 1)  # between the swap and the cleaning
         with pytest.raises(Stop):
             merge(here, "part", recipe, overwrite=True)
     merge(here, "whole", recipe)

@@ -21,7 +21,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from suture import kernels
-from suture.checkpoint import PICKLES, Array, Checkpoint, _inside, read_json, ties_embeddings
+from suture.checkpoint import PICKLES, Array, Checkpoint, inside_folder, read_json, ties_embeddings
 from suture.errors import CheckpointError, MismatchError, NonFiniteError, Problems, brief
 from suture.roles import role_of, tied_to
 from suture.spec import DTYPES, F32, TensorSpec, listed
@@ -203,7 +203,7 @@ def open_adapter(folder: Path, label: str) -> Adapter:
     Raises:
         CheckpointError: everything that is wrong with it, at once.
     """
-    config = read_json(_inside(folder / CONFIG, folder))
+    config = read_json(inside_folder(folder / CONFIG, folder))
     problems = Problems()
     _check_config(config, label, problems)
     problems.raise_if_any()
@@ -217,7 +217,7 @@ def open_adapter(folder: Path, label: str) -> Adapter:
                 f"save_pretrained(folder), which writes {WEIGHTS}"
             )
         raise CheckpointError(f"{label}: has {CONFIG} but no {WEIGHTS}; fetch it again")
-    file = _inside(file, folder)
+    file = inside_folder(file, folder)
     adapter = Adapter(folder, label, config, Checkpoint(file, label, [file]))
     _sort(adapter, problems)
     problems.raise_if_any()

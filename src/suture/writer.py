@@ -292,7 +292,7 @@ class Writer:
                 file.flush()
                 os.fsync(file.fileno())
             if path.parent != self._model:
-                _sync_folder(path.parent)
+                sync_folder(path.parent)
         except OSError as error:
             raise OutputError(f"{self._model / name}: {error.strerror}") from None
 
@@ -316,9 +316,9 @@ class Writer:
                 raise self._fault
             for descriptor in self._descriptors:
                 os.fsync(descriptor)
-            _sync_folder(self._model)
+            sync_folder(self._model)
             self._rename()
-            _sync_folder(self.out.parent)
+            sync_folder(self.out.parent)
         except OSError as error:
             raise OutputError(f"{self.out}: {error.strerror}") from None
         self.discard()
@@ -429,7 +429,8 @@ def _remove(paths: Iterable[Path]) -> None:
             path.unlink()
 
 
-def _sync_folder(folder: Path) -> None:
+def sync_folder(folder: Path) -> None:
+    """Have the disk keep the names in a folder, not only the bytes of its files."""
     if os.name == "nt":
         return
     descriptor = os.open(folder, os.O_RDONLY)

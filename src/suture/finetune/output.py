@@ -23,7 +23,7 @@ from suture.finetune.packed import Place
 from suture.finetune.recipe import Finetune
 from suture.models import Head, save_head
 from suture.spec import DTYPES
-from suture.writer import _sync_folder, index_of, plan_shards
+from suture.writer import index_of, plan_shards, sync_folder
 
 PATCH = "tuned.patch.safetensors"
 TORCH = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
@@ -120,7 +120,7 @@ def publish(folder: Path, out: Path, *, overwrite: bool) -> None:
             if path.is_file():
                 with path.open("rb") as file:
                     os.fsync(file.fileno())
-        _sync_folder(folder)
+        sync_folder(folder)
         if out.is_dir() and not any(out.iterdir()):
             out.rmdir()
         if out.exists():
@@ -129,7 +129,7 @@ def publish(folder: Path, out: Path, *, overwrite: bool) -> None:
             old = folder.with_name("old")
             out.rename(old)
         folder.rename(out)
-        _sync_folder(out.parent)
+        sync_folder(out.parent)
     except OSError as error:
         raise _full(out, error) from error
 
