@@ -376,5 +376,8 @@ def test_suites_of_the_other_kind_are_refused(gallery: Path, tmp_path: Path) -> 
     assert "has no head.safetensors; name the file of a head" in told(gallery / "vit", **pictured)
     assert "a zero-shot head is made of texts" in told(model, **pictured, head="zero-shot")
     assert "images have none" in told(model, **pictured, max_length=5)
-    other = {**pictured, "data": str(gallery / "rows.csv"), "label": "image"}
-    assert "is not one of the head's" in told(model, **other)
+    assert "image and label are both 'image'" in told(model, **pictured, label="image")
+    shutil.copytree(gallery / "folder" / "red", tmp_path / "more" / "green")
+    shutil.copytree(gallery / "folder" / "blue", tmp_path / "more" / "blue")
+    pictured["data"] = str(tmp_path / "more")
+    assert "the label 'green' is not one of the head's" in told(model, **pictured)

@@ -187,6 +187,8 @@ def _asked(suite: Suite, options: Options, problems: Problems) -> dict[str, Aske
 def _images(question: Question) -> list[Record]:
     """Images with labels as rows: each cell an image is a file, bytes or pixels."""
     image, label = str(question.options["image"]), str(question.options["label"])
+    if image == label:
+        raise RecipeError(f"evaluations.{question.name}: image and label are both {image!r}")
     spec = DataSpec(question.data, image=image, label=label)
     return [
         (where, {image: what, label: told}) for where, what, told in labelled(question.data, spec)
