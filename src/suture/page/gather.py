@@ -52,7 +52,7 @@ class Found:
             self.curves,
             self.benchmarks,
         )
-        return sum(len(kind) for kind in kinds)
+        return len({where for kind in kinds for where, _ in kind})
 
     def take(self, where: str, raw: Mapping[str, Any], text: str) -> None:
         """Put one object where it belongs; what nobody knows is left alone.
