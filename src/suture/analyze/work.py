@@ -48,9 +48,12 @@ from suture.spec import listed
 from suture.stream import Sources, Visitor, sweep, tasks_of
 from suture.tasks import Material, read_material
 from suture.vector import TaskVector, align
+from suture.writer import LOCK, alone, publish
 
 SCHEMA = 1
 """Version of the layout of ``analysis.json``."""
+MADE = "made"
+"""Where in the staging folder the output grows."""
 
 
 @dataclass(frozen=True)
@@ -258,7 +261,7 @@ def _check_out(
             elif not overwrite:
                 problems.add(OutputError, f"{out}: exists; name another folder, or --overwrite")
         held = {p.name for p in _staging(place).iterdir()} if _staging(place).exists() else set()
-        if held - {"analysis.json", "basis"}:
+        if held - {LOCK, MADE, f"{MADE}.old"}:
             problems.add(
                 OutputError, f"{_staging(place)}: holds {listed(sorted(held))}; move it away"
             )
@@ -470,33 +473,29 @@ def run_analysis(plan: AnalysisPlan, stage: Stage = _silent) -> Analysis:
         SutureError: an input or the output is at fault; then nothing was written.
     """
     assert plan.out is not None
-    found = analyse(plan, stage)
     out = plan.out.resolve()
     staging = _staging(out)
-    try:
-        if staging.exists():  # of a run that was killed
-            shutil.rmtree(staging)
-        staging.mkdir(parents=True)
-        written = {
-            basis.kind: _write_basis(plan, basis, staging / "basis" / basis.kind, stage)
-            for basis in found.bases
-            if basis.kind in plan.request.bases.write
-        }
-        found = Analysis(**{**vars(found), "written": written})
-        for checkpoint in plan.inputs.values():
-            checkpoint.check_unchanged()
-        text = json.dumps(found.to_dict(), indent=1, allow_nan=False) + "\n"
-        (staging / "analysis.json").write_text(text, encoding="utf-8")
-        old = out.with_name(f".{out.name}.old")
-        if out.exists():
-            shutil.rmtree(old, ignore_errors=True)
-            out.rename(old)
-        staging.rename(out)
-        shutil.rmtree(old, ignore_errors=True)
-    except OSError as error:
-        raise OutputError(f"{plan.out}: {error.strerror}") from None
-    finally:
-        shutil.rmtree(staging, ignore_errors=True)
+    with alone(staging, plan.out, "writing"):
+        try:
+            found = analyse(plan, stage)
+            made = staging / MADE
+            shutil.rmtree(made, ignore_errors=True)  # of a run that was killed
+            made.mkdir()
+            written = {
+                basis.kind: _write_basis(plan, basis, made / "basis" / basis.kind, stage)
+                for basis in found.bases
+                if basis.kind in plan.request.bases.write
+            }
+            found = Analysis(**{**vars(found), "written": written})
+            for checkpoint in plan.inputs.values():
+                checkpoint.check_unchanged()
+            text = json.dumps(found.to_dict(), indent=1, allow_nan=False) + "\n"
+            (made / "analysis.json").write_text(text, encoding="utf-8")
+            publish(made, out, overwrite=plan.overwrite)
+        except OSError as error:
+            raise OutputError(f"{plan.out}: {error.strerror}") from None
+        finally:
+            shutil.rmtree(staging, ignore_errors=True)
     return found
 
 
