@@ -168,7 +168,7 @@ def test_a_head_comes_back_with_its_labels(tmp_path: Path) -> None:
 def test_a_head_can_be_read_by_whoever_may_read_new_files(tmp_path: Path) -> None:
     """Its file has the mode of any other that is made there."""
     (tmp_path / "any").touch()
-    save_head(Head(torch.ones(2, 3), torch.zeros(2), ("a", "b")), tmp_path / "head.safetensors")
+    save_head(HEAD, tmp_path / "head.safetensors")
     modes = {path.stat().st_mode for path in tmp_path.iterdir()}
     assert len(modes) == 1
 
