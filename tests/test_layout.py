@@ -25,7 +25,7 @@ ORDER = [
     "card", "models", "data", "images", "persample", "snapshot", "mover", "tune", "evals", "measure",
     "learned", "diagnose", "report", "page", "outputs",
     "parts", "planning", "record", "telling", "run", "trial", "patching", "lowrank", "finetune", "tasks", "regions",
-    "analyze", "suites", "realign", "policy", "workshop", "demo_tasks", "demo_edits", "demo", "bench", "terminal", "cli", "__main__",
+    "analyze", "suites", "realign", "policy", "workshop", "demo_tasks", "demo_edits", "demo", "bench", "audit", "terminal", "cli", "__main__",
 ]  # fmt: skip
 """The way of a tensor, top to bottom."""
 
@@ -51,7 +51,7 @@ PLACES = {
 """Where a tool may be imported; others import it nowhere."""
 TORCH = {
     "checkpoint", "models", "data", "images", "persample", "snapshot", "mover", "tune", "evals", "finetune", "demo",
-    "bench", "demo_edits", "workshop", "lowrank", "measure", "learned", "diagnose", "suites", "realign",
+    "bench", "demo_edits", "workshop", "lowrank", "measure", "learned", "diagnose", "suites", "realign", "audit",
 }  # fmt: skip
 """Where torch may be imported, and in ``checkpoint`` only when a torch tensor is asked for."""
 TORCH_LATE = {"checkpoint.py", "merges/spectral.py"}
