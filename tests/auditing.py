@@ -106,7 +106,9 @@ def workshop(where: Path) -> Path:
     save_model(llama(), tokenizer(), where / "start")
     finetune(
         {
-            "base": str(where / "start"), "strategy": "full", "task": "language-model",
+            "base": str(where / "start"),
+            "strategy": "full",
+            "task": "language-model",
             "data": {"train": str(where / "policy.jsonl"), "validation": 0},
             "training": {"batch": 24, "epochs": 25, "lr": 1e-2, "save_every": 10_000},
         },

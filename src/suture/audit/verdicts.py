@@ -166,7 +166,7 @@ def _where(found: Found) -> Verdict:
         return Verdict("Q2", UNDECIDED, why)
     rich = []
     for kind in ("roles", "layers"):
-        for part, other in null[kind].items():
+        for part in null[kind]:
             least = min(_bounds(p, kind, part)[0] for p in regions.values())
             most = max(1.0, _bounds(null, kind, part)[1])
             rich.append((least / most, kind, part, least, most))
