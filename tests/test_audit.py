@@ -6,8 +6,6 @@ import json
 import math
 import shutil
 import signal
-import subprocess
-import sys
 import time
 from collections.abc import Mapping
 from pathlib import Path
@@ -21,7 +19,7 @@ import yaml
 from safetensors.numpy import load_file, save_file
 
 import auditing
-from making import invoke
+from making import invoke, start, suture
 from suture.audit import Options, audit, plan_audit
 from suture.audit.looks import ALL, Look, contrast
 from suture.audit.net import Change, Net, Region
@@ -37,6 +35,9 @@ from suture.finetune import finetune
 from suture.mask import Mask, StoredMask, localize
 from suture.models import LanguageModel, load_language_model, parameters_of, save_model
 from suture.mover import next_token
+from suture.page import safety
+from suture.page.gather import gather
+from suture.page.parts import Builder
 from suture.run import merge
 from suture.vector import TaskVector
 
@@ -486,10 +487,6 @@ def written(shop: Path, path: Path, **sections: Any) -> Path:
     return path
 
 
-def command(recipe: Path, out: Path, *more: str) -> list[str]:
-    return [sys.executable, "-m", "suture", "audit", str(recipe), "-o", str(out), *more]
-
-
 def test_a_killed_audit_goes_on_to_the_same_record(shop: Path, tmp_path: Path) -> None:
     """kill -9 during the attack and among the cells: the same command ends with the same bytes."""
     asked = auditing.recipe(
@@ -501,31 +498,29 @@ def test_a_killed_audit_goes_on_to_the_same_record(shop: Path, tmp_path: Path) -
     reference = audit(recipe, tmp_path / "reference")
     out, kills = tmp_path / "out", 0
     for wanted in (1, 6):
-        running = subprocess.Popen(command(recipe, out), stderr=subprocess.PIPE, text=True)
-        deadline = time.monotonic() + 120
-        while running.poll() is None and time.monotonic() < deadline:
-            if len(list((out / "cells").glob("*.json"))) >= wanted:
-                running.send_signal(signal.SIGKILL)
-                kills += 1
-                break
-            time.sleep(0.01)
-        running.wait()
+        with start("audit", recipe, "-o", out, cwd=tmp_path) as running:
+            while running.poll() is None:
+                if len(list((out / "cells").glob("*.json"))) >= wanted:
+                    running.send_signal(signal.SIGKILL)
+                    kills += 1
+                    break
+                time.sleep(0.01)
+            running.communicate()
         assert not (out / "audit.json").exists()
     assert kills == 2
     before = {p.name: p.stat().st_mtime_ns for p in (out / "cells").glob("*.json")}
-    done = subprocess.run(command(recipe, out), capture_output=True, text=True, check=False)
+    done = suture("audit", recipe, "-o", out, cwd=tmp_path)
 
-    assert done.returncode == 0, done.stderr
-    assert "Q1" in done.stdout
+    assert done.code == 0, done.err
+    assert "Q1" in done.out
     same = (tmp_path / "reference" / "audit.json").read_bytes()
     assert (out / "audit.json").read_bytes() == same
     assert reference["verdicts"] == json.loads(same)["verdicts"]
     for name, stamp in before.items():
         assert (out / "cells" / name).stat().st_mtime_ns == stamp, "a finished cell was made again"
     # once more: nothing is made; another recipe is refused, and may overwrite
-    again = subprocess.run(command(recipe, out, "--json"), capture_output=True, text=True,
-                           check=False)  # fmt: skip
-    assert json.loads(again.stdout)["key"] == reference["key"]
+    again = invoke("audit", recipe, "-o", out, "--json")
+    assert json.loads(again.out)["key"] == reference["key"]
     other = written(shop, tmp_path / "other.yaml", shares=[0.1, 1])
     code, _, told = invoke("audit", str(other), "-o", str(out))
     assert code == 2
@@ -539,11 +534,11 @@ def test_a_killed_audit_goes_on_to_the_same_record(shop: Path, tmp_path: Path) -
 def test_an_interrupt_ends_with_3_and_the_command_goes_on(shop: Path, tmp_path: Path) -> None:
     """Ctrl-C keeps finished cells."""
     recipe, out = written(shop, tmp_path / "audit.yaml"), tmp_path / "out"
-    running = subprocess.Popen(command(recipe, out), stderr=subprocess.PIPE, text=True)
-    while running.poll() is None and not list((out / "cells").glob("*.json")):
-        time.sleep(0.01)
-    running.send_signal(signal.SIGINT)
-    _, told = running.communicate(timeout=120)
+    with start("audit", recipe, "-o", out, cwd=tmp_path) as running:
+        while running.poll() is None and not list((out / "cells").glob("*.json")):
+            time.sleep(0.01)
+        running.send_signal(signal.SIGINT)
+        _, told = running.communicate(timeout=120)
 
     assert running.returncode == 3
     assert "goes on from here" in told
@@ -699,3 +694,32 @@ def test_one_metric_is_plain() -> None:
     broken = Look({ALL: None}, found.refused, found.broken, found.over_refusal,
                   {"loss": Metric("loss", math.nan, 3, math.nan, math.nan)})  # fmt: skip
     assert json.loads(json.dumps(broken.plain(), allow_nan=False))["violation"] == {ALL: None}
+
+
+def test_the_report_draws_an_audit(whole: tuple[Path, dict[str, Any]], tmp_path: Path) -> None:
+    """Curve, transfer, overlaps and places with verdicts and choices; weights are withheld."""
+    out, record = whole
+    found = gather(out)
+    made: list[str] = []
+    builder = Builder("audit.json", made)
+    (section,) = safety.audits("audit.json", record, builder)
+
+    assert not made
+    assert len(found.audits) == 1
+    assert [p for p in found.withheld if "attacked" in p] == ["attacked/suture.json"]
+    assert len(section.figures) == 4
+    assert [t.caption for t in section.tables] == ["Verdicts", "Every model that was asked"]
+    assert len(section.tables[0].rows) == 5
+    broken = json.loads(json.dumps(record))
+    (seed,) = broken["seeds"].values()
+    seed["curve"]["region"][0]["violation"] = dict.fromkeys([ALL, "en", "de", "es"])
+    seed["transfer"]["en"]["violation"]["de"] = None
+    (section,) = safety.audits("audit.json", broken, builder)
+    assert not made
+    assert "1 points are not judged" in section.figures[0].reading
+    assert any("not judged" in str(row) for row in section.figures[1].table.rows)
+    code, told, said = invoke("report", out, "-o", tmp_path / "page.html")
+    assert code == 0, said
+    assert "cannot be shown" not in told + said
+    assert "Where safety lives" in (tmp_path / "page.html").read_text()
+    assert list(safety.glance(record))

@@ -700,7 +700,8 @@ def finetune(
     overwrite: Overwrite = False,
     no_resume: NoResume = False,
     restricted: Annotated[
-        bool, typer.Option("--restricted", help="Mark it, and what is made with it: not to share."),
+        bool,
+        typer.Option("--restricted", help="Mark it, and what is made with it: not to share."),
     ] = False,
     log: ToLog = None,
     as_json: Json = False,

@@ -183,7 +183,7 @@ class _Reader(Reader):
         if not aligned and raw.get("aligned") is None:
             self.refuse("aligned: missing; the model whose safety is looked for")
         attack = self.attack()
-        if not attacked and attack is None and not {"attacked", "attack"} & raw.keys():
+        if all(raw.get(key) is None for key in ("attacked", "attack")):
             self.refuse("attack: missing; name an `attacked` model, or the rows of an `attack`")
         columns = self.columns()
         languages = self.languages()
