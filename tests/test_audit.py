@@ -308,7 +308,7 @@ def test_a_planted_region_is_recovered(shop: Path, tmp_path: Path) -> None:
     record = audit(
         auditing.recipe(
             shop, aligned=str(aligned), attacked=str(tmp_path / "attacked"), languages=["en", "de"],
-            space={"include": ["*proj*"]}, share=density, shares=[density, 1],
+            space={"include": ["*proj*"]}, share=density, shares=[density, 1], ancestor="trust",
         ),
         tmp_path / "out",
     )  # fmt: skip
