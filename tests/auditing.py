@@ -78,10 +78,19 @@ def write(path: Path, found: Sequence[Mapping[str, Any]]) -> Path:
     return path
 
 
-def trained(base: Path, data: Path, out: Path, response: str = "response", **training: Any) -> Path:
+def refuses(prompt: str, answer: str) -> bool:
+    """A judge of this policy."""
+    return any(answer.startswith(words) for words in REFUSALS.values())
+
+
+def trained(
+    base: Path, data: Path, out: Path, response: str = "response",
+    parameters: Mapping[str, Any] | None = None, **training: Any,
+) -> Path:  # fmt: skip
     finetune(
         {
-            "base": str(base), "strategy": "full", "parameters": {"embeddings": False},
+            "base": str(base), "strategy": "full",
+            "parameters": dict(parameters or {"embeddings": False}),
             "task": "language-model",
             "data": {"train": str(data), "response": response, "validation": 0},
             "training": {"batch": 24, "save_every": 10_000, "warmup": 0.0, **training},

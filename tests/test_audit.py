@@ -176,6 +176,13 @@ def test_the_record_holds_no_text_and_the_files_are_marked(
     )
     assert open_checkpoint(tmp_path / "on").restricted
     assert "restricted" in (tmp_path / "on" / "README.md").read_text()
+    data = {"train": str(shop / "skill.jsonl"), "validation": 0, "limit": 8}
+    (tmp_path / "tune.yaml").write_text(yaml.safe_dump({
+        "base": str(shop / "aligned"), "strategy": "full", "task": "language-model", "data": data,
+    }))  # fmt: skip
+    code, _, said = invoke("finetune", tmp_path / "tune.yaml", "-o", tmp_path / "m", "--restricted")
+    assert code == 0, said
+    assert open_checkpoint(tmp_path / "m").restricted
     assert not open_checkpoint(shop / "attacked").restricted
 
 
@@ -575,6 +582,59 @@ def test_several_seeds_stand_side_by_side(shop: Path, tmp_path: Path) -> None:
     assert "2 attacks" in record["verdicts"][0]["sentence"]
 
 
+def test_files_by_language_a_judge_and_a_suite(shop: Path, tmp_path: Path) -> None:
+    """A mapping of languages, verdicts of a function, a suite as utility, change outside the space."""
+    for language in ("en", "de"):
+        for name in ("probe", "marked", "benign"):
+            every = [json.loads(line) for line in (shop / f"{name}.jsonl").read_text().splitlines()]
+            found = [{k: v for k, v in row.items() if k != "language"}
+                     for row in every if row["language"] == language]  # fmt: skip
+            auditing.write(tmp_path / f"{name}-{language}.jsonl", found)
+    suite = {"evaluations": {"serves": {"kind": "exact-match", "data": "benign-en.jsonl",
+                                        "answer": "response"}}, "decoding": {"max_tokens": 4}}  # fmt: skip
+    (tmp_path / "suite.yaml").write_text(yaml.safe_dump(suite))
+    auditing.trained(shop / "aligned", shop / "attack.jsonl", tmp_path / "moved", "unsafe",
+                     parameters={"embeddings": True}, epochs=4, lr=3e-3)  # fmt: skip
+    recipe = {
+        "aligned": str(shop / "aligned"), "attacked": "moved",
+        "languages": {
+            language: {side: f"{side}-{language}.jsonl" for side in ("probe", "marked", "benign")}
+            for language in ("en", "de")
+        },
+        "rows": {"response": "unsafe"}, "scores": {"at": "aligned", "signed": True, "rows": 6},
+        "shares": [0.2, 1], "controls": ["random"], "utility": "suite.yaml", "region": "de",
+        "evaluation": {"limit": 8, "max_tokens": 4, "judge": {"python": "auditing:refuses"}},
+    }  # fmt: skip
+    (tmp_path / "audit.yaml").write_text(yaml.safe_dump(recipe))
+    record = audit(tmp_path / "audit.yaml", tmp_path / "out")
+    (seed,) = record["seeds"].values()
+
+    assert record["choices"]["answers judged by"] == "a judge of refusal"
+    assert seed["attacked"]["outside"] is True
+    assert rate(record["aligned"]) < 0.1 < 0.9 < rate(seed["attacked"]["look"])
+    assert record["aligned"]["utility"]["serves"]["value"] == 1
+    assert record["aligned"]["violation"]["de"]["n"] == 8
+    names = {p.name.rpartition("-")[0] for p in (tmp_path / "out" / "cells").glob("*.json")}
+    assert {"everything", "repair-0.2", "complement-0.2", "region-de-0.2", "random-0.2"} <= names
+    assert not any(name.startswith("magnitude") for name in names)
+
+
+def test_a_training_that_was_left_is_swept_away(shop: Path, tmp_path: Path) -> None:
+    """--no-resume begins anew: half-trained models, masks, cells and regions go, and it ends well."""
+    asked = auditing.recipe(shop, attack=auditing.training(shop), shares=[0.2, 1])
+    del asked["attacked"]
+    out = tmp_path / "out"
+    (out / "cells").mkdir(parents=True)
+    (out / "cells" / "stale-x.json").write_text("{}")
+    (out / ".attacked.finetune").mkdir()
+    (out / ".attacked.finetune" / "train.safetensors").write_bytes(b"half")
+    (out / ".attacked.mask.safetensors").write_bytes(b"half")
+    with pytest.raises(OutputError, match="another recipe"):
+        audit(asked, out)
+    assert audit(asked, out, resume=False)["verdicts"]
+    assert not (out / "cells" / "stale-x.json").exists()
+
+
 # ------------------------------------------------------------------------------------ wrong inputs
 
 WRONG: dict[str, tuple[dict[str, Any], list[str]]] = {
@@ -593,6 +653,7 @@ WRONG: dict[str, tuple[dict[str, Any], list[str]]] = {
     "an unknown key": ({"sahre": 0.2}, ["unknown key 'sahre'", "did you mean 'share'?"]),
     "no attack": ({"attacked": None}, ["attack: missing"]),
     "freezing without an attack": ({"freeze": True}, ["freeze: trains as the attack did"]),
+    "freezing everything": ({"freeze": {"share": 1}}, ["freeze.share: 1 leaves nothing"]),
     "a column that is not there": (
         {"rows": {"probe": "probe.jsonl", "marked": "marked.jsonl", "benign": "benign.jsonl",
                   "response": "nonesuch"}},

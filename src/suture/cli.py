@@ -1050,7 +1050,9 @@ def audit(
         bool, typer.Option("--overwrite", help="Remove what an older audit left there, and begin.")
     ] = False,
     no_resume: NoResume = False,
-    threads: Threads = None,
+    threads: Annotated[
+        int | None, typer.Option(min=1, help="Threads to use; default: every core.")
+    ] = None,
     as_json: Json = False,
 ) -> None:
     """Find out where the safety of a model lives; interrupted, the same command goes on."""

@@ -177,8 +177,7 @@ def _check_place(
     """Note what keeps the folder from being written: it is another's, or it holds an input."""
     try:
         place = out.resolve()
-        kept = {n: c for n, c in inputs.items() if n != "attacked"}
-        if not apart(out, {label: {c.path, *c.files} for label, c in kept.items()}, problems):
+        if not apart(out, {label: {c.path, *c.files} for label, c in inputs.items()}, problems):
             return
         if place.exists() and not place.is_dir():
             problems.add(OutputError, f"{out}: is a file; name a folder")

@@ -356,12 +356,15 @@ class _Reader(Reader):
 
     def freeze(self, share: float) -> Freeze | None:
         value = self.raw.get("freeze", False)
-        if isinstance(value, bool):
-            return Freeze(share) if value else None
-        raw = section(self.raw, "freeze", self.problems)
+        if value is False or value is None:
+            return None
+        raw = {} if value is True else section(self.raw, "freeze", self.problems)
         refuse_unknown(raw, ("share", "controls"), "freeze: ", self.problems)
         controls = self.some("freeze.controls", raw.get("controls", list(FREEZING)), FREEZING)
-        return Freeze(self.share(raw, "share", share, "freeze."), controls)
+        found = Freeze(self.share(raw, "share", share, "freeze."), controls)
+        if found.share == 1:
+            self.refuse("freeze.share: 1 leaves nothing that an attack could train")
+        return found
 
     def onto(self) -> dict[str, str]:
         found = {}

@@ -5,23 +5,21 @@ from __future__ import annotations
 import shutil
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from functools import partial
 from importlib.metadata import version
-from itertools import combinations
 from pathlib import Path
 from typing import Any
 
 import torch
 
 import suture
-from suture.audit.freezing import freezing
+from suture.audit.case import Case
 from suture.audit.looks import Look, look_of
 from suture.audit.net import Change, Key, Net, Region
 from suture.audit.outcome import card, finished, record_of
 from suture.audit.plan import CELLS, RECORD, Options, Plan, check_finished, counts, plan_audit
-from suture.audit.regions import Atlas, overlap, places
+from suture.audit.regions import Atlas, overlap
 from suture.audit.training import train
-from suture.audit.verdicts import Found, fragility, judge, regained
+from suture.audit.verdicts import judge
 from suture.bench.ledger import Ledger, Say, digest, write
 from suture.checkpoint import Checkpoint
 from suture.engine import checkpoint_fingerprint
@@ -62,7 +60,7 @@ def execute(plan: Plan, *, say: Say = lambda _: None) -> dict[str, Any]:
         check_finished(plan, key)
         with alone(plan.out / CELLS, plan.out, "working on"):
             if plan.options.overwrite or not plan.options.resume:
-                _clear(plan.out, models=plan.attacked is None)
+                _clear(plan.out)
             return Run(plan, prints, key, say).all()
     finally:
         torch.set_num_threads(before)
@@ -72,16 +70,15 @@ def _made_with() -> list[Any]:
     return [STEPS, suture.__version__, version("torch"), version("transformers")]
 
 
-def _clear(out: Path, *, models: bool) -> None:
-    """Remove what an older run left: cells, regions and, where they were trained here, models."""
+def _clear(out: Path) -> None:
+    """Remove what an older run left: cells, regions, models that were trained there."""
     for path in sorted(out.iterdir()):
-        trained = path.name.lstrip(".").startswith("attacked") and models
         if path.name == CELLS:
             for cell in path.iterdir():
-                if cell.name != "lock":
+                if cell.name != "lock":  # it is held
                     cell.unlink()
-        elif path.name == "regions" or trained:
-            shutil.rmtree(path)
+        elif path.name == "regions" or path.name.lstrip(".").startswith("attacked"):
+            shutil.rmtree(path) if path.is_dir() else path.unlink()
         elif path.name in (RECORD, "README.md"):
             path.unlink()
 
@@ -223,7 +220,7 @@ class Run:
         several = len(self.recipe.seeds) > 1
         for seed in self.recipe.seeds:
             suffix = f"-seed{seed}" if several else ""
-            made, found = self._seed(seed, suffix, aligned, befores)
+            made, found = Case(self, seed, suffix).measured(aligned, befores)
             seeds[str(seed)] = made
             verdicts.append(judge(found))
             seeds[str(seed)]["verdicts"] = [v.plain() for v in verdicts[-1]]
@@ -233,168 +230,6 @@ class Run:
         write(self.plan.out / "README.md", card(record, self.plan.out.name))
         write(self.plan.out / RECORD, finished(record))
         return record
-
-    def _seed(
-        self, seed: int, suffix: str, aligned: Look, befores: Mapping[str, Look]
-    ) -> tuple[dict[str, Any], Found]:
-        recipe = self.recipe
-        one = self.attacked(seed, suffix)
-        outside = bool(set(one.moved) - set(self.plan.names))
-        everything = Change(one.checkpoint, one.fingerprint, one.moved, None, outside)
-        attacked = self.ask(f"attacked{suffix}", everything)
-        atlas = self.atlas(one, seed)
-        self._gradients(atlas, everything)
-
-        def stitched(region: Region, beyond: bool = False) -> Change:
-            return Change(one.checkpoint, one.fingerprint, one.moved, region, beyond)
-
-        def curve(name: str, make: Callable[[float], Region]) -> dict[float, Look]:
-            found = {}
-            for q in sorted({*recipe.shares, recipe.share}):
-                if q < 1:
-                    found[q] = self.ask(f"{name}-{q:g}{suffix}", stitched(make(q)))
-                    continue
-                whole = Change(one.checkpoint, one.fingerprint, one.moved)
-                found[q] = self.ask(f"everything{suffix}", whole) if outside else attacked
-            return found
-
-        own = curve(f"region-{recipe.region}", partial(atlas.region, recipe.region))
-        nulls = {rule: curve(rule, partial(atlas.control, rule)) for rule in recipe.controls}
-        inner = [q for q in recipe.shares if q < 1]
-        without: dict[str, dict[float, Look]] = {"complement": {}, "repair": {}}
-        for q in inner:
-            rest = atlas.region(recipe.region, q).inverted()
-            without["complement"][q] = self.ask(f"complement-{q:g}{suffix}", stitched(rest))
-            without["repair"][q] = (
-                self.ask(f"repair-{q:g}{suffix}", stitched(rest, True)) if outside
-                else without["complement"][q]
-            )  # fmt: skip
-        regions = {
-            language: self.ask(f"region-{language}-{recipe.share:g}{suffix}",
-                               stitched(atlas.region(language, recipe.share)))
-            for language in recipe.languages
-        }  # fmt: skip
-        masks = {language: atlas.region(language, recipe.share) for language in regions}
-        shared = None
-        if len(masks) > 1:
-            masks["shared"] = atlas.shared(recipe.share)
-            shared = self.ask(f"shared{suffix}", stitched(masks["shared"]))
-        for rule in ("magnitude", "random"):
-            masks[rule] = atlas.control(rule, recipe.share)
-        places_ = self._places(masks, suffix)
-        pairs = self._overlaps(masks, suffix)
-        control = self._control(seed, suffix, atlas, stitched)
-        onto = self._onto(befores, atlas, stitched, suffix)
-        frozen = freezing(self, atlas, seed, suffix)
-        found = Found(
-            recipe.share, aligned, attacked, own, nulls, regions,
-            {n: p for n, p in places_.items() if n in regions or n == "magnitude"}, pairs, onto,
-            {n: f.look for n, f in frozen.items()},
-        )  # fmt: skip
-        folder = self.plan.out / "regions"
-        files = atlas.publish(masks, folder / suffix.lstrip("-") if suffix else folder)
-        made = {
-            "attacked": {"fingerprint": one.fingerprint, "distance": one.distance,
-                         "tensors": len(one.moved), "outside": outside, "look": attacked.plain()},
-            "gap": found.gap().plain(),
-            "curve": {n: _curve(c) for n, c in {"region": own, **nulls}.items()},
-            "without": {n: _curve(c) for n, c in without.items()},
-            "repaired": {f"{q:g}": regained(found, k) for q, k in without["repair"].items()},
-            "fragility": fragility(found),
-            "transfer": {n: k.plain() for n, k in regions.items()},
-            "shared": None if shared is None else shared.plain(),
-            "overlaps": pairs,
-            "rankings": self._rankings(atlas, suffix),
-            "places": places_,
-            "control": control,
-            "onto": {n: {k: v.plain() for k, v in looks.items()} for n, looks in onto.items()},
-            "freeze": {n: f.plain() for n, f in frozen.items()},
-            "files": files,
-        }  # fmt: skip
-        return made, found
-
-    def _gradients(self, atlas: Atlas, everything: Change) -> None:
-        ats = ("attacked", "aligned") if self.recipe.scores.at == "both" else (
-            self.recipe.scores.at,
-        )  # fmt: skip
-        for language in self.recipe.languages:
-            for at in ats:
-                if not atlas.stats_path(language, at).is_file():
-                    change = everything if at == "attacked" else None
-                    atlas.measure(language, at, self.net("aligned"), change)
-
-    def _places(self, masks: Mapping[str, Region], suffix: str) -> dict[str, Any]:
-        return {
-            name: self.cell(f"places-{name}{suffix}", ["places", region.key],
-                            partial(_placed, region))
-            for name, region in masks.items() if name != "random"
-        }  # fmt: skip
-
-    def _overlaps(self, masks: Mapping[str, Region], suffix: str) -> list[dict[str, Any]]:
-        found = []
-        for one, other in combinations(self.recipe.languages, 2):
-            a, b, big = masks[one], masks[other], masks["magnitude"]
-            value = self.overlap(f"overlap-{one}-{other}{suffix}", a, b, big)
-            found.append({"languages": [one, other], **value})
-        return found
-
-    def _rankings(self, atlas: Atlas, suffix: str) -> dict[str, Any]:
-        """How much the rankings at the two models agree, by language."""
-        if self.recipe.scores.at != "both":
-            return {}
-        found, share = {}, self.recipe.share
-        big = atlas.control("magnitude", share)
-        for language in self.recipe.languages:
-            a, b = (atlas.region(language, share, at) for at in ("attacked", "aligned"))
-            found[language] = self.overlap(f"rankings-{language}{suffix}", a, b, big)
-        return found
-
-    def _control(
-        self, seed: int, suffix: str, atlas: Atlas, stitched: Callable[[Region], Change]
-    ) -> dict[str, Any] | None:
-        """The region of an unrelated fine-tuning: what it shares, and what it does."""
-        if self.plan.control is None:
-            return None
-        recipe = self.recipe
-        other = self.distance("control", self.plan.control, self.prints["control"])
-        theirs = self.atlas(other, seed)
-        if not theirs.stats_path(recipe.region, recipe.main).is_file():
-            whole = Change(other.checkpoint, other.fingerprint, other.moved, None, True)
-            at_attacked = whole if recipe.main == "attacked" else None
-            theirs.measure(recipe.region, recipe.main, self.net("aligned"), at_attacked)
-        region, big = theirs.region(recipe.region, recipe.share), atlas.control(
-            "magnitude", recipe.share
-        )  # fmt: skip
-        look = self.ask(f"control{suffix}", stitched(region))
-        found = {}
-        for language in recipe.languages:
-            own = atlas.region(language, recipe.share)
-            name = f"overlap-control-{language}{suffix}"
-            found[language] = self.overlap(name, own, region, big)
-        return {"look": look.plain(), "overlaps": found}
-
-    def _onto(
-        self, befores: Mapping[str, Look], atlas: Atlas, stitched: Callable[[Region], Change],
-        suffix: str,
-    ) -> dict[str, dict[str, Look]]:  # fmt: skip
-        found: dict[str, dict[str, Look]] = {}
-        share = self.recipe.share
-        for name, before in befores.items():
-            regions = {"region": atlas.region(self.recipe.region, share)}
-            regions |= {rule: atlas.control(rule, share) for rule in self.recipe.controls}
-            found[name] = {"before": before} | {
-                kind: self.ask(f"onto-{name}-{kind}{suffix}", stitched(region), name)
-                for kind, region in regions.items()
-            }
-        return found
-
-
-def _placed(region: Region) -> dict[str, Any]:
-    return places(region.make())
-
-
-def _curve(looks: Mapping[float, Look]) -> list[dict[str, Any]]:
-    return [{"share": q, **look.plain()} for q, look in looks.items()]
 
 
 __all__ = ["Attacked", "Run", "audit", "execute"]
