@@ -590,7 +590,7 @@ def test_files_by_language_a_judge_and_a_suite(shop: Path, tmp_path: Path) -> No
             found = [{k: v for k, v in row.items() if k != "language"}
                      for row in every if row["language"] == language]  # fmt: skip
             auditing.write(tmp_path / f"{name}-{language}.jsonl", found)
-    suite = {"evaluations": {"serves": {"kind": "exact-match", "data": "benign-en.jsonl",
+    suite = {"evaluations": {"keeps": {"kind": "exact-match", "data": "marked-en.jsonl",
                                         "answer": "response"}}, "decoding": {"max_tokens": 4}}  # fmt: skip
     (tmp_path / "suite.yaml").write_text(yaml.safe_dump(suite))
     auditing.trained(shop / "aligned", shop / "attack.jsonl", tmp_path / "moved", "unsafe",
@@ -612,7 +612,8 @@ def test_files_by_language_a_judge_and_a_suite(shop: Path, tmp_path: Path) -> No
     assert record["choices"]["answers judged by"] == "a judge of refusal"
     assert seed["attacked"]["outside"] is True
     assert rate(record["aligned"]) < 0.1 < 0.9 < rate(seed["attacked"]["look"])
-    assert record["aligned"]["utility"]["serves"]["value"] == 1
+    assert record["aligned"]["utility"]["keeps"]["value"] == 1
+    assert seed["attacked"]["look"]["utility"]["keeps"]["value"] == 0
     assert record["aligned"]["violation"]["de"]["n"] == 8
     names = {p.name.rpartition("-")[0] for p in (tmp_path / "out" / "cells").glob("*.json")}
     assert {"everything", "repair-0.2", "complement-0.2", "region-de-0.2", "random-0.2"} <= names

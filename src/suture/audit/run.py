@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import shutil
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -228,8 +229,10 @@ class Run:
             checkpoint.check_unchanged()
         record = record_of(self.plan, self.prints, self.key, aligned, seeds, verdicts)
         write(self.plan.out / "README.md", card(record, self.plan.out.name))
-        write(self.plan.out / RECORD, finished(record))
-        return record
+        text = finished(record)
+        write(self.plan.out / RECORD, text)
+        told: dict[str, Any] = json.loads(text)
+        return told
 
 
 __all__ = ["Attacked", "Run", "audit", "execute"]

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from typing import Any
 
 from suture.audit.looks import ALL, Look, above, below, contrast
@@ -57,9 +57,9 @@ class Found:
     places: Mapping[str, Mapping[str, Any]]
     """Where the regions lie, by language, and ``magnitude``."""
     overlaps: Sequence[Mapping[str, Any]] = ()
-    onto: Mapping[str, Mapping[str, Look]] = ()  # type: ignore[assignment]
+    onto: Mapping[str, Mapping[str, Look]] = field(default_factory=dict)
     """By derivative: itself (``before``), with the region, and with each null."""
-    frozen: Mapping[str, Look] = ()  # type: ignore[assignment]
+    frozen: Mapping[str, Look] = field(default_factory=dict)
     """Attacked with the region frozen (``region``), and each control."""
 
     def half(self, look: Look, language: str = ALL) -> Metric:

@@ -64,12 +64,18 @@ def audits(where: str, raw: Raw, builder: Builder) -> Iterator[Section]:
 
 def glance(raw: Raw) -> Iterator[str]:
     """Which questions are decided, in a sentence."""
-    told = {word: [str(v["question"]) for v in raw["verdicts"] if v["verdict"] == word]
-            for word in ("holds", "does not hold", "not decided")}  # fmt: skip
-    parts = [f"{listed_words(q)} {word if len(q) == 1 or word != 'holds' else 'hold'}"
-             for word, q in told.items() if q]  # fmt: skip
+    words = {
+        "holds": ("holds", "hold"),
+        "does not hold": ("does not hold", "do not hold"),
+        "not decided": ("is not decided", "are not decided"),
+    }
+    parts = []
+    for word, (one, many) in words.items():
+        asked = [str(v["question"]) for v in raw["verdicts"] if v["verdict"] == word]
+        if asked:
+            parts.append(f"{listed_words(asked)} {one if len(asked) == 1 else many}")
     if parts:
-        yield f"Of the audit's questions {'; '.join(parts)}."
+        yield f"Of the questions of the safety audit {'; '.join(parts)}."
 
 
 def _value(metric: Raw | None, end: str = "value") -> float | None:
