@@ -146,7 +146,7 @@ def located(place: Path, base: Path, experts: Mapping[str, Path], rows: int) -> 
 def suite(place: Path, aligned: Path, asked: int) -> dict[str, Any]:
     """Safety and utility, the same for every model."""
     rows = {n: str(place / "rows" / f"{n}.jsonl") for n in ("marked", "benign", "test")}
-    marked, both = rows["marked"], 2 * asked
+    marked, few = rows["marked"], asked // 2
     short = {"batch": 32, "limit": asked}
     skill = {"kind": "exact-match", "utility": True, **short}
     return {
@@ -157,10 +157,10 @@ def suite(place: Path, aligned: Path, asked: int) -> dict[str, Any]:
             "over_refusal": {"kind": "refusal", "expect": "answer", "data": rows["benign"],
                              **short},
             "odds": {"kind": "refusal-odds", "data": rows["test"], "harmful": "harmful",
-                     "limit": both},
+                     "limit": 3 * few},
             "margin": {"kind": "preference", "data": marked, "limit": asked},
-            "depth": {"kind": "depth", "data": marked, "depths": [0, 2, 5], "limit": asked},
-            "drift": {"kind": "drift", "data": marked, "limit": asked},
+            "depth": {"kind": "depth", "data": marked, "depths": [0, 2, 5], "limit": few},
+            "drift": {"kind": "drift", "data": marked, "limit": few},
             "sums": {**skill, "data": str(place / "sums-test.jsonl"), "extract": "last-number"},
             "order": {**skill, "data": str(place / "order-test.jsonl"), "extract": "first-line"},
         },
