@@ -54,6 +54,7 @@ COMMANDS = [
     "compare",
     "methods",
     "bench",
+    "audit",
     "proxy",
     "demo",
 ]

@@ -62,6 +62,7 @@ def equation(rule: str, tau: Any, name: str, stats: Stats) -> Array:
         "empirical_fisher": lambda: np.sqrt(delta**2 * stat("empirical_fisher")),
         "snip": lambda: weight * stat("abs_grad"),
         "delta_grad": lambda: abs(delta) * stat("abs_grad"),
+        "delta_sum_grad": lambda: abs(delta * stat("grad")),
         "first_order": lambda: -delta * stat("grad"),
         "learned": lambda: stat("logit"),
     }[rule]()

@@ -24,8 +24,9 @@ ORDER = [
     "patch", "gather", "analysis", "merges", "engine", "recipe_types", "mergekit", "recipe",
     "card", "models", "data", "images", "persample", "snapshot", "mover", "tune", "evals", "measure",
     "learned", "diagnose", "report", "page", "outputs",
-    "parts", "planning", "record", "telling", "run", "trial", "patching", "lowrank", "finetune", "tasks", "arithmetic", "regions",
-    "analyze", "suites", "realign", "policy", "workshop", "demo_tasks", "demo_edits", "demo", "bench", "terminal", "cli", "__main__",
+    "parts", "planning", "record", "telling", "run", "trial", "patching", "lowrank", "finetune", "tasks",
+    "arithmetic", "regions", "analyze", "suites", "realign", "policy", "workshop", "demo_tasks", "demo_edits", "demo",
+    "bench", "audit", "terminal", "cli", "__main__",
 ]  # fmt: skip
 """The way of a tensor, top to bottom."""
 
@@ -52,6 +53,7 @@ PLACES = {
 TORCH = {
     "checkpoint", "models", "data", "images", "persample", "snapshot", "mover", "tune", "evals", "finetune", "demo",
     "arithmetic", "bench", "demo_edits", "workshop", "lowrank", "measure", "learned", "diagnose", "suites", "realign",
+    "audit",
 }  # fmt: skip
 """Where torch may be imported, and in ``checkpoint`` only when a torch tensor is asked for."""
 TORCH_LATE = {"checkpoint.py", "merges/spectral.py"}

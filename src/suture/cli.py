@@ -699,6 +699,10 @@ def finetune(
     dry_run: DryRun = False,
     overwrite: Overwrite = False,
     no_resume: NoResume = False,
+    restricted: Annotated[
+        bool,
+        typer.Option("--restricted", help="Mark it, and what is made with it: not to share."),
+    ] = False,
     log: ToLog = None,
     as_json: Json = False,
 ) -> None:
@@ -707,7 +711,7 @@ def finetune(
         from suture.finetune import run
         from suture.finetune.trackers import tracker
 
-        how = run.Options(overwrite=overwrite, resume=not no_resume, device=device)
+        how = run.Options(overwrite, not no_resume, device, restricted)
         plan = run.plan_finetune(recipe, out, how)
         if dry_run:
             found = run.describe(plan)
@@ -1032,6 +1036,43 @@ def realigners(
         return
     for key, row in found.items():
         _show_line(key, row, whole=name is not None)
+
+
+@app.command()
+def audit(
+    recipe: Annotated[Path, typer.Argument(help="Models, rows by language, shares (YAML).")],
+    out: Annotated[Path, typer.Option("--out", "-o", help="The folder of cells and results.")],
+    device: Annotated[
+        str | None, typer.Option("--device", help="cpu, cuda, cuda:1, ...; overrides the recipe.")
+    ] = None,
+    dry_run: DryRun = False,
+    overwrite: Annotated[
+        bool, typer.Option("--overwrite", help="Remove what an older audit left there, and begin.")
+    ] = False,
+    no_resume: NoResume = False,
+    threads: Annotated[
+        int | None, typer.Option(min=1, help="Threads to use; default: every core.")
+    ] = None,
+    as_json: Json = False,
+) -> None:
+    """Find out where the safety of a model lives; interrupted, the same command goes on."""
+    with _errors(as_json):
+        from suture.audit import describe, execute, lines, plan_audit
+        from suture.audit.plan import Options as How
+
+        how = How(overwrite, not no_resume, device, threads)
+        plan = plan_audit(recipe, out, how)
+        found = describe(plan) if dry_run else execute(plan, say=_silent if as_json else say)
+    if as_json:
+        show_json(found)
+    elif dry_run:
+        for key, value in found.items():
+            tell(f"{key:<12}{value if isinstance(value, str) else json.dumps(value)}")
+        tell("nothing was written; leave out --dry-run to begin")
+    else:
+        for line in lines(found):
+            tell(line)
+        tell(f"wrote {out / 'audit.json'}; weights and masks beside it are restricted")
 
 
 @app.command()

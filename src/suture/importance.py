@@ -95,6 +95,14 @@ def delta_grad(look: Look) -> Array:
     return np.abs(look.delta) * look.stat("abs_grad")
 
 
+def delta_sum_grad(look: Look) -> Array:
+    r"""Change times mean gradient: :math:`|\delta \, E_x \partial \ell(x) / \partial w|`.
+
+    Rows whose gradients point apart cancel each other, as in SNIP over one large batch.
+    """
+    return np.abs(look.delta) * np.abs(look.stat("grad"))
+
+
 def first_order(look: Look) -> Array:
     r"""What the entry saves, to first order: :math:`-\delta \, E_x \partial \ell(x) / \partial w`.
 
@@ -159,6 +167,8 @@ RULES: dict[str, Rule] = {
              delta=False),
         Rule(delta_grad, "SNIP of the change", "Wei et al. 2024, arXiv:2402.05162", ("abs_grad",),
              weight=False),
+        Rule(delta_sum_grad, "SNIP of the change, summed", "Lee et al. 2019, arXiv:1810.02340",
+             ("grad",), weight=False),
         Rule(first_order, "First-order saving", "Molchanov et al. 2017, arXiv:1611.06440",
              ("grad",), signed=True, weight=False),
         Rule(wanda, "Wanda", "Sun et al. 2024, arXiv:2306.11695", ("input_norm",),

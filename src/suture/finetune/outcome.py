@@ -106,6 +106,7 @@ def provenance(plan: Plan, job: Job, tuned: Tuned, report: FinetuneReport) -> di
         "schema": SCHEMA,
         "kind": "finetune",
         "form": tuned.form,
+        **({"restricted": True} if plan.restricted else {}),
         "adapter": tuned.adapter,
         "recipe": recipe,
         "task": plan.task,

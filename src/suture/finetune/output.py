@@ -171,5 +171,7 @@ def card(base: Checkpoint, recipe: Finetune, record: Mapping[str, Any], name: st
             f"[{after.low:.4g}, {after.high:.4g}]; "
             f"the base has {before.value:.4g} [{before.low:.4g}, {before.high:.4g}]"
         )
+    if record.get("restricted"):
+        lines.append("- **restricted**: must not be passed on, nor what is made with it")
     lines.append(f"- output fingerprint `{record['output']['fingerprint']}`")
     return "\n".join(lines) + "\n"

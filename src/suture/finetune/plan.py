@@ -32,6 +32,8 @@ class Options:
     resume: bool = True
     device: str | None = None
     """Overrides the recipe's."""
+    restricted: bool = False
+    """Whether the output is marked: neither it nor what is made with it may be passed on."""
 
 
 @dataclass(frozen=True)
@@ -46,6 +48,11 @@ class Plan:
     out: Path
     device: str
     options: Options
+
+    @property
+    def restricted(self) -> bool:
+        """Whether the output must not be passed on: that is asked for, or the base must not."""
+        return self.options.restricted or self.base.restricted
 
     @property
     def steps(self) -> int:

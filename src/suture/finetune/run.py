@@ -25,6 +25,7 @@ from suture.finetune.output import PATCH, publish, write_beside, write_weights
 from suture.finetune.packed import Place, unpack
 from suture.finetune.plan import Options, Plan, describe, plan_finetune
 from suture.finetune.work import workshop
+from suture.mask import marked
 from suture.models import (
     Classifier,
     Head,
@@ -206,6 +207,7 @@ def _written(
         fingerprint = write_weights(plan.base, trained, job.places, plan.recipe.dtype, folder)
         if tuned.masks is not None:
             about = {"strategy": plan.recipe.strategy.name, **plan.recipe.parameters}
+            about = marked(about, plan.restricted)
             job.mask(tuned.masks, about).save(folder / "mask.safetensors")
         if tuned.save is not None:
             tuned.save(folder)
@@ -214,7 +216,7 @@ def _written(
         raise OutputError(f"{folder}: {why}; the training is kept") from error
     if form != "model":
         whole = open_checkpoint(folder)
-        make_patch(plan.base, whole, folder / PATCH)
+        make_patch(plan.base, whole, folder / PATCH, restricted=plan.restricted)
         if form == "patch":
             for file in (*whole.files, folder / "model.safetensors.index.json"):
                 file.unlink(missing_ok=True)

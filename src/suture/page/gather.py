@@ -19,7 +19,7 @@ LIMIT = 32 << 20
 """Bytes a file may have; larger ones are named and left out."""
 MOST = 5000
 """Files that are looked into at most."""
-OURS = ("suture.json", "analysis.json", "localize.json", "results.json")
+OURS = ("suture.json", "analysis.json", "localize.json", "results.json", "audit.json")
 """Files that only Suture writes: a broken one is worth a note."""
 
 
@@ -35,6 +35,7 @@ class Found:
     maps: list[tuple[str, dict[str, Any]]] = field(default_factory=list)
     curves: list[tuple[str, dict[str, Any]]] = field(default_factory=list)
     benchmarks: list[tuple[str, dict[str, Any]]] = field(default_factory=list)
+    audits: list[tuple[str, dict[str, Any]]] = field(default_factory=list)
     withheld: list[str] = field(default_factory=list)
     """Paths of files that are marked restricted; nothing else of them is kept."""
     notes: list[str] = field(default_factory=list)
@@ -51,6 +52,7 @@ class Found:
             self.maps,
             self.curves,
             self.benchmarks,
+            self.audits,
         )
         return len({where for kind in kinds for where, _ in kind})
 
@@ -69,6 +71,7 @@ class Found:
             "disentanglement": self.maps,
             "curve": self.curves,
             "bench": self.benchmarks,
+            "audit": self.audits,
         }
         if isinstance(kind, str) and kind in plain:
             plain[kind].append((where, dict(raw)))
@@ -143,7 +146,7 @@ def gather(folder: Path) -> Found:
     if not found.files and not found.withheld:
         raise RecipeError(
             f"{folder}: nothing to show; a report is made of suture.json, results.json, "
-            "analysis.json, localize.json and results of `suture eval`"
+            "analysis.json, localize.json, audit.json and results of `suture eval`"
             + "".join(f"\n{note}" for note in found.notes)
         )
     return found

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import yaml
 
-from suture.page import arithmetic, charts, masks, weights
+from suture.page import arithmetic, charts, masks, safety, weights
 from suture.page.gather import Found
 from suture.page.parts import Builder, Cell, Chart, Figure, Section, Table, percent
 from suture.spec import listed, readable
@@ -36,6 +36,9 @@ def sections_of(found: Found) -> list[Section]:
     for where, raw in found.benchmarks:
         one = builder(where)
         made += one.attempt("it", partial(arithmetic.arithmetic, where, raw, one))
+    for where, raw in found.audits:
+        one = builder(where)
+        made += one.attempt("the audit", partial(safety.audits, where, raw, one))
     for where, raw in found.analyses:
         one = builder(where)
         made += one.attempt("the analysis", partial(weights.sections, where, raw, one))
@@ -99,6 +102,8 @@ def _glance(found: Found, builder: Callable[[str], Builder]) -> Iterator[str]:
             )
     for where, raw in found.benchmarks:
         yield from builder(where).attempt("the summary", partial(arithmetic.glance, raw))
+    for where, raw in found.audits:
+        yield from builder(where).attempt("the summary", partial(safety.glance, raw))
     for where, raw in found.analyses:
         yield from builder(where).attempt("the summary", partial(weights.glance, raw))
     for where, raw in found.localizations:

@@ -122,6 +122,7 @@ def _about(found: Found) -> str:
         (len(found.maps), "disentanglement map", "disentanglement maps"),
         (len(found.curves), "curve", "curves"),
         (len(found.benchmarks), "benchmark", "benchmarks"),
+        (len(found.audits), "safety audit", "safety audits"),
     )
     parts = [f"{count} {one if count == 1 else many}" for count, one, many in kinds if count]
     what = ", ".join(parts) or "evaluations"
