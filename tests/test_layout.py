@@ -25,7 +25,7 @@ ORDER = [
     "card", "models", "data", "images", "persample", "snapshot", "mover", "tune", "evals", "measure",
     "learned", "diagnose", "report", "page", "outputs",
     "parts", "planning", "record", "telling", "run", "trial", "patching", "lowrank", "finetune", "tasks", "regions",
-    "analyze", "suites", "realign", "policy", "workshop", "demo_tasks", "demo_edits", "demo", "bench", "terminal", "cli", "__main__",
+    "analyze", "suites", "realign", "policy", "workshop", "demo_tasks", "demo_edits", "demo_rows", "demo_safety", "demo", "demo_run", "bench", "terminal", "cli", "__main__",
 ]  # fmt: skip
 """The way of a tensor, top to bottom."""
 

@@ -53,7 +53,7 @@ def comparison(where: str, raw: Raw, builder: Builder) -> Iterator[Section]:
         "interval that speaks against it.",
         tuple(figures),
         (gate,) if gate.rows else (),
-        points=tuple(_broken(verdicts)),
+        points=tuple(str(t) for t in raw["told"]) if raw.get("told") else tuple(_broken(verdicts)),
     )
 
 

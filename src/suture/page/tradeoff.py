@@ -94,12 +94,12 @@ def _rows(points: Sequence[Point]) -> list[dict[str, Any]]:
     rows = []
     for point in points:
         names = places.pop((round(point.x, 2), round(point.y, 2)), [])
-        label = listed(names, 3) if names else None
+        label = listed(names, 3)
         side, other = ("left", "right") if point.x <= middle else ("right", "left")
         rows.append({
             "name": point.name, "kind": point.kind, "x": point.x, "x_low": point.x_ends[0],
             "x_high": point.x_ends[1], "y": point.y, "y_low": point.y_ends[0],
-            "y_high": point.y_ends[1], side: label, other: None,
+            "y_high": point.y_ends[1], side: label, other: "",
         })  # fmt: skip
     return rows
 
