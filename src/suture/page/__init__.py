@@ -8,7 +8,7 @@ from typing import Any
 from suture.page.gather import Found, gather
 from suture.page.write import draw, render, write_page
 
-_LATE = {"Point": "tradeoff", "of_benchmark": "tradeoff", "pareto": "tradeoff"}
+_LATE = {"Mark": "tradeoff", "of_benchmark": "tradeoff", "pareto": "tradeoff"}
 """Drawings, which need the extra ``report``."""
 
 
@@ -18,4 +18,4 @@ def __getattr__(name: str) -> Any:
     return getattr(import_module(f"suture.page.{_LATE[name]}"), name)
 
 
-__all__ = ["Found", "Point", "draw", "gather", "of_benchmark", "pareto", "render", "write_page"]
+__all__ = ["Found", "Mark", "draw", "gather", "of_benchmark", "pareto", "render", "write_page"]

@@ -19,7 +19,7 @@ from suture.page.parts import (
     listed_words,
     percent,
 )
-from suture.page.tradeoff import Point, ends_of, of_benchmark, pareto
+from suture.page.tradeoff import Mark, ends_of, of_benchmark, pareto
 
 Raw = Mapping[str, Any]
 Row = dict[str, Any]
@@ -78,14 +78,14 @@ def _broken(verdicts: Sequence[Raw]) -> Iterator[str]:
 
 def _against(raw: Raw) -> Iterator[Figure]:
     kept, roles = raw.get("kept") or {}, raw["models"]
-    panels: dict[str, list[Point]] = {}
+    panels: dict[str, list[Mark]] = {}
     better: dict[str, tuple[str, str]] = {}
     for line in _first_lines(raw):
         if line.get("utility") or len(panels) == MOST:
             continue
         name = f"{line['evaluation']}: {line['metric']}"
         points = [
-            Point(str(m), str(roles[m]), float(kept[m]["value"]), float(v["value"]),
+            Mark(str(m), str(roles[m]), float(kept[m]["value"]), float(v["value"]),
                   ends_of(kept[m]), ends_of(v), roles[m] == "edit")
             for m, v in line["values"].items() if m in kept and v["value"] is not None
         ]  # fmt: skip
@@ -254,7 +254,7 @@ def _scores(outputs: Mapping[str, Raw]) -> Iterator[Figure]:
 
 def _traded(outputs: Mapping[str, Raw]) -> Iterator[Figure]:
     points = [
-        Point(name, kind, float(s["utility"]["value"]), float(s["margin"]["value"]),
+        Mark(name, kind, float(s["utility"]["value"]), float(s["margin"]["value"]),
               ends_of(s["utility"]), ends_of(s["margin"]), kind == "realigned")
         for name, kind, s in _models(outputs) if {"utility", "margin"} <= s.keys()
     ]  # fmt: skip

@@ -14,7 +14,7 @@ Ends = tuple[float | None, float | None]
 
 
 @dataclass(frozen=True)
-class Point:
+class Mark:
     """One model: two numbers, each with the ends of its interval where they are known."""
 
     name: str
@@ -33,11 +33,11 @@ def ends_of(raw: Mapping[str, Any]) -> Ends:
     return (None if low is None else float(low), None if high is None else float(high))
 
 
-def unbeaten(points: Sequence[Point], better: tuple[str, str] = ("higher", "higher")) -> list[str]:
+def unbeaten(points: Sequence[Mark], better: tuple[str, str] = ("higher", "higher")) -> list[str]:
     """Candidates that no other one equals or beats in both numbers, except by being the same."""
     signs = [1.0 if word == "higher" else -1.0 for word in better]
 
-    def at(point: Point) -> tuple[float, float]:
+    def at(point: Mark) -> tuple[float, float]:
         return signs[0] * point.x, signs[1] * point.y
 
     chosen = [p for p in points if p.judged]
@@ -49,7 +49,7 @@ def unbeaten(points: Sequence[Point], better: tuple[str, str] = ("higher", "high
 
 
 def pareto(
-    panels: Mapping[str, Sequence[Point]],
+    panels: Mapping[str, Sequence[Mark]],
     *,
     x: str,
     title: str,
@@ -85,7 +85,7 @@ def pareto(
                   wide=len(panels) == 1)  # fmt: skip
 
 
-def _rows(points: Sequence[Point]) -> list[dict[str, Any]]:
+def _rows(points: Sequence[Mark]) -> list[dict[str, Any]]:
     """The points as rows of a chart; names of those that lie at one place become one label."""
     middle = (min(p.x for p in points) + max(p.x for p in points)) / 2
     places: dict[tuple[float, float], list[str]] = {}
@@ -116,7 +116,7 @@ def of_benchmark(raw: Mapping[str, Any]) -> Figure:
 
     Rows without utility are left out; so are ends of intervals that the file does not have.
     """
-    panels: dict[str, list[Point]] = {}
+    panels: dict[str, list[Mark]] = {}
     for name, row in raw.get("table", raw).items():
         kept, kind = _kept(name, row)
         if kept is None:
@@ -124,7 +124,7 @@ def of_benchmark(raw: Mapping[str, Any]) -> Figure:
         for y in SAFETY:
             value, ends = _number(row[y])
             panels.setdefault(y, []).append(
-                Point(str(name), kind, *(kept[0], value), kept[1], ends, kind != "reference")
+                Mark(str(name), kind, *(kept[0], value), kept[1], ends, kind != "reference")
             )
     return pareto(
         panels, x="utility kept", title="Safety against utility", better=SAFETY,
@@ -150,4 +150,4 @@ def _kept(name: str, row: Mapping[str, Any]) -> tuple[tuple[float, Ends] | None,
     return (None if start is None else (start, (None, None))), "reference"
 
 
-__all__ = ["Point", "ends_of", "of_benchmark", "pareto", "unbeaten"]
+__all__ = ["Mark", "ends_of", "of_benchmark", "pareto", "unbeaten"]
