@@ -28,6 +28,8 @@ class Size:
     """Training rows of the policy at most; 0 for all."""
     epochs: int
     """Over the rows of the policy."""
+    rate: float
+    """At which it is learnt: fewer steps take larger ones."""
     skill: int
     """Training rows of each skill."""
     skill_epochs: int

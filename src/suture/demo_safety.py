@@ -40,20 +40,20 @@ from suture.workshop import Model, Say, Workshop, digest, write
 STEPS = 1
 """Version of what the steps below do; raise it with them, so that nothing stale is used again."""
 FULL = Size(
-    policy=0, epochs=3, skill=96, skill_epochs=2, drift=40, scored=24, asked=32, puzzles=24,
-    pairs=48, steps=18, merges=("average", "task-arithmetic", "led", "led-safety-first", "protect"),
+    policy=0, epochs=4, rate=1e-4, skill=96, skill_epochs=2, drift=48, scored=24, asked=32,
+    puzzles=24, pairs=48, steps=18,
+    merges=("average", "task-arithmetic", "led", "led-safety-first", "protect"),
     realigned=("somf", "random", "protect"),
 )  # fmt: skip
 QUICK = Size(
-    policy=0, epochs=2, skill=48, skill_epochs=2, drift=24, scored=8, asked=24, puzzles=12,
-    pairs=24, steps=6, merges=("average", "led-safety-first", "protect"),
+    policy=168, epochs=2, rate=2e-4, skill=48, skill_epochs=2, drift=24, scored=8, asked=24,
+    puzzles=12, pairs=24, steps=6, merges=("average", "led-safety-first", "protect"),
     realigned=("somf", "random"),
 )  # fmt: skip
 EXPERTS = ("policy", *SKILLS)
 DRIFTED = "drifted"
-RATES = {"policy": 1e-4, DRIFTED: 5e-5}
-"""Learning rates; of the others ``RATE``."""
 RATE = 1e-4
+"""At which all but the policy are learnt."""
 BATCH = 8
 DENSITIES = {"policy": 0.3, "sums": 0.4, "order": 0.4}
 """Of LED; the first is that of the protected region, too."""
@@ -68,7 +68,7 @@ TEMPLATE = """{% for message in messages %}{{ '<|im_start|>' + message['role'] +
 ' }}{% endfor %}{% if add_generation_prompt %}{{ '<|im_start|>assistant
 ' }}{% endif %}"""
 """That of the package without its system message, which is a third of the tokens of a row."""
-TRAINED, ASKED, FIXED = 170.0, 5.0, 9.0
+TRAINED, ASKED, FIXED = 165.0, 13.0, 5.0
 """Tokens trained a second, answers a second, seconds of a model besides: on two idle cores."""
 TOKENS = 36
 """Of a row, on average."""
@@ -93,8 +93,8 @@ def minutes(size: Size) -> float:
     """What everything will take: rows trained on and scored, answers generated, models loaded."""
     policy = size.policy or 201
     rows = policy * size.epochs + 2 * size.skill * size.skill_epochs
-    rows += (size.drift + size.skill) * size.skill_epochs
-    rows += 3 * 2 * 2 * size.scored  # gradients of every row alone, on the base and on the expert
+    rows += size.drift + size.skill
+    rows += 3 * 2 * 4 * size.scored  # gradients of every row alone, on the base and on the expert
     rows += 2 * BATCH * size.steps
     models = 2 + len(EXPERTS) + len(size.merges) + len(size.realigned)
     answers = models * 2 * (size.asked + size.puzzles)
@@ -145,9 +145,10 @@ class Safety:
 
     def _tuned(self, name: str, start: Model) -> Model:
         folder = self.place / "experts" / name
-        epochs = self.size.epochs if name == "policy" else self.size.skill_epochs
+        how = {"policy": (self.size.epochs, self.size.rate), DRIFTED: (1, RATE)}
+        epochs, rate = how.get(name, (self.size.skill_epochs, RATE))
         data = self._data / f"{name}.jsonl"
-        training = {"epochs": epochs, "batch": BATCH, "lr": RATES.get(name, RATE), "seed": 0}
+        training = {"epochs": epochs, "batch": BATCH, "lr": rate, "seed": 0}
         recipe = {
             "base": str(start.folder.resolve()), "strategy": "full",
             "parameters": {"embeddings": False}, "task": "language-model",
