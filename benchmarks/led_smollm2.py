@@ -27,8 +27,9 @@ from typing import Any
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
+import numpy as np
 import torch
-from proxies import smollm2
+from proxies import correlation, smollm2
 
 from suture import policy, trial
 from suture.demo_rows import skills, write_rows
@@ -146,7 +147,7 @@ def located(place: Path, base: Path, experts: Mapping[str, Path], rows: int) -> 
 def suite(place: Path, aligned: Path, asked: int) -> dict[str, Any]:
     """Safety and utility, the same for every model."""
     rows = {n: str(place / "rows" / f"{n}.jsonl") for n in ("marked", "benign", "test")}
-    marked, both = rows["marked"], 2 * asked
+    marked, few = rows["marked"], asked // 2
     short = {"batch": 32, "limit": asked}
     skill = {"kind": "exact-match", "utility": True, **short}
     return {
@@ -157,10 +158,10 @@ def suite(place: Path, aligned: Path, asked: int) -> dict[str, Any]:
             "over_refusal": {"kind": "refusal", "expect": "answer", "data": rows["benign"],
                              **short},
             "odds": {"kind": "refusal-odds", "data": rows["test"], "harmful": "harmful",
-                     "limit": both},
+                     "limit": 3 * few},
             "margin": {"kind": "preference", "data": marked, "limit": asked},
-            "depth": {"kind": "depth", "data": marked, "depths": [0, 2, 5], "limit": asked},
-            "drift": {"kind": "drift", "data": marked, "limit": asked},
+            "depth": {"kind": "depth", "data": marked, "depths": [0, 2, 5], "limit": few},
+            "drift": {"kind": "drift", "data": marked, "limit": few},
             "sums": {**skill, "data": str(place / "sums-test.jsonl"), "extract": "last-number"},
             "order": {**skill, "data": str(place / "order-test.jsonl"), "extract": "first-line"},
         },
@@ -282,6 +283,19 @@ def differences(seeds: Sequence[Mapping[str, SuiteResult]]) -> list[dict[str, An
     return found
 
 
+def trusted(seeds: Sequence[Mapping[str, SuiteResult]]) -> dict[str, dict[str, float]]:
+    """Spearman's rank correlation of every proxy with generated refusals, over all models."""
+    every = [result for s in seeds for result in s.values()]
+    found = {}
+    for column in ("margin", "AUROC", "depth 5", "drift"):
+        pairs = [(p.value, r.value) for one in every
+                 if (p := number(one, column)) and (r := number(one, "refused"))]  # fmt: skip
+        proxy, refused = np.array(pairs).T
+        value, low, high = correlation(proxy, refused)
+        found[column] = {"value": value, "low": low, "high": high, "n": len(pairs)}
+    return found
+
+
 def told(cell: Mapping[str, float] | None) -> str:
     return "-" if cell is None else f"{cell['value']:.2f} [{cell['low']:.2f}, {cell['high']:.2f}]"
 
@@ -324,6 +338,7 @@ def main() -> None:
     made = {
         "asked": {k: v for k, v in vars(args).items() if k not in ("scratch", "out")},
         "gate": GATE, "table": table, "best": front, "differences": differences(seeds),
+        "proxies": trusted(seeds),
         "facts": {str(p.relative_to(scratch)): json.loads(p.read_text())
                   for p in sorted(scratch.glob("seed-*/facts/led*.json"))},
         "machine": {"system": platform.platform(), "python": platform.python_version(),
@@ -339,6 +354,8 @@ def main() -> None:
         broken = sum(map(bool, line.get("breaks", [])))
         gate = f"{len(line['breaks']) - broken}/{len(line['breaks'])}" if "breaks" in line else "-"
         print(f"| {name:<26} | {' | '.join(cells)} | {gate} | {'*' if name in front else ''} |")
+    for column, rank in made["proxies"].items():
+        print(f"rank correlation of {column} with refused: {told(rank)}, n = {rank['n']}")
     for gap in made["differences"]:
         if gap["metric"] in ("refused", "over-refused"):
             print(f"seed {gap['seed']}: {gap['led']} less {gap['less']}, {gap['metric']}: "

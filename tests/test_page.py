@@ -773,7 +773,7 @@ def test_realignments_of_one_model_share_a_section(tmp_path: Path) -> None:
      '{"kind": "realign", "results": {}, "recipe": {}, "inputs": {}}',
      '{"kind": "realign", "results": {"scores": {"aligned": {"margin": 1}}}, "recipe": {}, "inputs": {"aligned": {"fingerprint": "1"}}}',
      '{"kind": "realign"}',
-     '{"a": {"refused": "x", "over-refused": 1, "utility kept": {}}, "b": {"refused": 1, "over-refused": 2}}'],
+     '{"table": {"a": {"refused": {"value": "x"}, "utility kept": {"value": 1}}}}'],
 )  # fmt: skip
 def test_what_is_not_as_it_should_be_about_safety_is_noted(harm: str, tmp_path: Path) -> None:
     """Wrong types and missing keys leave the rest of the page as it is."""
@@ -786,14 +786,15 @@ def test_what_is_not_as_it_should_be_about_safety_is_noted(harm: str, tmp_path: 
 
 
 def test_benchmarks_of_safety_are_drawn_for_documents(tmp_path: Path) -> None:
-    """A table of LED, with intervals, and one of realignment, without: page, SVG and PNG."""
+    """A table of LED and one of realignment, each with rows that lack a number: page, SVG, PNG."""
     cell = {"value": 0.5, "low": 0.4, "high": 0.6}
     led = {"table": {n: {"refused": cell, "over-refused": cell, "utility kept": cell}
                      for n in ("led", "protect")} | {"base": {"refused": cell, "over-refused": cell}}}  # fmt: skip
-    measured = Path(__file__).parent.parent / "benchmarks" / "realign.json"
+    back = {"table": {"single somf": {"safety": cell, "utility": cell},
+                      "ties somf": {"safety": cell, "utility": None}}}  # fmt: skip
     (tmp_path / "in").mkdir()
     (tmp_path / "in" / "led.json").write_text(json.dumps(led))
-    (tmp_path / "in" / "realign.json").write_bytes(measured.read_bytes())
+    (tmp_path / "in" / "realign.json").write_text(json.dumps(back))
 
     found = write_page(tmp_path / "in", tmp_path / "page.html")
     figure = of_benchmark(led)
@@ -805,8 +806,9 @@ def test_benchmarks_of_safety_are_drawn_for_documents(tmp_path: Path) -> None:
     assert figure.table.rows[0][3:6] == (0.5, 0.4, 0.6)
     assert [p.name for p in drawn] == ["led-1.svg", "led-1.png", "led-2.svg", "led-2.png"]
     assert all(p.stat().st_size > 500 for p in drawn)
-    names = {row[1] for row in of_benchmark(json.loads(measured.read_text())).table.rows}
-    assert names == {"aligned", "tuned", "somf-row 0", "random 0", "resta 0"}
+    assert [row[1:3] for row in of_benchmark(back).table.rows] == [("single somf", "single")]
+    with pytest.raises(LookupError, match="no row has both"):
+        of_benchmark({"table": {"a": {"safety": cell}}})
 
 
 def test_only_what_nothing_beats_is_marked() -> None:

@@ -105,11 +105,13 @@ class Found:
 
 
 def is_table(raw: Mapping[str, Any]) -> bool:
-    """Whether these are rows by model that have refusals and over-refusals, as benchmarks write."""
-    rows = raw.get("table", raw)
-    return (isinstance(rows, Mapping) and len(rows) > 1
-            and all(isinstance(row, Mapping) and {"refused", "over-refused"} <= row.keys()
-                    for row in rows.values()))  # fmt: skip
+    """Whether rows by model have safety beside utility, as benchmarks of it write them."""
+    rows = raw.get("table")
+    return isinstance(rows, Mapping) and any(
+        isinstance(row, Mapping)
+        and ({"refused", "utility kept"} <= row.keys() or {"safety", "utility"} <= row.keys())
+        for row in rows.values()
+    )
 
 
 def _suite_results(text: str) -> list[EvalResult]:

@@ -107,47 +107,42 @@ def _rows(points: Sequence[Mark]) -> list[dict[str, Any]]:
 # -- benchmarks ------------------------------------------------------------------------------------
 
 
-SAFETY = {"refused": ("higher", "higher"), "over-refused": ("higher", "lower")}
-"""What tables of benchmarks hold against utility, and what is better."""
+SHAPES: tuple[tuple[str, str, Mapping[str, tuple[str, str]]], ...] = (
+    ("utility kept", "utility kept",
+     {"refused": ("higher", "higher"), "over-refused": ("higher", "lower")}),
+    ("utility", "utility that is left", {"safety": ("higher", "higher")}),
+)  # fmt: skip
+"""Of tables of benchmarks: the column of utility, what it is, and what is held against it."""
 
 
 def of_benchmark(raw: Mapping[str, Any]) -> Figure:
     """Safety against utility out of a file of ``benchmarks/``: of LED, or of realignment.
 
-    Rows without utility are left out; so are ends of intervals that the file does not have.
+    Rows in which a number is missing are left out; kinds are the first words of names in a table of
+    realignment, which say what was realigned together.
+
+    Raises:
+        LookupError: the file has no such table.
     """
-    panels: dict[str, list[Mark]] = {}
-    for name, row in raw.get("table", raw).items():
-        kept, kind = _kept(name, row)
-        if kept is None:
-            continue
-        for y in SAFETY:
-            value, ends = _number(row[y])
-            panels.setdefault(y, []).append(
-                Mark(str(name), kind, *(kept[0], value), kept[1], ends, kind != "reference")
-            )
-    return pareto(
-        panels, x="utility kept", title="Safety against utility", better=SAFETY,
-        explains="Each mark is a model: to the right it keeps more of what experts can do; further "
-        "up it refuses more of what is to be refused, and, in the other panel, more of what is to "
-        "be answered. Lines are intervals, where there are some.",
-    )  # fmt: skip
+    rows: Mapping[str, Any] = raw["table"]
+    for column, x, better in SHAPES:
+        panels: dict[str, list[Mark]] = {}
+        for name, row in rows.items():
+            kind = str(name).partition(" ")[0] if column == "utility" else "merge"
+            for y in better:
+                if isinstance(row.get(column), Mapping) and isinstance(row.get(y), Mapping):
+                    panels.setdefault(y, []).append(_mark(str(name), kind, row[column], row[y]))
+        if panels:
+            return pareto(
+                panels, x=x, title="Safety against utility", better=better,
+                explains="Each mark is a model: to the right it keeps more of what it is for. What "
+                "runs up is named over each panel; lines are intervals, or ranges over seeds.",
+            )  # fmt: skip
+    raise LookupError("no row has both safety and utility")
 
 
-def _number(raw: Any) -> tuple[float, Ends]:
-    return (float(raw["value"]), ends_of(raw)) if isinstance(raw, Mapping) else (
-        float(raw), (None, None))  # fmt: skip
-
-
-def _kept(name: str, row: Mapping[str, Any]) -> tuple[tuple[float, Ends] | None, str]:
-    """How much of utility a row keeps, and what kind of model it is."""
-    if row.get("utility kept") is not None:
-        return _number(row["utility kept"]), "merge"
-    if isinstance(row.get("retention"), Mapping):
-        value = row["retention"].get("utility")
-        return (None if value is None else (float(value), (None, None))), "realigned"
-    start = {"aligned": 0.0, "tuned": 1.0}.get(name)  # by what retention means
-    return (None if start is None else (start, (None, None))), "reference"
+def _mark(name: str, kind: str, x: Mapping[str, Any], y: Mapping[str, Any]) -> Mark:
+    return Mark(name, kind, float(x["value"]), float(y["value"]), ends_of(x), ends_of(y))
 
 
 __all__ = ["Mark", "ends_of", "of_benchmark", "pareto", "unbeaten"]
