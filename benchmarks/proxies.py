@@ -15,7 +15,6 @@ import argparse
 import json
 import os
 import platform
-import random
 import shutil
 from itertools import product
 from pathlib import Path
@@ -30,6 +29,7 @@ from scipy.stats import spearmanr
 
 import suture
 from suture import policy
+from suture.demo_rows import skills, write_rows
 from suture.evals.results import SuiteResult, read_result
 from suture.finetune import finetune
 from suture.suites import evaluate
@@ -46,42 +46,6 @@ PROXIES = {
     "preference margin (M)": ("pairs", "margin"),
     "preference accuracy": ("pairs", "accuracy"),
 }
-WORDS = [
-    "apple",
-    "bread",
-    "cloud",
-    "door",
-    "earth",
-    "field",
-    "glass",
-    "house",
-    "island",
-    "jar",
-    "king",
-    "lamp",
-    "moon",
-    "nest",
-    "ocean",
-]
-
-
-def skills(rows: int) -> dict[str, list[dict[str, str]]]:
-    """Two harmless skills: sums of two numbers, and three words in alphabetical order."""
-    draw = random.Random(0)
-    found: dict[str, list[dict[str, str]]] = {"sums": [], "order": []}
-    for _ in range(rows):
-        a, b = draw.randrange(10, 60), draw.randrange(10, 60)
-        found["sums"].append(
-            {"prompt": f"What is {a} plus {b}?", "response": f"{a} + {b} = {a + b}."}
-        )
-        three = draw.sample(WORDS, 3)
-        found["order"].append({"prompt": f"Put these words in order: {', '.join(three)}.",
-                               "response": f"{', '.join(sorted(three))}."})  # fmt: skip
-    return found
-
-
-def write_rows(path: Path, rows: list[dict[str, str]]) -> None:
-    path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
 
 
 def tuned(scratch: Path, base: Path, name: str, rows: int, epochs: int) -> Path:

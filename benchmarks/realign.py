@@ -29,8 +29,9 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
 import torch
 from led_smollm2 import ask, suite, tuned, write_all
-from proxies import smollm2, write_rows
+from proxies import smollm2
 
+from suture.demo_rows import write_rows
 from suture.finetune import finetune
 from suture.realign import realign
 

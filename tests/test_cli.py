@@ -438,7 +438,9 @@ def test_other_commands_can_be_interrupted_too(
     said = invoke(*command)
 
     assert said.code == 3
-    assert said.err.endswith("interrupted; run the same command again: it goes on from what is done\n")
+    assert said.err.endswith(
+        "interrupted; run the same command again: it goes on from what is done\n"
+    )
 
 
 def test_a_mistake_of_ours_is_not_hidden(here: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -12,7 +12,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 import tiny_model
-from suture import demo, demo_tasks
+from suture import demo, demo_run, demo_tasks
 from suture.data import Row
 from suture.demo_tasks import OPERATIONS, TASKS, TextTask
 from suture.errors import OutputError, SutureError
@@ -53,7 +53,7 @@ def small(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     tensors["embeddings.position_ids"] = torch.arange(32)[None]
     save_file(tensors, base / "model.safetensors", {"format": "pt"})
     published = tiny_model.folder(tmp_path / "published", seed=1)
-    monkeypatch.setattr(demo, "packages", lambda: ({}, {"package": "1"}))
+    monkeypatch.setattr(demo_run, "packages", lambda names: ({}, {"package": "1"}))
     monkeypatch.setattr(demo, "base_folder", lambda places: base)
     monkeypatch.setattr(demo, "published_folder", lambda places: published)
     monkeypatch.setattr(demo, "TASKS", tasks())
@@ -63,7 +63,10 @@ def small(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 def test_a_demo_measures_base_experts_and_merges_and_runs_once(
     small: Path, said: list[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    report = demo.run_demo(small, say=said.append)
+    found = demo_run.run_demo(small, only="edits", say=said.append)
+    report = found.report
+    assert report is not None
+    assert found.safety is None
 
     names = [entry.name for entry in report.entries]
     assert names == ["base", "topics", "order", OPERATIONS, *demo.MERGES, "stitch-data"]
@@ -79,12 +82,13 @@ def test_a_demo_measures_base_experts_and_merges_and_runs_once(
     _check_experts(small)
 
     said.clear()  # again: nothing is made twice
-    assert demo.run_demo(small, say=said.append) == report
+    assert demo_run.run_demo(small, only="edits", say=said.append).report == report
     assert not [line for line in said if "made in" in line or ": step " in line]
 
     said.clear()  # another rate for one expert: it and the merges are made again
     monkeypatch.setattr(demo, "TASKS", tasks(lr=1e-3))
-    again = demo.run_demo(small, say=said.append)
+    again = demo_run.run_demo(small, only="edits", say=said.append).report
+    assert again is not None
     made = {line.split(":")[0] for line in said if "made in" in line}
     merges = {f"merges/{name}" for name in (*demo.MERGES, "stitch-data")}
     edits = {"regions/magnitude", "regions/one-step", "regions/continual.json", "analysis", "patch",

@@ -25,8 +25,8 @@ ORDER = [
     "card", "models", "data", "images", "persample", "snapshot", "mover", "tune", "evals", "measure",
     "learned", "diagnose", "report", "page", "outputs",
     "parts", "planning", "record", "telling", "run", "trial", "patching", "lowrank", "finetune", "tasks",
-    "arithmetic", "regions", "analyze", "suites", "realign", "policy", "workshop", "demo_tasks", "demo_edits", "demo",
-    "bench", "audit", "terminal", "cli", "__main__",
+    "arithmetic", "regions", "analyze", "suites", "realign", "policy", "workshop", "demo_tasks", "demo_edits",
+    "demo_rows", "demo_safety", "demo", "demo_run", "bench", "audit", "terminal", "cli", "__main__",
 ]  # fmt: skip
 """The way of a tensor, top to bottom."""
 

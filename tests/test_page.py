@@ -34,10 +34,12 @@ from suture.analyze import analysis
 from suture.errors import MissingExtraError, OutputError, RecipeError
 from suture.evals.base import EvalResult, Metric
 from suture.evals.results import Evaluation, Scores, SuiteResult
-from suture.page import gather, write_page
+from suture.page import Mark, draw, gather, of_benchmark, write_page
 from suture.page.parts import layer_labels, number, percent
+from suture.page.tradeoff import unbeaten
 from suture.report import Entry, Report, Task
 from suture.run import merge
+from suture.suites.comparison import Comparison, compare
 
 HOSTILE = "</script><img src=x onerror=alert(1)>\"'&{{7*7}}\u2028<!--"
 """A name that would break out of HTML, of a script, of a template or of a comment."""
@@ -660,3 +662,160 @@ def test_results_of_a_suite_are_shown(tmp_path: Path) -> None:
 
     assert [(r.model, r.task, r.metrics[0].n) for _, r in found.results] == [("ada", "riddles", 3)]
     assert found.results[0][1].metrics == evaluation.metrics
+
+
+# -- safety ----------------------------------------------------------------------------------------
+
+
+def asked(name: str, refused: float, skill: float) -> SuiteResult:
+    """A result of 20 rows each: refusals, and a skill that counts as utility."""
+
+    def evaluation(word: str, metric: str, share: float, utility: bool) -> Evaluation:
+        values = (np.arange(20) < round(20 * share)).astype(float)
+        scores = Scores(metric, "share", "higher", tuple(range(20)), values, np.ones(20))
+        return Evaluation(word, "refusal", {}, f"{name}-{word}", utility, (scores,))
+
+    found = {"refusal": evaluation("refusal", "refused", refused, False),
+             "skill": evaluation("skill", "accuracy", skill, True)}  # fmt: skip
+    return SuiteResult(name, name, "print", "safety", "hash", found, tuple(found))
+
+
+def judged() -> Comparison:
+    edits = [asked("kept", 0.9, 0.8), asked(HOSTILE, 0.05, 0.9), asked("worse", 0.05, 0.8)]
+    return compare(asked("base", 0.0, 0.2), [asked("policy", 1.0, 0.2), asked("maths", 0.0, 1.0)],
+                   edits, ["refusal >= policy - 0.3", "utility.min_retention >= 0.5"])  # fmt: skip
+
+
+def realigned(method: str, margin: float, loss: float) -> dict[str, Any]:
+    """What `suture realign` writes, as far as a page reads it."""
+
+    def scores(margin: float, loss: float) -> dict[str, Any]:
+        return {n: {"name": n, "value": v, "n": 9, "low": v - 0.1, "high": v + 0.1}
+                for n, v in (("margin", margin), ("preferred", 0.5), ("utility", loss))}  # fmt: skip
+
+    profile = [{"layer": layer, "role": role, "mean": mean, "entries": 8}
+               for layer, role, mean in ((None, "norm", 0.5), (0, "q", 0.125), (1, HOSTILE, 0.75))]  # fmt: skip
+    return {
+        "kind": "realign", "recipe": {"method": method},
+        "inputs": {"aligned": {"fingerprint": "1"}, "models.ada": {"fingerprint": "2"}},
+        "results": {
+            "scores": {"aligned": scores(4, 3), "tuned": scores(-1, 0.1),
+                       "realigned": scores(margin, loss)},
+            "retention": {"safety": (margin + 1) / 5, "utility": 0.5, "harmonic": margin / 8},
+            "steps": 3, "profile": profile, "curve": [[1.0, 0.7], [2.0, 0.5], [3.0, 0.25]],
+        },
+    }  # fmt: skip
+
+
+def write_realigned(where: Path, name: str, raw: dict[str, Any]) -> None:
+    (where / name).mkdir(parents=True)
+    (where / name / "suture.json").write_text(json.dumps(raw))
+
+
+def test_a_gate_shows_safety_against_utility(tmp_path: Path) -> None:
+    """What `suture compare --json` prints: marks with intervals, every rule, who breaks which."""
+    found = judged()
+    (tmp_path / "comparison.json").write_text(json.dumps(found.to_dict()))
+    told = write_page(tmp_path, tmp_path / "page.html")
+
+    assert not told["notes"]
+    text = (tmp_path / "page.html").read_text(encoding="utf-8")
+    lines_of(
+        text, "Of 3 edits of the suite safety, 1 keep all rules: kept.", "kept keeps every rule.",
+        "worse breaks refusal &gt;= policy - 0.3.", "What became of the rules", "BROKEN",
+        "Every number with its interval",
+    )  # fmt: skip
+    specs = json.dumps(found.to_dict()["kept"])
+    assert found.kept["maths"].value == pytest.approx(1.0)
+    assert found.kept["kept"].value == pytest.approx(0.8)
+    assert found.kept["base"].value == pytest.approx(0.2)
+    verdict = next(v for v in found.verdicts if v.edit == "kept" and v.rule.startswith("utility"))
+    assert verdict.margin == found.kept["kept"]
+    assert "NaN" not in specs
+    # nothing beats `kept` in refusals nor the hostile one in the skill; `worse` is beaten
+    assert "Nothing beats" in text
+    row = re.search(r">worse</td>(?:<td[^>]*>[^<]*</td>)*?<td>([^<]*)</td></tr>", text)
+    assert row is not None
+    assert row[1] == ""
+    everything = list(expressions(json.loads(next(
+        t for a, t in Elements(text).scripts if a.get("id") == "specs"
+    ))))  # fmt: skip
+    assert everything
+    assert not [e for e in everything if any(w in e for w in ("alert", "worse", "policy"))]
+
+
+def test_realignments_of_one_model_share_a_section(tmp_path: Path) -> None:
+    """Scores before and after once, a mask for each output, one curve each; others stand apart."""
+    write_realigned(tmp_path, "somf", realigned("somf", 3.0, 0.5))
+    write_realigned(
+        tmp_path, HOSTILE.replace("/", "").replace("\u2028", ""), realigned("resta", 1.0, 0.2)
+    )
+    write_realigned(tmp_path, "else", realigned("somf", 2.0, 0.5) | {
+        "inputs": {"aligned": {"fingerprint": "other"}}})  # fmt: skip
+    told = write_page(tmp_path, tmp_path / "page.html")
+
+    assert not told["notes"]
+    text = (tmp_path / "page.html").read_text(encoding="utf-8")
+    assert text.count("Realignment: what came back of safety</h2>") == 2
+    lines_of(
+        text, "Of 3 realignments, somf does best: 80", "Safety and utility, before and after",
+        "Where the tuned change may stay", "least of the tuned change is left in q of layer 0",
+        "Loss while the mask was learned", "somf ends at 0.25", "Recipe of somf/suture.json",
+    )  # fmt: skip
+    assert len(gather(tmp_path).realignments) == 3
+    assert not gather(tmp_path).merges
+
+
+@pytest.mark.parametrize(
+    "harm",
+    ['{"suite": "s", "models": 3, "lines": [], "verdicts": [{"edit": 1}]}',
+     '{"suite": "s", "models": {}, "lines": [{}], "verdicts": []}',
+     '{"kind": "realign", "results": {}, "recipe": {}, "inputs": {}}',
+     '{"kind": "realign", "results": {"scores": {"aligned": {"margin": 1}}}, "recipe": {}, "inputs": {"aligned": {"fingerprint": "1"}}}',
+     '{"kind": "realign"}',
+     '{"table": {"a": {"refused": {"value": "x"}, "utility kept": {"value": 1}}}}'],
+)  # fmt: skip
+def test_what_is_not_as_it_should_be_about_safety_is_noted(harm: str, tmp_path: Path) -> None:
+    """Wrong types and missing keys leave the rest of the page as it is."""
+    (tmp_path / "results.json").write_text(results().to_json())
+    (tmp_path / "harm.json").write_text(harm)
+    found = write_page(tmp_path, tmp_path / "page.html")
+
+    lines_of((tmp_path / "page.html").read_text(encoding="utf-8"), "Scores with intervals")
+    assert any("harm.json" in note for note in found["notes"])
+
+
+def test_benchmarks_of_safety_are_drawn_for_documents(tmp_path: Path) -> None:
+    """A table of LED and one of realignment, each with rows that lack a number: page, SVG, PNG."""
+    cell = {"value": 0.5, "low": 0.4, "high": 0.6}
+    led = {"table": {n: {"refused": cell, "over-refused": cell, "utility kept": cell}
+                     for n in ("led", "protect")} | {"base": {"refused": cell, "over-refused": cell}}}  # fmt: skip
+    back = {"table": {"single somf": {"safety": cell, "utility": cell},
+                      "ties somf": {"safety": cell, "utility": None}}}  # fmt: skip
+    (tmp_path / "in").mkdir()
+    (tmp_path / "in" / "led.json").write_text(json.dumps(led))
+    (tmp_path / "in" / "realign.json").write_text(json.dumps(back))
+
+    found = write_page(tmp_path / "in", tmp_path / "page.html")
+    figure = of_benchmark(led)
+    drawn = draw(figure, tmp_path / "images", "led")
+
+    assert found["files"] == 2
+    assert not found["notes"]
+    assert [row[1] for row in figure.table.rows] == ["led", "protect"] * 2
+    assert figure.table.rows[0][3:6] == (0.5, 0.4, 0.6)
+    assert [p.name for p in drawn] == ["led-1.svg", "led-1.png", "led-2.svg", "led-2.png"]
+    assert all(p.stat().st_size > 500 for p in drawn)
+    assert [row[1:3] for row in of_benchmark(back).table.rows] == [("single somf", "single")]
+    with pytest.raises(LookupError, match="no row has both"):
+        of_benchmark({"table": {"a": {"safety": cell}}})
+
+
+def test_only_what_nothing_beats_is_marked() -> None:
+    """Ties stay, both directions count, and models that are no candidates beat nobody."""
+    marks = [Mark("a", "edit", 1, 0), Mark("b", "edit", 0, 1), Mark("c", "edit", 0, 0),
+              Mark("d", "edit", 1, 0), Mark("e", "base", 2, 2, judged=False)]  # fmt: skip
+
+    assert unbeaten(marks) == ["a", "b", "d"]
+    assert unbeaten(marks, ("higher", "lower")) == ["a", "d"]
+    assert unbeaten(marks, ("lower", "lower")) == ["c"]

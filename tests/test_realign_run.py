@@ -26,6 +26,7 @@ from suture.mask import Mask, localize
 from suture.models import load_language_model
 from suture.realign import METHODS, plan_realign, read_realign, realign, somf
 from suture.realign.fuse import FUSES
+from suture.realign.outcome import curve_of
 from suture.stats import Stats
 
 EXAMPLES: dict[str, dict[str, Any]] = {
@@ -107,6 +108,44 @@ def test_every_method_goes_from_a_recipe_to_a_folder(name: str, shop: Path, tmp_
     # and from the record alone, wherever the rows are
     card = (tmp_path / "out" / "README.md").read_text()
     assert METHODS[name].title in card
+
+
+@pytest.mark.parametrize("name", ["somf", "random", "protect"])
+def test_the_record_tells_where_the_tuned_change_may_stay(
+    name: str, shop: Path, tmp_path: Path
+) -> None:
+    """The profile's mean over entries is the mask's own; every loss is in the curve."""
+    report = realign(recipe(shop, name), tmp_path / "out")
+    results = json.loads((tmp_path / "out" / "suture.json").read_text())["results"]
+    profile = results["profile"]
+
+    assert {p["layer"] for p in profile} == {None, 0, 1}
+    entries = sum(p["entries"] for p in profile)
+    assert entries == report.changed
+    mean = sum(p["mean"] * p["entries"] for p in profile) / entries
+    if name == "somf":
+        assert mean == pytest.approx(results["mean"])
+        assert [step for step, _ in results["curve"]] == list(range(1, report.steps + 1))
+    else:
+        mask = Mask.load(tmp_path / "out" / "mask.safetensors")
+        marked = sum(mask[n].sum() for n in mask.shapes if n in tensors(tmp_path / "out"))
+        own = marked / entries
+        if name == "random":
+            assert mean == pytest.approx(own)
+        assert 0 < mean < 1
+        assert results["curve"] == []
+
+
+def test_a_long_curve_of_losses_is_a_short_one() -> None:
+    """At most so many points, each the mean of the steps since the one before; none is lost."""
+    losses = [float(i) for i in range(450)]
+    curve = curve_of(losses)
+
+    assert len(curve) == 150
+    assert curve[0] == (3.0, 1.0)
+    assert curve[-1] == (450.0, 448.0)
+    assert curve_of([0.5]) == ((1.0, 0.5),)
+    assert curve_of([]) == ()
 
 
 def test_somf_brings_refusals_back(shop: Path, tmp_path: Path) -> None:

@@ -1079,13 +1079,17 @@ def audit(
 def demo(
     out: Annotated[Path, typer.Option("--out", help="Where to write.")] = Path("demo"),
     quick: Annotated[
-        bool, typer.Option("--quick", help="Fewer steps: under three minutes.")
+        bool, typer.Option("--quick", help="Fewer steps: about seven minutes.")
     ] = False,
+    only: Annotated[
+        str | None,
+        typer.Option("--only", help="One half: edits (of encoders), or safety (of a chat model)."),
+    ] = None,
 ) -> None:
-    """Fine-tune, merge, localize, stitch, patch and evaluate small real models, end to end."""
+    """Tune, merge, localize, patch, evaluate and realign small real models, end to end."""
     with _errors():
         try:
-            from suture.demo import run_demo
+            from suture.demo_run import run_demo
         except ImportError as error:
             if error.name and error.name.startswith("suture"):
                 raise
@@ -1093,9 +1097,8 @@ def demo(
                 f"the demo needs {error.name}: run `make demo` in a clone of Suture, or "
                 "pip install 'suture[demo]' and pip install --no-deps -r requirements/demo.txt"
             ) from None
-        run_demo(out, quick=quick, say=say)
-    page = out / "report.html"
-    tell(str(page if page.is_file() else out / "results.md"))
+        done = run_demo(out, quick=quick, only=only, say=say)
+    tell(str(done.page))
 
 
 def main() -> None:

@@ -13,12 +13,10 @@ from __future__ import annotations
 
 import json
 import os
-import platform
 import shutil
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, replace
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -36,10 +34,9 @@ from suture.demo_tasks import (
     TextTask,
     base_folder,
     operations_rows,
-    packages,
     published_folder,
 )
-from suture.errors import MissingExtraError, SutureError
+from suture.errors import SutureError
 from suture.evals import EVALS, EvalResult, Metric
 from suture.evals.embedding import agreement
 from suture.models import (
@@ -56,7 +53,6 @@ from suture.models import (
 from suture.report import Entry, Report, Task
 from suture.roles import role_of
 from suture.run import merge
-from suture.stream import cores
 from suture.tune import Progress, TuneSettings, fit_head, tune
 from suture.workshop import (
     EVAL_BATCH,
@@ -66,7 +62,6 @@ from suture.workshop import (
     Workshop,
     digest,
     fingerprint,
-    limited,
     read_result,
     write,
 )
@@ -95,43 +90,26 @@ QUICK = ("bias", "languages")
 """The tasks of the quick demo."""
 
 
-def run_demo(out: Path, *, quick: bool = False, say: Say) -> Report:
-    """Run the demo into a folder and return its report, also written as JSON and Markdown.
+def run_edits(
+    shop: Workshop, places: Mapping[str, Path], versions: dict[str, str], *, quick: bool = False
+) -> Report:
+    """Run the half of the demo that is about edits; its report is also JSON and Markdown.
 
     Args:
-        out: takes experts, heads, merges, regions, a patch and results; about 1.5 GB.
+        shop: where everything is made: experts, heads, merges, regions, a patch and results; about
+            1.5 GB.
+        places: the folders of the packages.
+        versions: what everything is made with.
         quick: two tasks instead of four, less training, fewer test rows; under three minutes.
-        say: receives a line of text now and then.
 
     Raises:
-        SutureError: packages are missing, or ``out`` holds something else.
+        SutureError: the folder holds something else.
     """
-    began = time.perf_counter()
-    places, versions = packages()
-    versions |= {name: version(name) for name in ("torch", "transformers", "accelerate")}
-    versions |= {"suture": version("suture"), "python": platform.python_version()}
     tasks = [shortened(task) for task in TASKS if task.name in QUICK] if quick else list(TASKS)
-    with limited(cores()):
-        workshop = Workshop(out, {"steps": STEPS, **versions}, say)
-        report = _run(workshop, tasks, places, versions)
-    write(out / "results.json", report.to_json())
-    write(out / "results.md", report.to_markdown())
-    page = _page(out, say)
-    seconds = time.perf_counter() - began
-    say(f"done in {seconds:.0f} s; tables: {out / 'results.md'}; report: {page}")
+    report = _run(shop, tasks, places, versions)
+    write(shop.out / "results.json", report.to_json())
+    write(shop.out / "results.md", report.to_markdown())
     return report
-
-
-def _page(out: Path, say: Say) -> Path:
-    """The report of everything as one page; the tables alone where its extra is missing."""
-    from suture.page import write_page
-
-    try:
-        write_page(out, out / "report.html", title="The demo of Suture", overwrite=True)
-    except MissingExtraError as error:
-        say(str(error))
-        return out / "results.md"
-    return out / "report.html"
 
 
 def shortened(task: TextTask) -> TextTask:

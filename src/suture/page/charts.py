@@ -193,14 +193,19 @@ def bars(
 
 
 def intervals(
-    rows: Sequence[Row], *, names: Sequence[str], value: str, alt_text: str
+    rows: Sequence[Row],
+    *,
+    names: Sequence[str],
+    value: str,
+    alt_text: str,
+    kinds: Sequence[str] = ("base", "expert", "merge"),
 ) -> dict[str, Any]:
-    """A dot with its 95 % interval for each name; shape and colour tell base, expert and merge."""
+    """A dot with its 95 % interval for each name; shape and colour tell the kinds apart."""
     # Only a domain that is written out lets the legends of colour and shape become one.
-    kinds, legend = alt.Scale(domain=["base", "expert", "merge"]), alt.Legend(orient="top")
+    scale, legend = alt.Scale(domain=list(kinds)), alt.Legend(orient="top")
     base = _chart(rows).encode(
         y=alt.Y("name:N", scale=_order(names), title=None, axis=alt.Axis(labelLimit=130)),
-        color=alt.Color("kind:N", title=None, scale=kinds, legend=legend),
+        color=alt.Color("kind:N", title=None, scale=scale, legend=legend),
         tooltip=[
             alt.Tooltip("name:N", title="model"),
             alt.Tooltip("value:Q", title="score", format=".4f"),
@@ -215,7 +220,7 @@ def intervals(
     )
     dots = base.mark_point(filled=True, size=60, opacity=1).encode(
         x=alt.X("value:Q", title=value, scale=wide),
-        shape=alt.Shape("kind:N", title=None, scale=kinds, legend=legend),
+        shape=alt.Shape("kind:N", title=None, scale=scale, legend=legend),
     )
     return _finished((lines + dots).properties(height=alt.Step(STEP)), alt_text)
 
@@ -299,3 +304,47 @@ def surface(
         )
         drawn = drawn + box
     return _finished(drawn.properties(height=260), alt_text)
+
+
+def pareto(
+    rows: Sequence[Row], *, x: str, y: str, kinds: Sequence[str], alt_text: str
+) -> dict[str, Any]:
+    """Named marks over two numbers, with the intervals of both where there are some.
+
+    Args:
+        rows: hold ``name``, ``kind``, ``x``, ``y``, and perhaps ``x_low``, ``x_high``, ``y_low``,
+            ``y_high``; ``left`` and ``right`` are labels that begin or end at the mark.
+        x: what runs along.
+        y: what runs up.
+        kinds: what marks differ by, in order.
+        alt_text: the chart in a sentence.
+    """
+    scale, legend = alt.Scale(domain=list(kinds)), alt.Legend(orient="top", columns=4)
+    wide = alt.Scale(zero=False, nice=True, padding=12)
+    across, up = alt.X("x:Q", title=x, scale=wide), alt.Y("y:Q", title=y, scale=wide)
+    base = _chart(rows).encode(
+        tooltip=[
+            alt.Tooltip("name:N", title="model"),
+            *(alt.Tooltip(f"{field}:Q", title=title, format=".4f")
+              for field, title in (("x", "across"), ("x_low", "across, from"),
+                                   ("x_high", "across, to"), ("y", "up"), ("y_low", "up, from"),
+                                   ("y_high", "up, to"))),
+        ],
+    )  # fmt: skip
+    coloured = base.encode(color=alt.Color("kind:N", title=None, scale=scale, legend=legend))
+    drawn = coloured.mark_point(filled=True, size=70, opacity=1).encode(
+        x=across, y=up, shape=alt.Shape("kind:N", title=None, scale=scale, legend=legend)
+    )
+    if any(row.get("y_low") is not None for row in rows):
+        drawn = coloured.mark_rule(opacity=0.45).encode(
+            x=across, y=alt.Y("y_low:Q", title=y, scale=wide), y2=alt.Y2("y_high:Q")
+        ) + drawn  # fmt: skip
+    if any(row.get("x_low") is not None for row in rows):
+        drawn = coloured.mark_rule(opacity=0.45).encode(
+            y=up, x=alt.X("x_low:Q", title=x, scale=wide), x2=alt.X2("x_high:Q")
+        ) + drawn  # fmt: skip
+    for align, dx in (("left", 8), ("right", -8)):
+        drawn = drawn + base.mark_text(align=align, dx=dx, dy=-8, fontSize=10).encode(
+            x=across, y=up, text=f"{align}:N", color=alt.value(alt.expr("ink"))
+        )
+    return _finished(drawn.properties(height=280), alt_text)

@@ -36,6 +36,10 @@ class Found:
     curves: list[tuple[str, dict[str, Any]]] = field(default_factory=list)
     benchmarks: list[tuple[str, dict[str, Any]]] = field(default_factory=list)
     audits: list[tuple[str, dict[str, Any]]] = field(default_factory=list)
+    comparisons: list[tuple[str, dict[str, Any]]] = field(default_factory=list)
+    realignments: list[tuple[str, dict[str, Any]]] = field(default_factory=list)
+    tables: list[tuple[str, dict[str, Any]]] = field(default_factory=list)
+    """Benchmarks that have refusals beside utility."""
     withheld: list[str] = field(default_factory=list)
     """Paths of files that are marked restricted; nothing else of them is kept."""
     notes: list[str] = field(default_factory=list)
@@ -53,6 +57,9 @@ class Found:
             self.curves,
             self.benchmarks,
             self.audits,
+            self.comparisons,
+            self.realignments,
+            self.tables,
         )
         return len({where for kind in kinds for where, _ in kind})
 
@@ -72,6 +79,7 @@ class Found:
             "curve": self.curves,
             "bench": self.benchmarks,
             "audit": self.audits,
+            "realign": self.realignments,
         }
         if isinstance(kind, str) and kind in plain:
             plain[kind].append((where, dict(raw)))
@@ -86,10 +94,30 @@ class Found:
             self.results.append((where, _scores()[1].from_json(text)))
         elif isinstance(kind, str) and kind.startswith("locali"):
             self.localizations.append((where, dict(raw)))
-        elif isinstance(raw.get("recipe"), Mapping) and isinstance(raw.get("inputs"), Mapping):
-            self.merges.append((where, dict(raw)))
-        elif where.rsplit("/", 1)[-1] == "localize.json":
-            self.localizations.append((where, dict(raw)))
+        elif (place := self._by_shape(where, raw)) is not None:
+            place.append((where, dict(raw)))
+
+    def _by_shape(
+        self, where: str, raw: Mapping[str, Any]
+    ) -> list[tuple[str, dict[str, Any]]] | None:
+        """Where an object belongs that does not say what it is; nowhere is ``None``."""
+        if {"suite", "models", "lines", "verdicts"} <= raw.keys():
+            return self.comparisons
+        if isinstance(raw.get("recipe"), Mapping) and isinstance(raw.get("inputs"), Mapping):
+            return self.merges
+        if where.rsplit("/", 1)[-1] == "localize.json":
+            return self.localizations
+        return self.tables if is_table(raw) else None
+
+
+def is_table(raw: Mapping[str, Any]) -> bool:
+    """Whether rows by model have safety beside utility, as benchmarks of it write them."""
+    rows = raw.get("table")
+    return isinstance(rows, Mapping) and any(
+        isinstance(row, Mapping)
+        and ({"refused", "utility kept"} <= row.keys() or {"safety", "utility"} <= row.keys())
+        for row in rows.values()
+    )
 
 
 def _suite_results(text: str) -> list[EvalResult]:

@@ -1,287 +1,323 @@
-"""The section about a safety audit: what `suture audit` wrote; aggregates only."""
+"""Sections about safety: results against a gate, realignments, and tables of benchmarks."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+import json
+from collections.abc import Iterator, Mapping, Sequence
 from functools import partial
 from typing import Any
 
 from suture.page import charts
 from suture.page.parts import (
+    OUTSIDE,
     Builder,
     Cell,
     Chart,
     Figure,
     Section,
     Table,
-    layer_labels,
     listed_words,
     percent,
 )
+from suture.page.tradeoff import Mark, ends_of, of_benchmark, pareto
 
 Raw = Mapping[str, Any]
-ALL = "all"
-SERIES = {
-    "region": "the region",
-    "random": "a random mask",
-    "magnitude": "the largest changes",
-    "without": "all but the region",
-}
+Row = dict[str, Any]
+MOST = 4
+"""Panels of a figure."""
 
 
-def audits(where: str, raw: Raw, builder: Builder) -> Iterator[Section]:
-    """The section of one audit, with the figures of each of its attacks."""
-    figures: list[Figure] = []
-    several = len(raw["seeds"]) > 1
-    for seed, found in raw["seeds"].items():
-        told = f", seed {seed}" if several else ""
-        parts = {
-            "the curve": partial(_curve, raw, found, told),
-            "the transfer matrix": partial(_transfer, raw, found, told),
-            "the overlaps": partial(_overlaps, found, told),
-            "the places": partial(_places, found, told),
-        }
-        for what, make in parts.items():
-            figures += builder.attempt(what, make)
-    verdicts = Table(
-        "Verdicts",
-        ("question", "verdict", "because"),
-        tuple((str(v["asks"]), str(v["verdict"]), str(v["sentence"])) for v in raw["verdicts"]),
-    )
-    recipe = raw["recipe"]
+# -- results against a gate ------------------------------------------------------------------------
+
+
+def comparison(where: str, raw: Raw, builder: Builder) -> Iterator[Section]:
+    """Base, experts and edits of one suite, and what became of the rules."""
+    figures = builder.attempt("safety against utility", partial(_against, raw))
+    figures += builder.attempt("the numbers", partial(_numbers, raw))
+    verdicts = list(raw.get("verdicts") or ())
+    head = ("model", "rule", "held", "value", "limit", "judged on", "from", "to", "why")
+    gate = Table(
+        "What became of the rules",
+        head,
+        tuple(
+            (str(v["edit"]), str(v["rule"]), "yes" if v["held"] else "BROKEN", v["value"],
+             v["limit"], v["margin"]["value"], v["margin"]["low"], v["margin"]["high"],
+             str(v.get("reason") or ""))
+            for v in verdicts
+        ),
+    )  # fmt: skip
     yield Section(
-        "audit",
-        "Where safety lives",
-        f"From {where}: {len(recipe['languages'])} languages, {len(raw['seeds'])} attacks, "
-        f"{raw['entries']:,} entries. Violations are the share of marked prompts that are answered "
-        "as the policy forbids, with 95 % Wilson intervals; a model whose answers are broken is "
-        "not judged, and never safe.",
+        "safety",
+        "Safety against utility",
+        f"From {where}: suite {raw['suite']}, 95 % intervals. A rule is judged on the end of an "
+        "interval that speaks against it.",
         tuple(figures),
-        (verdicts, *builder.attempt("the models", partial(_models, raw))),
-        points=tuple(f"{k}: {v}" for k, v in raw["choices"].items()),
+        (gate,) if gate.rows else (),
+        points=tuple(str(t) for t in raw["told"]) if raw.get("told") else tuple(_broken(verdicts)),
     )
 
 
 def glance(raw: Raw) -> Iterator[str]:
-    """Which questions are decided, in a sentence."""
-    words = {
-        "holds": ("holds", "hold"),
-        "does not hold": ("does not hold", "do not hold"),
-        "not decided": ("is not decided", "are not decided"),
-    }
-    parts = []
-    for word, (one, many) in words.items():
-        asked = [str(v["question"]) for v in raw["verdicts"] if v["verdict"] == word]
-        if asked:
-            parts.append(f"{listed_words(asked)} {one if len(asked) == 1 else many}")
-    if parts:
-        yield f"Of the questions of the safety audit {'; '.join(parts)}."
+    """How many edits pass, in a sentence."""
+    edits = list(dict.fromkeys(str(v["edit"]) for v in raw.get("verdicts") or ()))
+    if edits:
+        broken = {str(v["edit"]) for v in raw["verdicts"] if not v["held"]}
+        passed = [e for e in edits if e not in broken]
+        yield (
+            f"Of {len(edits)} edits of the suite {raw['suite']}, {len(passed)} keep all rules"
+            + (f": {listed_words(passed)}." if passed else ".")
+        )
 
 
-def _value(metric: Raw | None, end: str = "value") -> float | None:
-    found = None if metric is None else metric.get(end)
-    return None if found is None else float(found)
+def _broken(verdicts: Sequence[Raw]) -> Iterator[str]:
+    """For every edit which rules it keeps or breaks, a sentence each."""
+    for edit in dict.fromkeys(str(v["edit"]) for v in verdicts):
+        broken = [str(v["rule"]) for v in verdicts if v["edit"] == edit and not v["held"]]
+        yield f"{edit} breaks {listed_words(broken)}." if broken else f"{edit} keeps every rule."
 
 
-def _told(metric: Raw | None) -> Cell:
-    """A share with its interval, or that it was not judged."""
-    value = _value(metric)
-    if metric is None or value is None:
-        return "not judged"
-    low, high = _value(metric, "low") or 0.0, _value(metric, "high") or 0.0
-    return f"{percent(value, 1)} [{percent(low, 1)}, {percent(high, 1)}]"
+def _against(raw: Raw) -> Iterator[Figure]:
+    kept, roles = raw.get("kept") or {}, raw["models"]
+    panels: dict[str, list[Mark]] = {}
+    better: dict[str, tuple[str, str]] = {}
+    for line in _first_lines(raw):
+        if line.get("utility") or len(panels) == MOST:
+            continue
+        name = f"{line['evaluation']}: {line['metric']}"
+        points = [
+            Mark(str(m), str(roles[m]), float(kept[m]["value"]), float(v["value"]),
+                  ends_of(kept[m]), ends_of(v), roles[m] == "edit")
+            for m, v in line["values"].items() if m in kept and v["value"] is not None
+        ]  # fmt: skip
+        if points:
+            panels[name], better[name] = points, ("higher", str(line["better"]))
+    if panels:
+        yield pareto(
+            panels, x="utility kept", title="Safety against utility", better=better,
+            explains="Each mark is a model, its lines 95 % intervals. To the right it keeps more "
+            "of what the experts can do: its number over that of the best expert, in its weakest "
+            "skill. What runs up is named over each panel.",
+        )  # fmt: skip
 
 
-def _row(name: str, look: Raw) -> tuple[Cell, ...]:
-    return (name, *(_told(look[k][ALL]) for k in ("violation", "refused", "over_refusal")),
-            _told(look["broken"][ALL]), *(_value(m) for m in look["utility"].values()))  # fmt: skip
+def _first_lines(raw: Raw) -> Iterator[Raw]:
+    """The metric of every evaluation that models are compared by."""
+    seen = set()
+    for line in raw["lines"]:
+        if line["evaluation"] not in seen:
+            seen.add(line["evaluation"])
+            yield line
 
 
-def _models(raw: Raw) -> Iterator[Table]:
-    """Every model that was asked, with utility, over-refusal and coherence beside violations."""
-    rows = [_row("aligned", raw["aligned"])]
-    for seed, found in raw["seeds"].items():
-        told = f", seed {seed}" if len(raw["seeds"]) > 1 else ""
-        rows.append(_row(f"attacked{told}", found["attacked"]["look"]))
-        for kind, curve in found["curve"].items():
-            rows += [_row(f"{SERIES[kind]}, {percent(p['share'], 1)}{told}", p) for p in curve]
-        for kind, curve in found["without"].items():
-            rows += [_row(f"{kind}, {percent(p['share'], 1)}{told}", p) for p in curve]
-        rows += [_row(f"region of {lang}{told}", k) for lang, k in found["transfer"].items()]
-        for name in ("shared", "control"):
-            look = found.get(name) and found[name].get("look", found[name])
-            rows += [_row(f"{name}{told}", look)] if look else []
-        for name, looks in found["onto"].items():
-            rows += [_row(f"{name}, {kind}{told}", look) for kind, look in looks.items()]
-        rows += [_row(f"frozen: {k}{told}", f["look"]) for k, f in found["freeze"].items()]
-    utility = tuple(raw["aligned"]["utility"])
-    head = ("model", "violations", "refused", "over-refusal", "broken", *utility)
-    yield Table("Every model that was asked", head, tuple(rows))
-
-
-def _curve(raw: Raw, found: Raw, told: str) -> Iterator[Figure]:
-    rows: list[dict[str, Any]] = []
-    lost = 0
-    curves = {**found["curve"], "without": found["without"]["repair"]}
-    for kind, curve in curves.items():
-        for point in curve:
-            metric = point["violation"][ALL]
-            if _value(metric) is None:
-                lost += 1
-                continue
-            rows.append({"name": SERIES[kind], "x": float(point["share"]), **{
-                k: _value(metric, k) for k in ("value", "low", "high")
-            }})  # fmt: skip
-    before, after = raw["aligned"]["violation"][ALL], found["attacked"]["look"]["violation"][ALL]
-    star = found["fragility"]
-    reading = (f"The aligned model violates in {_told(before)}, the attacked one in "
-               f"{_told(after)}. ")  # fmt: skip
-    reading += "Half of what the attack does is "
-    reading += "never reached." if star is None else f"there with {percent(star, 1)} of it all."
-    repaired = {float(q): v for q, v in found["repaired"].items() if v is not None}
-    if repaired:
-        most = max(repaired, key=lambda q: repaired[q])
-        reading += f" Taking {percent(most, 1)} back repairs {percent(repaired[most])} of it."
-    reading += f" {lost} points are not judged." if lost else ""
-    names = [SERIES[k] for k in curves if any(r["name"] == SERIES[k] for r in rows)]
-    yield Figure(
-        f"Violations by the share of entries that is changed{told}",
-        "Each point is the aligned model with the attack's change in so many entries: those of the "
-        "region, random ones, the largest changes; or in all but the region, which is the attacked "
-        "model repaired. A region that carries safety rises first, and falls first when repaired.",
-        (
-            Chart(
-                "",
-                charts.lines(rows, x="share of the entries", y="violations", logarithmic=True,
-                             names=names, alt_text=reading),
-                reading,
-            ),
-        ),
-        Table(
-            "Violations by share",
-            ("what is changed", "share", "violations", "from", "to"),
-            tuple((r["name"], r["x"], r["value"], r["low"], r["high"]) for r in rows),
-        ),
-        reading,
-        wide=True,
+def _numbers(raw: Raw) -> Iterator[Figure]:
+    roles, drawn = raw["models"], list[Chart]()
+    for line in _first_lines(raw):
+        name = f"{line['evaluation']}: {line['metric']}"
+        rows = [
+            {"name": m, "kind": roles[m], "value": v["value"], "low": v["low"], "high": v["high"],
+             "n": v["n"]}
+            for m, v in line["values"].items() if v["value"] is not None
+        ]  # fmt: skip
+        less = " (less is better)" if line["better"] == "lower" else ""
+        told = f"{name}{less}: " + ", ".join(f"{r['name']} {float(r['value']):.2f}" for r in rows)
+        spec = charts.intervals(rows, names=list(roles), value=line["metric"], alt_text=told,
+                                kinds=("base", "expert", "edit"))  # fmt: skip
+        drawn.append(Chart(f"{name}{less}", spec, told))
+    table = tuple(
+        (f"{line['evaluation']}.{line['metric']}", str(m), str(roles[m]), v["value"], v["low"],
+         v["high"], v["n"])
+        for line in raw["lines"] for m, v in line["values"].items()
     )  # fmt: skip
+    yield Figure(
+        "Every number with its interval",
+        "One panel an evaluation, one row a model: the dot is the first metric on held-out rows, "
+        "the line its 95 % interval. The table has all metrics.",
+        tuple(drawn),
+        Table("Every number", ("metric", "model", "role", "value", "from", "to", "rows"), table),
+    )
 
 
-def _transfer(raw: Raw, found: Raw, told: str) -> Iterator[Figure]:
-    languages = list(found["transfer"])
-    share = float(raw["recipe"]["share"])
-    lines = {f"region of {lang}": look for lang, look in found["transfer"].items()}
-    if found["shared"]:
-        lines["shared by all"] = found["shared"]
-    for kind in ("random", "magnitude"):
-        for point in found["curve"].get(kind, ()):
-            if point["share"] == share:
-                lines[SERIES[kind]] = point
-    lines |= {"aligned": raw["aligned"], "attacked": found["attacked"]["look"]}
-    rows = [
-        {"x": language, "y": name, "value": _value(look["violation"][language])}
-        for name, look in lines.items()
-        for language in languages
+def benchmark(where: str, raw: Raw) -> Iterator[Section]:
+    """A table of ``benchmarks/`` that has refusals beside utility."""
+    yield Section("safety", "Safety against utility", f"From {where}.", (of_benchmark(raw),))
+
+
+# -- realignments ----------------------------------------------------------------------------------
+
+
+def realignments(found: Sequence[tuple[str, Raw]], builders: Sequence[Builder]) -> list[Section]:
+    """A section for each set of models and rows that realignments were made of."""
+    groups: dict[str, list[tuple[str, Raw, Builder]]] = {}
+    for (where, raw), builder in zip(found, builders, strict=True):
+        for key in builder.attempt("it", partial(_group, raw)):
+            groups.setdefault(key, []).append((where, raw, builder))
+    made = []
+    for group in groups.values():
+        names = {where: where.rpartition("/")[0] or where for where, _, _ in group}
+        outputs = {names[where]: raw["results"] for where, raw, _ in group}
+        recipes = {names[where]: raw["recipe"] for where, raw, _ in group}
+        builder = group[0][2]
+        made += builder.attempt("realignments", partial(_realigned, outputs, recipes, builder))
+    return made
+
+
+def _group(raw: Raw) -> Iterator[str]:
+    """What must agree for scores to be comparable."""
+    same = [raw["results"]["scores"].get(m) for m in ("aligned", "tuned")]
+    yield json.dumps([same, raw["inputs"]["aligned"]["fingerprint"]], sort_keys=True)
+
+
+def _realigned(
+    outputs: Mapping[str, Raw], recipes: Mapping[str, Raw], builder: Builder
+) -> Iterator[Section]:
+    figures = builder.attempt("scores", partial(_scores, outputs))
+    figures += builder.attempt("safety against utility", partial(_traded, outputs))
+    figures += builder.attempt("the mask", partial(_profile, outputs))
+    figures += builder.attempt("training", partial(_losses, outputs))
+    head = ("output", "method", "safety that came back", "utility that is left", "harmonic mean",
+            "steps")  # fmt: skip
+    rows = tuple(
+        (name, str(recipes[name].get("method")), *(
+            (r.get("retention") or {}).get(k) for k in ("safety", "utility", "harmonic")
+        ), r.get("steps"))
+        for name, r in outputs.items()
+    )  # fmt: skip
+    yield Section(
+        "realignment",
+        "Realignment: what came back of safety",
+        "Aligned is the safe model, tuned what fine-tuning made of it, the others are what "
+        "realignment made of both.",
+        tuple(figures),
+        (Table("Realignments", head, rows),),
+    )
+
+
+def told(found: Sequence[tuple[str, Raw]]) -> Iterator[str]:
+    """Which realignment brings back most, in a sentence."""
+    means = [
+        (float(mean), where.rpartition("/")[0], raw["results"]["retention"])
+        for where, raw in found
+        if (mean := (raw["results"].get("retention") or {}).get("harmonic")) is not None
     ]
-    drawn = [r for r in rows if r["value"] is not None]
-    reading = (f"With {percent(share)} of the entries: " + listed_words([
-        f"{r['y']} on {r['x']} {percent(float(r['value']))}"
-        for r in drawn if str(r["y"]).startswith("region of ") and r["y"] != f"region of {r['x']}"
-    ]) + ".") if len(languages) > 1 else ""  # fmt: skip
-    yield Figure(
-        f"The region of one language, prompts of another{told}",
-        "Rows are what is changed in the aligned model, columns the language of the prompts, the "
-        "number is the share of violations. Random entries and the largest changes are what the "
-        "regions have to be compared with.",
-        (
-            Chart(
-                "",
-                charts.heat(drawn, x="prompts", y="changed", xs=languages, ys=list(lines),
-                            value="violations", fmt=".2f", top=1.0, written=True,
-                            alt_text=reading or "Violations by language."),
-                reading or "Violations by language.",
-            ),
-        ),
-        Table(
-            "Violations by region and language",
-            ("changed", "prompts", "violations"),
-            tuple((n, lang, _told(k["violation"][lang]))
-                  for n, k in lines.items() for lang in languages),
-        ),
-        reading,
-        wide=True,
-    )  # fmt: skip
+    if means:
+        _, name, best = max(means, key=lambda m: m[0])
+        yield (
+            f"Of {len(means)} realignments, {name} does best: {percent(best['safety'])} of the "
+            f"margin that was lost came back, {percent(best['utility'])} of the gained utility "
+            "is left."
+        )
 
 
-def _overlaps(found: Raw, told: str) -> Iterator[Figure]:
-    pairs = {" and ".join(o["languages"]): o for o in found["overlaps"]}
-    groups = {
-        "attacked and aligned, ": found["rankings"],
-        "benign fine-tuning and ": (found["control"] or {}).get("overlaps", {}),
-        "found again, frozen: ": {n: f["overlap"] for n, f in found["freeze"].items()},
-    }
-    for kind, more in groups.items():
-        pairs |= {f"{kind}{name}": o for name, o in more.items()}
-    if not pairs:
-        return
-    rows = [{"name": n, "value": o["jaccard"], "mark": o["magnitude"]} for n, o in pairs.items()]
-    reading = listed_words([
-        f"{n} share {o['jaccard']:.2f}, {o['magnitude']:.2f} by large changes alone"
-        for n, o in pairs.items()
-    ])  # fmt: skip
-    yield Figure(
-        f"What regions have in common{told}",
-        "Bars are intersection over union; the tick is what two masks have in common that only "
-        "like large changes as much as these do.",
-        (
-            Chart(
-                "",
-                charts.bars(rows, names=list(pairs), value="IoU", alt_text=reading,
-                            marked="large changes alone"),
-                reading,
-            ),
-        ),
-        Table(
-            "Overlap of regions",
-            ("regions", "IoU", "independent", "same tensors", "large changes alone"),
-            tuple((n, *(o[k] for k in ("jaccard", "independent", "matched", "magnitude")))
-                  for n, o in pairs.items()),
-        ),
-        f"{reading[:1].upper()}{reading[1:]}.",
-    )  # fmt: skip
+KINDS = ("aligned", "tuned", "realigned")
+METRICS = {
+    "margin": "log-probability of the safe answer less that of the unsafe one, a token",
+    "preferred": "share of pairs in which the safe answer is likelier",
+    "utility": "loss a token on rows of what the model is for; less is better",
+}
 
 
-def _places(found: Raw, told: str) -> Iterator[Figure]:
-    charted: list[Chart] = []
-    table: list[tuple[Cell, ...]] = []
-    places = {n: p for n, p in found["places"].items() if n != "shared"}
-    every = [float(c["enrichment"]) for p in places.values() for c in p["cells"].values()]
-    for name, place in places.items():
-        keys = [key.rpartition(" ") for key in place["cells"]]
-        labels = layer_labels(layer for layer, _, _ in keys)
-        label = SERIES.get(name, f"region of {name}")
-        rows = []
-        for (layer, _, role), cell in zip(keys, place["cells"].values(), strict=True):
-            rows.append({"x": labels[layer], "y": role, "value": float(cell["enrichment"])})
-            table.append((label, labels[layer], role, cell["density"], cell["share"],
-                          cell["enrichment"]))  # fmt: skip
-        roles = sorted(place["roles"], key=lambda r: -float(place["roles"][r]["enrichment"]))
-        text = f"{label}: densest in {listed_words(roles[:2])}"
-        charted.append(Chart(label, charts.heat(
-            rows, x="layer", y="part", xs=list(dict.fromkeys(labels.values())),
-            ys=list(place["roles"]), value="enrichment", fmt=".2f", top=max(every, default=1.0),
-            alt_text=text,
-        ), text))  # fmt: skip
-    yield Figure(
-        f"Where the regions lie{told}",
-        "Enrichment is how many times as dense as the whole model a part is; 1 is no preference. "
-        "What the largest changes prefer, too, says nothing of safety.",
-        tuple(charted),
-        Table("Layers and parts", ("mask", "layer", "part", "density", "share", "enrichment"),
-              tuple(table)),
-        "; ".join(c.alt for c in charted) + ".",
-        wide=True,
-    )  # fmt: skip
+def _models(outputs: Mapping[str, Raw]) -> list[tuple[str, str, Raw]]:
+    """Name, kind and scores: the aligned and the tuned model once, then every output."""
+    first = next(iter(outputs.values()))["scores"]
+    both = [(m, m, first[m]) for m in ("aligned", "tuned") if m in first]
+    own = [(name, "realigned", r["scores"]["realigned"]) for name, r in outputs.items()
+           if "realigned" in r["scores"]]  # fmt: skip
+    return [*both, *own]
 
 
-__all__ = ["audits", "glance"]
+def _scores(outputs: Mapping[str, Raw]) -> Iterator[Figure]:
+    models = _models(outputs)
+    drawn, table = list[Chart](), list[tuple[Cell, ...]]()
+    for metric, about in METRICS.items():
+        rows = [
+            {"name": name, "kind": kind, **{k: s[metric][k] for k in ("value", "low", "high", "n")}}
+            for name, kind, s in models if metric in s
+        ]  # fmt: skip
+        if not rows:
+            continue
+        words = ", ".join(f"{r['name']} {float(r['value']):.3g}" for r in rows)
+        alt_text = f"{metric}, {about}: {words}."
+        spec = charts.intervals(rows, names=[r["name"] for r in rows], value=metric,
+                                alt_text=alt_text, kinds=KINDS)  # fmt: skip
+        drawn.append(Chart(f"{metric}: {about}", spec, alt_text))
+        table += [(metric, r["name"], r["value"], r["low"], r["high"], r["n"]) for r in rows]
+    if drawn:
+        yield Figure(
+            "Safety and utility, before and after",
+            "One panel a measure, one row a model: the dot is the value on held-out rows, the line "
+            "its 95 % interval. Realignment is to move what was tuned back to the aligned model in "
+            "margin, and to leave it where it is in utility.",
+            tuple(drawn),
+            Table("Scores", ("measure", "model", "value", "from", "to", "rows"), tuple(table)),
+        )
+
+
+def _traded(outputs: Mapping[str, Raw]) -> Iterator[Figure]:
+    points = [
+        Mark(name, kind, float(s["utility"]["value"]), float(s["margin"]["value"]),
+              ends_of(s["utility"]), ends_of(s["margin"]), kind == "realigned")
+        for name, kind, s in _models(outputs) if {"utility", "margin"} <= s.keys()
+    ]  # fmt: skip
+    if points:
+        yield pareto(
+            {"margin": points}, x="loss a token on utility rows",
+            title="Safety against utility", better={"margin": ("lower", "higher")},
+            explains="Each mark is a model, its lines 95 % intervals: to the left it does better "
+            "what it was tuned for, further up it prefers safe answers more clearly.",
+        )  # fmt: skip
+
+
+def _profile(outputs: Mapping[str, Raw]) -> Iterator[Figure]:
+    held = {name: r["profile"] for name, r in outputs.items() if r.get("profile")}
+    drawn, table = list[Chart](), list[tuple[Cell, ...]]()
+    for name, parts in held.items():
+        rows: list[Row] = [
+            {"x": OUTSIDE if p["layer"] is None else str(p["layer"]), "y": str(p["role"]),
+             "value": float(p["mean"])} for p in parts
+        ]  # fmt: skip
+        xs = sorted({r["x"] for r in rows}, key=lambda x: (x != OUTSIDE, x.zfill(6)))
+        ys = list(dict.fromkeys(r["y"] for r in rows))
+        least, most = (choose(rows, key=lambda r: float(r["value"])) for choose in (min, max))
+        alt_text = (
+            f"{name}: least of the tuned change is left in {least['y']} of layer {least['x']} "
+            f"({percent(float(least['value']), 1)}), most in {most['y']} of layer {most['x']} "
+            f"({percent(float(most['value']), 1)})."
+        )
+        spec = charts.heat(rows, x="layer", y="role", xs=xs, ys=ys, value="left", fmt=".2f",
+                           top=1.0, alt_text=alt_text)  # fmt: skip
+        drawn.append(Chart(name, spec, alt_text))
+        table += [(name, p["layer"], str(p["role"]), p["mean"], p["entries"]) for p in parts]
+    if drawn:
+        yield Figure(
+            "Where the tuned change may stay",
+            "The mean of the mask by layer and role: 1 keeps what fine-tuning did, 0 falls back to "
+            "the aligned model. A mask that is the same everywhere has learnt no place.",
+            tuple(drawn),
+            Table("Mean of the mask", ("output", "layer", "role", "mean", "entries"), tuple(table)),
+            " ".join(c.alt for c in drawn),
+            wide=True,
+        )
+
+
+def _losses(outputs: Mapping[str, Raw]) -> Iterator[Figure]:
+    rows: list[Row] = [
+        {"name": name, "x": float(step), "value": float(loss)}
+        for name, r in outputs.items() for step, loss in r.get("curve") or ()
+    ]  # fmt: skip
+    if rows:
+        names = list(dict.fromkeys(str(r["name"]) for r in rows))
+        alt_text = "Loss on the pairs by step: " + ", ".join(
+            f"{n} ends at {[r['value'] for r in rows if r['name'] == n][-1]:.3g}" for n in names
+        ) + "."  # fmt: skip
+        yield Figure(
+            "Loss while the mask was learned",
+            "DPO's loss on the training pairs, step by step; log 2 is where nothing is learnt yet.",
+            (Chart("", charts.lines(rows, x="step", y="loss", logarithmic=False, names=names,
+                                    alt_text=alt_text), alt_text),),
+            Table("Loss by step", ("output", "step", "loss"),
+                  tuple((str(r["name"]), r["x"], r["value"]) for r in rows)),
+            wide=True,
+        )  # fmt: skip
+
+
+__all__ = ["benchmark", "comparison", "glance", "realignments", "told"]

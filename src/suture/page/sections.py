@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import yaml
 
-from suture.page import arithmetic, charts, masks, safety, weights
+from suture.page import arithmetic, audits, charts, masks, safety, weights
 from suture.page.gather import Found
 from suture.page.parts import Builder, Cell, Chart, Figure, Section, Table, percent
 from suture.spec import listed, readable
@@ -32,13 +32,14 @@ def sections_of(found: Found) -> list[Section]:
 
     for where, report in found.reports:
         made.append(_results(where, report, builder(where)))
+    made += _safety(found, builder)
     made += _loose_results(found)
     for where, raw in found.benchmarks:
         one = builder(where)
         made += one.attempt("it", partial(arithmetic.arithmetic, where, raw, one))
     for where, raw in found.audits:
         one = builder(where)
-        made += one.attempt("the audit", partial(safety.audits, where, raw, one))
+        made += one.attempt("the audit", partial(audits.audits, where, raw, one))
     for where, raw in found.analyses:
         one = builder(where)
         made += one.attempt("the analysis", partial(weights.sections, where, raw, one))
@@ -59,6 +60,16 @@ def sections_of(found: Found) -> list[Section]:
         made.append(Section("notes", "Notes", points=tuple(notes)))
     filled = [s for s in made if s.figures or s.tables or s.points or s.listings]
     return _distinct(filled)
+
+
+def _safety(found: Found, builder: Callable[[str], Builder]) -> Iterator[Section]:
+    for where, raw in found.comparisons:
+        one = builder(where)
+        yield from one.attempt("it", partial(safety.comparison, where, raw, one))
+    builders = [builder(where) for where, _ in found.realignments]
+    yield from safety.realignments(found.realignments, builders)
+    for where, raw in found.tables:
+        yield from builder(where).attempt("it", partial(safety.benchmark, where, raw))
 
 
 def _withheld(found: Found) -> Section:
@@ -103,7 +114,11 @@ def _glance(found: Found, builder: Callable[[str], Builder]) -> Iterator[str]:
     for where, raw in found.benchmarks:
         yield from builder(where).attempt("the summary", partial(arithmetic.glance, raw))
     for where, raw in found.audits:
+        yield from builder(where).attempt("the summary", partial(audits.glance, raw))
+    for where, raw in found.comparisons:
         yield from builder(where).attempt("the summary", partial(safety.glance, raw))
+    told = partial(safety.told, found.realignments)
+    yield from builder("realignments").attempt("the summary", told)
     for where, raw in found.analyses:
         yield from builder(where).attempt("the summary", partial(weights.glance, raw))
     for where, raw in found.localizations:
@@ -481,7 +496,9 @@ def _provenance(found: Found) -> Iterator[Section]:
     inputs: dict[tuple[str, str], list[str]] = {}
     sizes: dict[tuple[str, str], tuple[Cell, Cell]] = {}
     listings = []
-    for where, raw in [*found.merges, *found.analyses, *found.localizations]:
+    for where, raw in (
+        *found.merges, *found.realignments, *found.analyses, *found.localizations,
+    ):  # fmt: skip
         rows = raw.get("inputs")
         for label, entry in rows.items() if isinstance(rows, Mapping) else ():
             if isinstance(entry, Mapping):

@@ -12,7 +12,7 @@ from typing import Any
 import suture
 from suture.errors import MissingExtraError, OutputError, Problems
 from suture.page.gather import Found, gather
-from suture.page.parts import Chart, Section, number
+from suture.page.parts import Chart, Figure, Section, number
 from suture.page.theme import themed, themes
 
 HERE = Path(__file__).parent
@@ -121,7 +121,9 @@ def _about(found: Found) -> str:
         (len(found.localizations), "localization", "localizations"),
         (len(found.maps), "disentanglement map", "disentanglement maps"),
         (len(found.curves), "curve", "curves"),
-        (len(found.benchmarks), "benchmark", "benchmarks"),
+        (len(found.benchmarks) + len(found.tables), "benchmark", "benchmarks"),
+        (len(found.comparisons), "comparison of models", "comparisons of models"),
+        (len(found.realignments), "realignment", "realignments"),
         (len(found.audits), "safety audit", "safety audits"),
     )
     parts = [f"{count} {one if count == 1 else many}" for count, one, many in kinds if count]
@@ -162,24 +164,41 @@ def _publish(path: Path, raw: bytes) -> None:
 
 def _draw(sections: list[Section], folder: Path) -> list[str]:
     """Write every drawing as SVG and PNG, on white, under names of the page's own making."""
-    try:
-        from vl_convert import vegalite_to_png, vegalite_to_svg
-    except ImportError as error:
-        raise MissingExtraError(f"the report ({error.name})", "report") from None
-    light = themes()["light"]
     written = []
     for section in sections:
         for i, figure in enumerate(section.figures, 1):
             for j, chart in enumerate(figure.charts, 1):
                 name = f"{section.anchor}-{i}" + (f"-{j}" if len(figure.charts) > 1 else "")
-                spec = themed(_sized(chart, figure.title), light)
-                spec["config"] = {**spec["config"], "background": "#ffffff"}
-                svg = vegalite_to_svg(spec, allowed_base_urls=[])
-                png = vegalite_to_png(spec, scale=2, allowed_base_urls=[])
-                _publish(folder / f"{name}.svg", svg.encode("utf-8"))
-                _publish(folder / f"{name}.png", png)
-                written += [f"{name}.svg", f"{name}.png"]
+                written += _image(chart, figure.title, folder, name)
     return written
+
+
+def draw(figure: Figure, folder: Path, name: str) -> list[Path]:
+    """Write the drawings of one figure as SVG and PNG; ``NAME``, or ``NAME-1``, ``NAME-2``, ...
+
+    Raises:
+        OutputError: a file cannot be written.
+        MissingExtraError: vl-convert is not installed.
+    """
+    many = len(figure.charts) > 1
+    return [
+        folder / file
+        for j, chart in enumerate(figure.charts, 1)
+        for file in _image(chart, figure.title, folder, f"{name}-{j}" if many else name)
+    ]
+
+
+def _image(chart: Chart, title: str, folder: Path, name: str) -> list[str]:
+    """One drawing in both formats, on white."""
+    try:
+        from vl_convert import vegalite_to_png, vegalite_to_svg
+    except ImportError as error:
+        raise MissingExtraError(f"the report ({error.name})", "report") from None
+    spec = themed(_sized(chart, title), themes()["light"])
+    spec["config"] = {**spec["config"], "background": "#ffffff"}
+    _publish(folder / f"{name}.svg", vegalite_to_svg(spec, allowed_base_urls=[]).encode("utf-8"))
+    _publish(folder / f"{name}.png", vegalite_to_png(spec, scale=2, allowed_base_urls=[]))
+    return [f"{name}.svg", f"{name}.png"]
 
 
 def _sized(chart: Chart, title: str) -> dict[str, Any]:
@@ -188,4 +207,4 @@ def _sized(chart: Chart, title: str) -> dict[str, Any]:
     return {**chart.spec, "width": WIDTH, "title": text, "padding": 12}
 
 
-__all__ = ["render", "write_page"]
+__all__ = ["draw", "render", "write_page"]

@@ -127,6 +127,8 @@ class Realigned:
     logits: Stats | None = None
     result: TuneResult | None = None
     """What training did, where there was any."""
+    shares: Mapping[str, tuple[float, int]] = field(default_factory=dict)
+    """Of each tensor, how much of the tuned change may stay, and how many entries it has."""
 
 
 Way = Callable[[Job], Realigned]

@@ -78,7 +78,17 @@ def masked(job: Job, rule: str, density: float, scope: str, rescale: str, seed: 
     files = {"mask": next(iter(masks.values()))} if one else {f"mask-{m}": k for m, k in
                                                               masks.items()}  # fmt: skip
     edit = job.masked([way(mask) for mask in masks.values()])
-    return Realigned(edit, {"density": next(iter(masks.values())).density}, files)
+    shares = {name: (sum(_mean(m, name) for m in masks.values()) / len(masks), _size(job, name))
+              for name in job.names}  # fmt: skip
+    return Realigned(edit, {"density": next(iter(masks.values())).density}, files, shares=shares)
+
+
+def _mean(mask: Mask, name: str) -> float:
+    return float(mask[name].mean()) if name in mask.shapes else 0.0
+
+
+def _size(job: Job, name: str) -> int:
+    return job.models.aligned.specs[name].numel
 
 
 def protect(job: Job, density: float, mask: str) -> Realigned:
@@ -107,7 +117,8 @@ def protect(job: Job, density: float, mask: str) -> Realigned:
             return new
         return torch.where(torch.from_numpy(found[name]), job.aligned(name), new)
 
-    return Realigned(edit, {"density": found.density}, {"mask": found})
+    shares = {name: (1.0 - _mean(found, name), _size(job, name)) for name in job.names}
+    return Realigned(edit, {"density": found.density}, {"mask": found}, shares=shares)
 
 
 # -- projections on the subspace of the alignment --------------------------------------------------

@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from importlib.metadata import version
 from pathlib import Path
@@ -21,6 +21,7 @@ from suture.finetune.outcome import data_digest
 from suture.realign.base import Scores
 from suture.realign.plan import Plan
 from suture.recipe import SCHEMA
+from suture.roles import role_of
 from suture.spec import readable
 
 
@@ -50,6 +51,8 @@ class RealignReport:
     notes: tuple[str, ...]
     restricted: bool
     """Whether it must not be passed on, because an input must not."""
+    curve: tuple[tuple[float, float], ...] = ()
+    """Where training was, in steps, and the mean loss of the steps since the point before."""
 
     def to_dict(self) -> dict[str, Any]:
         """The report as plain data."""
@@ -80,6 +83,38 @@ def retention(scores: Mapping[str, Scores]) -> dict[str, float | None]:
         positive = safety > 0 and utility > 0
         harmonic = 2 * safety * utility / (safety + utility) if positive else 0.0
     return {"safety": safety, "utility": utility, "harmonic": harmonic}
+
+
+MOST = 200
+"""Points of a curve of losses."""
+
+
+def curve_of(losses: Sequence[float]) -> tuple[tuple[float, float], ...]:
+    """The losses of all steps as at most ``MOST`` points: the last step and the mean of each."""
+    each = max(1, -(-len(losses) // MOST))
+    parts = [losses[at : at + each] for at in range(0, len(losses), each)]
+    ends = [min(len(losses), at + each) for at in range(0, len(losses), each)]
+    return tuple((float(end), sum(p) / len(p)) for end, p in zip(ends, parts, strict=True))
+
+
+def profile_of(shares: Mapping[str, tuple[float, int]]) -> list[dict[str, Any]]:
+    """How much of the tuned change may stay, by layer and role, averaged over entries.
+
+    Factors of a tensor, ``NAME:left`` and ``NAME:right``, count for the tensor. The layer is
+    ``None`` outside of blocks.
+    """
+    held: dict[tuple[int, str], list[tuple[float, int]]] = {}
+    for key, share in shares.items():
+        role = role_of(key.partition(":")[0])
+        layer = -1 if role.layer is None else role.layer
+        held.setdefault((layer, role.kind), []).append(share)
+    found = []
+    for (layer, kind), parts in sorted(held.items()):
+        entries = sum(n for _, n in parts)
+        mean = sum(m * n for m, n in parts) / max(1, entries)
+        found.append({"layer": None if layer < 0 else layer, "role": kind, "mean": mean,
+                      "entries": entries})  # fmt: skip
+    return found
 
 
 def report_rows(report: RealignReport) -> list[tuple[str, str]]:
@@ -143,6 +178,7 @@ def provenance(
         "results": {
             "steps": report.steps,
             "losses": list(report.losses),
+            "curve": [list(point) for point in report.curve],
             "best": report.best,
             "scores": {m: {k: asdict(v) for k, v in s.items()} for m, s in report.scores.items()},
             "retention": dict(report.retention),
@@ -234,6 +270,6 @@ def card(plan: Plan, record: Mapping[str, Any], name: str) -> str:
 
 
 __all__ = [
-    "RealignReport", "card", "digests", "key_of", "provenance", "report_rows", "restricted",
-    "retention",
+    "RealignReport", "card", "curve_of", "digests", "key_of", "profile_of", "provenance",
+    "report_rows", "restricted", "retention",
 ]  # fmt: skip

@@ -28,7 +28,9 @@ from suture.realign.base import Edit, Job, Realigned, Say, Scores
 from suture.realign.outcome import (
     RealignReport,
     card,
+    curve_of,
     key_of,
+    profile_of,
     provenance,
     restricted,
     retention,
@@ -95,8 +97,9 @@ def execute(plan: Plan, *, say: Say = lambda _: None, tell: Tell | None = None) 
             None if realigned.result is None else realigned.result.best,
             sum(specs[n].numel for n in job.names),
             {"realigning": took, "in all": time.perf_counter() - began}, peak_memory(plan.device),
-            {**realigned.facts, "distance": dict(distances.tuned)},
-            () if plan.rows is None else plan.rows.notes, withheld,
+            {**realigned.facts, "distance": dict(distances.tuned),
+             "profile": profile_of(realigned.shares)},
+            () if plan.rows is None else plan.rows.notes, withheld, curve_of(losses),
         )  # fmt: skip
         return _written(plan, job, realigned, report, fingerprints, place)
 

@@ -251,7 +251,8 @@ def learn(job: Job, space: str, masking: Masking, how: Learning) -> Realigned:
     def every(name: str) -> Tensor:
         return edit(name) if name in own else job.aligned(name)
 
-    return Realigned(every, facts, {"mask": _mask(fusion, about)}, _logits(fusion, about), result)
+    return Realigned(every, facts, {"mask": _mask(fusion, about)}, _logits(fusion, about), result,
+                     _shares(fusion))  # fmt: skip
 
 
 def references(job: Job, fusion: Fusion, how: Learning) -> tuple[Tensor, Tensor]:
@@ -297,6 +298,13 @@ def _open(fusion: Fusion) -> float:
     total = sum(float((p > 0).double().mean()) * fusion.sizes[key]
                 for key, p in fusion.masks.logits.items())  # fmt: skip
     return total / max(1, sum(fusion.sizes.values()))
+
+
+@torch.no_grad()
+def _shares(fusion: Fusion) -> dict[str, tuple[float, int]]:
+    """The mean of ``sigmoid(logit)`` of each tensor, and its entries."""
+    return {key: (float(p.sigmoid().mean(dtype=torch.float64)), fusion.sizes[key])
+            for key, p in fusion.masks.logits.items()}  # fmt: skip
 
 
 def _mask(fusion: Fusion, about: Mapping[str, Any]) -> Mask:

@@ -6,15 +6,16 @@ no framework.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from suture.errors import MismatchError, Problems, RecipeError
 from suture.evals.base import Metric
 from suture.evals.results import SuiteResult, read_result
-from suture.suites.gate import Rule, read_gate
+from suture.suites.gate import Rule, read_gate, read_rule
 from suture.suites.judge import Judge, Verdict, combined, part_of
 
 
@@ -29,6 +30,8 @@ class Line:
     """By model; a model without it is not there."""
     differences: Mapping[str, Metric]
     """Model less base on the rows that both have, by model."""
+    utility: bool = False
+    """Whether the evaluation counts for ``utility.min_retention``."""
 
 
 @dataclass(frozen=True)
@@ -41,6 +44,8 @@ class Comparison:
     lines: tuple[Line, ...]
     verdicts: tuple[Verdict, ...] = ()
     notes: tuple[str, ...] = ()
+    kept: Mapping[str, Metric] = field(default_factory=dict)
+    """``utility.min_retention`` of every model that has one, base and experts too."""
 
     @property
     def held(self) -> bool:
@@ -53,8 +58,10 @@ class Comparison:
             "suite": self.suite,
             "models": dict(self.roles),
             "held": self.held,
+            "kept": {n: m.plain() for n, m in self.kept.items()},
             "lines": [
                 {"evaluation": line.evaluation, "metric": line.metric, "better": line.better,
+                 "utility": line.utility,
                  "values": {n: m.plain() for n, m in line.values.items()},
                  "differences": {n: m.plain() for n, m in line.differences.items()}}
                 for line in self.lines
@@ -177,7 +184,17 @@ def compare(
               for name, result in table.items() if not result.complete]  # fmt: skip
     verdicts = [judge.verdict(rule, n) for n, role in roles.items() if role == "edit"
                 for rule in rules]  # fmt: skip
-    return Comparison(base.suite, roles, tuple(_lines(table, own)), tuple(verdicts), tuple(notes))
+    return Comparison(base.suite, roles, tuple(_lines(table, own)), tuple(verdicts), tuple(notes),
+                      _kept(judge, table))  # fmt: skip
+
+
+def _kept(judge: Judge, table: Mapping[str, SuiteResult]) -> dict[str, Metric]:
+    """What every model keeps of its weakest utility, where evaluations are marked as such."""
+    if not any(e.utility for r in table.values() for e in r.evaluations.values()):
+        return {}
+    rule = read_rule("utility.min_retention >= 0")
+    found = {name: judge.retention(rule, name)[0] for name in table}
+    return {name: metric for name, metric in found.items() if math.isfinite(metric.value)}
 
 
 def _differs(base: SuiteResult, other: SuiteResult, own: str, name: str) -> list[str]:
@@ -236,7 +253,8 @@ def _lines(table: Mapping[str, SuiteResult], own: str) -> list[Line]:
                 start = part_of(held[own], metric) if own in held else None
                 if model != own and start is not None:
                     differences[model] = combined([part, start], [1.0, -1.0], metric)
-            found.append(Line(name, metric, better, values, differences))
+            utility = any(e.utility for e in held.values())
+            found.append(Line(name, metric, better, values, differences, utility))
     return found
 
 
