@@ -23,6 +23,7 @@ from suture.errors import MismatchError, OutputError, RecipeError, SutureError
 from suture.evals.walk import Walk, classes
 from suture.mask import localize
 from suture.models import Classifier, Head
+from suture.writer import alone
 
 
 @pytest.fixture(autouse=True)
@@ -118,7 +119,7 @@ def test_a_folder_of_somebody_else_is_left_alone(models: Any, tmp_path: Path) ->
 def test_what_a_killed_run_left_is_replaced_and_nothing_else(models: Any, tmp_path: Path) -> None:
     """A staging folder of ours is taken over; one with somebody's files is named and kept."""
     staging = tmp_path / ".out.analysis"
-    (staging / "basis/pca").mkdir(parents=True)
+    (staging / "made/basis/pca").mkdir(parents=True)
     analysis(request(models), tmp_path / "out")
     assert [p.name for p in tmp_path.iterdir()] == ["out"]
 
@@ -127,6 +128,16 @@ def test_what_a_killed_run_left_is_replaced_and_nothing_else(models: Any, tmp_pa
     with pytest.raises(OutputError, match=r"holds thesis.txt; move it away"):
         analysis(request(models), tmp_path / "out", overwrite=True)
     assert (staging / "thesis.txt").read_text() == "mine"
+
+
+def test_two_runs_of_one_output_do_not_meet(models: Any, tmp_path: Path) -> None:
+    """The second is refused while the first holds the place."""
+    with (
+        alone(tmp_path / ".out.analysis", tmp_path / "out", "writing"),
+        pytest.raises(OutputError, match="another process is writing it"),
+    ):
+        analysis(request(models), tmp_path / "out")
+    assert not (tmp_path / "out").exists()
 
 
 # -- what is written -------------------------------------------------------------------------------

@@ -20,8 +20,11 @@ import yaml
 from typer.testing import CliRunner
 
 import tiny_model
+from suture.analysis import masks
+from suture.arithmetic.measures import entangled, movement, sharing
+from suture.arithmetic.space import LinearSpace, PlainSpace, Side, accuracy, alone, space_of
 from suture.bench import bench, measures, plan_bench, read_bench
-from suture.bench.learn import Base, Learnt, Side, learn, load_vectors, save_vectors
+from suture.bench.learn import Base, Learnt, learn, load_vectors, save_vectors
 from suture.bench.ledger import Ledger, digest
 from suture.bench.maths import (
     best_amount,
@@ -33,13 +36,13 @@ from suture.bench.maths import (
     within_one_interval,
 )
 from suture.bench.recipe import MEASURES, Grids, Line
-from suture.bench.space import LinearSpace, PlainSpace, accuracy, alone, space_of
 from suture.bench.tasks import TASKS, divide, package_folders
 from suture.checkpoint import open_checkpoint
 from suture.cli import app
 from suture.data import Row, tokenise
 from suture.errors import OutputError, RecipeError, SutureError
 from suture.finetune import strategy
+from suture.finetune.calibrate import Calibration
 from suture.finetune.tangent import LinearizedBody
 from suture.mask import Mask
 from suture.models import Classifier, Head, load_encoder, load_tokenizer
@@ -121,7 +124,7 @@ def test_chances_of_entries_have_the_sums_of_the_mask() -> None:
     mask = dice.random((60, 40)) < np.outer(dice.random(60) ** 2, dice.random(40))
     mask[3], mask[5] = False, True
 
-    chance = measures.chances(mask)
+    chance = masks.chances(mask)
 
     assert np.abs(chance.sum(1) - mask.sum(1)).max() < 0.5
     assert np.abs(chance.sum(0) - mask.sum(0)).max() < 0.5
@@ -136,13 +139,13 @@ def test_overlap_of_masks_beside_chance() -> None:
     plain = [Mask.of({"a.weight": dice.random(shape) < 0.2}) for _ in range(2)]
     lines = [Mask.of({"a.weight": dice.random(shape) < rows**3}) for _ in range(2)]
 
-    found, ruled = measures.overlaps(plain), measures.overlaps(lines)
+    found, ruled = masks.overlaps(plain), masks.overlaps(lines)
 
     assert found["iou"] == pytest.approx(0.2 / 1.8, abs=0.01)
     assert found["random"] == pytest.approx(found["lines"], abs=0.01)
     assert ruled["iou"] == pytest.approx(ruled["lines"], abs=0.02)
     assert ruled["iou"] > 2 * ruled["random"]
-    assert measures.overlaps([plain[0], plain[0]])["iou"] == 1.0
+    assert masks.overlaps([plain[0], plain[0]])["iou"] == 1.0
 
 
 # ----------------------------------------------------------------------------- vectors and spaces
@@ -284,7 +287,7 @@ def test_measures_by_hand(sides: list[Side]) -> None:
     assert [t["alpha"] for t in removed["limits"]["2"]] == [0.4, 0.4]
     assert [t["alpha"] for t in removed["limits"]["1"]] == [0.4, 0.4]
     assert removed["limits"]["2"][0]["target"] < removed["base"][0]
-    mixed = measures.entangled(space, Grids(disentanglement=(1.0,)), ["kind", "length"])
+    mixed = entangled(space, (0.0, 1.0), ["kind", "length"])
     assert mixed["transfer"][0][0] > 0 > mixed["transfer"][0][1]
     assert mixed["drift"][1][0] == pytest.approx(0.25, abs=0.04)
     assert mixed["xi"] == pytest.approx(0.5, abs=0.07)  # a quarter in each of both tasks
@@ -297,11 +300,11 @@ def test_small_vectors_move_features_to_first_order(base: Base, sides: list[Side
     bends = []
     for amount in (0.02, 0.01):
         small = [{n: amount * t for n, t in v.items()} for v in vectors]
-        found = measures.movement(PlainSpace(base.encoder, small, few), base.encoder)
+        found = movement(PlainSpace(base.encoder, small, few), base.encoder)
         assert found["elsewhere"] == pytest.approx(found["elsewhere_first"], rel=0.1)
         bends.append(found["bend"])
     assert bends[0] / bends[1] == pytest.approx(4, rel=0.3)
-    found = measures.movement(LinearSpace(base.encoder, vectors, few), base.encoder)
+    found = movement(LinearSpace(base.encoder, vectors, few), base.encoder)
     assert (found["bend"], found["moved"]) == (0, found["first"])
 
 
@@ -310,7 +313,7 @@ def test_what_is_least_sensitive_is_set_to_0_and_nothing_else(
 ) -> None:
     """The base is as it was afterwards; all three choices are measured on every task."""
     before = {n: p.detach().clone() for n, p in base.encoder.named_parameters()}
-    found = measures.sharing(base, sides, 0, Grids(rows=8, shares=(0.5,)), 0)
+    found = sharing(base.encoder, sides, 0, (0.5,), Calibration(rows=8, seed=0))
 
     assert found["rows"].keys() == {"least", "random", "most"}
     assert all(len(shares["0.5"]) == 2 for shares in found["rows"].values())

@@ -393,7 +393,7 @@ def test_a_signal_ends_a_merge_that_goes_on_later(tmp_path: Path, number: signal
 
     assert process.returncode == 3, err
     assert json.loads(out) == {"error": "interrupted", "kind": "Interrupted"}
-    assert err == "interrupted; the same command goes on from here\n"
+    assert err == "interrupted; run the same command again: it goes on from what is done\n"
     assert not (tmp_path / "out").exists()
     said = invoke("merge", tmp_path / "recipe.yaml", "-o", tmp_path / "out", "--json")
     assert said.code == 0, said
@@ -438,7 +438,9 @@ def test_other_commands_can_be_interrupted_too(
     said = invoke(*command)
 
     assert said.code == 3
-    assert said.err.endswith("interrupted; the same command goes on from here\n")
+    assert said.err.endswith(
+        "interrupted; run the same command again: it goes on from what is done\n"
+    )
 
 
 def test_a_mistake_of_ours_is_not_hidden(here: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -22,6 +22,7 @@ from suture.evals.numbers import RESAMPLES, metric_of, resampled
 from suture.evals.results import Evaluation, Scores, SuiteResult, read_result
 from suture.suites.comparison import compare
 from suture.suites.gate import read_rule
+from suture.suites.tables import comparison_table
 
 N = 200
 DICE = np.random.Generator(np.random.Philox(0))
@@ -211,12 +212,17 @@ def test_rules_are_judged_on_the_end_that_speaks_against_them(rule: str, held: b
 
 
 def test_the_value_alone_does_not_keep_a_rule() -> None:
-    """0.55 of 20 rows is not surely at least 0.5, of 2000 rows it is."""
+    """0.55 of 20 rows is not surely at least 0.5, of 2000 rows it is; the table says why."""
     few, many = (
         result("edit", evaluation("a", scores("accuracy", [1.0] * int(0.55 * n) + [0.0] * round(0.45 * n))))
         for n in (20, 2000)
     )  # fmt: skip
-    assert not compare(replace(few, model="b"), [], few, ["a >= 0.5"]).held
+    rules = ["a >= 0.5", "a >= 0.6", "a <= 0.6", "a <= 0.5", "a <= 0.99"]
+    unsure = compare(replace(few, model="b"), [], few, rules)
+    told = {v.rule: next(line for line in comparison_table(unsure) if f"  {v.rule}  " in line)
+            for v in unsure.verdicts}  # fmt: skip
+    assert [v.held for v in unsure.verdicts] == [False, False, False, False, True]
+    assert [r for r in rules if "too few rows to be sure" in told[r]] == ["a >= 0.5", "a <= 0.6"]
     assert compare(replace(many, model="b"), [], many, ["a >= 0.5"]).held
 
 

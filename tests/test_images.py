@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gzip
 import json
+import shutil
 import struct
 import sys
 from pathlib import Path
@@ -17,13 +18,17 @@ from PIL import Image
 
 import suture
 import tiny_model
+from making import invoke
 from suture.errors import CheckpointError, MissingExtraError, RecipeError, SutureError
 from suture.evals import EVALS
+from suture.evals.results import read_result
 from suture.finetune import STRATEGIES, finetune, load_tuned, plan_finetune
 from suture.finetune.calibrate import prunable
+from suture.finetune.image_rows import look_of
 from suture.images import Look, checked, prepared
 from suture.mask import Mask
-from suture.models import ImageEncoder, load_image_encoder, parameters_of
+from suture.models import Head, ImageEncoder, load_image_encoder, parameters_of, save_head
+from suture.suites import evaluate
 from test_finetune import EXAMPLES, problems_of
 
 TRAINING = {"epochs": 16, "batch": 8, "lr": 1e-2, "save_every": 50, "seed": 1}
@@ -292,3 +297,87 @@ def test_other_image_models_are_refused(tmp_path: Path) -> None:
         with pytest.raises(CheckpointError, match="no vision transformer"):
             load_image_encoder(tmp_path / name)
     assert issubclass(CheckpointError, SutureError)
+
+
+# -- suites ----------------------------------------------------------------------------------------
+
+
+def painter(gallery: Path, where: Path, kind: str) -> Path:
+    """A vision transformer with a random head beside it."""
+    shutil.copytree(gallery / kind, where)
+    draw = torch.Generator().manual_seed(3)
+    save_head(
+        Head(("blue", "red"), torch.randn(2, 16, generator=draw), torch.zeros(2)),
+        where / "head.safetensors",
+    )
+    return where
+
+
+@pytest.mark.parametrize("kind", ["vit", "dinov2", "grey"])
+def test_a_suite_asks_about_images(gallery: Path, tmp_path: Path, kind: str) -> None:
+    """Folders, arrays and rows, its own head and a file: the accuracy of the loaded model."""
+    model = painter(gallery, tmp_path / "model", kind)
+    shutil.copy(model / "head.safetensors", tmp_path / "saved.safetensors")
+    suite = {"name": "look", "evaluations": {
+        name: {"kind": "image-accuracy", "data": str(gallery / data), "batch": 5, **more}
+        for name, data, more in (
+            ("folders", "folder", {}), ("arrays", "images.npz", {"limit": 20}),
+            ("rows", "rows.jsonl", {"head": "saved.safetensors"}),
+        )
+    }}  # fmt: skip
+    (tmp_path / "look.yaml").write_text(json.dumps(suite))
+
+    said = invoke("eval", model, "--suite", tmp_path / "look.yaml", "-o", tmp_path / "out.json")
+
+    assert said.code == 0, said.err
+    found = read_result(tmp_path / "out.json").evaluations
+    images, labels = pictures()
+    tuned = load_tuned(model)
+    look = look_of(suture.open(model), 0)[0]
+    pixels = torch.stack([prepared(image, look) for image in images])
+    with torch.inference_mode():
+        numbers = tuned(pixels, torch.ones(len(pixels), 1)).argmax(1).tolist()
+    right = [("blue", "red")[n] == label for n, label in zip(numbers, labels, strict=True)]
+    for name, part in (("rows", right), ("arrays", right[:20])):
+        assert found[name].scores[0].values.tolist() == [float(hit) for hit in part]
+    assert found["folders"].scores[0].values.sum() == sum(right)
+    again = invoke("eval", model, "--suite", tmp_path / "look.yaml", "-o", tmp_path / "out.json")
+    assert "3 evaluation(s) are there already" in again.err + again.out
+
+
+def test_a_tuned_folder_is_asked_what_it_learned(gallery: Path, tmp_path: Path) -> None:
+    """What fine-tuning wrote keeps its head and its accuracy."""
+    what = recipe(gallery)
+    finetune(what, tmp_path / "tuned")
+    suite = {
+        "evaluations": {"colours": {"kind": "image-accuracy", "data": str(gallery / "folder")}}
+    }
+
+    (result,) = evaluate(tmp_path / "tuned", suite)
+
+    assert result.evaluations["colours"].scores[0].values.mean() > 0.9
+
+
+def test_suites_of_the_other_kind_are_refused(gallery: Path, tmp_path: Path) -> None:
+    """Texts for a model of images, images for one of texts, no head, labels it does not know."""
+    model = painter(gallery, tmp_path / "model", "vit")
+    tiny_model.folder(tmp_path / "text")
+    (tmp_path / "texts.jsonl").write_text('{"text": "red sun", "label": "red"}\n')
+    pictured = {"kind": "image-accuracy", "data": str(gallery / "folder")}
+
+    def told(which: Path, **question: Any) -> str:
+        with pytest.raises(SutureError) as caught:
+            evaluate(which, {"evaluations": {"it": question}})
+        return str(caught.value)
+
+    texts = {"kind": "accuracy", "data": str(tmp_path / "texts.jsonl")}
+    assert "accuracy asks about texts; " in told(model, **texts)
+    assert "image-accuracy asks about images; " in told(tmp_path / "text", **pictured)
+    assert "has no head.safetensors; name the file of a head" in told(gallery / "vit", **pictured)
+    assert "a zero-shot head is made of texts" in told(model, **pictured, head="zero-shot")
+    assert "images have none" in told(model, **pictured, max_length=5)
+    assert "image and label are both 'image'" in told(model, **pictured, label="image")
+    shutil.copytree(gallery / "folder" / "red", tmp_path / "more" / "green")
+    shutil.copytree(gallery / "folder" / "blue", tmp_path / "more" / "blue")
+    pictured["data"] = str(tmp_path / "more")
+    assert "the label 'green' is not one of the head's" in told(model, **pictured)

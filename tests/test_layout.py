@@ -24,7 +24,7 @@ ORDER = [
     "patch", "gather", "analysis", "merges", "engine", "recipe_types", "mergekit", "recipe",
     "card", "models", "data", "images", "persample", "snapshot", "mover", "tune", "evals", "measure",
     "learned", "diagnose", "report", "page", "outputs",
-    "parts", "planning", "record", "telling", "run", "trial", "patching", "lowrank", "finetune", "tasks", "regions",
+    "parts", "planning", "record", "telling", "run", "trial", "patching", "lowrank", "finetune", "tasks", "arithmetic", "regions",
     "analyze", "suites", "realign", "policy", "workshop", "demo_tasks", "demo_edits", "demo", "bench", "audit", "terminal", "cli", "__main__",
 ]  # fmt: skip
 """The way of a tensor, top to bottom."""
@@ -51,7 +51,7 @@ PLACES = {
 """Where a tool may be imported; others import it nowhere."""
 TORCH = {
     "checkpoint", "models", "data", "images", "persample", "snapshot", "mover", "tune", "evals", "finetune", "demo",
-    "bench", "demo_edits", "workshop", "lowrank", "measure", "learned", "diagnose", "suites", "realign", "audit",
+    "arithmetic", "bench", "demo_edits", "workshop", "lowrank", "measure", "learned", "diagnose", "suites", "realign", "audit",
 }  # fmt: skip
 """Where torch may be imported, and in ``checkpoint`` only when a torch tensor is asked for."""
 TORCH_LATE = {"checkpoint.py", "merges/spectral.py"}
@@ -109,6 +109,15 @@ def test_a_module_imports_only_what_stands_above_it(part: str, path: Path) -> No
     for name, _ in imported(path):
         if name.startswith("suture."):
             assert name.split(".")[1] in allowed, f"{path.name} imports {name}"
+
+
+@each_module
+def test_what_is_private_stays_where_it_is(part: str, path: Path) -> None:
+    """No module imports a name of another that begins with an underscore."""
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.ImportFrom) and str(node.module).startswith("suture"):
+            private = [a.name for a in node.names if a.name[0] == "_" and a.name[1] != "_"]
+            assert not private, f"{path.name} imports {private} from {node.module}"
 
 
 @each_module

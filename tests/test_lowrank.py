@@ -229,6 +229,10 @@ def test_the_command_tells_errors_and_writes_a_whole_folder(where: Path, tmp_pat
     )
     assert sorted(tree(tmp_path / "it")) == [
         "README.md", "adapter_config.json", "adapter_model.safetensors", "suture.json"]  # fmt: skip
+    modes = {p.name: p.stat().st_mode for p in (tmp_path / "it").iterdir()}
+    assert len(set(modes.values())) == 1, (
+        f"not everybody who reads the others may read all: {modes}"
+    )
     record = json.loads((tmp_path / "it" / "suture.json").read_text())
     assert record["kind"] == "adapter"
     assert record["inputs"]["base"]["fingerprint"] != record["inputs"]["models"][0]["fingerprint"]

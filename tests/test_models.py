@@ -165,6 +165,14 @@ def test_a_head_comes_back_with_its_labels(tmp_path: Path) -> None:
     torch.testing.assert_close(head.bias, HEAD.bias, rtol=0, atol=0)
 
 
+def test_a_head_can_be_read_by_whoever_may_read_new_files(tmp_path: Path) -> None:
+    """Its file has the mode of any other that is made there."""
+    (tmp_path / "any").touch()
+    save_head(HEAD, tmp_path / "head.safetensors")
+    modes = {path.stat().st_mode for path in tmp_path.iterdir()}
+    assert len(modes) == 1
+
+
 def test_what_is_no_head_is_refused(tmp_path: Path) -> None:
     save_file({"weight": torch.ones(3, 2), "bias": torch.ones(3)}, tmp_path / "a.safetensors")
     save_file(

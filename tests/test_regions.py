@@ -26,6 +26,8 @@ from suture.models import (
     parameters_of,
     save_model,
 )
+from suture.regions import work
+from suture.writer import alone
 
 LABELS = ("colour", "sky")
 
@@ -368,8 +370,9 @@ def test_everything_wrong_is_told_at_once(workshop: Path, tmp_path: Path) -> Non
         "models.two.density: the share of entries kept, in (0, 1]; got 0", "seed: from 0",
         "did you mean 'embedding'?", "at: where statistics are measured", "nothing.jsonl",
         "tasks.two.head: a classifier needs its head", "tasks.two.rows: at least 1",
-        "no model 'three'", "measure: no statistics 'grams'; did you mean 'gram'?", "needs data for 'one'",
+        "no model 'three'", "measure: no statistics 'grams'; did you mean 'gram'?", "needs data for 'one': `tasks: {one: {data: ..., head: ...}}`, or `stats: {one: FILE}`",
     )  # fmt: skip
+    assert "missing" not in said.err, "a density that is refused is not missing"
     assert not list(tmp_path.iterdir())
 
 
@@ -491,15 +494,101 @@ def test_a_killed_run_goes_on_to_the_same_bytes(workshop: Path, tmp_path: Path) 
 def test_what_another_run_left_is_not_used(workshop: Path, tmp_path: Path) -> None:
     """Statistics beside the output count only if everything that they depend on is the same."""
     staging = tmp_path / ".out.suture-localize"
-    (staging / "stats").mkdir(parents=True)
+    (staging / "masks" / "stats").mkdir(parents=True)
     (staging / "resume.key").write_text("of something else")
-    (staging / "stats" / "one.safetensors").write_text("not what it should be")
+    (staging / "masks" / "stats" / "one.safetensors").write_text("not what it should be")
     where = recipe(workshop, "anew.yaml", rule="snip", tasks=tasks())
 
     said = making.invoke("localize", where, "-o", tmp_path / "out")
 
     assert said.code == 0, said.err
     assert "before the interruption" not in said.err
+
+
+def test_two_runs_of_one_output_do_not_mix(workshop: Path, tmp_path: Path) -> None:
+    """The second is refused and touches nothing of the first."""
+    where = recipe(workshop, "twice.yaml")
+    staging = tmp_path / ".out.suture-localize"
+    with alone(staging, tmp_path / "out", "writing"):
+        (staging / "masks").mkdir()
+        (staging / "masks" / "one.safetensors").write_text("half")
+        said = making.invoke("localize", where, "-o", tmp_path / "out")
+
+    assert said.code == 2
+    assert "out: another process is writing it just now" in said.err
+    assert (staging / "masks" / "one.safetensors").read_text() == "half"
+
+
+@pytest.mark.parametrize("overwrite", [True, False])
+def test_what_appeared_meanwhile_is_left_alone(
+    workshop: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, overwrite: bool
+) -> None:
+    """Somebody's folder that takes the output's name while masks are made is not replaced."""
+    make = work._made
+    out = tmp_path / "out"
+
+    def slow(*given: Any) -> dict[str, Any]:
+        record = make(*given)
+        out.mkdir()
+        (out / "notes.txt").write_text("mine")
+        return record
+
+    monkeypatch.setattr(work, "_made", slow)
+    flags = ["--overwrite"] if overwrite else []
+    said = making.invoke("localize", recipe(workshop, "late.yaml"), "-o", out, *flags)
+
+    assert said.code == 2
+    assert "was not written by `suture localize`" in said.err
+    assert [(p.name, p.read_text()) for p in out.iterdir()] == [("notes.txt", "mine")]
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["out"]
+
+
+def test_a_full_disk_costs_no_measurement(
+    workshop: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Where a mask cannot be written, what was measured stays, and the same command goes on."""
+    where = recipe(workshop, "full.yaml", rule="snip", tasks=tasks())
+
+    def full(*_: object, **__: object) -> None:
+        raise OSError(28, "No space left on device")
+
+    with monkeypatch.context() as patched:
+        patched.setattr(work, "locate", full)
+        said = making.invoke("localize", where, "-o", tmp_path / "out")
+    assert said.code == 2
+    assert "No space left on device" in said.err
+
+    again = making.invoke("localize", where, "-o", tmp_path / "out")
+
+    assert again.code == 0, again.err
+    making.lines_of(again.err, "one: measured before the interruption")
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["out"]
+
+
+def test_an_output_that_holds_what_is_read_is_not_replaced(workshop: Path, tmp_path: Path) -> None:
+    """Neither the statistics nor the recipe of a run are removed by it."""
+    out = tmp_path / "out"
+    alone = {"one": tasks()["one"]}
+    measured = recipe(workshop, "first.yaml", rule="snip", models={"one": "one"}, tasks=alone)
+    assert making.invoke("localize", measured, "-o", out).code == 0
+    stats = out / "stats" / "one.safetensors"
+    again = recipe(
+        workshop, "again.yaml", rule="snip", models={"one": "one"}, stats={"one": str(stats)}
+    )
+    inside = out / "recipe.yaml"
+    inside.write_text(
+        yaml.safe_dump({"base": str(workshop / "base"), "models": {"one": str(workshop / "one")},
+                        "density": 0.1})
+    )  # fmt: skip
+
+    lost = making.invoke("localize", again, "-o", out, "--overwrite")
+    gone = making.invoke("localize", inside, "-o", out, "--overwrite")
+
+    assert (lost.code, gone.code) == (2, 2)
+    assert "holds the input 'stats.one'" in lost.err
+    assert "--overwrite would remove the recipe" in gone.err
+    assert stats.is_file()
+    assert inside.is_file()
 
 
 def test_restricted_is_inherited_by_everything(workshop: Path, tmp_path: Path) -> None:

@@ -17,6 +17,7 @@ import pytest
 from hypothesis import Phase, given, settings
 from hypothesis import strategies as st
 
+import suture
 from making import (
     CONFIG,
     RECIPE,
@@ -159,6 +160,46 @@ def test_a_stop_near_the_end_repeats_nothing(
 
     assert same(here, "part", "whole")
     assert report.resumed == sum(-(-raw.values.size // PIECE) for raw in llama(0).values())
+
+
+@pytest.mark.parametrize("after", [5, 10**9])
+def test_a_record_has_the_facts_of_a_merge_that_was_finished_before(here: Path, after: int) -> None:
+    """Those of a mask that only protects are known without reading a model; they are told again."""
+    mask = suture.localize(suture.open(here / "math") - suture.open(here / "base"), density=0.1)
+    mask.save(here / "mask.safetensors")
+    recipe = {**RECIPE, "method": "task_arithmetic", "parameters": {}, "space": {"exclude": []},
+              "protect": {"model": "math", "mask": str(here / "mask.safetensors")}}  # fmt: skip
+    merge(here, "whole", recipe)
+    with pytest.MonkeyPatch.context() as patch:
+        stopping(patch, Writer, "write", after)
+        stopping(patch, Writer, "publish", 0)
+        with pytest.raises(Stop):
+            merge(here, "part", recipe)
+    report = merge(here, "part", recipe)
+
+    assert report.facts["protect"]["entries"] == mask.count
+    assert any("which only math writes" in line for line in report.told)
+    assert same(here, "part", "whole")
+
+
+def test_looking_over_what_is_finished_is_a_stage(here: Path) -> None:
+    """A second run reads back all that the first wrote, and says so with the number of bytes."""
+    stages: list[tuple[str, int]] = []
+    read: list[int] = []
+
+    def stage(name: str, nbytes: int) -> Callable[[str, int], None]:
+        stages.append((name, nbytes))
+        return lambda tensor, more: read.append(more) if len(stages) == 1 else None
+
+    with pytest.MonkeyPatch.context() as patch:
+        stopping(patch, Writer, "publish", 0)
+        with pytest.raises(Stop):
+            merge(here, "part")
+    merge(here, "part", stage=stage)
+
+    whole = suture.open(here.parent / "part" / "out").nbytes
+    assert stages[0] == ("verify", whole)
+    assert sum(read) == whole
 
 
 @pytest.mark.parametrize("change", [{"threads": 3}, {"block": 256}, {"block": 8}])
@@ -426,7 +467,7 @@ def test_killed_right_after_the_swap(here: Path, monkeypatch: pytest.MonkeyPatch
     (out / "tokenizer.json").write_text("old")
     recipe = {**RECIPE, "output": {"dtype": "bfloat16"}}  # as many bytes, in another dtype
     with monkeypatch.context() as patch:
-        stopping(patch, writer, "_sync_folder", 1)  # between the swap and the cleaning
+        stopping(patch, writer, "sync_folder", 1)  # between the swap and the cleaning
         with pytest.raises(Stop):
             merge(here, "part", recipe, overwrite=True)
     merge(here, "whole", recipe)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import json
 import os
+import shutil
 import threading
 from pathlib import Path
 from typing import Any
@@ -212,7 +213,7 @@ def test_what_appears_meanwhile_is_left_alone(tmp_path: Path, kind: str) -> None
         (tmp_path / "out" / "notes.txt").write_text("mine")
     before = tree(tmp_path / "out")
 
-    with pytest.raises(OutputError, match="appeared while its merge was running"):
+    with pytest.raises(OutputError, match="appeared while its run was going on"):
         made.publish()
     made.close()
     assert tree(tmp_path / "out") == before
@@ -550,3 +551,46 @@ def test_short_writes_are_continued(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     filled(tmp_path / "out", TENSORS).publish()
 
     assert (tmp_path / "out" / "model.safetensors").read_bytes() == GOLDEN
+
+
+@pytest.mark.parametrize("swap", [True, False], ids=["one step", "two steps"])
+def test_a_folder_of_any_name_replaces_an_older_one(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, swap: bool
+) -> None:
+    """Even one called ``old``, as what it replaces is put aside; unasked nothing is replaced."""
+    if not swap:
+        monkeypatch.setattr(writer, "_exchange", lambda *_: False)
+    fresh, out = tmp_path / "work" / "old", tmp_path / "old"
+    for folder, text in ((fresh, "new"), (out, "older")):
+        folder.mkdir(parents=True)
+        (folder / "file").write_text(text)
+
+    with pytest.raises(OutputError, match="appeared while its run was going on"):
+        writer.publish(fresh, out, overwrite=False)
+    writer.publish(fresh, out, overwrite=True)
+
+    assert (out / "file").read_text() == "new"
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["old", "work"]
+
+
+def test_a_lock_of_a_folder_that_was_removed_holds_nothing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """One who opened the file before its folder was removed locks the file that is there now."""
+    folder, lock = tmp_path / "work", writer.locked
+    removed = []
+
+    def late(descriptor: int) -> bool:
+        if not removed:  # another process ends its run between opening and locking
+            removed.append(folder)
+            shutil.rmtree(folder)
+        return lock(descriptor)
+
+    monkeypatch.setattr(writer, "locked", late)
+    with writer.alone(folder, tmp_path / "out", "writing"):
+        assert (folder / "lock").is_file()
+        with (
+            pytest.raises(OutputError, match="another process is writing it"),
+            writer.alone(folder, tmp_path / "out", "writing"),
+        ):
+            pass

@@ -94,7 +94,9 @@ class Case(NamedTuple):
 
 RECIPES: dict[str, Case] = {
     "a misspelt parameter": Case(with_(parameters={"densty": 0.5}), ("'densty'", "did you mean 'density'?")),
-    "a misspelt method": Case(with_(method="tiess"), ("'tiess'", "did you mean 'ties'?")),
+    "a misspelt method": Case(
+        with_(method="tiess"), ("method: no merge method 'tiess'; did you mean 'ties'?", "line ")
+    ),
     **{
         f"a density of {d!r}": Case(with_(parameters={"density": d}), ("parameters.density", "(0, 1]", repr(d)))
         for d in (1.5, -1, "0,2", 0, float("nan"), True)
@@ -502,12 +504,30 @@ def test_an_input_in_the_place_where_the_output_is_prepared(here: Path, unread: 
 
 
 def test_an_output_that_exists(here: Path, unread: None) -> None:
-    """A folder with something in it is not touched without the flag, and not with it if it is not ours."""
+    """A folder with something in it is not touched without the flag; one that is not ours never,
+    and then the flag is not recommended."""
     (here / "out").mkdir()
     (here / "out" / "thesis.tex").write_text("mine")
 
-    refused(here, "out: exists", "--overwrite")
-    refused(here, "out: was not written by suture", "remove it yourself", flags=("--overwrite",))
+    for flags in ((), ("--overwrite",)):
+        said = refused(here, "out: exists, and was not written by suture", "remove it yourself",
+                       flags=flags)  # fmt: skip
+        assert "add --overwrite" not in said.err
+    (here / "out" / "suture.json").write_text("{}")
+    refused(here, "out: exists; name another folder, or add --overwrite")
+
+
+def test_an_output_with_the_name_of_a_key(
+    here: Path, unread: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A problem of the output is said of no line of the recipe, even where a key has its name."""
+    monkeypatch.chdir(here)
+    (here / "models").mkdir()
+    (here / "models" / "notes").write_text("mine")
+
+    said = refused(here, "models: exists", out="models")
+
+    assert "line" not in said.err
 
 
 def test_a_recipe_in_the_output(here: Path, unread: None) -> None:

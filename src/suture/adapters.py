@@ -21,7 +21,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from suture import kernels
-from suture.checkpoint import PICKLES, Array, Checkpoint, _inside, read_json, ties_embeddings
+from suture.checkpoint import PICKLES, Array, Checkpoint, read_json, ties_embeddings, within
 from suture.errors import CheckpointError, MismatchError, NonFiniteError, Problems, brief
 from suture.roles import role_of, tied_to
 from suture.spec import DTYPES, F32, TensorSpec, listed
@@ -71,7 +71,7 @@ _FACTOR = re.compile(r"(.+)\.lora_([AB])(?:\.default)?\.(weight|bias)")
 _EMBEDDING = re.compile(r"(.+)\.lora_embedding_([AB])(?:\.default)?")
 _MAGNITUDE = re.compile(r"(.+)\.lora_magnitude_vector(?:\.default)?(?:\.weight)?")
 _WRAPPER = re.compile(r"\.(modules_to_save(\.default)?|base_layer)(?=\.|$)")
-_CONV1D = re.compile(r"(^|\.)(c_attn|q_attn|c_proj|c_fc)$")
+CONV1D = re.compile(r"(^|\.)(c_attn|q_attn|c_proj|c_fc)$")
 _REPEATED = re.compile(r"\)[*+{]")
 """A group that is repeated; with a repetition inside it may take for ever to match."""
 
@@ -203,7 +203,7 @@ def open_adapter(folder: Path, label: str) -> Adapter:
     Raises:
         CheckpointError: everything that is wrong with it, at once.
     """
-    config = read_json(_inside(folder / CONFIG, folder))
+    config = read_json(within(folder / CONFIG, folder))
     problems = Problems()
     _check_config(config, label, problems)
     problems.raise_if_any()
@@ -217,7 +217,7 @@ def open_adapter(folder: Path, label: str) -> Adapter:
                 f"save_pretrained(folder), which writes {WEIGHTS}"
             )
         raise CheckpointError(f"{label}: has {CONFIG} but no {WEIGHTS}; fetch it again")
-    file = _inside(file, folder)
+    file = within(file, folder)
     adapter = Adapter(folder, label, config, Checkpoint(file, label, [file]))
     _sort(adapter, problems)
     problems.raise_if_any()
@@ -662,7 +662,7 @@ class _Fit:
         elif len(a) > 2:
             found = "linear" if shape == plain and set(b[2:]) <= {1} else None
         else:
-            conv1d = _CONV1D.search(module.name) is not None
+            conv1d = CONV1D.search(module.name) is not None
             flipped = conv1d and shape == (a[1], b[0])
             square = a[1] == b[0]
             if flipped and (not square or self.adapter.config.get("fan_in_fan_out")):

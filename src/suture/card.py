@@ -10,7 +10,7 @@ from typing import Any
 
 import yaml
 
-from suture.checkpoint import Checkpoint, _inside, is_from_hub, read_json
+from suture.checkpoint import Checkpoint, is_from_hub, read_json, within
 from suture.errors import CheckpointError
 from suture.merges import Method
 from suture.spec import WORD_OF, listed, readable
@@ -104,7 +104,7 @@ def _files(donor: Checkpoint, names: Sequence[str]) -> dict[str, Path]:
     for name in names:
         path = donor.folder / name
         if path.is_file() and path.stat().st_size <= FILE_LIMIT:
-            found[name] = _inside(path, donor.folder)
+            found[name] = within(path, donor.folder)
     return found
 
 
@@ -317,7 +317,7 @@ def _text(checkpoint: Checkpoint, name: str) -> str | None:
     if not (checkpoint.path.is_dir() and path.is_file() and path.stat().st_size < 1 << 22):
         return None
     try:
-        return _inside(path, checkpoint.folder).read_text(encoding="utf-8", errors="replace")
+        return within(path, checkpoint.folder).read_text(encoding="utf-8", errors="replace")
     except (CheckpointError, OSError):
         return None
 

@@ -7,7 +7,7 @@ from collections import Counter
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-from suture.checkpoint import _inside
+from suture.checkpoint import within
 from suture.errors import Problems, RecipeError, brief, did_you_mean
 from suture.vocabulary import dumped, json_file
 
@@ -84,7 +84,7 @@ def template_of(folder: Path) -> str | None:
     """The chat template of a folder, in whichever file it stands."""
     path = folder / "chat_template.jinja"
     if path.is_file() and path.stat().st_size < 1 << 22:
-        return _inside(path, folder).read_text("utf-8", "replace").strip() or None
+        return within(path, folder).read_text("utf-8", "replace").strip() or None
     for name in ("tokenizer_config.json", "chat_template.json"):
         found = (json_file(folder, name) or {}).get("chat_template")
         if isinstance(found, list):

@@ -74,7 +74,12 @@ def _no_twice(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     return found
 
 
-def _parse(text: bytes, what: str) -> dict[str, Any]:
+def parse_object(text: bytes, what: str) -> dict[str, Any]:
+    """A JSON object, of which no key may stand twice.
+
+    Raises:
+        CheckpointError: ``what`` is none.
+    """
     try:
         found = json.loads(text.decode("utf-8-sig"), object_pairs_hook=_no_twice)
     except (ValueError, RecursionError) as error:
@@ -103,7 +108,7 @@ def read_json(path: Path, limit: int = CONFIG_LIMIT) -> dict[str, Any]:
         size = _size(path)
         if size > limit:
             raise CheckpointError(f"{path}: {readable(size)} is too large for a JSON file")
-        return _parse(path.read_bytes(), str(path))
+        return parse_object(path.read_bytes(), str(path))
     except OSError as error:
         raise CheckpointError(f"{path}: {error.strerror}") from None
 
@@ -134,7 +139,7 @@ def read_header(path: Path) -> Header:
             text = file.read(length)
     except OSError as error:
         raise CheckpointError(f"{path}: {error.strerror}") from None
-    raw = _parse(text, f"{path}: the header")
+    raw = parse_object(text, f"{path}: the header")
     metadata = raw.pop("__metadata__", None)  # some writers put null here
     metadata = {} if metadata is None else metadata
     if not isinstance(metadata, dict) or not all(isinstance(v, str) for v in metadata.values()):
@@ -240,7 +245,7 @@ class Checkpoint(Mapping[str, Array]):
         """Second names of tied tensors, which are not in ``specs``, and what they are tied to."""
         self._descriptors: dict[int, int] = {}
         self._lock = threading.Lock()
-        self._close = weakref.finalize(self, _close_all, self._descriptors)
+        self._close = weakref.finalize(self, close_all, self._descriptors)
         headers = self._read_headers(index)
         self.config = self._read_config()
         if ties_embeddings(self.config):
@@ -257,7 +262,7 @@ class Checkpoint(Mapping[str, Array]):
         """Whether it was made from something that must not be passed on: its record says so."""
         record = self.folder / "suture.json"
         try:
-            found = read_json(_inside(record, self.folder), JSON_LIMIT) if record.is_file() else {}
+            found = read_json(within(record, self.folder), JSON_LIMIT) if record.is_file() else {}
         except CheckpointError:  # some other file of that name: it says nothing
             return False
         return found.get("restricted") is True
@@ -283,7 +288,7 @@ class Checkpoint(Mapping[str, Array]):
 
     def _read_config(self) -> dict[str, Any]:
         path = self.folder / "config.json"
-        return read_json(_inside(path, self.folder)) if self.path.is_dir() and path.exists() else {}
+        return read_json(within(path, self.folder)) if self.path.is_dir() and path.exists() else {}
 
     def __iter__(self) -> Iterator[str]:
         return iter(self.specs)
@@ -360,7 +365,7 @@ class Checkpoint(Mapping[str, Array]):
     def close(self) -> None:
         """Close the files; they are opened again when something is read."""
         with self._lock:
-            _close_all(self._descriptors)
+            close_all(self._descriptors)
 
     def check_unchanged(self) -> None:
         """Refuse what was read from files that somebody wrote to meanwhile.
@@ -451,7 +456,8 @@ class Checkpoint(Mapping[str, Array]):
         return self is other
 
 
-def _close_all(descriptors: dict[int, int]) -> None:
+def close_all(descriptors: dict[int, int]) -> None:
+    """Close open files, and forget them."""
     while descriptors:
         os.close(descriptors.popitem()[1])
 
@@ -585,7 +591,7 @@ def _remedy(suffix: str) -> str:
     return "not a safetensors file or a folder with one"
 
 
-def _inside(path: Path, folder: Path) -> Path:
+def within(path: Path, folder: Path) -> Path:
     """Resolve ``path``, refusing links out of ``folder`` (but for the blobs of a hub cache)."""
     target = path.resolve()
     roots = [folder.resolve()]
@@ -601,7 +607,7 @@ def _files_of(folder: Path, label: str) -> tuple[list[Path], Mapping[str, str] |
     if (folder / INDEX).exists():
         return _from_index(folder, label)
     if (folder / WEIGHTS).exists():
-        return [_inside(folder / WEIGHTS, folder)], None
+        return [within(folder / WEIGHTS, folder)], None
     found = sorted(p for p in folder.glob("*.safetensors") if p.is_file())
     if (folder / "adapter_config.json").exists():
         raise CheckpointError(
@@ -609,7 +615,7 @@ def _files_of(folder: Path, label: str) -> tuple[list[Path], Mapping[str, str] |
             f"BASE+{label}, or as a model of a recipe that has a base"
         )
     if len(found) == 1:
-        return [_inside(found[0], folder)], None
+        return [within(found[0], folder)], None
     if found:
         return _numbered(found, folder, label), None
     others = sorted({p.suffix for p in folder.iterdir() if p.suffix in (*PICKLES, ".gguf")})
@@ -621,7 +627,7 @@ def _files_of(folder: Path, label: str) -> tuple[list[Path], Mapping[str, str] |
 def _numbered(found: list[Path], folder: Path, label: str) -> list[Path]:
     totals = {m[1] for p in found if (m := re.search(r"-of-(\d+)\.safetensors$", p.name))}
     if len(totals) == 1 and len(found) == int(next(iter(totals))):
-        return [_inside(p, folder) for p in found]
+        return [within(p, folder) for p in found]
     raise CheckpointError(
         f"{label}: {len(found)} .safetensors files and no {INDEX}; "
         "name one file, or fetch the index and the missing shards"
@@ -629,7 +635,7 @@ def _numbered(found: list[Path], folder: Path, label: str) -> list[Path]:
 
 
 def _from_index(folder: Path, label: str) -> tuple[list[Path], Mapping[str, str]]:
-    index = read_json(_inside(folder / INDEX, folder), JSON_LIMIT)
+    index = read_json(within(folder / INDEX, folder), JSON_LIMIT)
     where = index.get("weight_map")
     listed_well = isinstance(where, dict) and all(isinstance(v, str) for v in where.values())
     if not where or not listed_well:
@@ -652,7 +658,7 @@ def _from_index(folder: Path, label: str) -> tuple[list[Path], Mapping[str, str]
                     f"{folder / name}: missing shard, {count} tensors of the index are in it; "
                     "fetch it again"
                 )
-            files.append(_inside(folder / name, folder))
+            files.append(within(folder / name, folder))
     problems.raise_if_any()
     return files, where
 

@@ -66,7 +66,7 @@ def _errors(as_json: bool = False) -> Iterator[None]:
     except KeyboardInterrupt:
         if as_json:
             show_json({"error": "interrupted", "kind": "Interrupted"})
-        say("interrupted; the same command goes on from here")
+        say("interrupted; run the same command again: it goes on from what is done")
         _stop(INTERRUPTED)
 
 

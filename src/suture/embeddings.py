@@ -18,7 +18,7 @@ import numpy as np
 import xxhash
 
 from suture.chat import chosen_template, with_template
-from suture.checkpoint import Checkpoint, _inside, read_json
+from suture.checkpoint import Checkpoint, read_json, within
 from suture.errors import CheckpointError, MismatchError, Problems, RecipeError, did_you_mean
 from suture.roles import ParamSpace, has_vocabulary, tied_to
 from suture.spec import BF16, DTYPES, TensorSpec, listed
@@ -586,7 +586,7 @@ def _generation(checkpoint: Checkpoint, ids: _Ids) -> dict[str, bytes]:
     path = checkpoint.folder / "generation_config.json"
     if not ids.new or not checkpoint.path.is_dir() or not path.is_file():
         return {}
-    new = _renumbered(read_json(_inside(path, checkpoint.folder)), ids)
+    new = _renumbered(read_json(within(path, checkpoint.folder)), ids)
     return {path.name: dumped(new)}
 
 

@@ -149,17 +149,28 @@ class _Done:
         name, number, digests, moved, lost = entry
         self.pieces[name, number] = (digests, moved, lost)
 
-    def verify(self, writer: Sink, names: Iterable[str]) -> None:
+    def nbytes(self, specs: Mapping[str, TensorSpec]) -> int:
+        """Bytes of the output's finished pieces."""
+        return sum(
+            (p.stop - p.start) * DTYPES[spec.dtype].itemsize
+            for name, spec in specs.items()
+            for p in pieces_of(name, spec.numel)
+            if (name, p.number) in self.pieces
+        )
+
+    def verify(self, writer: Sink, progress: Progress | None) -> None:
         """Keep only the pieces whose bytes on disk still have the digest that was noted."""
         hashers = Hashers(1)
-        for name in names:
-            width = DTYPES[writer.specs[name].dtype].itemsize
-            for piece in pieces_of(name, writer.specs[name].numel):
+        for name, spec in writer.specs.items():
+            width = DTYPES[spec.dtype].itemsize
+            for piece in pieces_of(name, spec.numel):
                 noted = self.pieces.get((name, piece.number))
                 if noted is None:
                     continue
                 raw = np.empty((piece.stop - piece.start) * width, np.uint8)
                 writer.read_back(name, piece.start, raw)
+                if progress is not None:
+                    progress(name, raw.size)
                 hashers.update([raw])
                 if hashers.take()[0] != noted[0][-1]:
                     del self.pieces[name, piece.number]
@@ -288,17 +299,16 @@ def apply(
         for line in writer.journal():
             for entry in line:
                 done.add(entry)
-        done.verify(writer, writer.specs)
+        done.verify(writer, stage("verify", done.nbytes(writer.specs)))
     resumed = len(done.pieces)
     work = [_left(job, done) for job in jobs]
     ahead = stage("prepare", sum(bytes_read(j, j.names) * j.merge.passes for j in jobs))
+    # Also where nothing is left to do: the state has the facts of the record.
     states = [
         job.merge.prepare(
             Context(job.sources, job.names, job.models, job.threads, job.block, ahead)
         )
-        if tasks or job.merge.passes
-        else None
-        for job, tasks in zip(jobs, work, strict=True)
+        for job in jobs
     ]
     prepared = time.perf_counter()
     left = sum(

@@ -68,13 +68,13 @@ class Problems:
             self._found.append((kind, text))
 
     @contextmanager
-    def collecting(self) -> Iterator[None]:
-        """Note a ``SutureError`` raised inside, instead of letting it through."""
+    def collecting(self, where: str = "") -> Iterator[None]:
+        """Note a ``SutureError`` raised inside, instead of letting it through; ``where`` first."""
         try:
             yield
         except SutureError as error:
             for line in getattr(error, "problems", (str(error),)):
-                self.add(type(error), line)
+                self.add(type(error), where + line)
 
     def __bool__(self) -> bool:
         return bool(self._found)
@@ -84,7 +84,8 @@ class Problems:
         if not self._found:
             return
         kind = self._found[0][0]
-        texts = [self.locate(text) for _, text in self._found]
+        # Where to write is said beside the recipe: its name may be that of a key.
+        texts = [t if k is OutputError else self.locate(t) for k, t in self._found]
         if len(texts) == 1:
             error = kind(texts[0])
         else:

@@ -20,7 +20,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import xxhash
 
-from suture.checkpoint import Array, Checkpoint, Place, _close_all
+from suture.checkpoint import Array, Checkpoint, Place, close_all
 from suture.errors import CheckpointError, MissingExtraError, Problems, brief
 from suture.spec import DTYPES, TensorSpec, listed, readable
 
@@ -241,7 +241,7 @@ class Gguf(Checkpoint):
         self.path, self.label, self.files, self.folder = path, label, [path], path.parent
         self._descriptors = {}
         self._lock = threading.Lock()
-        self._close = weakref.finalize(self, _close_all, self._descriptors)
+        self._close = weakref.finalize(self, close_all, self._descriptors)
         self._layout: dict[str, tuple[_Tensor, _Coding, int, float]] = {}
         """By name: the tensor, its packing, rows of a head to unrotate (or 0), and the shift."""
         self.specs, self.places, self.aliases = {}, {}, {}

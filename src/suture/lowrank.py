@@ -19,7 +19,7 @@ from typing import Any
 import numpy as np
 
 import suture
-from suture.adapters import _CONV1D, CONFIG, WEIGHTS, Adapted, LowRank, Product
+from suture.adapters import CONFIG, CONV1D, WEIGHTS, Adapted, LowRank, Product
 from suture.checkpoint import Checkpoint, is_from_hub, ties_embeddings
 from suture.engine import checkpoint_fingerprint
 from suture.errors import MissingExtraError, OutputError, Problems, RecipeError
@@ -247,7 +247,7 @@ def _kind(name: str, base: Checkpoint) -> str | None:
         "imagegpt",
         "decision_transformer",
     )
-    return "transposed" if flips and _CONV1D.search(name.removesuffix(".weight")) else "linear"
+    return "transposed" if flips and CONV1D.search(name.removesuffix(".weight")) else "linear"
 
 
 def _terms(model: Checkpoint, base: Checkpoint, name: str) -> list[Product] | None:
@@ -432,6 +432,7 @@ def _publish(
         save_file(pending.tensors, partial / WEIGHTS, {"format": "pt"})
         for name, text in texts.items():
             (partial / name).write_text(text, encoding="utf-8")
+        shutil.copymode(partial / CONFIG, partial / WEIGHTS)  # safetensors lets only the owner read
         for path in partial.iterdir():
             with path.open("rb") as file:
                 os.fsync(file.fileno())

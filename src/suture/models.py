@@ -523,8 +523,11 @@ def save_head(head: Head, path: Path) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     partial = path.with_name(f".{path.name}.partial")
     tensors = {"weight": head.weight.contiguous(), "bias": head.bias.contiguous()}
+    partial.touch()
+    mode = partial.stat().st_mode  # safetensors lets only the owner read what it writes
     # One key: the library writes several in an order that changes from run to run.
     save_file(tensors, partial, {_COSINE if head.cosine else _LABELS: json.dumps(head.labels)})
+    partial.chmod(mode)
     partial.replace(path)
 
 

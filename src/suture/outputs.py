@@ -87,13 +87,14 @@ def check_free(out: Path, place: Path, options: Options, problems: Problems) -> 
         empty = place.is_dir() and not any(place.iterdir())
         if not place.is_dir():
             problems.add(OutputError, f"{out}: is a file; name a folder")
-        elif not empty and not options.overwrite:
-            problems.add(OutputError, f"{out}: exists; name another folder, or add --overwrite")
         elif not empty and not (place / "suture.json").exists():
             problems.add(
                 OutputError,
-                f"{out}: was not written by suture, so it is not replaced; remove it yourself",
+                f"{out}: exists, and was not written by suture, so it is never replaced; name "
+                "another folder, or remove it yourself",
             )
+        elif not empty and not options.overwrite:
+            problems.add(OutputError, f"{out}: exists; name another folder, or add --overwrite")
     check_parent(place, out, problems)
 
 

@@ -25,7 +25,7 @@ from suture.errors import (
     RecipeError,
     did_you_mean,
 )
-from suture.mask import Mask
+from suture.mask import Mask, marked
 from suture.patchfile import Entries, PatchFile, Spool, bits_of, nothing, write_patch
 from suture.spec import DTYPES, F64, PIECE, Piece, TensorSpec, listed, pieces_of
 from suture.views import Lens, Same, View
@@ -181,11 +181,13 @@ class Patch:
         lacking = [n for n in self.specs if n not in model.specs]
         if lacking:
             problems.add(MismatchError, f"{model.label}: lacks {listed(lacking)} of {self.label}")
-        for name in self.specs.keys() & model.specs.keys():
+        odd = [n for n, wanted in self.specs.items() if model.specs.get(n, wanted) != wanted]
+        for name in odd[:10]:
             there, wanted = model.specs[name], self.specs[name]
-            if there != wanted:
-                text = f"{model.label}: {name} is {there}, but {wanted} in {self.label}"
-                problems.add(MismatchError, text)
+            text = f"{model.label}: {name} is {there}, but {wanted} in {self.label}"
+            problems.add(MismatchError, text)
+        if odd[10:]:
+            problems.add(MismatchError, f"{model.label}: {len(odd) - 10} more tensors differ")
         problems.raise_if_any()
 
     def delta(self, name: str) -> Array:
@@ -209,7 +211,8 @@ class Patch:
             chosen[some.at] = True
             packed = np.packbits(chosen, bitorder="little")
             bits[piece.name][piece.start // 8 : piece.start // 8 + packed.size] = packed
-        return Mask({n: s.shape for n, s in self.specs.items()}, bits)
+        shapes = {n: s.shape for n, s in self.specs.items()}
+        return Mask(shapes, bits, marked({}, self.restricted))
 
     def save(self, path: str | os.PathLike[str], *, overwrite: bool = False) -> StoredPatch:
         """Write the patch to a file, whole or not at all, and open it.
@@ -267,7 +270,7 @@ class StoredPatch(Patch):
         super().__init__()
         self.file, self.path, self.label = file, file.path, str(file.path)
         self.specs, self.files, self.identity = file.specs, (file.held,), file.digest
-        self.base, self.result = file.facts["base"], file.facts["result"]
+        self.base, self.result = file.facts.get("base"), file.facts.get("result")
         self.restricted = file.facts["restricted"]
         tensors = file.facts["tensors"]
         self.prints = {n: (tensors[n].get("old"), tensors[n].get("new")) for n in self.specs}

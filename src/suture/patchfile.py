@@ -35,10 +35,10 @@ from typing import Any, NamedTuple
 import numpy as np
 import xxhash
 
-from suture.checkpoint import Checkpoint, _parse, read_header
+from suture.checkpoint import Checkpoint, parse_object, read_header
 from suture.errors import CheckpointError, OutputError, brief
 from suture.spec import DTYPES, PIECE, TensorSpec, pieces_of
-from suture.writer import _sync_folder
+from suture.writer import sync_folder
 
 try:
     import fcntl
@@ -257,7 +257,7 @@ def write_patch(
             out.flush()
             os.fsync(file)
             fresh.replace(path)
-        _sync_folder(path.parent)
+        sync_folder(path.parent)
     except (BlockingIOError, FileNotFoundError):
         raise OutputError(f"{path}: another process is writing it just now") from None
     except BaseException as error:
@@ -296,7 +296,7 @@ class PatchFile:
                 f"{path}: a patch of version {version}; this Suture reads version {VERSION}"
             )
         self.digest = metadata.get("digest", "")
-        self.facts = _parse(metadata.get("patch", "").encode(), f"{path}: its metadata")
+        self.facts = parse_object(metadata.get("patch", "").encode(), f"{path}: its metadata")
         self.specs: dict[str, TensorSpec] = {}
         """The tensors that are touched, sorted, as the base has them."""
         for name, entry in sorted(self._tensors().items()):

@@ -404,7 +404,7 @@ def _method_of(raw: dict[str, Any], problems: Problems) -> tuple[Method | None, 
     """The method that a recipe names, itself or by a preset."""
     found, chosen, name = None, None, raw.get("method")
     if raw.get("preset") is not None:
-        with problems.collecting():
+        with problems.collecting("preset: "):
             chosen = preset(str(raw["preset"]))
         if chosen is not None and name not in (None, chosen.method):
             problems.add(
@@ -417,7 +417,7 @@ def _method_of(raw: dict[str, Any], problems: Problems) -> tuple[Method | None, 
     if not isinstance(name, str):
         problems.add(RecipeError, "method: missing; `suture methods` lists them")
     else:
-        with problems.collecting():
+        with problems.collecting("method: "):
             found = method(name)
     return found, chosen
 

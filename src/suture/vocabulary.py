@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from suture.checkpoint import _inside, read_json
+from suture.checkpoint import read_json, within
 from suture.errors import CheckpointError, Problems, RecipeError, brief, did_you_mean
 
 TOKENIZER = (
@@ -253,7 +253,7 @@ def read_vocabulary(folder: Path) -> Vocabulary | None:
     elif (words := json_file(folder, "vocab.json")) is not None:
         ids |= _whole(words, folder / "vocab.json")
     elif (folder / "vocab.txt").is_file():
-        lines = _inside(folder / "vocab.txt", folder).read_text("utf-8", "replace").split("\n")
+        lines = within(folder / "vocab.txt", folder).read_text("utf-8", "replace").split("\n")
         ids |= {line.rstrip("\r"): n for n, line in enumerate(lines) if line.rstrip("\r")}
     elif any((folder / n).is_file() for n in TOKENIZER if n.endswith(".model")):
         raise CheckpointError(
@@ -275,7 +275,7 @@ def read_vocabulary(folder: Path) -> Vocabulary | None:
 def json_file(folder: Path, name: str) -> dict[str, Any] | None:
     """A JSON object beside the weights; ``None`` where there is no such file."""
     path = folder / name
-    return read_json(_inside(path, folder), FILE_LIMIT) if path.is_file() else None
+    return read_json(within(path, folder), FILE_LIMIT) if path.is_file() else None
 
 
 def _pieces(model: object, folder: Path) -> dict[str, int]:
@@ -370,7 +370,7 @@ def tokenizer_files(folder: Path) -> dict[str, Path]:
     for name in TOKENIZER:
         path = folder / name
         if path.is_file() and path.stat().st_size <= FILE_LIMIT:
-            found[name] = _inside(path, folder)
+            found[name] = within(path, folder)
     return found
 
 

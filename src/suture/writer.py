@@ -37,6 +37,8 @@ except ImportError:  # Windows: two processes on one output are not told apart t
 
 Array = np.ndarray[Any, Any]
 SHARD_SIZE = 5 * 10**9
+LOCK = "lock"
+"""The file in a folder by which a process holds it."""
 _FLUSH = 256 << 20
 _OURS = {"model", "journal", "key", "key.new", "linked", "lock", "old"}
 """What a staging folder holds; one with anything else in it is somebody's, and left alone."""
@@ -151,7 +153,6 @@ class Writer:
             raise OutputError(f"{self._staging}: {error.strerror}") from None
 
     def _take_lock(self) -> int:
-        path = self._staging / "lock"
         try:
             self._staging.mkdir(parents=True, exist_ok=True)
             held = {p.name for p in self._staging.iterdir()}
@@ -159,16 +160,7 @@ class Writer:
             if strange or self._staging.is_symlink():
                 what = f"holds {listed(strange)}" if strange else "is a link"
                 raise OutputError(f"{self._staging}: {what}, which no merge left; move it away")
-            while True:
-                lock = os.open(path, os.O_RDWR | os.O_CREAT, 0o644)
-                if not locked(lock):
-                    os.close(lock)
-                    raise OutputError(f"{self.out}: another process is writing it just now")
-                with suppress(FileNotFoundError):
-                    if os.path.samestat(path.stat(), os.fstat(lock)):
-                        return lock
-                os.close(lock)  # it was removed between opening and locking: it locks nothing
-                self._staging.mkdir(exist_ok=True)
+            return _lock_in(self._staging, self.out, "writing")
         except OSError as error:
             raise OutputError(f"{self._staging}: cannot write there: {error.strerror}") from None
 
@@ -292,7 +284,7 @@ class Writer:
                 file.flush()
                 os.fsync(file.fileno())
             if path.parent != self._model:
-                _sync_folder(path.parent)
+                sync_folder(path.parent)
         except OSError as error:
             raise OutputError(f"{self._model / name}: {error.strerror}") from None
 
@@ -316,26 +308,15 @@ class Writer:
                 raise self._fault
             for descriptor in self._descriptors:
                 os.fsync(descriptor)
-            _sync_folder(self._model)
+            sync_folder(self._model)
             self._rename()
-            _sync_folder(self.out.parent)
+            sync_folder(self.out.parent)
         except OSError as error:
             raise OutputError(f"{self.out}: {error.strerror}") from None
         self.discard()
 
     def _rename(self) -> None:
-        if self.out.is_dir() and not any(self.out.iterdir()):
-            self.out.rmdir()  # an empty folder may stand in the way
-        if not self.out.exists():
-            self._model.rename(self.out)
-        elif not self.overwrite:
-            raise OutputError(
-                f"{self.out}: appeared while its merge was running; it was left alone"
-            )
-        elif not _exchange(self._model, self.out):
-            old = self._staging / "old"
-            self.out.rename(old)
-            self._model.rename(self.out)
+        take_place(self._model, self.out, self._staging / "old", overwrite=self.overwrite)
 
     def discard(self) -> None:
         """Drop the staging folder: it was published, or nothing of it can be used again."""
@@ -400,15 +381,28 @@ def alone(folder: Path, out: Path, doing: str) -> Iterator[None]:
     """
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        lock = os.open(folder / "lock", os.O_RDWR | os.O_CREAT, 0o644)
+        lock = _lock_in(folder, out, doing)
     except OSError as error:
         raise OutputError(f"{folder}: cannot write there: {error.strerror}") from None
     try:
-        if not locked(lock):
-            raise OutputError(f"{out}: another process is {doing} it just now")
         yield
     finally:
         os.close(lock)
+
+
+def _lock_in(folder: Path, out: Path, doing: str) -> int:
+    """Lock the file ``lock`` of a folder: its open descriptor."""
+    path = folder / LOCK
+    while True:
+        lock = os.open(path, os.O_RDWR | os.O_CREAT, 0o644)
+        if not locked(lock):
+            os.close(lock)
+            raise OutputError(f"{out}: another process is {doing} it just now")
+        with suppress(FileNotFoundError):
+            if os.path.samestat(path.stat(), os.fstat(lock)):
+                return lock
+        os.close(lock)  # it was removed between opening and locking: it locks nothing
+        folder.mkdir(parents=True, exist_ok=True)
 
 
 def locked(descriptor: int) -> bool:
@@ -429,7 +423,44 @@ def _remove(paths: Iterable[Path]) -> None:
             path.unlink()
 
 
-def _sync_folder(folder: Path) -> None:
+def publish(folder: Path, out: Path, *, overwrite: bool) -> None:
+    """Sync a folder and make it appear under its name, whole, in one step.
+
+    What it replaces, and it alone, is left beside the folder or in its place: the caller drops it.
+
+    Raises:
+        OutputError: something else took the output's name meanwhile.
+        OSError: the disk failed.
+    """
+    for path in folder.rglob("*"):
+        if path.is_file():
+            with path.open("rb") as file:
+                os.fsync(file.fileno())
+    sync_folder(folder)
+    take_place(folder, out, folder.with_name(f"{folder.name}.old"), overwrite=overwrite)
+    sync_folder(out.parent)
+
+
+def take_place(folder: Path, out: Path, old: Path, *, overwrite: bool) -> None:
+    """Rename a folder to ``out``; what stood there goes to ``old``, or where the folder was.
+
+    Raises:
+        OutputError: there is something, and it must not be replaced.
+        OSError: the disk failed.
+    """
+    if out.is_dir() and not any(out.iterdir()):
+        out.rmdir()  # an empty folder may stand in the way
+    if not out.exists():
+        folder.rename(out)
+    elif not overwrite:
+        raise OutputError(f"{out}: appeared while its run was going on; it was left alone")
+    elif not _exchange(folder, out):
+        out.rename(old)
+        folder.rename(out)
+
+
+def sync_folder(folder: Path) -> None:
+    """Make the names in a folder last, where the system can."""
     if os.name == "nt":
         return
     descriptor = os.open(folder, os.O_RDONLY)

@@ -43,6 +43,8 @@ class Disentanglement:
     """At (1, 1), where the grid has it."""
     rows: int
     """Predictions that were compared at each point, both tasks together."""
+    metric: str = "classes"
+    """What is compared: ``classes``, or vectors (``features``)."""
 
     def to_dict(self) -> dict[str, Any]:
         """Plain data, recognised by ``kind``."""
@@ -54,6 +56,7 @@ def disentanglement(
     tasks: tuple[str, str],
     amounts: Sequence[float],
     distance: Distance = disagreement,
+    metric: str = "classes",
 ) -> Disentanglement:
     r"""The error map of a pair of task vectors.
 
@@ -83,7 +86,7 @@ def disentanglement(
         tasks, tuple(grid), frozen(error),
         float(error[np.ix_(inside, inside)].mean()) if inside else float(error.mean()),
         None if one is None else float(error[one, one]),
-        len(single[0][0]) + len(single[1][0]),
+        len(single[0][0]) + len(single[1][0]), metric,
     )  # fmt: skip
 
 

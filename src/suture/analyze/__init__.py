@@ -1,6 +1,7 @@
 """From a recipe to a folder with ``analysis.json``, and perhaps a basis."""
 
 from suture.analyze.request import ANALYSES, BasisRequest, Request, read_request
+from suture.analyze.telling import summary_lines
 from suture.analyze.work import (
     Analysis,
     AnalysisPlan,
@@ -8,7 +9,6 @@ from suture.analyze.work import (
     analysis,
     plan_analysis,
     run_analysis,
-    summary_lines,
 )
 
 __all__ = [

@@ -73,8 +73,8 @@ def diagnostics(
         for name in request.models:
             if name not in material:
                 continue
-            few = _few(material[name], how.rows, request.seed)
-            net = load_net(folder, request.tasks[name], few, request.device)
+            some = few(material[name], how.rows, request.seed)
+            net = load_net(folder, request.tasks[name], some, request.device)
             model = net.model.double() if how.dtype == "float64" else net.model
             own = TaskVector(base, [(inputs[name], 1.0)], names)
             tau = {n: own[n] for n in names}
@@ -113,7 +113,7 @@ def _convex(
     return kind(weights[name], float(np.diag(gram).max()), float(off.max(initial=0.0)))
 
 
-def _few(material: Material, most: int, seed: int) -> Material:
+def few(material: Material, most: int, seed: int) -> Material:
     """At most so many rows, chosen by a hash, in their given order."""
     from suture.data import draw
 

@@ -22,9 +22,23 @@ ANALYSES = {
     "overlap": "masks compared, beside what chance would give, and where they lie",
     "bases": "a few vectors that stand for many task vectors",
     "diagnostics": "loss, gradient and smoothness on the way from each expert to a merge",
+    "masks": "intersection over union of masks, beside four baselines",
+    "structure": "where masks lie, layer by layer and part by part",
+    "disentanglement": "how much two task vectors disturb each other, over the amounts of both",
+    "function-localization": "what every task vector does on the rows of every task",
+    "sensitivity": "whether entries that matter little to one task matter little to the others",
 }
+ASKED = ("masks", "structure", "disentanglement", "function-localization", "sensitivity")
+"""Analyses that are made only where the recipe names them: they take long."""
+MASKED = ("overlap", "masks", "structure")
+"""Analyses of masks."""
+CLASSES = ("disentanglement", "function-localization", "sensitivity")
+"""Analyses that ask classifiers about rows of every task."""
+METRICS = ("classes", "features")
+MOST_POINTS = 101
 _KEYS = ("base", "models", "unseen", "analyses", "density", "scope", "masks", "bases", "space",
-         "seed", "tasks", "diagnostics", "device")  # fmt: skip
+         "seed", "tasks", "diagnostics", "device", "same_task", "disentanglement", "sensitivity",
+         "rows")  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -57,6 +71,23 @@ class DiagnosticsRequest:
 
 
 @dataclass(frozen=True)
+class GridRequest:
+    """Where disentanglement is measured, and what is compared."""
+
+    amounts: tuple[float, ...] = tuple(n / 2 for n in range(-4, 5))
+    metric: str = "classes"
+
+
+@dataclass(frozen=True)
+class SensitivityRequest:
+    """What is set to 0, and how it is chosen."""
+
+    shares: tuple[float, ...] = (0.01, 0.05, 0.1, 0.2)
+    rows: int = 256
+    """Rows that sensitivities are measured on."""
+
+
+@dataclass(frozen=True)
 class Request:
     """What to analyse; after ``read_request`` every key is known and every value checked."""
 
@@ -70,12 +101,18 @@ class Request:
     scope: str = "global"
     masks: str | None = None
     """A folder with a mask for each model, instead of masks by magnitude."""
+    same_task: str | None = None
+    """A folder with masks of the same tasks made anew: the most that masks can have in common."""
     bases: BasisRequest = BasisRequest()
     space: ParamSpace = DEFAULT_SPACE
     seed: int = 0
     tasks: Mapping[str, Task] = field(default_factory=dict)
     """Rows of some models, for the analyses that run the model."""
     diagnostics: DiagnosticsRequest = DiagnosticsRequest()
+    disentanglement: GridRequest = GridRequest()
+    sensitivity: SensitivityRequest = SensitivityRequest()
+    rows: int = 512
+    """Most rows of a task that classifiers are asked about."""
     device: str = "cpu"
     folder: Path = Path()
     """Where relative paths start."""
@@ -88,6 +125,11 @@ class Request:
             m: {k: str(v) if isinstance(v, Path) else v for k, v in task.items() if v is not None}
             for m, task in found["tasks"].items()
         }
+        for name in ("disentanglement", "sensitivity"):
+            if name not in self.analyses:
+                del found[name]
+        if not set(CLASSES) & set(self.analyses):
+            del found["rows"]
         if not self.tasks:
             for key in ("tasks", "diagnostics", "device"):
                 del found[key]
@@ -127,8 +169,14 @@ class _Reader(Reader):
         masks = self.raw.get("masks")
         if masks is not None and not isinstance(masks, str):
             self.refuse(f"masks: a folder with a mask for each model, not {brief(masks)}")
+        again = self.raw.get("same_task")
+        if again is not None and not isinstance(again, str):
+            self.refuse(f"same_task: a folder with a mask for each model, not {brief(again)}")
         tasks = TaskReader(self.raw, folder, self.problems).tasks(models)
         analyses = self.analyses(density, masks, len(models), bool(tasks))
+        self.classifiers(analyses, models, tasks)
+        if again is not None and "masks" not in analyses:
+            self.refuse("same_task: belongs to the analysis masks; add it to `analyses`")
         scope = self.raw.get("scope", "global")
         if scope not in SCOPES:
             self.refuse(f"scope: {brief(scope)}; {did_you_mean(str(scope), SCOPES)}")
@@ -137,7 +185,9 @@ class _Reader(Reader):
             self.refuse(f"seed: a whole number from 0 to 2**63 - 1, not {brief(seed)}")
         return Request(
             base, models, unseen, analyses, density, str(scope), masks,
+            again if isinstance(again, str) else None,
             self.bases(len(models)), self.space(), seed, tasks, self.diagnostics(models, tasks),
+            self.grid(analyses), self.shares(analyses), self.count("rows", self.raw, 512, ""),
             self.word("device", self.raw, "cpu"), folder,
         )  # fmt: skip
 
@@ -236,16 +286,104 @@ class _Reader(Reader):
         if self.raw.get("analyses") is None:
             fitting = {"overlap": masked, "conflicts": models > 1, "bases": models > 1,
                        "diagnostics": rows}  # fmt: skip
-            return tuple(a for a in ANALYSES if fitting.get(a, True))
+            return tuple(a for a in ANALYSES if a not in ASKED and fitting.get(a, True))
         found = self.words(self.raw["analyses"], "analyses", list(ANALYSES))
-        if "overlap" in found and not masked:
-            self.refuse("analyses: overlap compares masks; give a density, or a folder as `masks`")
+        for name in MASKED:
+            if name in found and not masked:
+                what = "shows" if name == "structure" else "compares"
+                self.refuse(
+                    f"analyses: {name} {what} masks; give a density, or a folder as `masks`"
+                )
         if "diagnostics" in found and not rows:
             self.refuse("analyses: diagnostics run the model; give rows under `tasks`")
-        for name in ("conflicts", "bases"):
+        for name in ("conflicts", "bases", "masks", *CLASSES):
             if name in found and models == 1:
                 self.refuse(f"analyses: {name} takes two models or more")
         return found
+
+    def classifiers(
+        self, analyses: Sequence[str], models: Mapping[str, str], tasks: Mapping[str, Task]
+    ) -> None:
+        """Refuse models without rows, and rows that have no classes."""
+        asked = [name for name in CLASSES if name in analyses]
+        if not asked:
+            return
+        given = self.raw.get("tasks")
+        for name in models:
+            if name not in tasks and not (isinstance(given, Mapping) and name in given):
+                self.refuse(f"analyses: {asked[0]} asks every model about every task; give rows "
+                            f"of {name!r} under `tasks`")  # fmt: skip
+        for name, task in tasks.items():
+            if task.kind != "classification":
+                self.refuse(f"analyses: {asked[0]} compares classes; tasks.{name} is {task.kind}, "
+                            "without any")  # fmt: skip
+
+    def count(self, key: str, raw: Mapping[str, Any], default: int, where: str) -> int:
+        found = raw.get(key, default)
+        if isinstance(found, bool) or not isinstance(found, int) or found < 1:
+            self.refuse(f"{where}{key}: a whole number from 1 on, not {brief(found)}")
+            return default
+        return found
+
+    def numbers(self, value: object, where: str) -> tuple[float, ...] | None:
+        if not isinstance(value, list | tuple) or not all(
+            isinstance(v, int | float) and not isinstance(v, bool) and math.isfinite(v)
+            for v in value
+        ):
+            self.refuse(f"{where}: a list of numbers, not {brief(value)}")
+            return None
+        return tuple(map(float, value))
+
+    def section_of(
+        self, key: str, known: Sequence[str], analyses: Sequence[str]
+    ) -> Mapping[str, Any]:
+        raw = section(self.raw, key, self.problems)
+        refuse_unknown(raw, known, f"{key}: ", self.problems)
+        if raw and key not in analyses:
+            self.refuse(f"{key}: is an analysis that was not asked for; add it to `analyses`")
+        return raw
+
+    def grid(self, analyses: Sequence[str]) -> GridRequest:
+        key = "disentanglement"
+        raw = self.section_of(key, ("amounts", "range", "points", "metric"), analyses)
+        metric = self.word("metric", raw, "classes", f"{key}.")
+        if metric not in METRICS:
+            self.refuse(f"{key}.metric: {metric!r}; {did_you_mean(metric, METRICS)}")
+        if "amounts" in raw:
+            if {"range", "points"} & raw.keys():
+                self.refuse(f"{key}: give amounts, or a range with points, not both")
+            amounts = self.numbers(raw["amounts"], f"{key}.amounts")
+        else:
+            ends = self.numbers(raw.get("range", (-2.0, 2.0)), f"{key}.range")
+            points = self.count("points", raw, 9, f"{key}.")
+            if ends is not None and (len(ends) != 2 or not ends[0] < ends[1]):
+                self.refuse(f"{key}.range: two numbers that go up, not {brief(raw['range'])}")
+                ends = None
+            width = (ends[1] - ends[0]) / max(1, points - 1) if ends else 0.0
+            amounts = None
+            if ends and points <= MOST_POINTS:
+                amounts = tuple(round(ends[0] + n * width, 12) for n in range(points))
+            elif ends:
+                self.refuse(f"{key}.points: at most {MOST_POINTS}, not {points}")
+        if amounts is None:
+            return GridRequest(metric=metric)
+        if not 2 <= len(set(amounts)) == len(amounts) <= MOST_POINTS:
+            self.refuse(
+                f"{key}: a grid has from 2 to {MOST_POINTS} different amounts, not {len(amounts)}: "
+                f"{brief(list(amounts))}"
+            )
+        return GridRequest(tuple(sorted(amounts)), metric)
+
+    def shares(self, analyses: Sequence[str]) -> SensitivityRequest:
+        raw = self.section_of("sensitivity", ("shares", "rows"), analyses)
+        default = SensitivityRequest()
+        found = self.numbers(raw.get("shares", default.shares), "sensitivity.shares")
+        if found is not None and not (found and all(0 < share < 1 for share in found)):
+            self.refuse(
+                f"sensitivity.shares: shares of the weights, in (0, 1), not {brief(list(found))}"
+            )
+        rows = self.count("rows", raw, default.rows, "sensitivity.")
+        return SensitivityRequest(found or default.shares, rows)
 
     def bases(self, models: int) -> BasisRequest:
         raw = section(self.raw, "bases", self.problems)

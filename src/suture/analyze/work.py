@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 import os
 import shutil
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -30,8 +30,10 @@ from suture.analysis import (
     groups_of,
     make_basis,
 )
+from suture.analysis.masks import NULLS, densities, pairwise, structure
+from suture.analyze.classifiers import check_classifiers, classifiers
 from suture.analyze.diagnostics import check_diagnostics, diagnostics
-from suture.analyze.request import ANALYSES, Request, read_request
+from suture.analyze.request import ANALYSES, CLASSES, MASKED, Request, read_request
 from suture.checkpoint import Checkpoint, is_from_hub
 from suture.engine import Stage, checkpoint_fingerprint
 from suture.errors import MismatchError, OutputError, Problems, RecipeError
@@ -42,13 +44,16 @@ from suture.recipe_types import Policy
 from suture.roles import ParamSpace, check_selectors
 from suture.run import merged, save
 from suture.select import select
-from suture.spec import listed, readable
+from suture.spec import listed
 from suture.stream import Sources, Visitor, sweep, tasks_of
 from suture.tasks import Material, read_material
 from suture.vector import TaskVector, align
+from suture.writer import LOCK, alone, publish
 
 SCHEMA = 1
 """Version of the layout of ``analysis.json``."""
+MADE = "made"
+"""Where in the staging folder the output grows."""
 
 
 @dataclass(frozen=True)
@@ -69,6 +74,12 @@ class Analysis:
     written: Mapping[str, Sequence[str]] = field(default_factory=dict)
     """Folders of the basis vectors that were written, by kind."""
     diagnostics: Diagnostics | None = None
+    masks: Mapping[str, Any] | None = None
+    """Pairs of masks beside chance."""
+    structure: Mapping[str, Any] | None = None
+    """By model: shares and densities of its mask, cell by cell."""
+    classifiers: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
+    """What classifiers answered, by analysis."""
     restricted: bool = False
     """Whether an input must not be passed on, nor what is made with it."""
 
@@ -77,6 +88,10 @@ class Analysis:
         found = asdict(self)
         if not self.restricted:
             del found["restricted"]
+        found |= {name.replace("-", "_"): one for name, one in found.pop("classifiers").items()}
+        for name in ("masks", "structure"):
+            if found[name] is None:
+                del found[name]
         return {"suture": suture.__version__, "schema": SCHEMA, "kind": "analysis", **found}
 
 
@@ -89,6 +104,8 @@ class AnalysisPlan:
     """By label: the base, the models, the unseen ones."""
     names: tuple[str, ...]
     masks: Mapping[str, Mask] | None
+    again: Mapping[str, Mask]
+    """Masks of the same tasks made anew, by name of the model."""
     material: Mapping[str, Material]
     """Rows and heads, by name of the model, where the model is to be run."""
     out: Path | None
@@ -147,15 +164,20 @@ def plan_analysis(
     request = read_request(recipe, base_dir, problems)
     inputs: dict[str, Checkpoint] = {}
     names: list[str] = []
-    masks = None
+    masks, again = None, dict[str, Mask]()
     material: dict[str, Material] = {}
     if request is not None:
         inputs = _opened(request, problems)
         names = _checked_names(request, inputs, problems)
         if request.masks is not None and "base" in inputs:
-            masks = _read_masks(request, inputs["base"], names, problems)
+            masks = _read_masks(request, "masks", inputs["base"], names, problems)
+        if request.same_task is not None and "base" in inputs:
+            again = _read_masks(request, "same_task", inputs["base"], names, problems)
+        if set(CLASSES) & set(request.analyses):
+            check_classifiers(request, inputs, problems)
         if "diagnostics" in request.analyses:
             check_diagnostics(request, inputs, problems)
+        if {"diagnostics", *CLASSES} & set(request.analyses):
             material = read_material(request.tasks, problems, seed=request.seed)
     if out is not None:
         _check_out(out, inputs, overwrite, problems)
@@ -163,7 +185,9 @@ def plan_analysis(
     assert request is not None
     if masks is not None:
         names = [n for n in names if n in next(iter(masks.values())).shapes]
-    return AnalysisPlan(request, inputs, tuple(names), masks, material, out, overwrite, threads)
+    return AnalysisPlan(
+        request, inputs, tuple(names), masks, again, material, out, overwrite, threads
+    )
 
 
 def _opened(request: Request, problems: Problems) -> dict[str, Checkpoint]:
@@ -197,14 +221,14 @@ def _checked_names(
 
 
 def _read_masks(
-    request: Request, base: Checkpoint, names: Sequence[str], problems: Problems
+    request: Request, key: str, base: Checkpoint, names: Sequence[str], problems: Problems
 ) -> dict[str, Mask]:
-    folder = request.folder / str(request.masks)
+    folder = request.folder / str(getattr(request, key))
     found: dict[str, Mask] = {}
     for model in request.models:
         path = folder / f"{model}.safetensors"
         if not path.is_file():
-            problems.add(RecipeError, f"masks: {path} is missing: one mask for each model")
+            problems.add(RecipeError, f"{key}: {path} is missing: one mask for each model")
             continue
         with problems.collecting():
             found[model] = Mask.load(path)
@@ -214,9 +238,9 @@ def _read_masks(
         other = mask.shapes.keys() - base.specs.keys()
         if wrong or other or not mask.shapes.keys() & shapes.keys():
             what = listed([*wrong, *sorted(other)]) or "every tensor"
-            problems.add(MismatchError, f"masks: {model}: is a mask of another model ({what})")
+            problems.add(MismatchError, f"{key}: {model}: is a mask of another model ({what})")
     if len({frozenset(m.shapes) for m in found.values()}) > 1:
-        problems.add(MismatchError, "masks: they are not over the same tensors")
+        problems.add(MismatchError, f"{key}: they are not over the same tensors")
     return found
 
 
@@ -237,7 +261,7 @@ def _check_out(
             elif not overwrite:
                 problems.add(OutputError, f"{out}: exists; name another folder, or --overwrite")
         held = {p.name for p in _staging(place).iterdir()} if _staging(place).exists() else set()
-        if held - {"analysis.json", "basis"}:
+        if held - {LOCK, MADE, f"{MADE}.old"}:
             problems.add(
                 OutputError, f"{_staging(place)}: holds {listed(sorted(held))}; move it away"
             )
@@ -278,17 +302,18 @@ def analyse(plan: AnalysisPlan, stage: Stage = _silent) -> Analysis:
                 threads=plan.threads,
             )
         asked["conflicts"] = signs = Signs(len(models), selection)
-    if masks:
+    if masks and "overlap" in request.analyses:
         asked["overlap"] = masked = Masked(list(masks.values()))
     specs, sources = base.specs, Sources((*models, *unseen), base)
     read = sum(c.specs[n].nbytes for c in sources.all for n in plan.names)
-    sweep(
-        sources,
-        tasks_of(plan.names, specs),
-        Together(list(asked.values())),
-        threads=plan.threads,
-        progress=stage("look", read),
-    )
+    if asked:
+        sweep(
+            sources,
+            tasks_of(plan.names, specs),
+            Together(list(asked.values())),
+            threads=plan.threads,
+            progress=stage("look", read),
+        )
 
     labels, groups = tuple(request.models), groups_of(plan.names)
     sizes = {n: specs[n].numel for n in plan.names}
@@ -302,8 +327,13 @@ def analyse(plan: AnalysisPlan, stage: Stage = _silent) -> Analysis:
     if "diagnostics" in request.analyses:
         inner = products.gram.of(*plan.names)[: len(models), : len(models)]
         theory = diagnostics(request, plan.inputs, plan.names, plan.material, inner, stage)
+    answers: dict[str, dict[str, Any]] = {}
+    if set(CLASSES) & set(request.analyses):
+        answers = classifiers(request, plan.inputs, plan.names, plan.material, stage)
     restricted = any(c.restricted for c in plan.inputs.values())
-    restricted = restricted or any(m.restricted for m in (plan.masks or {}).values())
+    restricted = restricted or any(
+        m.restricted for m in [*(plan.masks or {}).values(), *plan.again.values()]
+    )
     source = (
         f"those of the folder {request.masks}"
         if plan.masks is not None
@@ -319,16 +349,19 @@ def analyse(plan: AnalysisPlan, stage: Stage = _silent) -> Analysis:
         sum(sizes.values()),
         geometry if "geometry" in request.analyses else None,
         signs.conflicts(labels, groups, request.density) if "conflicts" in asked else None,
-        masked.overlap(labels, groups, source) if masks else None,
+        masked.overlap(labels, groups, source) if "overlap" in asked else None,
         bases,
         nearest,
         diagnostics=theory,
+        masks=_pairs(plan, masks, source) if "masks" in request.analyses else None,
+        structure=_structure(masks, source) if "structure" in request.analyses else None,
+        classifiers=answers,
         restricted=restricted,
     )
 
 
 def _masks(plan: AnalysisPlan, stage: Stage) -> dict[str, Mask]:
-    if "overlap" not in plan.request.analyses:
+    if not set(MASKED) & set(plan.request.analyses):
         return {}
     if plan.masks is not None:
         return {name: plan.masks[name] for name in plan.request.models}
@@ -343,6 +376,26 @@ def _masks(plan: AnalysisPlan, stage: Stage) -> dict[str, Mask]:
         )
         for name in plan.request.models
     }
+
+
+def _pairs(plan: AnalysisPlan, masks: Mapping[str, Mask], source: str) -> dict[str, Any]:
+    """Every pair of masks beside its baselines, and each mask beside its like of the same task."""
+    names = list(masks)
+    pairs = pairwise(list(masks.values()))
+    for pair in pairs:
+        pair["pair"] = [names[i] for i in pair["pair"]]
+    same = {n: masks[n].jaccard(other) for n, other in plan.again.items()}
+    means = {w: sum(p[w] for p in pairs) / len(pairs) for w in ("iou", *NULLS)}
+    means["same_task"] = sum(same.values()) / len(same) if same else None
+    return {"models": names, "source": source, "pairs": pairs, "same_task": same or None,
+            "means": means}  # fmt: skip
+
+
+def _structure(masks: Mapping[str, Mask], source: str) -> dict[str, Any]:
+    found = {
+        name: {**structure([mask]), "densities": densities(mask)} for name, mask in masks.items()
+    }
+    return {"source": source, "models": found}
 
 
 def _bases(
@@ -385,6 +438,9 @@ def _portable(plan: AnalysisPlan) -> dict[str, Any]:
     if plan.request.masks is not None and plan.out is not None:
         masks = plan.request.folder / plan.request.masks
         found["masks"] = os.path.relpath(masks, plan.out.resolve())
+    if plan.request.same_task is not None and plan.out is not None:
+        again = plan.request.folder / plan.request.same_task
+        found["same_task"] = os.path.relpath(again, plan.out.resolve())
     return found
 
 
@@ -417,33 +473,29 @@ def run_analysis(plan: AnalysisPlan, stage: Stage = _silent) -> Analysis:
         SutureError: an input or the output is at fault; then nothing was written.
     """
     assert plan.out is not None
-    found = analyse(plan, stage)
     out = plan.out.resolve()
     staging = _staging(out)
-    try:
-        if staging.exists():  # of a run that was killed
-            shutil.rmtree(staging)
-        staging.mkdir(parents=True)
-        written = {
-            basis.kind: _write_basis(plan, basis, staging / "basis" / basis.kind, stage)
-            for basis in found.bases
-            if basis.kind in plan.request.bases.write
-        }
-        found = Analysis(**{**vars(found), "written": written})
-        for checkpoint in plan.inputs.values():
-            checkpoint.check_unchanged()
-        text = json.dumps(found.to_dict(), indent=1, allow_nan=False) + "\n"
-        (staging / "analysis.json").write_text(text, encoding="utf-8")
-        old = out.with_name(f".{out.name}.old")
-        if out.exists():
-            shutil.rmtree(old, ignore_errors=True)
-            out.rename(old)
-        staging.rename(out)
-        shutil.rmtree(old, ignore_errors=True)
-    except OSError as error:
-        raise OutputError(f"{plan.out}: {error.strerror}") from None
-    finally:
-        shutil.rmtree(staging, ignore_errors=True)
+    with alone(staging, plan.out, "writing"):
+        try:
+            found = analyse(plan, stage)
+            made = staging / MADE
+            shutil.rmtree(made, ignore_errors=True)  # of a run that was killed
+            made.mkdir()
+            written = {
+                basis.kind: _write_basis(plan, basis, made / "basis" / basis.kind, stage)
+                for basis in found.bases
+                if basis.kind in plan.request.bases.write
+            }
+            found = Analysis(**{**vars(found), "written": written})
+            for checkpoint in plan.inputs.values():
+                checkpoint.check_unchanged()
+            text = json.dumps(found.to_dict(), indent=1, allow_nan=False) + "\n"
+            (made / "analysis.json").write_text(text, encoding="utf-8")
+            publish(made, out, overwrite=plan.overwrite)
+        except OSError as error:
+            raise OutputError(f"{plan.out}: {error.strerror}") from None
+        finally:
+            shutil.rmtree(staging, ignore_errors=True)
     return found
 
 
@@ -464,77 +516,6 @@ def _write_basis(plan: AnalysisPlan, basis: Basis, folder: Path, stage: Stage) -
         )
         save(what, folder / name, stage=stage, threads=plan.threads)
     return [f"basis/{basis.kind}/{name}" for name in basis.names]
-
-
-def summary_lines(plan: AnalysisPlan, found: Mapping[str, Any]) -> Iterator[str]:
-    """What to tell at the end, a line each; of a plan that was only described, what it would do."""
-    if "kind" not in found:
-        for label, row in found["inputs"].items():
-            yield f"input    {label}: {row['path']}, {row['tensors']} tensors"
-        for name, about in found["analyses"].items():
-            yield f"analysis {name}: {about}"
-        yield f"reading  {readable(found['bytes_read'])}"
-        yield "nothing was written; leave out --dry-run to analyze"
-        return
-    if found["geometry"] is not None:
-        yield from _norms(found["geometry"])
-    if found["conflicts"] is not None and found["conflicts"]["total"]["rate"] is not None:
-        total = found["conflicts"]["total"]
-        yield (
-            f"opposite signs in {total['rate']:.1%} of the entries that two or more models move "
-            f"({total['null']:.1%} by chance)"
-        )
-    if found["overlap"] is not None:
-        alike = found["overlap"]
-        names = alike["models"]
-        pairs = [
-            (alike["jaccard"][a][b], alike["placed"][a][b], names[b], names[a])
-            for a in range(len(names))
-            for b in range(a)
-        ]
-        if pairs:
-            value, chance, one, other = max(pairs)
-            yield (
-                f"most alike masks: {one} and {other}, Jaccard {value:.3f} ({chance:.3f} expected "
-                "of random masks with as many entries in each tensor)"
-            )
-    for basis in found["bases"]:
-        yield (
-            f"basis {basis['kind']}: {len(basis['names'])} vectors leave {basis['loss']:.2%} of "
-            f"the squared length (at best {basis['bound']:.2%})"
-        )
-    if found["diagnostics"] is not None:
-        yield from _diagnosed(found["diagnostics"])
-    yield f"wrote {plan.out}"
-
-
-def _diagnosed(found: Mapping[str, Any]) -> Iterator[str]:
-    for one in found["models"]:
-        smooth = one["smoothness"]
-        secants = [s["value"] for s in smooth["secants"]]
-        bounds = ", ".join(f"{k} {v:.4g}" for k, v in one["bounds"].items())
-        yield (
-            f"{one['model']}: loss {one['expert_loss']:.4f} as expert, {one['merged_loss']:.4f} "
-            f"merged, {one['base_loss']:.4f} as base; gradient {one['gradient_norm']:.3g} at the "
-            "expert"
-        )
-        yield (
-            f"  gap {one['gap']:.4g}, at most (by the L of) {bounds}; L {smooth['curvature']:.3g}"
-            + (f", along the way {max(secants):.3g}" if secants else "")
-            + f"; barrier {one['barrier']:.3g}"
-        )
-
-
-def _norms(geometry: Mapping[str, Any]) -> Iterator[str]:
-    for move in geometry["total"]:
-        parts = [m for m in geometry["layers"] if m["model"] == move["model"]]
-        parts.sort(key=lambda m: -m["share"])
-        where = ", ".join(f"{m['layer']} {m['share']:.0%}" for m in parts[:3])
-        relative = move["relative_norm"]
-        against = "" if relative is None else f", {relative:.3%} of the base"
-        yield f"{move['model']}: norm {move['norm']:.4g}{against}; most in {where}"
-    if len(geometry["models"]) > 1:
-        yield f"largest cosine between two task vectors: {geometry['epsilon']:.3f}"
 
 
 def analysis(

@@ -20,24 +20,21 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
+from suture.arithmetic.space import BATCH, Side, Vector
 from suture.bench.recipe import Line
 from suture.checkpoint import Checkpoint
-from suture.data import Dataset, draw
+from suture.data import draw
 from suture.errors import OutputError, Problems
 from suture.evals import EVALS
 from suture.finetune.base import Job
 from suture.finetune.packed import Place, unpack
 from suture.finetune.run import places_of
 from suture.mask import Mask
-from suture.models import Classifier, Encoder, Head, file_names
+from suture.models import Classifier, Encoder, file_names
 from suture.mover import Mover, classification
 from suture.tune import TuneResult, TuneSettings, tune
 
 BODY = "encoder.backbone."
-BATCH = 64
-"""Rows of a batch where nothing is trained."""
-Vector = Mapping[str, Tensor]
-"""A task vector: what moved, by the names of the base's files."""
 
 
 @dataclass(frozen=True)
@@ -47,18 +44,6 @@ class Base:
     encoder: Encoder
     checkpoint: Checkpoint
     fingerprint: str
-
-
-@dataclass(frozen=True)
-class Side:
-    """A task of one seed: its rows by side, and its frozen head."""
-
-    name: str
-    head: Head
-    data: Mapping[str, Dataset]
-    """``train``, ``validation`` and ``test``."""
-    key: str
-    """Identifies rows and head."""
 
 
 @dataclass(frozen=True)

@@ -14,12 +14,13 @@ from typing import Any
 import torch
 
 import suture
+from suture.analysis.masks import overlaps, structure
+from suture.arithmetic.measures import entangled, movement, sharing
+from suture.arithmetic.space import BATCH, PlainSpace, Side, Space, accuracy, space_of
 from suture.bench import measures
 from suture.bench.learn import (
-    BATCH,
     Base,
     Learnt,
-    Side,
     learn,
     load_vectors,
     save_vectors,
@@ -28,12 +29,12 @@ from suture.bench.ledger import Ledger, Say, digest, write
 from suture.bench.maths import matched
 from suture.bench.plan import Plan, describe, expected, plan_bench
 from suture.bench.recipe import Line
-from suture.bench.space import PlainSpace, Space, accuracy, space_of
 from suture.bench.tables import curves, markdown, results
 from suture.bench.tasks import BenchTask
 from suture.checkpoint import open_checkpoint
 from suture.data import Dataset, labels_of, tokenise
 from suture.engine import checkpoint_fingerprint
+from suture.finetune.calibrate import Calibration
 from suture.finetune.heads import zero_shot
 from suture.mask import Mask
 from suture.models import Head, embed, load_encoder
@@ -274,12 +275,12 @@ class _Run:
             amounts = [list(grids.disentanglement), grids.rows]
             found["disentanglement"] = self.ledger.cell(
                 ("disentanglement", line.name), f"disentanglement-{where}", [*inputs, amounts],
-                lambda: measures.entangled(space(), grids, names),
+                lambda: entangled(space(), (0.0, *grids.disentanglement), names),
             )  # fmt: skip
         if "movement" in self.bench.measure:
             found["movement"] = self.ledger.cell(
                 ("movement", line.name), f"movement-{where}", [*inputs, grids.rows, FEW],
-                lambda: measures.movement(space(), self.base.encoder),
+                lambda: movement(space(), self.base.encoder),
             )  # fmt: skip
         return found
 
@@ -312,7 +313,7 @@ class _Run:
                 self.ledger.pending["train", line.name] += 1
                 self.train(seed, line, rate, side, again=True)
             masks.append(Mask.load(path))
-        return {**measures.structure(masks), **measures.overlaps(masks)}
+        return {**structure(masks), **overlaps(masks)}
 
     def _sensitivity(self, seed: int, sides: list[Side]) -> list[Any]:
         grids, found = self.bench.grids, []
@@ -321,7 +322,8 @@ class _Run:
         for task, side in enumerate(inside):
 
             def make(task: int = task) -> dict[str, Any]:
-                return measures.sharing(self.base, inside, task, grids, seed)
+                return sharing(self.base.encoder, inside, task, grids.shares,
+                               Calibration(rows=grids.rows, seed=seed))  # fmt: skip
 
             inputs = [self._made_with(), seed, task, *about]
             name = f"sensitivity-{side.name}-seed{seed}"
@@ -336,7 +338,7 @@ class _Run:
             values = []
             for task in zip(*keys, strict=True):
                 masks = [Mask.load(p) for k in task if (p := self._mask(k)).is_file()]
-                values += [measures.iou(a, b) for i, a in enumerate(masks) for b in masks[i + 1 :]]
+                values += [a.jaccard(b) for i, a in enumerate(masks) for b in masks[i + 1 :]]
             if values:
                 found[name] = sum(values) / len(values)
         return found

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
-from typing import Annotated
+from typing import Annotated, Any
 
 import torch
 from torch import nn
@@ -12,6 +12,7 @@ from suture.data import Batch
 from suture.errors import RecipeError, did_you_mean
 from suture.evals.base import Metric, share
 from suture.evals.kinds import Column, Job, Models, Names, Prepare, Run, Score, Word, dataset_of
+from suture.images import Image, Images, Look, checked
 from suture.models import evaluating
 
 
@@ -71,14 +72,8 @@ def classes(
     """
 
     def prepare(job: Job) -> Run:
-        texts, told = job.column(text), job.column(label)
-        numbers = {name: i for i, name in enumerate(job.labels)}
-        for number, name in told.items():
-            if numbers and name not in numbers:
-                job.refuse(
-                    f"{job.rows[number].where}: the label {name!r} is not one of the head's; "
-                    f"{did_you_mean(name, job.labels)}"
-                )
+        texts = job.column(text)
+        told, numbers = _labels(job, label)
         rows = [n for n in texts if told.get(n) in numbers]
         read = zip(rows, job.ids([texts[n] for n in rows]), strict=True)
         fitting = {n: fit for n, ids in read if (fit := job.fit(n, ids)) is not None}
@@ -94,3 +89,52 @@ def classes(
         return run
 
     return prepare
+
+
+def images(
+    image: Column = "image",
+    label: Column = "label",
+    head: Annotated[str, Word("`model` for the head in the model's folder, or a file", False)] = (
+        "model"
+    ),
+) -> Prepare:
+    """The share of images whose most likely class is the label.
+
+    The data are a folder with one folder for each label, an ``.npz`` or IDX file, or rows that name
+    files or hold their bytes. Images are scaled to what the model was made for.
+    """
+
+    def prepare(job: Job) -> Run:
+        told, numbers = _labels(job, label)
+        held: dict[int, tuple[int, Image]] = {}
+        for number, row in enumerate(job.rows):
+            given: Any = row.cells[image]
+            with job.problems.collecting():
+                held[number] = checked(given, row.where), given
+        order = [n for n in held if told.get(n) in numbers]
+        data = Images(
+            tuple((held[n][0],) for n in order), tuple(numbers[told[n]] for n in order), 0,
+            images=tuple(held[n][1] for n in order), look=job.look or Look((224, 224)),
+        )  # fmt: skip
+
+        def run(models: Models) -> tuple[Score, ...]:
+            batches = data.batches(job.batch)
+            found = hits(models.model, batches, device=models.device, tick=models.tick)
+            return (Score("accuracy", {order[n]: v for n, v in found.items()}, "share"),)
+
+        return run
+
+    return prepare
+
+
+def _labels(job: Job, column: str) -> tuple[dict[int, str], dict[str, int]]:
+    """The label of every row, and the number of each label; unknown ones are noted."""
+    told = job.column(column)
+    numbers = {name: i for i, name in enumerate(job.labels)}
+    for number, name in told.items():
+        if numbers and name not in numbers:
+            job.refuse(
+                f"{job.rows[number].where}: the label {name!r} is not one of the head's; "
+                f"{did_you_mean(name, job.labels)}"
+            )
+    return told, numbers

@@ -32,9 +32,10 @@ from torch import nn
 from suture.data import Batch, Dataset, cell
 from suture.errors import Problems, RecipeError, brief
 from suture.evals.base import Eval, Metric
+from suture.images import Look
 from suture.merges.base import Parameter
 
-Needs = Literal["classifier", "encoder", "language-model"]
+Needs = Literal["classifier", "encoder", "image-classifier", "language-model"]
 
 
 @dataclass(frozen=True)
@@ -141,6 +142,8 @@ class Job:
     """Of a classifier's head; of the rows where it is made of texts."""
     folder: Path = Path()
     """Where relative paths of the suite start."""
+    look: Look | None = None
+    """How the model wants its images, where it reads some."""
     stamp: str = ""
     """Set by a kind that reads more than rows and models: what tells that from another."""
     notes: list[str] = field(default_factory=list)

@@ -22,6 +22,7 @@ EVALS: dict[str, Kind] = {
     "depth": Kind(odds.depth, "depth of refusals", "language-model"),
     "drift": Kind(drift.drift, "divergence from a reference", "language-model", reference=True),
     "exact-match": Kind(exact.exact_match, "generated answers", "language-model"),
+    "image-accuracy": Kind(accuracy.images, "classification of images", "image-classifier"),
     "judged": Kind(judged.judged, "answers before a judge", "language-model", asks=True),
     "loss": Kind(loss.prediction, "loss and perplexity", "language-model", loss.loss),
     "neighbour": Kind(embedding.neighbours, "nearest neighbours", "encoder", embedding.neighbour),

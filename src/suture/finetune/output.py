@@ -14,6 +14,7 @@ import yaml
 from safetensors import SafetensorError
 from torch import Tensor
 
+from suture import writer
 from suture.card import carry, config_text, licence_of, model_name
 from suture.checkpoint import Checkpoint, open_checkpoint
 from suture.engine import checkpoint_fingerprint, output_specs
@@ -23,7 +24,7 @@ from suture.finetune.packed import Place
 from suture.finetune.recipe import Finetune
 from suture.models import Head, save_head
 from suture.spec import DTYPES
-from suture.writer import _sync_folder, index_of, plan_shards
+from suture.writer import index_of, plan_shards
 
 PATCH = "tuned.patch.safetensors"
 TORCH = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
@@ -116,20 +117,7 @@ def write_beside(
 def publish(folder: Path, out: Path, *, overwrite: bool) -> None:
     """Make the folder appear under its name, whole, in one step."""
     try:
-        for path in folder.rglob("*"):
-            if path.is_file():
-                with path.open("rb") as file:
-                    os.fsync(file.fileno())
-        _sync_folder(folder)
-        if out.is_dir() and not any(out.iterdir()):
-            out.rmdir()
-        if out.exists():
-            if not overwrite:
-                raise OutputError(f"{out}: appeared while its run was going on; it was left alone")
-            old = folder.with_name("old")
-            out.rename(old)
-        folder.rename(out)
-        _sync_folder(out.parent)
+        writer.publish(folder, out, overwrite=overwrite)
     except OSError as error:
         raise _full(out, error) from error
 

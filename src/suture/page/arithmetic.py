@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from functools import partial
 from typing import Any
 
@@ -59,12 +59,17 @@ def _interval(found: Raw | None) -> Cell:
 
 
 def _transfer(raw: Raw, lines: Mapping[str, Raw]) -> Iterator[Figure]:
-    tasks = [str(t) for t in raw["recipe"]["tasks"]]
     shown = [name for name, line in lines.items() if line.get("transfer")][:2]
+    yield from gains(
+        [str(t) for t in raw["recipe"]["tasks"]], {n: lines[n]["transfer"] for n in shown}
+    )
+
+
+def gains(tasks: Sequence[str], matrices: Mapping[str, Any]) -> Iterator[Figure]:
+    """What each task vector does to the accuracy of each task: a map for each name."""
     drawn: list[Chart] = []
     table: list[tuple[Cell, ...]] = []
-    for name in shown:
-        values = lines[name]["transfer"]
+    for name, values in matrices.items():
         rows: list[dict[str, Any]] = [
             {"x": task, "y": vector, "value": float(values[i][j])}
             for i, vector in enumerate(tasks)
@@ -96,36 +101,46 @@ def _transfer(raw: Raw, lines: Mapping[str, Raw]) -> Iterator[Figure]:
 
 def _masks(lines: Mapping[str, Raw]) -> Iterator[Figure]:
     held = {n: m for n, line in lines.items() if (m := line.get("masks")) and m.get("iou")}
-    if not held:
-        return
-    rows = [
-        {"name": name, "value": float(m["iou"]["mean"]), "mark": float(m["lines"]["mean"])}
-        for name, m in held.items()
-    ]
-    told = listed_words([
-        f"{n} {m['iou']['mean']:.3f} ({percent(m['query_key']['mean'])} in queries and keys)"
+    rows: list[tuple[Cell, ...]] = [
+        (n, m["query_key"]["mean"], *(m[k]["mean"] for k in ("iou", *NULLS)))
         for n, m in held.items()
+    ]
+    yield from shared("strategy", rows)
+
+
+def shared(
+    what: str, rows: Sequence[tuple[Cell, ...]], same_task: Mapping[str, float] | None = None
+) -> Iterator[Figure]:
+    """Intersection over union beside chance; rows are name, share in Q and K, IoU and NULLS.
+
+    The share may be unknown; ``same_task`` has the ceiling, by the name of the mask.
+    """
+    if not rows:
+        return
+    bars = [{"name": str(r[0]), "value": r[2], "mark": r[-1]} for r in rows]
+    told = listed_words([
+        f"{r[0]} {r[2]:.3f}"
+        + ("" if r[1] is None else f" ({percent(float(r[1]))} in queries and keys)")
+        for r in rows
     ])  # fmt: skip
+    if same_task:
+        top = [f"{n} {v:.3f}" for n, v in same_task.items()]
+        told += f"; masks of the same task, made anew, share: {listed_words(top)}"
+    title = "What the masks of different tasks share"
+    names = [str(r[0]) for r in rows]
     yield Figure(
-        "What the masks of different tasks share",
+        title,
         "Bars are intersection over union, averaged over pairs of tasks; the tick is what masks "
         "with the same number of entries in every row and column share by chance.",
         (
             Chart(
                 "",
-                charts.bars(rows, names=list(held), value="IoU", alt_text=told,
+                charts.bars(bars, names=names, value="IoU", alt_text=told,
                             marked="by chance, same rows and columns"),
                 told,
             ),
         ),
-        Table(
-            "What the masks of different tasks share",
-            ("strategy", "in queries and keys", "IoU", *NULLS.values()),
-            tuple(
-                (n, m["query_key"]["mean"], m["iou"]["mean"], *(m[k]["mean"] for k in NULLS))
-                for n, m in held.items()
-            ),
-        ),
+        Table(title, (what, "in queries and keys", "IoU", *NULLS.values()), tuple(rows)),
         told + ".",
     )  # fmt: skip
 

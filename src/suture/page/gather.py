@@ -54,7 +54,7 @@ class Found:
             self.benchmarks,
             self.audits,
         )
-        return sum(len(kind) for kind in kinds)
+        return len({where for kind in kinds for where, _ in kind})
 
     def take(self, where: str, raw: Mapping[str, Any], text: str) -> None:
         """Put one object where it belongs; what nobody knows is left alone.
@@ -75,6 +75,9 @@ class Found:
         }
         if isinstance(kind, str) and kind in plain:
             plain[kind].append((where, dict(raw)))
+            inside = raw.get("disentanglement") if kind == "analysis" else None
+            maps = inside.get("maps") if isinstance(inside, Mapping) else None
+            self.maps += [(where, dict(one)) for one in (maps or ()) if isinstance(one, Mapping)]
         elif kind == "evaluation" and "evaluations" in raw:
             self.results += [(where, one) for one in _suite_results(text)]
         elif {"title", "tasks", "entries"} <= raw.keys():

@@ -352,8 +352,8 @@ def _maps(found: Found, builder: Callable[[str], Builder]) -> Iterator[Section]:
                     "Disentanglement maps",
                     "The share of predictions, of both tasks together (0 to 2), that change when "
                     "the other task vector is added, too, over the amounts of both; the nearer to "
-                    "0, the better. The frame holds "
-                    "amounts from 0 to 1.",
+                    "0, the better. Maps of features have 1 - cosine of the encoder's vectors "
+                    "instead. The frame holds amounts from 0 to 1.",
                     tuple(drawn),
                     Table(
                         "Disentanglement error",
@@ -379,7 +379,8 @@ def _map(raw: Raw) -> tuple[Chart, list[tuple[Cell, ...]]]:
             table.append((first, a, second, b, float(value)))
     alt_text = f"Disentanglement error of {first} and {second}: mean {float(raw['mean']):.3f}"
     alt_text += f", at (1, 1) {float(raw['at_one']):.3f}." if raw.get("at_one") is not None else "."
-    top = max(1.0, *(r["value"] for r in rows))
+    features = raw.get("metric") == "features"
+    top = max(0.0 if features else 1.0, *(r["value"] for r in rows))
     spec = charts.surface(
         rows,
         xs=amounts,
@@ -389,7 +390,8 @@ def _map(raw: Raw) -> tuple[Chart, list[tuple[Cell, ...]]]:
         top=top,
         alt_text=alt_text,
     )
-    return Chart(f"{first} and {second}", spec, alt_text), table
+    name = f"{first} and {second}" + (", features" if features else "")
+    return Chart(name, spec, alt_text), table
 
 
 # -- localizations, merges, provenance -------------------------------------------------------------

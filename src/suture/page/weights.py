@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
-from suture.page import charts, theory
+from suture.page import charts, classifiers, theory
 from suture.page.parts import (
     OUTSIDE,
     Builder,
@@ -79,6 +79,7 @@ def sections(where: str, raw: Raw, builder: Builder) -> Iterator[Section]:
         made = builder.attempt("diagnostics", lambda: theory.diagnosed(raw["diagnostics"]))
         lead = theory.merge_of(raw["diagnostics"]) if made else ""
         yield Section("diagnostics", "What merging costs each task", lead, tuple(made))
+    yield from classifiers.sections(raw, builder)
     if raw.get("bases"):
         made = builder.attempt("bases", lambda: _bases(raw))
         yield Section("bases", "Fewer vectors for many tasks", "", tuple(made))

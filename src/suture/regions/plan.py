@@ -11,7 +11,7 @@ from suture.checkpoint import Checkpoint
 from suture.errors import OutputError, Problems, RecipeError
 from suture.importance import Rule, rule_named
 from suture.mask import check_question
-from suture.outputs import check_parent
+from suture.outputs import apart, check_parent, check_recipe_stays
 from suture.planning import open_input
 from suture.recipe import raw_recipe
 from suture.regions.request import Regions, regions_from
@@ -40,6 +40,11 @@ class Plan:
     values: bool = False
     restricted: bool = False
     """Whether every mask is to be marked: not to be passed on."""
+
+    @property
+    def inputs(self) -> dict[str, Checkpoint]:
+        """The models by label, the base first."""
+        return {"base": self.base, **self.models}
 
     def describe(self) -> dict[str, Any]:
         """What will be done, as plain data."""
@@ -93,7 +98,10 @@ def plan_regions(
         if rule is None or not recipe.needs(rule)
         else _material(recipe, rule, base, models, problems)
     )
-    _check_place(out, [c for c in (base, *models.values()) if c is not None], overwrite, problems)
+    inputs = {} if base is None else {"base": base}
+    _check_place(out, recipe, inputs | models, overwrite, problems)
+    if isinstance(source, Path) and overwrite:
+        check_recipe_stays(source, out, problems)
     problems.raise_if_any()
     assert base is not None
     assert rule is not None
@@ -118,7 +126,7 @@ def _question(recipe: Regions, problems: Problems) -> Rule | None:
             problems.add(
                 RecipeError,
                 f"tasks: {_why(recipe, rule)} needs data for {name!r}: `tasks: {{{name}: {{data: "
-                "..., head: ...}}}`, or `stats: {" + name + ": FILE}` measured before",
+                f"..., head: ...}}}}`, or `stats: {{{name}: FILE}}` measured before",
             )
     return rule
 
@@ -185,15 +193,38 @@ def _material(
     return read_material(wanted, problems, seed=recipe.seed)
 
 
+def staging_of(out: Path) -> Path:
+    """The folder in which the masks are prepared."""
+    return out.with_name(f".{out.name}.suture-localize")
+
+
+def check_place(plan: Plan, problems: Problems) -> None:
+    """Note what keeps the masks from being written, or what they would destroy."""
+    _check_place(plan.out, plan.recipe, plan.inputs, plan.overwrite, problems)
+
+
 def _check_place(
-    out: Path, inputs: Sequence[Checkpoint], overwrite: bool, problems: Problems
-) -> None:
-    place = out.resolve()
-    for checkpoint in inputs:
-        held = {checkpoint.path, *checkpoint.files}
-        if any(place.is_relative_to(p) or p.is_relative_to(place) for p in held):
-            problems.add(OutputError, f"{out}: holds an input; write somewhere else")
-            return
+    out: Path, recipe: Regions, inputs: Mapping[str, Checkpoint], overwrite: bool,
+    problems: Problems,
+) -> None:  # fmt: skip
+    try:
+        if apart(out, _held(recipe, inputs), problems):
+            _check_free(out, out.resolve(), overwrite, problems)
+    except (OSError, RuntimeError) as error:  # a name too long, a link to itself
+        problems.add(OutputError, f"{out}: {getattr(error, 'strerror', None) or error}")
+
+
+def _held(recipe: Regions, inputs: Mapping[str, Checkpoint]) -> dict[str, set[Path]]:
+    """Everything that is read, by what it is called."""
+    held = {label: {c.path, *c.files} for label, c in inputs.items()}
+    held |= {f"stats.{name}": {path.resolve()} for name, path in recipe.stats.items()}
+    for name, task in recipe.tasks.items():
+        held[f"tasks.{name}"] = {p.resolve() for p in (task.data, task.head) if p is not None}
+    return held
+
+
+def _check_free(out: Path, place: Path, overwrite: bool, problems: Problems) -> None:
+    staging_of(place).exists()  # its name is longer still: too long is seen here, not later
     empty = place.is_dir() and not any(place.iterdir())
     if place.exists() and not empty:
         if not place.is_dir():
@@ -205,4 +236,4 @@ def _check_place(
     check_parent(place, out, problems)
 
 
-__all__ = ["RECORD", "Plan", "plan_regions"]
+__all__ = ["RECORD", "Plan", "check_place", "plan_regions", "staging_of"]

@@ -128,7 +128,7 @@ class _Reader(TaskReader):
             return None
         if isinstance(found, bool) or not isinstance(found, int | float) or not 0 < found <= 1:
             self.refuse(f"{where}: the share of entries kept, in (0, 1]; got {brief(found)}")
-            return None
+            return 1.0  # refused already; without a number it would be called missing, too
         return float(found)
 
     def measured(self, rule: str) -> tuple[str, ...]:

@@ -17,22 +17,29 @@ import suture
 from suture.engine import Stage, checkpoint_fingerprint
 from suture.errors import (
     MismatchError,
+    NonFiniteError,
     OutputError,
+    Problems,
+    RecipeError,
     SutureError,
 )
 from suture.graft import write_graft
 from suture.importance import Scoring
 from suture.mask import Located, MaskFile, StoredMask, locate, marked
-from suture.regions.plan import RECORD, Plan
+from suture.regions.plan import RECORD, Plan, check_place, staging_of
 from suture.roles import layer_key, role_of
 from suture.stats import Stats
 from suture.tasks import folder_of, load_net
 from suture.vector import TaskVector
+from suture.writer import LOCK, alone, publish
 
 SCHEMA = 1
 """Version of the layout of ``localize.json``."""
-STATS, LEARNING, RESUME = "stats", "learning", "resume.key"
-"""In the folder that is made: statistics; where learning stands; what both belong to."""
+MADE, LEARNING, RESUME = "masks", "learning", "resume.key"
+"""In the folder where it is prepared: what will be published, where learning stands, and what both
+belong to."""
+STATS = "stats"
+"""In the folder that is made: statistics."""
 Say = Callable[[str], None]
 TELL = 10.0
 """Seconds between two lines about a measurement."""
@@ -45,35 +52,40 @@ def execute(plan: Plan, stage: Stage | None = None, say: Say | None = None) -> d
     there: the same command goes on from it after an interruption, to the same bytes.
 
     Raises:
-        SutureError: an input or the output is at fault; nothing is left behind.
+        SutureError: an input or the output is at fault. What was measured is kept, unless the same
+            again would fail the same way.
     """
     stage = stage or (lambda name, nbytes: None)
     say = say or (lambda text: None)
     out = plan.out.resolve()
-    staging = out.with_name(f".{out.name}.suture-localize")
-    interrupted = False
-    try:
-        record = _made(plan, staging, stage, say)
-        for checkpoint in (plan.base, *plan.models.values()):
-            checkpoint.check_unchanged()
-        text = json.dumps(record, indent=2, ensure_ascii=False) + "\n"
-        (staging / RECORD).write_text(text, encoding="utf-8")
-        for name in (RESUME, LEARNING):
-            _remove(staging / name)
-        _publish(staging, out)
-    except OSError as error:
-        raise OutputError(f"{plan.out}: cannot be written: {error.strerror}") from error
-    except KeyboardInterrupt:
-        interrupted = True
-        raise
-    finally:
-        if not interrupted:
-            shutil.rmtree(staging, ignore_errors=True)
+    staging = staging_of(out)
+    with alone(staging, plan.out, "writing"):
+        keep = True
+        try:
+            record = _made(plan, staging, stage, say)
+            for checkpoint in plan.inputs.values():
+                checkpoint.check_unchanged()
+            text = json.dumps(record, indent=2, ensure_ascii=False) + "\n"
+            (staging / MADE / RECORD).write_text(text, encoding="utf-8")
+            problems = Problems()
+            check_place(plan, problems)  # once more: time has passed
+            problems.raise_if_any()
+            publish(staging / MADE, out, overwrite=plan.overwrite)
+            keep = False
+        except (MismatchError, NonFiniteError, RecipeError):
+            keep = False  # the same again would fail the same way
+            raise
+        except OSError as error:
+            raise OutputError(f"{plan.out}: cannot be written: {error.strerror}") from error
+        finally:
+            measured = [*(staging / LEARNING).rglob("*"), *(staging / MADE / STATS).rglob("*")]
+            if not keep or not any(path.is_file() for path in measured):
+                shutil.rmtree(staging, ignore_errors=True)
     return record
 
 
 def _remove(path: Path) -> None:
-    if path.is_dir():
+    if path.is_dir() and not path.is_symlink():
         shutil.rmtree(path)
     else:
         path.unlink(missing_ok=True)
@@ -87,11 +99,13 @@ def _take_over(plan: Plan, prints: Mapping[str, str], staging: Path) -> None:
     except (OSError, UnicodeDecodeError):
         known = ""
     if known != key:
-        shutil.rmtree(staging, ignore_errors=True)
-        staging.mkdir(parents=True)
+        for path in staging.iterdir():
+            if path.name != LOCK:
+                _remove(path)
         (staging / RESUME).write_text(key, encoding="utf-8")
-    for path in staging.iterdir():
-        if path.name not in (RESUME, LEARNING, STATS):
+    (staging / MADE).mkdir(exist_ok=True)
+    for path in (staging / MADE).iterdir():
+        if path.name != STATS:
             _remove(path)
 
 
@@ -117,31 +131,22 @@ def _digest(path: Path | None) -> str:
     return "" if path is None else hashlib.blake2b(path.read_bytes(), digest_size=16).hexdigest()
 
 
-def _publish(staging: Path, out: Path) -> None:
-    old = out.with_name(f".{out.name}.old")
-    if out.exists():
-        shutil.rmtree(old, ignore_errors=True)
-        out.replace(old)
-    staging.replace(out)
-    shutil.rmtree(old, ignore_errors=True)
-
-
 def _made(plan: Plan, staging: Path, stage: Stage, say: Say) -> dict[str, Any]:
     prints = {
         label: checkpoint_fingerprint(c, stage(f"hash {label}", c.nbytes))
-        for label, c in {"base": plan.base, **plan.models}.items()
+        for label, c in plan.inputs.items()
     }
     _take_over(plan, prints, staging)
-    masks = {}
+    made, masks = staging / MADE, {}
     for model in sorted(plan.models):
         stats, base = _stats_for(plan, model, prints, staging, say)
-        path = staging / f"{model}.safetensors"
+        path = made / f"{model}.safetensors"
         masks[model] = _mask(plan, model, stats, prints, path, stage)
         if base is not None:
-            masks[model]["base"] = _mask(plan, model, base, prints, staging / "base" / path.name,
+            masks[model]["base"] = _mask(plan, model, base, prints, made / "base" / path.name,
                                          stage)  # fmt: skip
         if not plan.recipe.keep_stats:
-            shutil.rmtree(staging / STATS, ignore_errors=True)
+            shutil.rmtree(made / STATS, ignore_errors=True)
     return {
         "suture": suture.__version__,
         "schema": SCHEMA,
@@ -151,17 +156,17 @@ def _made(plan: Plan, staging: Path, stage: Stage, say: Say) -> dict[str, Any]:
         "rule": {"name": plan.rule.name, "title": plan.rule.title, "paper": plan.rule.paper},
         "inputs": {
             label: {"path": c.label, "fingerprint": prints[label]}
-            for label, c in {"base": plan.base, **plan.models}.items()
+            for label, c in plan.inputs.items()
         },
         "space": {"include": list(plan.recipe.space.include),
                   "exclude": list(plan.recipe.space.exclude), "tensors": len(plan.names)},
         "masks": masks,
-        "overlaps": _overlaps(plan, staging),
+        "overlaps": _overlaps(plan, made),
     }  # fmt: skip
 
 
-def _overlaps(plan: Plan, staging: Path) -> list[dict[str, Any]]:
-    stored = {m: StoredMask(staging / f"{m}.safetensors") for m in sorted(plan.models)}
+def _overlaps(plan: Plan, folder: Path) -> list[dict[str, Any]]:
+    stored = {m: StoredMask(folder / f"{m}.safetensors") for m in sorted(plan.models)}
     found = []
     for one, other in combinations(stored, 2):
         overlap = stored[one].overlap(stored[other])
@@ -252,7 +257,7 @@ def _stats_for(
                 f"(fingerprint {stats.facts['model']}, not {theirs}); measure again"
             )
         return stats, None
-    path = staging / STATS / f"{model}.safetensors"
+    path = staging / MADE / STATS / f"{model}.safetensors"
     places = {plan.recipe.at: path}
     if plan.recipe.at == "both":
         places = {"base": path.parent / "base" / path.name, "tuned": path}

@@ -10,7 +10,7 @@ import tempfile
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 from suture.card import carried_tokenizer
 from suture.checkpoint import Checkpoint, read_json
@@ -18,14 +18,25 @@ from suture.data import cell
 from suture.errors import OutputError, Problems, RecipeError, SutureError
 from suture.evals.kinds import Job, Row, Run
 from suture.evals.results import SuiteResult, read_result
+from suture.finetune.image_rows import PREPROCESSOR, labelled, look_of
+from suture.finetune.recipe import DataSpec
 from suture.finetune.rows import Record, records_of
 from suture.forms import LINEARIZED, RECORD_LIMIT, form_of
-from suture.models import device_named, gguf_tokenizer, load_head, load_tokenizer, longest_of
+from suture.images import Image, Look, checked
+from suture.models import (
+    device_named,
+    gguf_tokenizer,
+    load_head,
+    load_tokenizer,
+    longest_of,
+    reads_images,
+)
 from suture.opening import open_model
 from suture.outputs import check_parent
 from suture.suites.suite import Question, Suite, read_suite
 
 HEAD = "head.safetensors"
+IMAGES = "image-classifier"
 MOST_GROUPS = 200
 """Categories and languages of an evaluation; a column with more is none, but perhaps of texts."""
 
@@ -150,9 +161,11 @@ def _asked(suite: Suite, options: Options, problems: Problems) -> dict[str, Aske
     found, read = {}, dict[Any, list[Record]]()
     for question in suite.questions:
         with problems.collecting():
-            if question.data not in read:
-                read[question.data] = records_of(question.data)
-            records = read[question.data]
+            images = question.line.needs == IMAGES
+            source = (question.data, images)
+            if source not in read:
+                read[source] = _images(question) if images else records_of(question.data)
+            records = read[source]
             limit = min(filter(None, (question.limit, options.limit)), default=len(records))
             rows, groups = _rows(question, records[:limit], problems)
             facts = {
@@ -162,12 +175,30 @@ def _asked(suite: Suite, options: Options, problems: Problems) -> dict[str, Aske
                 if question.line.needs == "language-model" else None,
                 "max_length": question.max_length, "too_long": question.too_long,
                 "category": question.category, "language": question.language,
-                "rows": len(rows), "data": digest([dict(row.cells) for row in rows]),
+                "rows": len(rows), "data": digest([_content(row) for row in rows] if images
+                               else [dict(row.cells) for row in rows]),
             }  # fmt: skip
-            if question.kind == "accuracy":
+            if question.line.needs in ("classifier", IMAGES):
                 facts["head"] = _given_head(question, suite, problems)
             found[question.name] = Asked(question, rows, facts, groups)
     return found
+
+
+def _images(question: Question) -> list[Record]:
+    """Images with labels as rows: each cell an image is a file, bytes or pixels."""
+    image, label = str(question.options["image"]), str(question.options["label"])
+    if image == label:
+        raise RecipeError(f"evaluations.{question.name}: image and label are both {image!r}")
+    spec = DataSpec(question.data, image=image, label=label)
+    return [
+        (where, {image: what, label: told}) for where, what, told in labelled(question.data, spec)
+    ]
+
+
+def _content(row: Row) -> list[object]:
+    """What identifies an image and its label, wherever it lies."""
+    return [value if isinstance(value, str) else checked(cast("Image", value), row.where)
+            for value in row.cells.values()]  # fmt: skip
 
 
 def _rows(
@@ -201,6 +232,9 @@ def _rows(
 def _given_head(question: Question, suite: Suite, problems: Problems) -> str:
     """What is known of a head before there is a model: its file's hash, or how it is made."""
     head = str(question.options["head"])
+    if head == "zero-shot" and question.line.needs == IMAGES:
+        raise RecipeError(f"evaluations.{question.name}.head: a zero-shot head is made of texts, "
+                          "the model reads images; name a head")  # fmt: skip
     if head in ("model", "zero-shot"):
         return head
     path = suite.folder / head
@@ -223,7 +257,8 @@ def _subjects(
     for model, checkpoint in opened.items():
         tokenizer: Any = None
         with problems.collecting():
-            tokenizer = tokenizer_of(checkpoint)
+            images = reads_images(checkpoint.config)
+            tokenizer = _Blank() if images else tokenizer_of(checkpoint)
         place, old = _place(out, names[model], suite, options, problems)
         if tokenizer is None or suite is None:
             continue
@@ -285,24 +320,32 @@ def _prepare(
         what = (checkpoint.config.get("architectures") or ["a model without a head"])[0]
         raise RecipeError(f"{question.kind} needs a language model; {checkpoint.label} is {what}")
     head, labels = "", tuple[str, ...]()
-    if line.needs == "classifier":
+    images = reads_images(checkpoint.config)
+    if images != (line.needs == IMAGES):
+        what = ("texts", "images") if images else ("images", "texts")
+        raise RecipeError(f"{question.kind} asks about {what[0]}; {checkpoint.label} reads "
+                          f"{what[1]}")  # fmt: skip
+    if images and question.max_length:
+        raise RecipeError("max_length: counts tokens; images have none")
+    if line.needs in ("classifier", IMAGES):
         labels, head = _labels(asked, suite, checkpoint)
     longest = longest_of(checkpoint.config, tokenizer)
     if question.max_length > longest:
         raise RecipeError(f"max_length: {checkpoint.label} reads at most {longest} tokens, "
                           f"not {question.max_length}")  # fmt: skip
-    job, run = _job(asked, suite, tokenizer, question.max_length or longest, labels, problems)
-    return Prepared(run, len(asked.rows), head or job.stamp, tuple(job.notes))
+    look, notes = look_of(checkpoint, 0) if images else (None, ())
+    job, run = _job(asked, suite, tokenizer, question.max_length or longest, labels, problems, look)
+    return Prepared(run, len(asked.rows), head or job.stamp, (*notes, *job.notes))
 
 
 def _job(
     asked: Asked, suite: Suite, tokenizer: Any, longest: int, labels: tuple[str, ...],
-    problems: Problems,
+    problems: Problems, look: Look | None = None,
 ) -> tuple[Job, Run]:  # fmt: skip
     question = asked.question
     options = {k: tuple(v) if isinstance(v, list) else v for k, v in question.options.items()}
     job = Job(asked.rows, tokenizer, longest, question.decoding, problems, question.too_long,
-              question.batch, labels, suite.folder)  # fmt: skip
+              question.batch, labels, suite.folder, look)  # fmt: skip
     run = question.line.make(**options)(job)
     job.finish()
     return job, run
@@ -314,13 +357,13 @@ def _labels(asked: Asked, suite: Suite, checkpoint: Checkpoint) -> tuple[tuple[s
     head = str(options["head"])
     if head == "zero-shot":
         return zero_shot_labels(asked), ""
-    if options["labels"] or options["label_texts"]:
+    if options.get("labels") or options.get("label_texts"):
         raise RecipeError("labels and label_texts belong to `head: zero-shot`; a saved head has "
                           "labels of its own")  # fmt: skip
     path = checkpoint.folder / HEAD if head == "model" else suite.folder / head
     if not path.is_file():
-        raise RecipeError(f"{checkpoint.label} has no {HEAD}; name the file of a head, or say "
-                          "`head: zero-shot`")  # fmt: skip
+        other = "" if asked.question.line.needs == IMAGES else ", or say `head: zero-shot`"
+        raise RecipeError(f"{checkpoint.label} has no {HEAD}; name the file of a head{other}")
     found, dim = load_head(path), checkpoint.config.get("hidden_size")
     if dim is not None and found.weight.shape[1] != dim:
         raise RecipeError(f"head: {path} reads {found.weight.shape[1]} numbers, "
@@ -367,6 +410,9 @@ def beside(checkpoint: Checkpoint) -> str:
             files = {**files, template.name: template}
         for name, path in sorted(files.items()):
             facts[name] = hashlib.blake2b(path.read_bytes(), digest_size=16).hexdigest()
+        look = checkpoint.folder / PREPROCESSOR
+        if look.is_file():
+            facts[look.name] = read_json(look)
         if form_of(checkpoint).kind == LINEARIZED:
             record = read_json(checkpoint.folder / "suture.json", RECORD_LIMIT)
             facts["form"] = record.get("inputs", {}).get("base", {}).get("fingerprint")

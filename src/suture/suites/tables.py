@@ -90,10 +90,17 @@ def _gate(verdicts: Sequence[Verdict]) -> Iterator[str]:
         apart = v.margin.value != v.value  # a difference to other models, not the value itself
         told = f"margin {interval(v.margin, '+')}" if apart else interval(v.margin)
         told = v.reason or f"{told}, n = {v.margin.n}"
+        told += ": the value keeps it, too few rows to be sure" if _unsure(v) else ""
         rows.append([
             "held" if v.held else "BROKEN", v.edit, v.rule, number(v.value), number(v.limit), told
         ])  # fmt: skip
     yield from aligned(["", "edit", "rule", "value", "limit", "judged on"], rows)
+
+
+def _unsure(found: Verdict) -> bool:
+    """Whether a rule is broken by its interval alone."""
+    above = found.value - found.limit
+    return not found.held and not found.reason and (above < 0 if "<" in found.rule else above > 0)
 
 
 def blame_table(found: Blame) -> Iterator[str]:

@@ -7,21 +7,39 @@ remember what they were asked. Nothing is written.
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any, Protocol
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 
-from suture.bench.learn import BATCH, Side, Vector
 from suture.data import Dataset
 from suture.evals.walk import classes
 from suture.finetune.tangent import product
-from suture.models import Classifier, Encoder, embed, evaluating, parameters_of
+from suture.models import Classifier, Encoder, Head, embed, evaluating, parameters_of
 
 Array = np.ndarray[Any, Any]
 Amounts = tuple[float, ...]
+
+
+BATCH = 64
+"""Rows of a batch where nothing is trained."""
+Vector = Mapping[str, Tensor]
+"""A task vector: what moved, by the names of the base's files."""
+
+
+@dataclass(frozen=True)
+class Side:
+    """A task of one seed: its rows by side, and its frozen head."""
+
+    name: str
+    head: Head
+    data: Mapping[str, Dataset]
+    """``train``, ``validation`` and ``test``."""
+    key: str
+    """Identifies rows and head."""
 
 
 class Space(Protocol):
@@ -55,15 +73,47 @@ def _part(side: Side, part: str) -> Dataset:
     return side.data[part]
 
 
+class _Moved:
+    """One parameter at the base plus amounts; where few entries move, only those are written."""
+
+    def __init__(self, parameter: Tensor, deltas: Sequence[Tensor | None]) -> None:
+        self.flat = parameter.detach().view(-1) if parameter.is_contiguous() else None
+        flat = [None if d is None else d.reshape(-1).to(parameter.device) for d in deltas]
+        given = [d for d in flat if d is not None]
+        at = torch.stack([d != 0 for d in given]).any(0).nonzero().flatten()
+        self.at = at if self.flat is not None and 4 * len(at) < parameter.numel() else None
+        self.whole = parameter.detach()
+        self.base = self.whole.reshape(-1).clone() if self.at is None else self._now()[self.at]
+        self.deltas = flat if self.at is None else [None if d is None else d[at] for d in flat]
+
+    def _now(self) -> Tensor:
+        assert self.flat is not None
+        return self.flat
+
+    def to(self, amounts: Amounts) -> None:
+        """Write the values at a point, computed from the base anew."""
+        value = self.base.clone()
+        for amount, delta in zip(amounts, self.deltas, strict=True):
+            if amount and delta is not None:
+                value.add_(delta, alpha=amount)
+        if self.at is None:
+            self.whole.copy_(value.view(self.whole.shape))
+        else:
+            self._now()[self.at] = value
+
+
 class PlainSpace:
     """Weights are written into an encoder of its own, each point from the base anew."""
 
     def __init__(self, encoder: Encoder, vectors: Sequence[Vector], sides: Sequence[Side]) -> None:
+        """Copy the encoder; of sparse vectors only the entries that move are written."""
         self.encoder = copy.deepcopy(encoder)
         self.vectors, self.sides, self.count = vectors, sides, len(vectors)
         names = sorted({name for vector in vectors for name in vector})
-        self._parameters = parameters_of(self.encoder, names) if names else {}
-        self._base = {n: p.detach().clone() for n, p in self._parameters.items()}
+        self.moved = {
+            name: _Moved(parameter, [v.get(name) for v in vectors])
+            for name, parameter in (parameters_of(self.encoder, names) if names else {}).items()
+        }
         self._at: Amounts = (0.0,) * self.count
         self._known: dict[tuple[Amounts, int, str], Array] = {}
 
@@ -86,11 +136,8 @@ class PlainSpace:
     def _move(self, amounts: Amounts) -> None:
         if amounts == self._at:
             return
-        for name, parameter in self._parameters.items():
-            parameter.copy_(self._base[name])
-            for amount, vector in zip(amounts, self.vectors, strict=True):
-                if amount and name in vector:
-                    parameter.add_(vector[name], alpha=amount)
+        for moved in self.moved.values():
+            moved.to(amounts)
         self._at = amounts
 
 
@@ -178,3 +225,9 @@ def space_of(
     """The space in which vectors of this kind mean what they were trained for."""
     kind = LinearSpace if linear else PlainSpace
     return kind(encoder, vectors, list(sides))
+
+
+def vector_from(delta: Mapping[str, Array]) -> Vector:
+    """A task vector out of arrays, in float32; tensors that do not move are left out."""
+    held = {n: torch.from_numpy(np.array(delta[n], np.float32)) for n in delta}
+    return {n: t for n, t in held.items() if bool(t.any())}

@@ -1,0 +1,127 @@
+"""The part of an analysis that asks classifiers: every task vector on the rows of every task."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import TYPE_CHECKING, Any
+
+from suture.analyze.diagnostics import few
+from suture.analyze.request import CLASSES, Request
+from suture.checkpoint import Checkpoint
+from suture.engine import Stage
+from suture.errors import Problems
+from suture.forms import LINEARIZED, check_forms
+from suture.tasks import Material, check_loadable, folder_of
+from suture.vector import TaskVector
+
+if TYPE_CHECKING:
+    from suture.arithmetic.space import Side
+    from suture.models import Encoder
+
+MOVED = 16
+"""Rows of each task that movement is measured on: no labels, so few are enough."""
+
+
+def check_classifiers(
+    request: Request, inputs: Mapping[str, Checkpoint], problems: Problems
+) -> None:
+    """Note what keeps the models from being asked."""
+    if "base" not in inputs:
+        return
+    asked = [name for name in CLASSES if name in request.analyses]
+    check_loadable(inputs["base"], "base", asked[0], problems)
+    if set(asked) != {"sensitivity"}:
+        check_forms({n: c for n, c in inputs.items() if n in request.models}, problems)
+
+
+def classifiers(
+    request: Request,
+    inputs: Mapping[str, Checkpoint],
+    names: tuple[str, ...],
+    material: Mapping[str, Material],
+    stage: Stage,
+) -> dict[str, dict[str, Any]]:
+    """The analyses of CLASSES that were asked for, by name.
+
+    Args:
+        request: what is asked for.
+        inputs: the base and the models.
+        names: the tensors that task vectors may move.
+        material: rows and heads by name of the model.
+        stage: told of the steps.
+
+    Raises:
+        SutureError: the base cannot be loaded, or does not fit its tasks.
+    """
+    from suture.arithmetic.measures import maps, movement, sharing, transfers
+    from suture.arithmetic.space import accuracy, space_of, vector_from
+    from suture.finetune.calibrate import Calibration
+
+    base, tasks = inputs["base"], list(request.models)
+    with TemporaryDirectory(prefix="suture-") as scratch:
+        encoder, sides = _loaded(request, folder_of(base, Path(scratch), base), material)
+    linear = check_forms({n: inputs[n] for n in tasks}, Problems()).kind == LINEARIZED
+    vectors = []
+    if set(request.analyses) & {"disentanglement", "function-localization"}:
+        for name in tasks:
+            tau = TaskVector(base, [(inputs[name], 1.0)], names)
+            vectors.append(vector_from({n: tau[n] for n in names}))
+    space = space_of(linear, encoder, vectors, sides)
+    about = {"models": tasks, "linearized": linear, "rows": [len(s.data["probe"]) for s in sides]}
+    found: dict[str, dict[str, Any]] = {}
+    if "disentanglement" in request.analyses:
+        stage("disentanglement", 0)
+        grid = request.disentanglement
+        made = maps(space, grid.amounts, tasks, grid.metric)
+        at_one = [m.at_one for m in made if m.at_one is not None]
+        found["disentanglement"] = {
+            **about, "metric": grid.metric, "amounts": list(grid.amounts),
+            "xi": sum(at_one) / len(at_one) if at_one else None,
+            "xi_mean": sum(m.mean for m in made) / len(made),
+            "maps": [m.to_dict() for m in made],
+        }  # fmt: skip
+    if "function-localization" in request.analyses:
+        stage("function-localization", 0)
+        none = (0.0,) * len(tasks)
+        found["function-localization"] = {
+            **about, "base": [accuracy(space, none, t, "probe") for t in range(len(tasks))],
+            **transfers(space), **movement(space, encoder),
+        }  # fmt: skip
+    if "sensitivity" in request.analyses:
+        how = Calibration(rows=request.sensitivity.rows, seed=request.seed)
+        by_task = {}
+        for number, name in enumerate(tasks):
+            stage(f"sensitivity {name}", 0)
+            by_task[name] = sharing(encoder, sides, number, request.sensitivity.shares, how)
+        found["sensitivity"] = {
+            "models": tasks, "rows": about["rows"], "shares": list(request.sensitivity.shares),
+            "base": next(iter(by_task.values()))["base"],
+            "tasks": {name: one["rows"] for name, one in by_task.items()},
+        }  # fmt: skip
+    return found
+
+
+def _loaded(
+    request: Request, folder: Path, material: Mapping[str, Material]
+) -> tuple[Encoder, list[Side]]:
+    """The base, and rows and head of every task, in the order of the models."""
+    from suture.arithmetic.space import Side
+    from suture.data import tokenise
+    from suture.models import FLOAT32, load_encoder
+
+    loaded = load_encoder(folder, device=request.device, dtype=FLOAT32)
+    sides = []
+    for name in request.models:
+        some, head = few(material[name], request.rows, request.seed), material[name].head
+        assert head is not None
+        rows: Any = some.rows
+        probe, moved = (
+            tokenise(part, loaded.tokenizer, labels=head.labels,
+                     max_length=request.tasks[name].max_length)
+            for part in (rows, rows[:MOVED])
+        )  # fmt: skip
+        data = {"probe": probe, "validation": probe, "few": moved}
+        sides.append(Side(name, head, data, name))
+    return loaded.model, sides
