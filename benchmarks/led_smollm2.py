@@ -69,9 +69,9 @@ def merges(located: Path, seed: int) -> dict[str, dict[str, Any]]:
     def led(**more: Any) -> dict[str, Any]:
         return {"method": "led", "parameters": {**stats, **more}, "densities": DENSITIES}
 
-    def protected(**more: Any) -> dict[str, Any]:
+    def protected(scale: float = 0.5, **more: Any) -> dict[str, Any]:
         mask = {"model": "policy", "mask": f"{located}/policy.safetensors"}
-        return {"method": "task_arithmetic", "parameters": {"scale": 0.5},
+        return {"method": "task_arithmetic", "parameters": {"scale": scale},
                 "protect": {**mask, "scale": 1.0, **more}}  # fmt: skip
 
     def plain(method: str, **parameters: Any) -> dict[str, Any]:
@@ -86,6 +86,8 @@ def merges(located: Path, seed: int) -> dict[str, dict[str, Any]]:
         "protect": protected(),
         "protect-random": protected(rule="random", seed=seed),
         "protect-magnitude": protected(rule="magnitude"),
+        "protect-1": protected(1.0),
+        "protect-1-random": protected(1.0, rule="random", seed=seed),
         "average": plain("linear"),
         **{f"task-arithmetic-{s:g}": plain("task_arithmetic", scale=s) for s in (0.3, 0.5, 1.0)},
         "ties": plain("ties"),
