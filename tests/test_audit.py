@@ -35,7 +35,7 @@ from suture.finetune import finetune
 from suture.mask import Mask, StoredMask, localize
 from suture.models import LanguageModel, load_language_model, parameters_of, save_model
 from suture.mover import next_token
-from suture.page import safety
+from suture.page import audits
 from suture.page.gather import gather
 from suture.page.parts import Builder
 from suture.run import merge
@@ -541,14 +541,19 @@ def test_a_killed_audit_goes_on_to_the_same_record(shop: Path, tmp_path: Path) -
 def test_an_interrupt_ends_with_3_and_the_command_goes_on(shop: Path, tmp_path: Path) -> None:
     """Ctrl-C keeps finished cells."""
     recipe, out = written(shop, tmp_path / "audit.yaml"), tmp_path / "out"
-    with start("audit", recipe, "-o", out, cwd=tmp_path) as running:
+    before = signal.signal(signal.SIGINT, signal.SIG_DFL)  # what is started with & ignores it
+    try:
+        running = start("audit", recipe, "-o", out, cwd=tmp_path)
+    finally:
+        signal.signal(signal.SIGINT, before)
+    with running:
         while running.poll() is None and not list((out / "cells").glob("*.json")):
             time.sleep(0.01)
         running.send_signal(signal.SIGINT)
         _, told = running.communicate(timeout=120)
 
     assert running.returncode == 3
-    assert "goes on from here" in told
+    assert "it goes on from what is done" in told
     assert audit(recipe, out)["verdicts"]
 
 
@@ -764,7 +769,7 @@ def test_the_report_draws_an_audit(whole: tuple[Path, dict[str, Any]], tmp_path:
     found = gather(out)
     made: list[str] = []
     builder = Builder("audit.json", made)
-    (section,) = safety.audits("audit.json", record, builder)
+    (section,) = audits.audits("audit.json", record, builder)
 
     assert not made
     assert len(found.audits) == 1
@@ -776,7 +781,7 @@ def test_the_report_draws_an_audit(whole: tuple[Path, dict[str, Any]], tmp_path:
     (seed,) = broken["seeds"].values()
     seed["curve"]["region"][0]["violation"] = dict.fromkeys([ALL, "en", "de", "es"])
     seed["transfer"]["en"]["violation"]["de"] = None
-    (section,) = safety.audits("audit.json", broken, builder)
+    (section,) = audits.audits("audit.json", broken, builder)
     assert not made
     assert "1 points are not judged" in section.figures[0].reading
     assert any("not judged" in str(row) for row in section.figures[1].table.rows)
@@ -784,4 +789,4 @@ def test_the_report_draws_an_audit(whole: tuple[Path, dict[str, Any]], tmp_path:
     assert code == 0, said
     assert "cannot be shown" not in told + said
     assert "Where safety lives" in (tmp_path / "page.html").read_text()
-    assert list(safety.glance(record))
+    assert list(audits.glance(record))

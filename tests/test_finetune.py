@@ -553,7 +553,7 @@ def test_all_problems_of_a_recipe_at_once(shop: Path, tmp_path: Path) -> None:
     found = "\n".join(problems_of(what, tmp_path / "out"))
     for words in ("'densty'; did you mean 'density'", "parameters.rounds", "did you mean 'fisher'", "'epoch'; did you mean 'epochs'",
                   "precision is one of", "'haed'; did you mean 'head'", "no file", "'txt'; did you mean 'text'",
-                  "did you mean 'cut'", "exists; name another folder"):  # fmt: skip
+                  "did you mean 'cut'", "so it is never replaced"):  # fmt: skip
         assert words in found, (words, found)
 
 
@@ -774,7 +774,7 @@ def test_an_interrupt_says_how_to_go_on(shop: Path, tmp_path: Path) -> None:
     process.send_signal(signal.SIGTERM)
     _, errors = process.communicate(timeout=60)
     assert process.returncode == 3, errors
-    assert "goes on from here" in errors
+    assert "it goes on from what is done" in errors
     assert saved.exists()
 
 

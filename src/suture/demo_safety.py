@@ -46,9 +46,9 @@ FULL = Size(
     realigned=("somf", "random", "protect"),
 )  # fmt: skip
 QUICK = Size(
-    policy=168, epochs=2, rate=2e-4, skill=48, skill_epochs=2, drift=24, scored=8, asked=24,
-    puzzles=12, pairs=24, steps=6, merges=("average", "led-safety-first", "protect"),
-    realigned=("somf", "random"),
+    policy=144, epochs=2, rate=2e-4, skill=40, skill_epochs=2, drift=24, scored=4, asked=20,
+    puzzles=10, pairs=24, steps=6, merges=("average", "led-safety-first", "protect"),
+    realigned=("somf",),
 )  # fmt: skip
 EXPERTS = ("policy", *SKILLS)
 DRIFTED = "drifted"
@@ -318,14 +318,14 @@ def recipes(located: Path) -> dict[str, dict[str, Any]]:
     led = {"stats": f"{located}/stats", "base_stats": f"{located}/stats/base"}
     return {
         "average": {"method": "linear"},
-        "task-arithmetic": {"method": "task_arithmetic", "parameters": {"scale": 0.5}},
+        "task-arithmetic": {"method": "task_arithmetic", "parameters": {"scale": 1.0}},
         "led": {"method": "led", "parameters": led, "densities": DENSITIES},
         "led-safety-first": {
             "method": "led", "densities": DENSITIES,
             "parameters": {**led, "disjoint": "safety_first", "safety": "policy"},
         },
         "protect": {
-            "method": "task_arithmetic", "parameters": {"scale": 0.5},
+            "method": "task_arithmetic", "parameters": {"scale": 1.0},
             "protect": {"model": "policy", "mask": f"{located}/policy.safetensors", "scale": 1.0},
         },
     }  # fmt: skip
