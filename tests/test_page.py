@@ -699,7 +699,8 @@ def realigned(method: str, margin: float, loss: float) -> dict[str, Any]:
         "kind": "realign", "recipe": {"method": method},
         "inputs": {"aligned": {"fingerprint": "1"}, "models.ada": {"fingerprint": "2"}},
         "results": {
-            "scores": {"aligned": scores(4, 3), "tuned": scores(-1, 0.1),
+            # the last digits of a loss hang on the batches that it is read in
+            "scores": {"aligned": scores(4, 3 + 1e-8 * len(method)), "tuned": scores(-1, 0.1),
                        "realigned": scores(margin, loss)},
             "retention": {"safety": (margin + 1) / 5, "utility": 0.5, "harmonic": margin / 8},
             "steps": 3, "profile": profile, "curve": [[1.0, 0.7], [2.0, 0.5], [3.0, 0.25]],

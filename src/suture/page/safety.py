@@ -163,7 +163,9 @@ def realignments(found: Sequence[tuple[str, Raw]], builders: Sequence[Builder]) 
 
 def _group(raw: Raw) -> Iterator[str]:
     """What must agree for scores to be comparable."""
-    same = [raw["results"]["scores"].get(m) for m in ("aligned", "tuned")]
+    scores = [raw["results"]["scores"].get(m, {}) for m in ("aligned", "tuned")]
+    # Rounded: models that are read in other batches have losses that differ in their last digits.
+    same = [{k: f"{v['value']:.4g}" for k, v in of.items()} for of in scores]
     yield json.dumps([same, raw["inputs"]["aligned"]["fingerprint"]], sort_keys=True)
 
 
