@@ -206,7 +206,8 @@ def seeded(scratch: Path, base: Path, seed: int, how: argparse.Namespace) -> dic
     found = {"base": ask(place, "base", base, questions)}
     found |= {name: ask(place, name, path, questions) for name, path in experts.items()}
     for name, line in merges(marks, seed).items():
-        if how.methods and name not in how.methods:
+        there = (place / "results" / f"{name}.json").exists()
+        if (how.methods and name not in how.methods) or (how.finished and not there):
             continue
         density = line.get("densities", {})
         models = {n: {"path": str(p), **({"density": density[n]} if density else {})}
@@ -235,7 +236,8 @@ def row(name: str, seeds: Sequence[Mapping[str, SuiteResult]]) -> dict[str, Any]
             values = [m.value for m in metrics]
             one = metrics[0]
             ends = (one.low, one.high) if len(values) == 1 else (min(values), max(values))
-            found[column] = {"value": sum(values) / len(values), "low": ends[0], "high": ends[1]}
+            found[column] = {"value": sum(values) / len(values), "low": ends[0], "high": ends[1],
+                             "seeds": len(values)}  # fmt: skip
     kept, passed = [], []
     for s in seeds:
         experts = [s[n] for n in EXPERTS if n != name]
@@ -317,6 +319,7 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=HERE / "led_smollm2.json")
     parser.add_argument("--seeds", type=lambda text: [int(t) for t in text.split(",")], default=[0])
     parser.add_argument("--methods", type=lambda text: text.split(","), help="only these merges")
+    parser.add_argument("--finished", action="store_true", help="only merges that were asked")
     parser.add_argument("--rows", type=int, default=1000, help="training rows of the policy")
     parser.add_argument("--epochs", type=int, default=4, help="of the policy")
     parser.add_argument("--lr", type=float, default=1e-4)
@@ -335,10 +338,11 @@ def main() -> None:
     same_settings(scratch, {word: getattr(args, word) for word in words})
     base = smollm2(scratch / "base")
     seeds = [seeded(scratch, base, seed, args) for seed in args.seeds]
-    table = {name: row(name, seeds) for name in seeds[0]}
+    names = dict.fromkeys(name for s in seeds for name in s)
+    table = {name: row(name, [s for s in seeds if name in s]) for name in names}
     front = best(table)
     made = {
-        "asked": {k: v for k, v in vars(args).items() if k not in ("scratch", "out")},
+        "asked": {k: v for k, v in vars(args).items() if k not in ("scratch", "out", "finished")},
         "gate": GATE, "table": table, "best": front, "differences": differences(seeds),
         "proxies": trusted(seeds),
         "facts": {str(p.relative_to(scratch)): json.loads(p.read_text())
