@@ -1078,7 +1078,9 @@ def audit(
 @app.command()
 def demo(
     out: Annotated[Path, typer.Option("--out", help="Where to write.")] = Path("demo"),
-    quick: Annotated[bool, typer.Option("--quick", help="Fewer steps: about seven minutes.")] = False,
+    quick: Annotated[
+        bool, typer.Option("--quick", help="Fewer steps: about seven minutes.")
+    ] = False,
     only: Annotated[
         str | None,
         typer.Option("--only", help="One half: edits (of encoders), or safety (of a chat model)."),
