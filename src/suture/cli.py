@@ -33,6 +33,10 @@ Json = Annotated[bool, typer.Option("--json", help="Print one JSON object and no
 Threads = Annotated[
     int | None, typer.Option(min=1, help="Threads to use; default: every core. Changes no byte.")
 ]
+Cores = Annotated[int | None, typer.Option(min=1, help="Threads to use; default: every core.")]
+Device = Annotated[
+    str | None, typer.Option("--device", help="cpu, cuda, cuda:1, ...; overrides the recipe.")
+]
 DryRun = Annotated[
     bool, typer.Option("--dry-run", help="Check everything and say what would be done.")
 ]
@@ -693,9 +697,7 @@ def _method_data(method: Any) -> dict[str, Any]:
 def finetune(
     recipe: Annotated[Path, typer.Argument(help="A recipe (YAML).")],
     out: Annotated[Path, typer.Option("--out", "-o", help="The folder to write.")],
-    device: Annotated[
-        str | None, typer.Option("--device", help="cpu, cuda, cuda:1, ...; overrides the recipe.")
-    ] = None,
+    device: Device = None,
     dry_run: DryRun = False,
     overwrite: Overwrite = False,
     no_resume: NoResume = False,
@@ -922,9 +924,7 @@ def _check_blame(blame: Path | None, suite: Path | None, gate: Path | None, edit
 def bench(
     recipe: Annotated[Path, typer.Argument(help="Base, tasks, strategies, seeds (YAML).")],
     out: Annotated[Path, typer.Option("--out", "-o", help="The folder of cells and tables.")],
-    threads: Annotated[
-        int | None, typer.Option(min=1, help="Threads to use; default: every core.")
-    ] = None,
+    threads: Cores = None,
     dry_run: DryRun = False,
     as_json: Json = False,
 ) -> None:
@@ -972,9 +972,7 @@ def proxy(
 def realign(
     recipe: Annotated[Path, typer.Argument(help="A recipe (YAML).")],
     out: Annotated[Path, typer.Option("--out", "-o", help="The folder to write.")],
-    device: Annotated[
-        str | None, typer.Option("--device", help="cpu, cuda, cuda:1, ...; overrides the recipe.")
-    ] = None,
+    device: Device = None,
     dry_run: DryRun = False,
     overwrite: Overwrite = False,
     no_resume: NoResume = False,
@@ -1042,17 +1040,13 @@ def realigners(
 def audit(
     recipe: Annotated[Path, typer.Argument(help="Models, rows by language, shares (YAML).")],
     out: Annotated[Path, typer.Option("--out", "-o", help="The folder of cells and results.")],
-    device: Annotated[
-        str | None, typer.Option("--device", help="cpu, cuda, cuda:1, ...; overrides the recipe.")
-    ] = None,
+    device: Device = None,
     dry_run: DryRun = False,
     overwrite: Annotated[
         bool, typer.Option("--overwrite", help="Remove what an older audit left there, and begin.")
     ] = False,
     no_resume: NoResume = False,
-    threads: Annotated[
-        int | None, typer.Option(min=1, help="Threads to use; default: every core.")
-    ] = None,
+    threads: Cores = None,
     as_json: Json = False,
 ) -> None:
     """Find out where the safety of a model lives; interrupted, the same command goes on."""

@@ -417,7 +417,7 @@ def _publish(
     out: Path, pending: _Pending, report: Extracted, base: Checkpoint,
     models: Sequence[Checkpoint], factors: Sequence[float],
 ) -> None:  # fmt: skip
-    from safetensors.torch import save_file
+    from suture.models import save_shared
 
     partial = out.with_name(f".{out.name}.partial")
     shutil.rmtree(partial, ignore_errors=True)
@@ -429,10 +429,9 @@ def _publish(
     }
     try:
         partial.mkdir(parents=True)
-        save_file(pending.tensors, partial / WEIGHTS, {"format": "pt"})
+        save_shared(pending.tensors, partial / WEIGHTS, {"format": "pt"})
         for name, text in texts.items():
             (partial / name).write_text(text, encoding="utf-8")
-        shutil.copymode(partial / CONFIG, partial / WEIGHTS)  # safetensors lets only the owner read
         for path in partial.iterdir():
             with path.open("rb") as file:
                 os.fsync(file.fileno())

@@ -518,16 +518,24 @@ _LABELS, _COSINE = "labels", "labels of a cosine head"
 """What the labels are called in the metadata of a head's file."""
 
 
+def save_shared(tensors: Mapping[str, Tensor], path: Path, facts: Mapping[str, str]) -> None:
+    """Write tensors so that whoever may read new files there can read them.
+
+    Of itself the library lets only the owner read what it writes.
+    """
+    path.touch()
+    mode = path.stat().st_mode
+    save_file(dict(tensors), path, dict(facts))
+    path.chmod(mode)
+
+
 def save_head(head: Head, path: Path) -> None:
     """Write a head as one safetensors file: ``weight``, ``bias``, the labels in its metadata."""
     path.parent.mkdir(parents=True, exist_ok=True)
     partial = path.with_name(f".{path.name}.partial")
     tensors = {"weight": head.weight.contiguous(), "bias": head.bias.contiguous()}
-    partial.touch()
-    mode = partial.stat().st_mode  # safetensors lets only the owner read what it writes
     # One key: the library writes several in an order that changes from run to run.
-    save_file(tensors, partial, {_COSINE if head.cosine else _LABELS: json.dumps(head.labels)})
-    partial.chmod(mode)
+    save_shared(tensors, partial, {_COSINE if head.cosine else _LABELS: json.dumps(head.labels)})
     partial.replace(path)
 
 

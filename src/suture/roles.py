@@ -7,7 +7,7 @@ from collections.abc import Collection, Iterable, Mapping
 from functools import lru_cache
 from typing import NamedTuple
 
-from suture.errors import RecipeError, did_you_mean
+from suture.errors import Problems, RecipeError, did_you_mean
 from suture.spec import DTYPES, TensorSpec, any_match
 
 
@@ -263,6 +263,22 @@ def check_selectors(words: Iterable[str], names: Collection[str], where: str) ->
             continue
         hint = did_you_mean(word, list(ROLES))
         raise RecipeError(f"{where}: {word!r} is no role and fits no tensor name; {hint}")
+
+
+def names_in(
+    space: ParamSpace, specs: Mapping[str, TensorSpec], purpose: str, problems: Problems
+) -> tuple[str, ...]:
+    """The editable names of a recipe's ``space``; words that fit nothing are noted, and no name.
+
+    ``purpose`` is what a tensor would be left for, as the message says it.
+    """
+    for key in ("include", "exclude"):
+        with problems.collecting():
+            check_selectors(getattr(space, key), specs, f"space.{key}")
+    names = tuple(space.names(specs))
+    if not names:
+        problems.add(RecipeError, f"space: no tensor is left to {purpose}")
+    return names
 
 
 _TIES = (

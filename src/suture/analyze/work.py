@@ -41,7 +41,7 @@ from suture.mask import Mask, localize
 from suture.outputs import check_parent
 from suture.planning import open_input
 from suture.recipe_types import Policy
-from suture.roles import ParamSpace, check_selectors
+from suture.roles import ParamSpace, names_in
 from suture.run import merged, save
 from suture.select import select
 from suture.spec import listed
@@ -211,13 +211,7 @@ def _checked_names(
     for label, checkpoint in inputs.items():
         if label != "base":
             align(base, checkpoint, problems, buffers=True)
-    for key in ("include", "exclude"):
-        with problems.collecting():
-            check_selectors(getattr(request.space, key), base.specs, f"space.{key}")
-    names = request.space.names(base.specs)
-    if not names:
-        problems.add(RecipeError, "space: no tensor is left to look at")
-    return names
+    return list(names_in(request.space, base.specs, "look at", problems))
 
 
 def _read_masks(

@@ -19,7 +19,8 @@ from suture.finetune.rows import Rows as TuneRows
 from suture.models import device_named, load_tokenizer, longest_of
 from suture.opening import open_model
 from suture.outputs import apart, check_parent
-from suture.roles import check_selectors
+from suture.realign.plan import Options
+from suture.roles import names_in
 from suture.spec import readable
 from suture.suites.plan import Options as SuiteOptions
 from suture.suites.plan import Plan as SuitePlan
@@ -27,17 +28,6 @@ from suture.suites.plan import is_causal, plan_suite
 from suture.vector import align
 
 RECORD, CELLS = "audit.json", "cells"
-
-
-@dataclass(frozen=True)
-class Options:
-    """How to run, as opposed to what: none of it changes a number on one device."""
-
-    overwrite: bool = False
-    resume: bool = True
-    device: str | None = None
-    """Overrides the recipe's."""
-    threads: int | None = None
 
 
 @dataclass(frozen=True)
@@ -93,7 +83,7 @@ def plan_audit(recipe: Path | Mapping[str, Any], out: Path, options: Options | N
     }  # fmt: skip
     names: tuple[str, ...] = ()
     if aligned is not None:
-        names = _names(found, aligned, problems)
+        names = names_in(found.space, aligned.specs, "look in", problems)
         for label, other in others.items():
             own = Problems()
             if other is not None:
@@ -159,16 +149,6 @@ def _prefixed(own: Problems, label: str) -> None:
         again = type(error)("\n".join(told))
         again.problems = tuple(told)  # type: ignore[attr-defined]
         raise again from None
-
-
-def _names(recipe: Audit, aligned: Checkpoint, problems: Problems) -> tuple[str, ...]:
-    for key in ("include", "exclude"):
-        with problems.collecting():
-            check_selectors(getattr(recipe.space, key), aligned.specs, f"space.{key}")
-    names = tuple(recipe.space.names(aligned.specs))
-    if not names:
-        problems.add(RecipeError, "space: no tensor is left to look in")
-    return names
 
 
 def _check_place(

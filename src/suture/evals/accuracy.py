@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from typing import Annotated, Any
 
 import torch
 from torch import nn
 
-from suture.data import Batch
+from suture.data import Batch, Dataset
 from suture.errors import RecipeError, did_you_mean
 from suture.evals.base import Metric, share
 from suture.evals.kinds import Column, Job, Models, Names, Prepare, Run, Score, Word, dataset_of
@@ -80,13 +80,7 @@ def classes(
         data, order = dataset_of(
             fitting, job.tokenizer, labels={n: numbers[told[n]] for n in fitting}
         )
-
-        def run(models: Models) -> tuple[Score, ...]:
-            batches = data.batches(job.batch)
-            found = hits(models.model, batches, device=models.device, tick=models.tick)
-            return (Score("accuracy", {order[n]: v for n, v in found.items()}, "share"),)
-
-        return run
+        return _scored(data, order, job.batch)
 
     return prepare
 
@@ -116,15 +110,20 @@ def images(
             tuple((held[n][0],) for n in order), tuple(numbers[told[n]] for n in order), 0,
             images=tuple(held[n][1] for n in order), look=job.look or Look((224, 224)),
         )  # fmt: skip
-
-        def run(models: Models) -> tuple[Score, ...]:
-            batches = data.batches(job.batch)
-            found = hits(models.model, batches, device=models.device, tick=models.tick)
-            return (Score("accuracy", {order[n]: v for n, v in found.items()}, "share"),)
-
-        return run
+        return _scored(data, order, job.batch)
 
     return prepare
+
+
+def _scored(data: Dataset | Images, order: Sequence[int], size: int) -> Run:
+    """The way to count hits on data whose rows have these numbers."""
+
+    def run(models: Models) -> tuple[Score, ...]:
+        batches = data.batches(size)
+        found = hits(models.model, batches, device=models.device, tick=models.tick)
+        return (Score("accuracy", {order[n]: v for n, v in found.items()}, "share"),)
+
+    return run
 
 
 def _labels(job: Job, column: str) -> tuple[dict[int, str], dict[str, int]]:

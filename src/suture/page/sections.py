@@ -34,18 +34,15 @@ def sections_of(found: Found) -> list[Section]:
         made.append(_results(where, report, builder(where)))
     made += _safety(found, builder)
     made += _loose_results(found)
-    for where, raw in found.benchmarks:
-        one = builder(where)
-        made += one.attempt("it", partial(arithmetic.arithmetic, where, raw, one))
-    for where, raw in found.audits:
-        one = builder(where)
-        made += one.attempt("the audit", partial(audits.audits, where, raw, one))
-    for where, raw in found.analyses:
-        one = builder(where)
-        made += one.attempt("the analysis", partial(weights.sections, where, raw, one))
-    for where, raw in found.localizations:
-        one = builder(where)
-        made += one.attempt("it", partial(masks.localization, where, raw, one))
+    for what, records, sections_of in (
+        ("it", found.benchmarks, arithmetic.arithmetic),
+        ("the audit", found.audits, audits.audits),
+        ("the analysis", found.analyses, weights.sections),
+        ("it", found.localizations, masks.localization),
+    ):
+        for where, raw in records:
+            one = builder(where)
+            made += one.attempt(what, partial(sections_of, where, raw, one))
     made += _curves(found, builder)
     made += _maps(found, builder)
     made += _merges(found, builder)

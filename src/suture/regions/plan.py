@@ -15,7 +15,7 @@ from suture.outputs import apart, check_parent, check_recipe_stays
 from suture.planning import open_input
 from suture.recipe import raw_recipe
 from suture.regions.request import Regions, regions_from
-from suture.roles import check_selectors
+from suture.roles import names_in
 from suture.stats import Stats
 from suture.tasks import Material, check_loadable, read_material
 from suture.vector import align
@@ -154,13 +154,7 @@ def _opened(
 def _names(recipe: Regions, base: Checkpoint | None, problems: Problems) -> tuple[str, ...]:
     if base is None:
         return ()
-    for key in ("include", "exclude"):
-        with problems.collecting():
-            check_selectors(getattr(recipe.space, key), base.specs, f"space.{key}")
-    names = tuple(recipe.space.names(base.specs))
-    if not names:
-        problems.add(RecipeError, "space: no tensor is left to localize in")
-    return names
+    return names_in(recipe.space, base.specs, "localize in", problems)
 
 
 def _stats(
