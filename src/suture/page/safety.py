@@ -162,11 +162,13 @@ def realignments(found: Sequence[tuple[str, Raw]], builders: Sequence[Builder]) 
 
 
 def _group(raw: Raw) -> Iterator[str]:
-    """What must agree for scores to be comparable."""
-    scores = [raw["results"]["scores"].get(m, {}) for m in ("aligned", "tuned")]
-    # Rounded: models that are read in other batches have losses that differ in their last digits.
-    same = [{k: f"{v['value']:.4g}" for k, v in of.items()} for of in scores]
-    yield json.dumps([same, raw["inputs"]["aligned"]["fingerprint"]], sort_keys=True)
+    """What must agree for scores to be comparable: the models, how they are fused, the rows."""
+    prints = {label: one["fingerprint"] for label, one in raw["inputs"].items()
+              if label == "aligned" or label.startswith("models.")}  # fmt: skip
+    recipe = raw["recipe"]
+    weights = {name: one["weight"] for name, one in recipe.get("models", {}).items()}
+    rows = {side: hashed for side, hashed in raw.get("data", {}).items() if side != "train"}
+    yield json.dumps([prints, recipe.get("fuse"), weights, rows], sort_keys=True)
 
 
 def _realigned(
