@@ -352,6 +352,17 @@ def test_masks_made_anew_are_over_the_tensors_of_the_first(shop: Path, tmp_path:
             plan_analysis({**what, "same_task": str(tmp_path / "part")})
 
 
+def test_no_average_is_told_of_amounts_that_were_not_measured(shop: Path, tmp_path: Path) -> None:
+    """At (0, 0) alone the error is 0 by its making: the largest of the grid is told instead."""
+    what = recipe(shop, "disentanglement", disentanglement={"amounts": [0, 3]})
+    (tmp_path / "r.yaml").write_text(yaml.safe_dump(what))
+    said = invoke("analyze", tmp_path / "r.yaml", "-o", tmp_path / "out")
+    assert said.code == 0, said.err
+    (made,) = json.loads((tmp_path / "out/analysis.json").read_text())["disentanglement"]["maps"]
+    lines_of(said.out, f"disentanglement error: at most {np.max(made['error']):.3f}; no amount is")
+    assert "on average" not in said.out
+
+
 def test_a_vector_that_moves_nothing_has_no_share_elsewhere(shop: Path, tmp_path: Path) -> None:
     """A model that is the base is named, where a division by 0 would be written."""
     what = recipe(shop, "function-localization")
