@@ -16,14 +16,24 @@ import tiny_model
 from making import invoke, lines_of, quick_disk
 from suture.analysis.masks import pairwise
 from suture.analyze import analysis, plan_analysis
+from suture.arithmetic import space
 from suture.arithmetic.measures import apart, entangled, movement, sharing
-from suture.arithmetic.space import PlainSpace, Side, vector_from
+from suture.arithmetic.space import LinearSpace, PlainSpace, Side, vector_from
 from suture.data import tokenise
 from suture.errors import SutureError
 from suture.evals.walk import Walk, classes
 from suture.finetune.calibrate import Calibration
 from suture.mask import Mask, localize
-from suture.models import Classifier, Encoder, Head, load_encoder, load_head, save_head, save_model
+from suture.models import (
+    Classifier,
+    Encoder,
+    Head,
+    load_encoder,
+    load_head,
+    parameters_of,
+    save_head,
+    save_model,
+)
 
 NAMES = ("one", "two")
 
@@ -264,6 +274,7 @@ def test_the_command_tells_and_the_report_shows(shop: Path, tmp_path: Path) -> N
         ({"same_task": "x"}, "belongs to the analysis masks"),
         ({"analyses": ["disentangle"]}, "did you mean 'disentanglement'"),
         ({"rows": 0}, "rows: a whole number from 1"),
+        ({"device": "abacus"}, "device: 'abacus' is none"),
     ],
 )
 def test_what_cannot_be_asked_is_refused(shop: Path, change: dict[str, Any], says: str) -> None:
@@ -304,3 +315,87 @@ def test_linearized_models_move_along_lines(
     assert found["linearized"]
     assert found["bend"] == 0
     assert found["moved"] == found["first"]
+
+
+def test_masks_restrict_no_task_vector_that_is_run(shop: Path, tmp_path: Path) -> None:
+    """What a whole model does on its rows is the same beside masks that cover one tensor of it."""
+    base = suture.open(shop / "base")
+    (tmp_path / "masks").mkdir()
+    for name in NAMES:
+        tau = suture.open(shop / name) - base
+        part = tau.select(next(n for n in tau.names if "query.weight" in n))
+        localize(part, density=0.5).save(tmp_path / "masks" / f"{name}.safetensors")
+
+    alone = analysis(recipe(shop, "function-localization"), tmp_path / "a").to_dict()
+    beside = analysis(
+        recipe(shop, "function-localization", "masks", masks=str(tmp_path / "masks")),
+        tmp_path / "b",
+    ).to_dict()
+
+    assert beside["tensors"] == 1 < alone["tensors"]
+    assert beside["function_localization"] == alone["function_localization"]
+
+
+def test_masks_made_anew_are_over_the_tensors_of_the_first(shop: Path, tmp_path: Path) -> None:
+    """Else they cannot be compared, which is told before anything is computed."""
+    base = suture.open(shop / "base")
+    for name in NAMES:
+        tau = suture.open(shop / name) - base
+        for folder, names in (("whole", tau.names), ("part", tau.names[:3])):
+            (tmp_path / folder).mkdir(exist_ok=True)
+            found = localize(tau.select(*names), density=0.5)
+            found.save(tmp_path / folder / f"{name}.safetensors")
+    for first in ({"density": 0.1}, {"masks": str(tmp_path / "whole")}):
+        what = recipe(shop, "masks", **first)
+        plan_analysis({**what, "same_task": str(tmp_path / "whole")})
+        with pytest.raises(SutureError, match="same_task: one: is not over the tensors"):
+            plan_analysis({**what, "same_task": str(tmp_path / "part")})
+
+
+def test_no_average_is_told_of_amounts_that_were_not_measured(shop: Path, tmp_path: Path) -> None:
+    """At (0, 0) alone the error is 0 by its making: the largest of the grid is told instead."""
+    what = recipe(shop, "disentanglement", disentanglement={"amounts": [0, 3]})
+    (tmp_path / "r.yaml").write_text(yaml.safe_dump(what))
+    said = invoke("analyze", tmp_path / "r.yaml", "-o", tmp_path / "out")
+    assert said.code == 0, said.err
+    (made,) = json.loads((tmp_path / "out/analysis.json").read_text())["disentanglement"]["maps"]
+    lines_of(said.out, f"disentanglement error: at most {np.max(made['error']):.3f}; no amount is")
+    assert "on average" not in said.out
+
+
+def test_a_vector_that_moves_nothing_has_no_share_elsewhere(shop: Path, tmp_path: Path) -> None:
+    """A model that is the base is named, where a division by 0 would be written."""
+    what = recipe(shop, "function-localization")
+    what["models"]["two"] = str(shop / "base")
+    with pytest.raises(SutureError, match="two: its task vector moves no features of its own task"):
+        analysis(what, tmp_path / "o")
+    assert not (tmp_path / "o").exists()
+
+
+def test_a_base_that_knows_nothing_has_no_accuracy_to_keep(shop: Path, tmp_path: Path) -> None:
+    """A share of 0 right answers is no number, and not a billion."""
+    rows = [{"text": r.text, "label": "sky"} for r in tiny_model.rows(24)]
+    (tmp_path / "sky.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    head = Head(("colour", "sky"), torch.zeros(2, 16), torch.tensor([1.0, 0.0]))
+    save_head(head, tmp_path / "head.safetensors")
+    what = recipe(shop, "sensitivity")
+    what["tasks"]["two"] = {"data": str(tmp_path / "sky.jsonl"), "max_length": 16,
+                            "head": str(tmp_path / "head.safetensors")}  # fmt: skip
+    with pytest.raises(SutureError, match="the base gets no row of 'two' right"):
+        analysis(what, tmp_path / "o")
+
+
+def test_a_line_looks_up_its_parameters_once(
+    world: tuple[Encoder, PlainSpace, list[Side]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """However many tensors move: a look-up goes through the whole network."""
+    encoder, plain, sides = world
+    calls = []
+
+    def counted(*args: Any) -> Any:
+        calls.append(args)
+        return parameters_of(*args)
+
+    monkeypatch.setattr(space, "parameters_of", counted)
+    LinearSpace(encoder, plain.vectors, sides)
+    assert len(calls) == 1

@@ -551,7 +551,7 @@ WRONG = [
     ("evaluations:\n  a: {kind: loss, data: rows.jsonl, prompt: 'x'}", "without a response there is nothing to come after it"),
     ("evaluations:\n  a: {kind: loss, data: rows.jsonl, limit: -1}", "evaluations.a.limit: a whole number from 0, not -1"),
     ("evaluations:\n  a: {kind: loss, data: rows.jsonl, utility: 3}", "evaluations.a.utility: true or false"),
-    ("evaluations:\n  a: {kind: loss, data: rows.jsonl, category: nothing}", "rows.jsonl, line 1 has no column 'nothing'"),
+    ("evaluations:\n  a: {kind: loss, data: rows.jsonl, category: nothing}", "rows.jsonl, line 1 has no column 'nothing' (and 11 more rows)"),
     ("evaluations:\n  a: {kind: loss, data: many.jsonl, category: text}", "300 categories and languages"),
     ("evaluations:\n  a: {kind: loss, data: rows.jsonl, max_length: 99}", "max_length: base reads at most 32 tokens, not 99"),
     ("evaluations:\n  utility: {kind: loss, data: rows.jsonl}", "none of utility, base, expert"),
@@ -623,6 +623,15 @@ def test_all_problems_are_told_at_once(desk: Path, tmp_path: Path) -> None:
                    Options(device="abacus"))  # fmt: skip
     lines_of(str(caught.value), "a.kind", "none.jsonl", "nowhere",
              "cannot write in", "device: 'abacus'", "loss needs a language model")  # fmt: skip
+
+
+def test_a_head_that_is_missing_is_told_once(desk: Path) -> None:
+    """As the file that was named, not as one that the model's folder lacks."""
+    asked = {"kind": "accuracy", "data": str(desk / "rows.jsonl"), "head": "other.safetensors"}
+    with pytest.raises(SutureError) as caught:
+        plan_suite([desk / "base-encoder"], {"evaluations": {"a": asked}}, None)
+    lines_of(str(caught.value), "evaluations.a.head: no file")
+    assert "has no head.safetensors" not in str(caught.value)
 
 
 def test_a_row_is_checked_even_where_no_model_can_be_opened(desk: Path) -> None:

@@ -11,7 +11,7 @@ from suture.analyze.diagnostics import few
 from suture.analyze.request import CLASSES, Request
 from suture.checkpoint import Checkpoint
 from suture.engine import Stage
-from suture.errors import Problems
+from suture.errors import Problems, RecipeError
 from suture.forms import LINEARIZED, check_forms
 from suture.tasks import Material, check_loadable, folder_of
 from suture.vector import TaskVector
@@ -53,7 +53,8 @@ def classifiers(
         stage: told of the steps.
 
     Raises:
-        SutureError: the base cannot be loaded, or does not fit its tasks.
+        SutureError: the base cannot be loaded, or does not fit its tasks; a vector moves no
+            features, or the base knows nothing, where shares of that are asked for.
     """
     from suture.arithmetic.measures import maps, movement, sharing, transfers
     from suture.arithmetic.space import accuracy, space_of, vector_from
@@ -69,6 +70,13 @@ def classifiers(
             tau = TaskVector(base, [(inputs[name], 1.0)], names)
             vectors.append(vector_from({n: tau[n] for n in names}))
     space = space_of(linear, encoder, vectors, sides)
+    none = (0.0,) * len(vectors)
+    base_scores = [accuracy(space, none, t, "probe") for t in range(len(tasks))]
+    if "sensitivity" in request.analyses:
+        for name, score in zip(tasks, base_scores, strict=True):
+            if not score:  # found before anything that takes long
+                raise RecipeError(f"sensitivity: the base gets no row of {name!r} right, so there "
+                                  "is no accuracy to keep a share of")  # fmt: skip
     about = {"models": tasks, "linearized": linear, "rows": [len(s.data["probe"]) for s in sides]}
     found: dict[str, dict[str, Any]] = {}
     if "disentanglement" in request.analyses:
@@ -84,10 +92,8 @@ def classifiers(
         }  # fmt: skip
     if "function-localization" in request.analyses:
         stage("function-localization", 0)
-        none = (0.0,) * len(tasks)
         found["function-localization"] = {
-            **about, "base": [accuracy(space, none, t, "probe") for t in range(len(tasks))],
-            **transfers(space), **movement(space, encoder),
+            **about, "base": base_scores, **transfers(space), **movement(space, encoder),
         }  # fmt: skip
     if "sensitivity" in request.analyses:
         how = Calibration(rows=request.sensitivity.rows, seed=request.seed)

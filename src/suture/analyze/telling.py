@@ -69,7 +69,11 @@ def _answered(found: Mapping[str, Any]) -> Iterator[str]:
     if found.get("disentanglement"):
         mixed = found["disentanglement"]
         at_one = "" if mixed["xi"] is None else f", {mixed['xi']:.3f} at (1, 1)"
-        yield f"disentanglement error: {mixed['xi_mean']:.3f} on average up to 1{at_one}"
+        if any(0 < a <= 1 for a in mixed["amounts"]):
+            yield f"disentanglement error: {mixed['xi_mean']:.3f} on average up to 1{at_one}"
+        else:  # an average over amounts that nothing was measured at would be 0 by its making
+            most = max(e for m in mixed["maps"] for row in m["error"] for e in row)
+            yield f"disentanglement error: at most {most:.3f}; no amount is above 0 and up to 1"
     if found.get("function_localization"):
         local = found["function_localization"]
         own = [row[i] for i, row in enumerate(local["transfer"])]

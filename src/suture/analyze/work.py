@@ -10,7 +10,7 @@ import json
 import os
 import shutil
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -103,6 +103,9 @@ class AnalysisPlan:
     inputs: Mapping[str, Checkpoint]
     """By label: the base, the models, the unseen ones."""
     names: tuple[str, ...]
+    """The tensors of the space, where there are masks those that they cover."""
+    space: tuple[str, ...]
+    """All tensors of the space: what task vectors move when models are run."""
     masks: Mapping[str, Mask] | None
     again: Mapping[str, Mask]
     """Masks of the same tasks made anew, by name of the model."""
@@ -173,21 +176,33 @@ def plan_analysis(
             masks = _read_masks(request, "masks", inputs["base"], names, problems)
         if request.same_task is not None and "base" in inputs:
             again = _read_masks(request, "same_task", inputs["base"], names, problems)
+            _check_again(again, masks, {n: inputs["base"].specs[n].shape for n in names}, problems)
         if set(CLASSES) & set(request.analyses):
             check_classifiers(request, inputs, problems)
         if "diagnostics" in request.analyses:
             check_diagnostics(request, inputs, problems)
         if {"diagnostics", *CLASSES} & set(request.analyses):
+            request = _on_device(request, problems)
             material = read_material(request.tasks, problems, seed=request.seed)
     if out is not None:
         _check_out(out, inputs, overwrite, problems)
     problems.raise_if_any()
     assert request is not None
+    space = tuple(names)
     if masks is not None:
         names = [n for n in names if n in next(iter(masks.values())).shapes]
     return AnalysisPlan(
-        request, inputs, tuple(names), masks, again, material, out, overwrite, threads
+        request, inputs, tuple(names), space, masks, again, material, out, overwrite, threads
     )
+
+
+def _on_device(request: Request, problems: Problems) -> Request:
+    """The request with a device that is there; ``auto`` is chosen."""
+    from suture.models import device_named
+
+    with problems.collecting():
+        return replace(request, device=device_named(request.device))
+    return request
 
 
 def _opened(request: Request, problems: Problems) -> dict[str, Checkpoint]:
@@ -236,6 +251,18 @@ def _read_masks(
     if len({frozenset(m.shapes) for m in found.values()}) > 1:
         problems.add(MismatchError, f"{key}: they are not over the same tensors")
     return found
+
+
+def _check_again(
+    again: Mapping[str, Mask], masks: Mapping[str, Mask] | None,
+    space: Mapping[str, tuple[int, ...]], problems: Problems,
+) -> None:  # fmt: skip
+    """Note masks made anew that are over other tensors than those they are compared with."""
+    for model, mask in again.items():
+        own = space if masks is None else masks[model].shapes if model in masks else mask.shapes
+        if mask.shapes != own:
+            problems.add(MismatchError, f"same_task: {model}: is not over the tensors of the mask "
+                                        "that it is compared with")  # fmt: skip
 
 
 def _check_out(
@@ -323,7 +350,7 @@ def analyse(plan: AnalysisPlan, stage: Stage = _silent) -> Analysis:
         theory = diagnostics(request, plan.inputs, plan.names, plan.material, inner, stage)
     answers: dict[str, dict[str, Any]] = {}
     if set(CLASSES) & set(request.analyses):
-        answers = classifiers(request, plan.inputs, plan.names, plan.material, stage)
+        answers = classifiers(request, plan.inputs, plan.space, plan.material, stage)
     restricted = any(c.restricted for c in plan.inputs.values())
     restricted = restricted or any(
         m.restricted for m in [*(plan.masks or {}).values(), *plan.again.values()]

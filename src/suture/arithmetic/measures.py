@@ -11,6 +11,7 @@ import torch
 
 from suture.analysis.maps import Disentanglement, disagreement, disentanglement
 from suture.arithmetic.space import Array, LinearSpace, PlainSpace, Side, Space, accuracy, alone
+from suture.errors import RecipeError
 from suture.finetune.calibrate import Calibration, prunable, sensitivity, smallest
 from suture.models import Classifier, Encoder
 
@@ -100,11 +101,15 @@ def movement(space: Space, encoder: Encoder) -> dict[str, Any]:
     tasks. ``elsewhere`` is what a vector moves on other tasks over what it moves on its own, a mean
     over vectors: 0 would be perfect localization. ``bend`` is the share of the movement on the own
     task that is not first order, :math:`|\Delta f - J\tau|^2 / |\Delta f|^2`.
+
+    Raises:
+        RecipeError: a vector moves no features of its own task, which all are held against.
     """
     count = space.count
     lines = LinearSpace(encoder, space.vectors, space.sides)
     none = (0.0,) * count
-    moved, first, bend = np.zeros((3, count, count))
+    moved, first = np.zeros((2, count, count))
+    bend = np.zeros(count)
     for row in range(count):
         at = alone(count, row)
         for column in range(count):
@@ -114,14 +119,20 @@ def movement(space: Space, encoder: Encoder) -> dict[str, Any]:
             size = float(start.square().sum())
             moved[row, column] = float(whole.square().sum()) / size
             first[row, column] = float(slope.square().sum()) / size
-            bend[row, column] = float((whole - slope).square().sum() / whole.square().sum())
+            if row == column:
+                if not moved[row, row] > 0 or not first[row, row] > 0:
+                    raise RecipeError(
+                        f"{space.sides[row].name}: its task vector moves no features of its own "
+                        "task, so nothing can be held against that; leave it out"
+                    )
+                bend[row] = float((whole - slope).square().sum() / whole.square().sum())
     return {
         "moved": np.round(moved, 6).tolist(),
         "first": np.round(first, 6).tolist(),
         "own": float(np.mean(np.diag(moved))),
         "elsewhere": _elsewhere(moved),
         "elsewhere_first": _elsewhere(first),
-        "bend": float(np.mean(np.diag(bend))),
+        "bend": float(np.mean(bend)),
     }
 
 

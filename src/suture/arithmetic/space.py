@@ -147,11 +147,10 @@ class LinearSpace:
     def __init__(self, encoder: Encoder, vectors: Sequence[Vector], sides: Sequence[Side]) -> None:
         self.encoder, self.vectors, self.sides = encoder, vectors, sides
         self.count = len(vectors)
+        own = {id(parameter): name for name, parameter in encoder.named_parameters()}
+        names = sorted({name for vector in vectors for name in vector})
         self._names = {
-            name: own
-            for own, parameter in encoder.named_parameters()
-            for name in {n for vector in vectors for n in vector}
-            if parameter is parameters_of(encoder, [name])[name]
+            name: own[id(parameter)] for name, parameter in parameters_of(encoder, names).items()
         }
         self._base: dict[tuple[int, str], Tensor] = {}
         self._slopes: dict[tuple[Amounts, int, str], Tensor] = {}

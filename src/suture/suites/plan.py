@@ -206,18 +206,22 @@ def _rows(
 ) -> tuple[tuple[Row, ...], dict[str, tuple[int, ...]]]:
     rows: list[Row] = []
     groups: dict[str, list[int]] = {}
+    without: dict[str, list[str]] = {}
     for number, (where, cells) in enumerate(records):
         told = {}
         for what in ("category", "language"):
             column = getattr(question, what)
             value = cells.get(column) if column else ""
             if value is None:
-                problems.add(RecipeError, f"evaluations.{question.name}.{what}: {where} has no "
-                                          f"column {column!r}")  # fmt: skip
+                without.setdefault(what, []).append(where)
             told[what] = "" if value is None else re.sub(r"\W+", "_", str(value)).strip("_")
             if told[what]:
                 groups.setdefault(told[what], []).append(number)
         rows.append(Row(where, cells, **told))
+    for what, places in without.items():
+        more = f" (and {len(places) - 1} more rows)" if len(places) > 1 else ""
+        problems.add(RecipeError, f"evaluations.{question.name}.{what}: {places[0]} has no column "
+                                  f"{getattr(question, what)!r}{more}")  # fmt: skip
     if len(groups) > MOST_GROUPS:
         problems.add(RecipeError, f"evaluations.{question.name}: {len(groups)} categories and "
                                   "languages; are these the right columns?")  # fmt: skip
@@ -361,6 +365,8 @@ def _labels(asked: Asked, suite: Suite, checkpoint: Checkpoint) -> tuple[tuple[s
         raise RecipeError("labels and label_texts belong to `head: zero-shot`; a saved head has "
                           "labels of its own")  # fmt: skip
     path = checkpoint.folder / HEAD if head == "model" else suite.folder / head
+    if head != "model" and not path.is_file():
+        return (), ""  # noted when the question was read
     if not path.is_file():
         other = "" if asked.question.line.needs == IMAGES else ", or say `head: zero-shot`"
         raise RecipeError(f"{checkpoint.label} has no {HEAD}; name the file of a head{other}")
