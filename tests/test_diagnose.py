@@ -23,7 +23,7 @@ from suture.analysis.geometry import cosines
 from suture.data import Dataset, tokenise
 from suture.diagnose import Convex, Field, Looks, diagnose, dot, norm, top_curvature
 from suture.errors import NonFiniteError, RecipeError
-from suture.evals.walk import Walk
+from suture.evals.walk import Walk, classes
 from suture.measure import OBJECTIVES, Objective
 from suture.models import Classifier, Head, load_encoder, save_head, save_model
 
@@ -380,3 +380,19 @@ def test_a_loss_that_is_nan_writes_nothing(shop: Path, tmp_path: Path) -> None:
     assert said.code == 2
     making.lines_of(said.err, "mean loss is nan", "while diagnosing two")
     assert not list(tmp_path.iterdir())
+
+
+def test_rows_go_to_where_the_weights_are() -> None:
+    """Classes are asked for on the model's own device; here one that only knows shapes."""
+
+    class Far(torch.nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.weight = torch.nn.Parameter(torch.empty(1, device="meta"))
+
+        def forward(self, ids: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
+            assert {ids.device.type, mask.device.type} == {"meta"}
+            return torch.eye(3)[: ids.shape[0]]
+
+    data = Dataset(((1, 2), (3, 4), (5, 6)), (0, 1, 2), 0)
+    assert classes(Far(), data.batches(3)).tolist() == [0, 1, 2]

@@ -309,6 +309,12 @@ def embed(encoder: Encoder, batches: Iterable[Tokens], *, device: str = "cpu") -
     return ordered
 
 
+def device_of(model: nn.Module) -> torch.device:
+    """Where a model's weights are; the CPU for one that has none."""
+    first = next(model.parameters(), None)
+    return torch.device("cpu") if first is None else first.device
+
+
 @contextmanager
 def evaluating(model: nn.Module) -> Iterator[None]:
     """Switch dropout and the like off inside, and back to what it was afterwards."""

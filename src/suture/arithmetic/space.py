@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from suture.data import Dataset
 from suture.evals.walk import classes
 from suture.finetune.tangent import product
-from suture.models import Classifier, Encoder, Head, embed, evaluating, parameters_of
+from suture.models import Classifier, Encoder, Head, device_of, embed, evaluating, parameters_of
 
 Array = np.ndarray[Any, Any]
 Amounts = tuple[float, ...]
@@ -123,14 +123,15 @@ class PlainSpace:
         if key not in self._known:
             self._move(amounts)
             side = self.sides[task]
-            model = Classifier(self.encoder, side.head)
+            model = Classifier(self.encoder, side.head).to(device_of(self.encoder))
             self._known[key] = classes(model, _part(side, part).batches(BATCH))
         return self._known[key]
 
     def features(self, amounts: Amounts, task: int, part: str) -> Tensor:
         """See ``Space``."""
         self._move(amounts)
-        return embed(self.encoder, _part(self.sides[task], part).batches(BATCH))
+        batches = _part(self.sides[task], part).batches(BATCH)
+        return embed(self.encoder, batches, device=str(device_of(self.encoder)))
 
     @torch.no_grad()
     def _move(self, amounts: Amounts) -> None:
@@ -159,7 +160,7 @@ class LinearSpace:
     def predict(self, amounts: Amounts, task: int, part: str) -> Array:
         """See ``Space``."""
         given = _Given(self.features(amounts, task, part))
-        head = Classifier(self.encoder, self.sides[task].head).with_body(given)
+        head = Classifier(self.encoder, self.sides[task].head).with_body(given).to("cpu")
         nothing = torch.zeros(1, 1, dtype=torch.int64)
         return np.asarray(head(nothing, nothing).argmax(1).numpy())
 
@@ -168,7 +169,8 @@ class LinearSpace:
         """See ``Space``."""
         at = task, part
         if at not in self._base:
-            self._base[at] = embed(self.encoder, _part(self.sides[task], part).batches(BATCH))
+            batches = _part(self.sides[task], part).batches(BATCH)
+            self._base[at] = embed(self.encoder, batches, device=str(device_of(self.encoder)))
         features = self._base[at].clone()
         for direction, amount in _directions(amounts):
             features += amount * self._slope(direction, task, part)
@@ -180,10 +182,13 @@ class LinearSpace:
             data = _part(self.sides[task], part)
             tau = self._sum(direction)
             out = torch.empty(len(data), self.encoder.dim)
+            device = device_of(self.encoder)
+            tau = {name: delta.to(device) for name, delta in tau.items()}
             with evaluating(self.encoder):
                 for batch in data.batches(BATCH):
-                    _, slope = product(self.encoder, tau, batch.input_ids, batch.attention_mask)
-                    out[list(batch.rows)] = slope
+                    ids, mask = batch.input_ids.to(device), batch.attention_mask.to(device)
+                    _, slope = product(self.encoder, tau, ids, mask)
+                    out[list(batch.rows)] = slope.cpu()
             self._slopes[key] = out
         return self._slopes[key]
 

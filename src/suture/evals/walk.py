@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from suture.data import Batch
 from suture.errors import MismatchError, RecipeError
-from suture.models import Classifier, Encoder, Head, evaluating, parameters_of
+from suture.models import Classifier, Encoder, Head, device_of, evaluating, parameters_of
 from suture.spec import listed
 
 Array = np.ndarray[Any, Any]
@@ -112,9 +112,11 @@ def classes(model: nn.Module, batches: Iterable[Batch]) -> Array:
     """The most likely class of every row, int64[rows], in the order of the data."""
     numbers: list[int] = []
     found: list[int] = []
+    device = device_of(model)
     with evaluating(model):
         for batch in batches:
-            found += model(batch.input_ids, batch.attention_mask).argmax(1).tolist()
+            ids, mask = batch.input_ids.to(device), batch.attention_mask.to(device)
+            found += model(ids, mask).argmax(1).tolist()
             numbers += list(batch.rows)
     if not numbers:
         raise RecipeError("there are no rows to predict")
