@@ -179,20 +179,25 @@ def raw_recipe(
     return parse_yaml(text_of(source), str(source)), folder or source.parent
 
 
-def parse_yaml(text: str, where: str, lines: list[Lines] | None = None) -> dict[str, Any]:
-    """Read a YAML mapping; ``lines`` takes where its parts stand.
+MAPPING = "a recipe is a mapping with keys such as base, models, method"
+
+
+def parse_yaml(
+    text: str, where: str, lines: list[Lines] | None = None, shape: str = MAPPING
+) -> dict[str, Any]:
+    """Read a YAML mapping; ``lines`` takes where its parts stand, ``shape`` says what it should be.
 
     Raises:
         RecipeError: it is not YAML, not a mapping, or a key stands twice.
     """
-    found = parse_documents(text, where, lines)
+    found = parse_documents(text, where, lines, shape)
     if len(found) > 1:
         raise RecipeError(f"{where}: not valid YAML: expected a single document in the stream")
     return found[0]
 
 
 def parse_documents(
-    text: str, where: str, lines: list[Lines] | None = None
+    text: str, where: str, lines: list[Lines] | None = None, shape: str = MAPPING
 ) -> list[dict[str, Any]]:
     """Read the mappings of a YAML file; ``lines`` takes where the parts of each stand.
 
@@ -220,9 +225,7 @@ def parse_documents(
     found = [raw for raw in found if raw is not None] or [None]
     for raw in found:
         if not isinstance(raw, dict) or not all(isinstance(k, str) for k in raw):
-            raise RecipeError(
-                f"{where}: a recipe is a mapping with keys such as base, models, method"
-            )
+            raise RecipeError(f"{where}: {shape}")
     return found
 
 

@@ -16,6 +16,7 @@ from suture.recipe import Lines, parse_yaml, text_of
 from suture.recipe_types import Reader, refuse_unknown, section
 
 KEYS = ("name", "evaluations", "decoding", "reference")
+SHAPE = "a suite is a mapping with keys such as name, evaluations, decoding"
 COMMON = ("kind", "data", "limit", "category", "language", "utility", "batch", "decoding",
           "max_length", "too_long")  # fmt: skip
 """Keys that every evaluation has; the others are options of its kind."""
@@ -76,7 +77,7 @@ def read_suite(
         return _Reader(dict(source), folder or Path(), problems).suite("suite", str)
     with problems.collecting():
         lines: list[Lines] = []
-        raw = parse_yaml(text_of(source, "suite"), str(source), lines)
+        raw = parse_yaml(text_of(source, "suite"), str(source), lines, SHAPE)
         problems.locate = lines[0].locate
         reader = _Reader(raw, folder or source.parent, problems)
         return reader.suite(source.stem, lines[0].locate)
@@ -142,8 +143,8 @@ class _Reader(Reader):
             "language": self.word(raw, "language", where),
             "decoding": self.decoding(raw, decoding, f"{where}."),
         }
-        if data is None:
-            return None
+        if data is None or options.keys() != line.options.keys():
+            return None  # rows are not read by options that are wrong
         return Question(name, kind, options, data, utility=bool(utility), too_long=str(too_long),
                         **given)  # fmt: skip
 
