@@ -347,6 +347,8 @@ def test_the_gate_of_a_command_exits_1_where_a_rule_is_broken(tmp_path: Path) ->
     assert said.code == 1
     table = said.out[said.out.index("gate: BROKEN, 1 of 2 rules") :].splitlines()
     assert table[2].startswith("BROKEN  edit  refusal.harmful >= base")
+    assert "difference -0.0" in table[2]
+    assert "difference" not in table[3], "a retention is no difference to a model"
     found = invoke("compare", *paths, "--gate", gate, "--json")
     assert found.code == 1
     assert [v["held"] for v in found.json["verdicts"]] == [False, True]

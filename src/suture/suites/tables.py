@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 from suture.evals.base import Metric
 from suture.evals.results import SuiteResult
 from suture.suites.comparison import Comparison, Line
+from suture.suites.gate import read_rule
 from suture.suites.judge import Verdict
 
 if TYPE_CHECKING:  # it needs the whole way from recipe to network, comparing does not
@@ -87,8 +88,8 @@ def _gate(verdicts: Sequence[Verdict]) -> Iterator[str]:
         yield f"gate: held, {len(verdicts)} rules"
     rows = []
     for v in sorted(verdicts, key=lambda v: v.held):
-        apart = v.margin.value != v.value  # a difference to other models, not the value itself
-        told = f"margin {interval(v.margin, '+')}" if apart else interval(v.margin)
+        apart = read_rule(v.rule).factors  # to other models
+        told = f"difference {interval(v.margin, '+')}" if apart else interval(v.margin)
         told = v.reason or f"{told}, n = {v.margin.n}"
         told += ": the value keeps it, too few rows to be sure" if _unsure(v) else ""
         rows.append([

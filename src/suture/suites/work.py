@@ -182,7 +182,7 @@ def _evaluation(
     asked: Asked, subject: Subject, scores: Sequence[Score], key: str, seconds: float
 ) -> Evaluation:
     name, notes = asked.question.name, list(subject.prepared[asked.question.name].notes)
-    kept = []
+    kept, failed = [], dict[tuple[int, int], list[str]]()
     for score in scores:
         rows = sorted(score.values)
         values = np.asarray([score.values[row] for row in rows], np.float64)
@@ -191,8 +191,11 @@ def _evaluation(
         values[~np.isfinite(values)] = np.nan
         kept.append(Scores(score.name, score.statistic, score.better, tuple(rows), values, weights))
         if np.isnan(values).any():
-            notes.append(f"{score.name}: {int(np.isnan(values).sum())} of {len(rows)} rows gave no "
-                         "finite number: the model is broken there")  # fmt: skip
+            failed.setdefault((int(np.isnan(values).sum()), len(rows)), []).append(score.name)
+    notes += [
+        f"{', '.join(names)}: {some} of {all_} rows gave no finite number: the model is broken there"
+        for (some, all_), names in failed.items()
+    ]
     taken = {score.name for score in kept}
     groups = {f"{g}_" if g in taken else g: rows for g, rows in asked.groups.items()}
     return Evaluation(name, asked.question.kind, asked.facts, key, asked.question.utility,
