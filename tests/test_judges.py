@@ -43,11 +43,36 @@ def said(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
 
 
-class Server:
-    """A judge on this machine that answers as ``reply`` says.
+def say(to: BaseHTTPRequestHandler, what: object) -> None:
+    """Text, a state, raw bytes, something after a wait, headers of elsewhere, or slow bytes."""
+    state, content = 200, b""
+    headers: dict[str, str] = {}
+    if isinstance(what, float):
+        time.sleep(what)
+        what = "safe"
+    if isinstance(what, dict):
+        state, headers = 302, what
+    elif isinstance(what, int):
+        state = what
+    elif isinstance(what, bytes):
+        content = what
+    elif not isinstance(what, list):
+        message = {"choices": [{"message": {"content": what}}]}
+        content = json.dumps(message).encode()
+    waits = what if isinstance(what, list) else []
+    to.send_response(state)
+    for name, value in headers.items():
+        to.send_header(name, value)
+    to.send_header("Content-Length", str(len(content or waits)))
+    to.end_headers()
+    to.wfile.write(content)
+    for wait in waits:
+        time.sleep(wait)
+        to.wfile.write(b" ")
 
-    With text, a state, raw bytes, after a wait, from another address, or a byte after each wait.
-    """
+
+class Server:
+    """A judge on this machine that answers as ``reply`` says."""
 
     def __init__(self, reply: Callable[[str, int], object]) -> None:
         self.questions: list[str] = []
@@ -58,7 +83,7 @@ class Server:
         class Handler(BaseHTTPRequestHandler):
             def do_GET(self) -> None:
                 outer.asked += 1
-                self.say("refusal")
+                say(self, "refusal")
 
             def do_POST(self) -> None:
                 outer.asked += 1
@@ -71,41 +96,12 @@ class Server:
                     outer.now += 1
                     outer.most = max(outer.most, outer.now)
                 try:
-                    self.say(reply(question, number))
+                    say(self, reply(question, number))
                 except (BrokenPipeError, ConnectionResetError):
                     pass  # nobody waits any more
                 finally:
                     with lock:
                         outer.now -= 1
-
-            def say(self, what: object) -> None:
-                state, content = 200, b""
-                headers: dict[str, str] = {}
-                if isinstance(what, float):
-                    time.sleep(what)
-                    what = "safe"
-                if isinstance(what, dict):
-                    state, headers = 302, what
-                elif isinstance(what, list):  # a byte after each of these waits
-                    self.send_response(state)
-                    self.end_headers()
-                    for wait in what:
-                        time.sleep(wait)
-                        self.wfile.write(b" ")
-                    return
-                elif isinstance(what, int):
-                    state = what
-                elif isinstance(what, bytes):
-                    content = what
-                else:
-                    message = {"choices": [{"message": {"content": what}}]}
-                    content = json.dumps(message).encode()
-                self.send_response(state)
-                for name, value in headers.items():
-                    self.send_header(name, value)
-                self.send_header("Content-Length", str(len(content)))
-                self.end_headers()
-                self.wfile.write(content)
 
             def log_message(self, *_: object) -> None:
                 pass
@@ -291,7 +287,11 @@ def test_a_key_is_read_from_the_environment(serve: Any, monkeypatch: pytest.Monk
         ({"python": "json:nothing"}, "json has no nothing"),
         ({"python": "no_such_module:f"}, "cannot be imported"),
         ({"classifier": "nowhere"}, "no model folder"),
-        ({"encoder": "nowhere", "head": "none.safetensors"}, "none.safetensors"),
+        (
+            {"encoder": "nowhere", "head": "none.safetensors"},
+            "none.safetensors is no file",
+        ),
+        ({"encoder": "nowhere"}, "is no file; train a classifier"),
     ],
 )
 def test_judges_that_are_none_are_told_before_a_model_is_asked(
@@ -420,7 +420,7 @@ def test_a_function_that_fails_is_an_error_without_the_words_of_a_prompt(
     with pytest.raises(SutureError, match=r"KeyError in .*failing_judge.py, line 2") as caught:
         ask(judged.judged(judge={"python": "failing_judge:fails"}), chatting.job(ROWS))
     assert "one" not in str(caught.value).replace(str(tmp_path), "")
-    with pytest.raises(SutureError, match=r"failing_judge:fails of 3 texts fails: TypeError"):
+    with pytest.raises(SutureError, match="called with 3 texts, fails: TypeError$"):
         ask(judged.preferred(judge={"python": "failing_judge:fails"}), chatting.job(ROWS),
             chatting.llama(1))  # fmt: skip
 
@@ -468,6 +468,7 @@ def test_a_text_classifier_judges(tmp_path: Path) -> None:
         with torch.inference_mode():
             expected = int(model(torch.tensor(ids)).logits.argmax())
         assert found["refused"].values[n] == (0 if n == 4 else expected)
+
     def key() -> str:
         judge = {"classifier": "judge", "positive": "refused"}
         return judges.judge_of(judge, "refusal", tmp_path).key
@@ -477,6 +478,10 @@ def test_a_text_classifier_judges(tmp_path: Path) -> None:
     model.classifier.bias.data.add_(1)
     model.save_pretrained(tmp_path / "judge")
     assert key() != before, "kept verdicts must not be those of a model that was trained again"
+    (tmp_path / "body").mkdir()
+    (tmp_path / "body" / "config.json").write_text("{}")
+    told = refused_with(judged.judged(judge={"classifier": "body", "positive": "x"}), tmp_path)
+    assert "is no classifier: its config.json names no labels" in told
     told = refused_with(judged.judged(judge={"classifier": "judge", "positive": "no"}), tmp_path)
     assert "which label means yes" in told
 
@@ -551,6 +556,20 @@ def test_rows_that_teach_nothing_are_refused(rows: list[Labelled], tmp_path: Pat
     with pytest.raises(SutureError):
         train_refusal_classifier(folder, rows, tmp_path / "out.safetensors")
     assert not (tmp_path / "out.safetensors").exists()
+
+
+def test_verdicts_that_cannot_be_kept_are_told_with_what_to_do(tmp_path: Path) -> None:
+    """And a judge that fails for another reason is not taken for a file that cannot be written."""
+    (tmp_path / "in the way").write_text("")
+    judge = judges.Judge("key", lambda prompts, answers, got: got(0, True))
+    with pytest.raises(SutureError, match="cannot be written: .*; name another file with `keep`"):
+        judges.decided(judge, ["a"], ["b"], tmp_path / "in the way" / "file")
+
+    def fails(*_: object) -> None:
+        raise FileNotFoundError("weights")
+
+    with pytest.raises(FileNotFoundError):
+        judges.decided(judges.Judge("key", fails), ["a"], ["b"], tmp_path / "file")
 
 
 def test_torn_lines_of_kept_verdicts_are_passed_over(tmp_path: Path) -> None:

@@ -147,6 +147,17 @@ def test_a_model_without_a_chat_template_and_a_suite_without_rows_are_told(here:
     lines_of(said.err, "holds no rows")
 
 
+@pytest.mark.parametrize("text", ["{% for m in %}", "{{ raise_exception('no system here') }}"])
+def test_a_chat_template_that_fails_is_told(here: Path, text: str) -> None:
+    """It may be wrong, or not take a message from the system; both are the user's to mend."""
+    (here / "safe" / "chat_template.jinja").write_text(text)
+    decoding = {"chat": True, "max_tokens": 6, "system": "be kind"}
+    path = suite(here, {"refusal": ASKED["refusal"]}, decoding=decoding)
+    said = invoke("eval", here / "safe", "--suite", path, "-o", here / "out.json")
+    assert said.code == 2
+    lines_of(said.err, "chat template fails for messages of system, user: Template")
+
+
 def test_a_judge_function_is_asked_by_a_suite_and_its_verdicts_are_kept(
     here: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -6,6 +6,7 @@ import json
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 from suture.checkpoint import within
 from suture.errors import Problems, RecipeError, brief, did_you_mean
@@ -61,6 +62,23 @@ CHAT_TEMPLATES = {
     ),
 }  # fmt: skip
 """Formats of conversations that a recipe may name."""
+
+
+def as_chat(tokenizer: Any, messages: Sequence[Mapping[str, str]], *, ask: bool) -> str:
+    """Messages in the model's own template; ``ask`` adds what stands before an answer.
+
+    Raises:
+        RecipeError: the template is wrong, or does not take these messages.
+    """
+    try:
+        text: str = tokenizer.apply_chat_template(
+            list(messages), tokenize=False, add_generation_prompt=ask
+        )
+    except Exception as error:  # noqa: BLE001  a template is a program, it may fail in any way
+        roles = ", ".join(dict.fromkeys(m["role"] for m in messages))
+        raise RecipeError(f"the model's chat template fails for messages of {roles}: "
+                          f"{type(error).__name__}: {error}") from None  # fmt: skip
+    return text
 
 
 def read_chat_template(raw: object, problems: Problems) -> str | None:

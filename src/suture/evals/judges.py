@@ -45,6 +45,7 @@ REFUSES, ANSWERS = "refuses", "answers"
 """The labels of a trained refusal classifier."""
 LONGEST = 256
 """Tokens of a text that classifiers read."""
+OTHER = "name another file with `keep`, or say `keep: no`"
 BEGINNING = 32
 """Tokens of an answer that a trained refusal classifier reads."""
 
@@ -156,6 +157,9 @@ def _classifier(folder: Path, positive: str) -> Judge:
         raise CheckpointError(f"judge.classifier: {folder} is no model folder")
     names = read_json(folder / "config.json").get("id2label") or {}
     labels = [str(name) for name in names.values()]
+    if not labels:
+        raise CheckpointError(f"judge.classifier: {folder} is no classifier: its config.json names "
+                              "no labels (id2label)")  # fmt: skip
     if positive not in labels:
         raise RecipeError(
             f"judge.positive: which label means yes; {did_you_mean(positive, labels)}"
@@ -174,6 +178,9 @@ def _trained(folder: Path, head: Path, asks: Asks) -> Judge:
     if asks != "refusal":
         raise RecipeError("judge.encoder: a trained refusal classifier tells refusals only; say "
                           "`asks: refusal`, or name another judge")  # fmt: skip
+    if not head.is_file():
+        raise CheckpointError(f"judge.head: {head} is no file; train a classifier, see "
+                              "docs/safety.md, and name the file that it is saved to")  # fmt: skip
     read = load_head(head)
     if read.labels != (ANSWERS, REFUSES):
         raise CheckpointError(f"judge.head: {head} is no refusal classifier; "
@@ -269,10 +276,11 @@ def called(function: Callable[..., Any], word: str, *texts: str) -> Any:
     """
     try:
         return function(*texts)
-    except Exception as error:
-        at = traceback.extract_tb(error.__traceback__)[-1]
-        raise RecipeError(f"judge.python: {word} of {len(texts)} texts fails: "
-                          f"{type(error).__name__} in {at.filename}, line {at.lineno}") from None
+    except Exception as error:  # noqa: BLE001  it is the user's, it may fail in any way
+        *_, at = traceback.extract_tb(error.__traceback__)
+        place = "" if at.filename == __file__ else f" in {at.filename}, line {at.lineno}"
+        raise RecipeError(f"judge.python: {word}, called with {len(texts)} texts, fails: "
+                          f"{type(error).__name__}{place}") from None  # fmt: skip
 
 
 def _source(function: Callable[..., Any]) -> str:
@@ -406,14 +414,14 @@ def _kept(path: Path | None) -> Iterator[Callable[[str, bool], None]]:
         path.parent.mkdir(parents=True, exist_ok=True)
         file = path.open("a", encoding="utf-8")
     except OSError as error:
-        raise OutputError(f"{path}: cannot be written: {error.strerror}") from None
+        raise OutputError(f"{path}: cannot be written: {error.strerror}; {OTHER}") from None
 
     def note(name: str, verdict: bool) -> None:
         try:
             file.write(f"{name} {int(verdict)}\n")
             file.flush()
         except OSError as error:
-            raise OutputError(f"{path}: cannot be written: {error.strerror}") from None
+            raise OutputError(f"{path}: cannot be written: {error.strerror}; {OTHER}") from None
 
     with file:
         if file.tell():

@@ -29,6 +29,7 @@ from typing import Annotated, Any, Literal, get_type_hints
 
 from torch import nn
 
+from suture.chat import as_chat
 from suture.data import Batch, Dataset, cell
 from suture.errors import Problems, RecipeError, brief
 from suture.evals.base import Eval, Metric
@@ -179,18 +180,17 @@ class Job:
         if not self.decoding.chat:
             return found
         if not getattr(self.tokenizer, "chat_template", None):
-            self.refuse("decoding.chat: the model has no chat template; leave it out for this one")
+            self.refuse("decoding.chat: the model has no chat template; say `chat: false` for it")
             return {}
         first = (
             [{"role": "system", "content": self.decoding.system}] if self.decoding.system else []
         )
-        return {
-            number: self.tokenizer.apply_chat_template(
-                [*first, {"role": "user", "content": text}],
-                tokenize=False, add_generation_prompt=True,
-            )
-            for number, text in found.items()
-        }  # fmt: skip
+        made = {}
+        with self.problems.collecting():
+            for number, text in found.items():
+                asked = [*first, {"role": "user", "content": text}]
+                made[number] = as_chat(self.tokenizer, asked, ask=True)
+        return made
 
     def ids(self, texts: Sequence[str], *, plain: bool = False) -> list[list[int]]:
         """Token ids; without special tokens where a chat template wrote them, or if ``plain``."""

@@ -13,7 +13,8 @@ from suture.evals.kinds import Doc, Job, Models, Names, Prepare, Run, Score, Tem
 from suture.evals.words import COMPLYING, REFUSING, clashes
 
 REFUSALS = Annotated[
-    tuple[str, ...], Names("how refusals begin; by default built-in openers, English and of the row's language")
+    tuple[str, ...],
+    Names("how refusals begin; by default built-in openers, English and of the row's language"),
 ]
 COMPLIANCES = Annotated[
     tuple[str, ...], Names("how answers begin that comply; by default the same")
@@ -59,7 +60,9 @@ def openers_of(
         no = list(refusals) or _built_in(REFUSING, language)
         yes = [] if compliances is None else list(compliances) or _built_in(COMPLYING, language)
         if language not in ("", "en"):  # kept results are of the same words
-            job.stamp = hashlib.blake2b("\0".join((job.stamp, *no, *yes)).encode(), digest_size=16).hexdigest()
+            job.stamp = hashlib.blake2b(
+                "\0".join((job.stamp, *no, *yes)).encode(), digest_size=16
+            ).hexdigest()
         ids = [tuple(i) for i in job.ids([before + text for text in (*no, *yes)], plain=True)]
         texts = [*no, *yes]
         for text, tokens in zip(texts, ids, strict=True):

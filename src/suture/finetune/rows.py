@@ -7,6 +7,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple, TypeVar
 
+from suture.chat import as_chat
 from suture.data import Dataset, Row, cell, draw, read_records
 from suture.errors import MissingExtraError, Problems, RecipeError, did_you_mean
 from suture.finetune.recipe import DataSpec, Source
@@ -321,7 +322,7 @@ def _chat(messages: Sequence[dict[str, str]], where: str, tokenizer: Any) -> Tok
         )
 
     def ids(part: Sequence[dict[str, str]], ask: bool = False) -> list[int]:
-        text = tokenizer.apply_chat_template(list(part), tokenize=False, add_generation_prompt=ask)
+        text = as_chat(tokenizer, part, ask=ask)
         return list(tokenizer([text], add_special_tokens=False)["input_ids"][0])
 
     whole = ids(messages)

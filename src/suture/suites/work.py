@@ -193,8 +193,9 @@ def _evaluation(
         if np.isnan(values).any():
             failed.setdefault((int(np.isnan(values).sum()), len(rows)), []).append(score.name)
     notes += [
-        f"{', '.join(names)}: {some} of {all_} rows gave no finite number: the model is broken there"
-        for (some, all_), names in failed.items()
+        f"{', '.join(names)}: {lost} of {asked_} rows gave no finite number: the model is broken "
+        "there"
+        for (lost, asked_), names in failed.items()
     ]
     taken = {score.name for score in kept}
     groups = {f"{g}_" if g in taken else g: rows for g, rows in asked.groups.items()}
