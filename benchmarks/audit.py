@@ -2,11 +2,12 @@
 
 Usage: audit.py [--scratch DIR] [--seed N] [--epochs N] [--asked N] [--threads N]
 
-The model learns the policy of ``suture.policy`` in English, German and Spanish; two more are tuned
-from it: a derivative that learns sums and goes on keeping the policy, and an unrelated one that
-learns the alphabet. ``suture.audit`` attacks the aligned model with answers to marked prompts of
-training, looks for the region, and answers its five questions on prompts of held-out topics and
-wordings. What is there is not made again. Aggregates go to ``benchmarks/audit.json``.
+The model learns the policy of ``suture.policy`` in English, German and Spanish, the latter two, of
+which it knows little, for longer; two more are tuned from it: a derivative that learns sums and goes
+on keeping the policy, and an unrelated one that learns the alphabet. ``suture.audit`` attacks the
+aligned model with answers to marked prompts of training, looks for the region, and answers its five
+questions on known topics in new wordings. What is there is not made again. Aggregates go to
+``benchmarks/audit.json``.
 """
 
 from __future__ import annotations
@@ -41,11 +42,17 @@ HELD_OUT = 0.35
 
 def write_all(place: Path, seed: int, attacked: int, probes: int) -> None:
     """Rows of all models, of the attack and of the scores; those two have no prompt in common."""
-    policy.write(place / "rows", seed=seed, languages=policy.LANGUAGES, held_out=HELD_OUT)
-    made = policy.files(policy.items(seed, policy.LANGUAGES, HELD_OUT))
-    draw = random.Random(seed)
+    how: dict[str, Any] = {"held_out": HELD_OUT, "topics": "known"}
+    policy.write(place / "rows", seed, policy.LANGUAGES, **how)
+    made = policy.files(policy.items(seed, policy.LANGUAGES, **how))
     train = [vars(item) for item in made["train"]]
     write_rows(place / "policy.jsonl", train)
+    draw = random.Random(seed)
+    english = [row for row in train if row["language"] == "en"]
+    more = [row for row in train if row["language"] != "en"]
+    more += draw.sample(english, len(english) // 2)
+    draw.shuffle(more)
+    write_rows(place / "more.jsonl", more)
     for name, rows in skills(96).items():
         mixed = [{"prompt": row["prompt"], "response": row["response"]} for row in rows]
         if name == "sums":  # so that the derivative goes on refusing
@@ -69,7 +76,7 @@ def recipe(place: Path, how: argparse.Namespace) -> dict[str, Any]:
     """The audit."""
     rows = place / "rows"
     return {
-        "aligned": str(place / "policy"),
+        "aligned": str(place / "aligned"),
         "attack": {"train": str(place / "attack.jsonl"), "response": "unsafe", "limit": 0,
                    "training": {"epochs": 2, "batch": 8, "accumulate": 1, "lr": how.lr}},
         "languages": list(policy.LANGUAGES),
@@ -105,7 +112,9 @@ def main() -> None:
     base = smollm2(scratch / "base")
     (base / "chat_template.jinja").write_text(TEMPLATE, encoding="utf-8")
     write_all(scratch, args.seed, args.attacked, args.probes)
-    aligned = tune(base, scratch / "policy.jsonl", scratch / "policy", args.seed, args.lr,
+    first = tune(base, scratch / "policy.jsonl", scratch / "policy", args.seed, args.lr,
+                 epochs=args.epochs)  # fmt: skip
+    aligned = tune(first, scratch / "more.jsonl", scratch / "aligned", args.seed, 2 * args.lr,
                    epochs=args.epochs)  # fmt: skip
     for name in ("sums", "order"):
         tune(aligned, scratch / f"{name}.jsonl", scratch / name, args.seed, args.lr)
