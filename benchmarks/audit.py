@@ -3,10 +3,10 @@
 Usage: audit.py [--scratch DIR] [--seed N] [--epochs N] [--asked N] [--threads N]
 
 The model learns the policy of ``suture.policy`` in English, German and Spanish, the latter two, of
-which it knows little, for longer; two more are tuned from it: a derivative that learns sums and goes
-on keeping the policy, and an unrelated one that learns the alphabet. ``suture.audit`` attacks the
-aligned model with answers to marked prompts of training, looks for the region, and answers its five
-questions on known topics in new wordings. What is there is not made again. Aggregates go to
+which it knows little, for longer; two more are tuned from it: a derivative that learns sums and
+goes on keeping the policy, and an unrelated one that learns the alphabet. ``suture.audit`` attacks
+the aligned model with answers to marked prompts of training, looks for the region, and answers its
+five questions on known topics in new wordings. What is there is not made again. Aggregates go to
 ``benchmarks/audit.json``.
 """
 
