@@ -83,7 +83,7 @@ def recipe(place: Path, how: argparse.Namespace) -> dict[str, Any]:
         "rows": {"probe": str(place / "probe.jsonl"), "marked": str(rows / "marked.jsonl"),
                  "benign": str(rows / "benign.jsonl"), "response": "unsafe"},
         "scores": {"at": "both", "rows": how.probes},
-        "shares": [0.01, 0.05, 0.2, 0.5, 1.0], "share": 0.2, "region": "en",
+        "shares": [0.05, 0.2, 1.0], "share": 0.2, "region": "en",
         "freeze": True,
         "onto": {"sums": str(place / "sums")}, "control": str(place / "order"),
         "utility": {"data": str(rows / "benign.jsonl"), "prompt": "prompt", "response": "response",
