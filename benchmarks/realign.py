@@ -62,7 +62,7 @@ SINGLE = {
     "safemerge": plain("safemerge", normalise=True),
     "protect-0.1": plain("protect", density=0.1),
     "protect-0.3": plain("protect", density=0.3),
-    "line-search": plain("line-search", points=6),
+    "line-search": plain("line-search", points=11),
 }
 TOGETHER = {
     "somf-row": somf(granularity="row"),
