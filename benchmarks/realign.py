@@ -111,11 +111,16 @@ def write_pairs(place: Path, asked: int, pairs: int, attacked: int) -> None:
 # -- cells ----------------------------------------------------------------------------------------
 
 
+def file_of(name: str, place: Path) -> Path:
+    """Where the numbers of a line are kept."""
+    return place / "realigned" / f"{name.replace(' ', '-')}.json"
+
+
 def cell(
     name: str, place: Path, base: Path, seed: int, how: argparse.Namespace
 ) -> dict[str, Any]:  # fmt: skip
     """One realignment: from its file where there is one."""
-    path = place / "realigned" / f"{name.replace(' ', '-')}.json"
+    path = file_of(name, place)
     if path.exists():
         return dict(json.loads(path.read_text()))
     line = dict(CELLS[name])
@@ -164,7 +169,8 @@ def seeded(scratch: Path, base: Path, seed: int, how: argparse.Namespace) -> dic
         for name in SKILLS
     }
     found = {name: cell(name, place, base, seed, how) for name in CELLS
-             if not how.only or name in how.only}  # fmt: skip
+             if (not how.only or name in how.only)
+             and (not how.finished or file_of(name, place).exists())}  # fmt: skip
     if how.ask:
         questions = suite(place, aligned, how.asked)
         models |= {"policy": aligned}
@@ -226,6 +232,7 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=HERE / "realign.json")
     parser.add_argument("--seeds", type=lambda t: [int(s) for s in t.split(",")], default=[0])
     parser.add_argument("--only", type=lambda text: text.split(","), help="only these lines")
+    parser.add_argument("--finished", action="store_true", help="only lines that are there")
     parser.add_argument("--keep", type=lambda text: text.split(","), default=["single somf-row"],
                         help="realigned models to keep")  # fmt: skip
     parser.add_argument("--ask", action="store_true", help="ask kept models by generating")
@@ -254,7 +261,7 @@ def main() -> None:
     front = [n for group in ("single", *FUSES) for n in best(table, group)]
     made = {
         "asked": {k: str(v) if isinstance(v, Path) else v for k, v in vars(args).items()
-                  if k not in ("scratch", "out")},
+                  if k not in ("scratch", "out", "finished")},
         "table": table, "best": front, "seeds": {str(s): cells for s, cells in seeds.items()},
         "machine": {"system": platform.platform(), "python": platform.python_version(),
                     "torch": torch.__version__, "threads": torch.get_num_threads(),
