@@ -130,4 +130,17 @@ def test_the_command_writes_files_of_rows(tmp_path: Path) -> None:
     }
     assert invoke("proxy", "-o", tmp_path / "rows", "--languages", "xx").code == 2
     assert invoke("proxy", "-o", tmp_path / "rows", "--topics", "old").code == 2
-    assert invoke("proxy", "-o", tmp_path / "rows", "--topics", "known").code == 0
+    assert invoke("proxy", "-o", tmp_path / "rows", "--topics", "known", "--overwrite").code == 0
+
+
+def test_other_rows_are_replaced_only_if_asked(tmp_path: Path) -> None:
+    """The same command may be run again; another seed must not change what results stand on."""
+    assert invoke("proxy", "-o", tmp_path).code == 0
+    assert invoke("proxy", "-o", tmp_path).code == 0
+    before = (tmp_path / "test.jsonl").read_bytes()
+    said = invoke("proxy", "-o", tmp_path, "--seed", 1)
+    assert said.code == 2
+    assert "holds other rows in" in said.err
+    assert (tmp_path / "test.jsonl").read_bytes() == before
+    assert invoke("proxy", "-o", tmp_path, "--seed", 1, "--overwrite").code == 0
+    assert (tmp_path / "test.jsonl").read_bytes() != before

@@ -957,14 +957,15 @@ def proxy(
     topics: Annotated[
         str, typer.Option(help="Test rows about new topics, or known ones in new words.")
     ] = "new",
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace other rows.")] = False,
     as_json: Json = False,
 ) -> None:
     """Write the rows of the harmless refusal policy: safety work without a harmful word."""
-    with _errors():
+    with _errors(as_json):
         from suture.policy import write
 
         words = [word.strip() for word in languages.split(",")]
-        counts = write(out, seed, words, topics=topics)
+        counts = write(out, seed, words, topics=topics, overwrite=overwrite)
     if as_json:
         show_json(counts)
         return

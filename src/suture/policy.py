@@ -440,26 +440,34 @@ def files(found: Sequence[Item]) -> dict[str, list[Item]]:
 
 
 def write(
-    folder: Path,
-    seed: int = 0,
-    languages: Sequence[str] = LANGUAGES,
-    held_out: float = 0.3,
-    topics: str = "new",
-) -> dict[str, int]:
+    folder: Path, seed: int = 0, languages: Sequence[str] = LANGUAGES, held_out: float = 0.3,
+    topics: str = "new", overwrite: bool = True,
+) -> dict[str, int]:  # fmt: skip
     """Write the rows as JSONL files into a folder; gives the number of rows of each.
 
     Raises:
         RecipeError: see ``items``.
-        OutputError: the folder cannot be written to.
+        OutputError: the folder cannot be written to; or, without ``overwrite``, a file of such a
+            name holds other rows.
     """
     made = files(items(seed, languages, held_out, topics))
+    texts = {
+        folder / f"{name}.jsonl": "".join(
+            json.dumps(vars(row), ensure_ascii=False) + "\n" for row in rows
+        ).encode()
+        for name, rows in made.items()
+    }
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        for name, rows in made.items():
-            text = "".join(json.dumps(vars(row), ensure_ascii=False) + "\n" for row in rows)
-            partial = folder / f".{name}.partial"
-            partial.write_text(text, encoding="utf-8")
-            partial.replace(folder / f"{name}.jsonl")
+        others = [path.name for path, text in texts.items()
+                  if not overwrite and path.exists() and path.read_bytes() != text]  # fmt: skip
+        if others:
+            raise OutputError(f"{folder}: holds other rows in {', '.join(others)}; name another "
+                              "folder, or --overwrite")  # fmt: skip
+        for path, text in texts.items():
+            partial = path.with_name(f".{path.stem}.partial")
+            partial.write_bytes(text)
+            partial.replace(path)
     except OSError as error:
         raise OutputError(f"{folder}: cannot be written: {error.strerror}") from None
     return {name: len(rows) for name, rows in made.items()}

@@ -16,6 +16,7 @@ from suture.recipe import raw_recipe
 from suture.recipe_types import Reader, refuse_unknown, section
 
 KEYS = ("name", "evaluations", "decoding", "reference")
+SHAPE = "a suite is a mapping with keys such as name, evaluations, decoding"
 COMMON = ("kind", "data", "limit", "category", "language", "utility", "batch", "decoding",
           "max_length", "too_long")  # fmt: skip
 """Keys that every evaluation has; the others are options of its kind."""
@@ -74,7 +75,7 @@ def read_suite(
     """
     with problems.collecting():
         name = "suite" if isinstance(source, Mapping) else source.stem
-        raw, where = raw_recipe(source, folder, problems, "suite")
+        raw, where = raw_recipe(source, folder, problems, "suite", SHAPE)
         return _Reader(raw, where, problems).suite(name, problems.locate)
     return None
 
@@ -138,8 +139,8 @@ class _Reader(Reader):
             "language": self.word(raw, "language", where),
             "decoding": self.decoding(raw, decoding, f"{where}."),
         }
-        if data is None:
-            return None
+        if data is None or options.keys() != line.options.keys():
+            return None  # rows are not read by options that are wrong
         return Question(name, kind, options, data, utility=bool(utility), too_long=str(too_long),
                         **given)  # fmt: skip
 
