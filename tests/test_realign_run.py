@@ -8,6 +8,7 @@ import shutil
 import signal
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -33,7 +34,7 @@ from suture.mask import Mask, localize
 from suture.models import load_language_model
 from suture.realign import METHODS, plan_realign, read_realign, realign, somf
 from suture.realign.fuse import FUSES
-from suture.realign.outcome import curve_of
+from suture.realign.outcome import curve_of, report_rows
 from suture.stats import Stats
 
 EXAMPLES: dict[str, dict[str, Any]] = {
@@ -141,6 +142,13 @@ def test_the_record_tells_where_the_tuned_change_may_stay(
             assert mean == pytest.approx(own)
         assert 0 < mean < 1
         assert results["curve"] == []
+
+
+def test_no_zero_has_a_sign(shop: Path, tmp_path: Path) -> None:
+    """What a hair of rounding took away is 0.0 % in the table and in the card."""
+    report = realign(dataless(shop, "magnitude"), tmp_path / "out")
+    report = replace(report, retention={"safety": -4e-9, "utility": 1.0, "harmonic": 0.0})
+    assert ("retention, safety", "0.0%") in report_rows(report)
 
 
 def test_a_long_curve_of_losses_is_a_short_one() -> None:

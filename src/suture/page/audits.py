@@ -138,8 +138,8 @@ def _curve(raw: Raw, found: Raw, told: str) -> Iterator[Figure]:
             }})  # fmt: skip
     before, after = raw["aligned"]["violation"][ALL], found["attacked"]["look"]["violation"][ALL]
     star = found["fragility"]
-    reading = (f"The aligned model violates in {_told(before)}, the attacked one in "
-               f"{_told(after)}. ")  # fmt: skip
+    reading = f"Violations of the aligned model: {_told(before)}, of the attacked one: "
+    reading += f"{_told(after)}. "
     if (_value(found["gap"], "low") or 0.0) > 0:
         half = "never reached" if star is None else f"there with {percent(star, 1)} of it all"
         reading += f"Half of what the attack does is {half}."
