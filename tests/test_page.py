@@ -759,12 +759,23 @@ def test_realignments_of_one_model_share_a_section(tmp_path: Path) -> None:
     text = (tmp_path / "page.html").read_text(encoding="utf-8")
     assert text.count("Realignment: what came back of safety</h2>") == 2
     lines_of(
-        text, "Of 3 realignments, somf does best: 80", "Safety and utility, before and after",
+        text, "Of 2 realignments of the same models, somf does best: 80",
+        "Realignment in else: 60", "Safety and utility, before and after",
         "Where the tuned change may stay", "least of the tuned change is left in q of layer 0",
         "Loss while the mask was learned", "somf ends at 0.25", "Recipe of somf/suture.json",
     )  # fmt: skip
     assert len(gather(tmp_path).realignments) == 3
     assert not gather(tmp_path).merges
+
+
+def test_a_realignment_by_itself_has_a_name_and_beats_nobody(tmp_path: Path) -> None:
+    """A page of the output's own folder: the sentences name something, and compare with no other."""
+    write_realigned(tmp_path, "out", realigned("somf", 3.0, 0.5))
+    write_page(tmp_path / "out", tmp_path / "page.html")
+
+    text = (tmp_path / "page.html").read_text(encoding="utf-8")
+    lines_of(text, "Realignment in suture.json: 80")
+    assert "all others" not in text
 
 
 @pytest.mark.parametrize(

@@ -280,11 +280,18 @@ class _Reader(Reader):
                 given[key] = raw[key]
         return Columns(**given)
 
+    def _by_name(self, value: Any) -> Any:
+        """A list of languages as a mapping."""
+        if not isinstance(value, list):
+            return value
+        found: dict[str, Any] = {str(word): {} for word in value}
+        if len(found) < len(value):
+            self.refuse(f"languages: different languages, not {brief(value)}")
+        return found
+
     def languages(self) -> dict[str, Rows]:
         shared = section(self.raw, "rows", self.problems)
-        value = self.raw.get("languages")
-        if isinstance(value, list):
-            value = {str(word): {} for word in value}
+        value = self._by_name(self.raw.get("languages"))
         if not isinstance(value, Mapping) or not value:
             self.refuse("languages: a mapping from languages to their rows, with at least one; or "
                         "a list, where the files under `rows` tell languages apart")  # fmt: skip
@@ -322,8 +329,9 @@ class _Reader(Reader):
         refuse_unknown(raw, names, "attack: ", self.problems)
         train = read_source(raw.get("train"), "attack.train", self.folder, "train", self.problems)
         training = read_training(
-            section(raw, "training", self.problems, "attack."), TRAINING, self.problems
-        )
+            section(raw, "training", self.problems, "attack."), TRAINING, self.problems,
+            place="attack.training",
+        )  # fmt: skip
         words = {}
         for key, default in (("language", ""), ("response", "response")):
             words[key] = raw.get(key, default)

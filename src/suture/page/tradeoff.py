@@ -74,9 +74,9 @@ def pareto(
     for y, points in panels.items():
         best = unbeaten(points, (better or {}).get(y, ("higher", "higher")))
         alt_text = f"{y} against {x}. "
-        if len(best) == 1:
+        if len(best) == 1 and sum(p.judged for p in points) > 1:
             alt_text += f"{best[0]} equals or beats all others in both."
-        elif best:
+        elif len(best) > 1:
             alt_text += f"Nothing beats {listed_words(best)} in both at once."
         told.append(alt_text)
         width = NARROW if len(panels) > 1 else WIDE

@@ -172,7 +172,11 @@ class _Reader(Reader):
                 continue
             refuse_unknown(given, ("path", "weight"), f"models.{name}: ", self.problems)
             weight = given.get("weight", 1.0)
-            if isinstance(weight, bool) or not isinstance(weight, int | float) or weight != weight:
+            if (
+                isinstance(weight, bool)
+                or not isinstance(weight, int | float)
+                or not abs(weight) < 2**63
+            ):
                 self.refuse(f"models.{name}.weight: a number, not {brief(weight)}")
                 continue
             paths[name], weights[name] = given["path"], float(weight)
