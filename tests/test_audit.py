@@ -26,10 +26,19 @@ from suture.audit.net import Change, Net, Region
 from suture.audit.regions import Atlas, overlap, places
 from suture.audit.run import Run
 from suture.audit.training import train
-from suture.audit.verdicts import FAILS, HOLDS, UNDECIDED, Found, fragility, judge, together
+from suture.audit.verdicts import (
+    FAILS,
+    HOLDS,
+    UNASKED,
+    UNDECIDED,
+    Found,
+    fragility,
+    judge,
+    together,
+)
 from suture.checkpoint import open_checkpoint
 from suture.engine import checkpoint_fingerprint
-from suture.errors import MismatchError, NonFiniteError, OutputError
+from suture.errors import MismatchError, NonFiniteError, OutputError, RecipeError
 from suture.evals.base import Metric, share
 from suture.finetune import finetune
 from suture.mask import Mask, StoredMask, localize
@@ -422,7 +431,7 @@ def test_a_broken_model_is_never_called_safe(shop: Path, tmp_path: Path) -> None
     assert not attacked["judged"]
     assert attacked["violation"][ALL] is None
     assert attacked["broken"][ALL]["value"] > 0.9
-    assert {v["verdict"] for v in record["verdicts"]} == {UNDECIDED}
+    assert [v["verdict"] for v in record["verdicts"]] == [UNDECIDED] * 3 + [UNASKED] * 2
     assert "not judged" in record["verdicts"][0]["sentence"]
     assert seed["fragility"] is None
 
@@ -468,7 +477,7 @@ def test_verdicts_follow_intervals_and_nulls() -> None:
     assert words(result(curve={0.2: look(0.05), 1.0: look(0.9)}))[0] == FAILS
     few = {0.2: look(0.6, 10), 1.0: look(0.9, 10)}
     assert words(result(curve=few, attacked=look(0.9, 10)))[0] == UNDECIDED
-    assert set(words(result(attacked=look(0.03)))) == {UNDECIDED}
+    assert words(result(attacked=look(0.03))) == [UNDECIDED] * 3 + [UNASKED] * 2
     assert words(result())[2] == HOLDS
     assert words(result(regions={"en": look(0.05), "de": look(0.8)}))[2] == FAILS
     assert words(result(nulls=same))[2] == UNDECIDED
@@ -570,7 +579,10 @@ def test_a_dry_run_counts_what_is_to_come_and_writes_nothing(shop: Path, tmp_pat
     audit(recipe, out)
     looks = [p for p in (out / "cells").glob("*.json") if "marked" in json.loads(
         p.read_text())["value"]]  # fmt: skip
-    assert len(looks) == plan["looks"] + 1
+    assert len(looks) == plan["looks"]
+    assert plan["notes"] == [
+        "3 more looks if the attacked model differs outside of `space`, too"
+    ]  # which it does not: its embeddings were left alone
     assert plan["generations"] == len(looks) * 72
 
 
@@ -611,7 +623,8 @@ def test_files_by_language_a_judge_and_a_suite(shop: Path, tmp_path: Path) -> No
         "evaluation": {"limit": 8, "max_tokens": 4, "judge": {"python": "auditing:refuses"}},
     }  # fmt: skip
     (tmp_path / "audit.yaml").write_text(yaml.safe_dump(recipe))
-    record = audit(tmp_path / "audit.yaml", tmp_path / "out")
+    told: list[str] = []
+    record = audit(tmp_path / "audit.yaml", tmp_path / "out", say=told.append)
     (seed,) = record["seeds"].values()
 
     assert record["choices"]["answers judged by"] == "a judge of refusal"
@@ -621,6 +634,11 @@ def test_files_by_language_a_judge_and_a_suite(shop: Path, tmp_path: Path) -> No
     assert seed["attacked"]["look"]["utility"]["keeps"]["value"] == 0
     assert record["aligned"]["violation"]["de"]["n"] == 8
     names = {p.name.rpartition("-")[0] for p in (tmp_path / "out" / "cells").glob("*.json")}
+    assert sum(name.startswith(("everything", "repair-")) for name in names) == 2
+    other = ("places-", "overlap-", "en:", "de:")
+    asked = [line for line in told if not line.startswith(other)]
+    assert all(" to go, about " in line for line in asked[:-1])
+    assert "1 cell to go" in asked[-2]
     assert {"everything", "repair-0.2", "complement-0.2", "region-de-0.2", "random-0.2"} <= names
     assert not any(name.startswith("magnitude") for name in names)
 
@@ -649,6 +667,13 @@ WRONG: dict[str, tuple[dict[str, Any], list[str]]] = {
     "no prompts of a language": (
         {"languages": {"en": {}, "fr": {}}, "evaluation": {"judge": {"python": "os:getcwd"}}},
         ["languages.fr.probe: no rows of 'fr'", "has de, en, es"],
+    ),
+    "a language that stands twice": (
+        {"languages": ["en", "de", "en"]}, ["languages: different languages, not ['en', 'de', 'en']"],
+    ),
+    "an attack of an unknown key": (
+        {"attacked": None, "attack": {"train": "a.jsonl", "training": {"epoch": 2, "lr": -1}}},
+        ["attack.training: unknown key 'epoch'", "attack.training.lr must be positive"],
     ),
     "a language without lists": ({"languages": ["en", "xx"]}, ["no lists of refusals for 'xx'"]),
     "a side that is missing": (
@@ -729,6 +754,38 @@ def test_models_that_do_not_belong_together_are_told_apart(shop: Path, tmp_path:
     assert "NaN" in told(attacked=str(tmp_path / "nan"))
 
 
+def test_rows_that_tell_no_languages_apart_are_refused(shop: Path, tmp_path: Path) -> None:
+    """One file for three languages whose rows do not say which: the same prompts thrice."""
+    bare = [{k: v for k, v in row.items() if k != "language"} for row in auditing.rows(True)]
+    auditing.write(tmp_path / "bare.jsonl", bare)
+    asked = auditing.recipe(shop)
+    asked["rows"]["marked"] = str(tmp_path / "bare.jsonl")
+    with pytest.raises(RecipeError, match="no row of bare.jsonl has a column 'language'"):
+        plan_audit(asked, tmp_path / "out")
+    plan_audit({**asked, "languages": ["en"]}, tmp_path / "out")
+
+
+def test_models_are_compared_before_any_is_asked(shop: Path, tmp_path: Path) -> None:
+    """An attacked or control model that is the aligned one costs no answer."""
+    for key in ("attacked", "control"):
+        asked = auditing.recipe(shop, **{key: str(shop / "aligned")})
+        with pytest.raises(MismatchError, match=rf"{key}: .* weight for weight"):
+            audit(asked, tmp_path / key)
+        assert not list((tmp_path / key / "cells").glob("*.json"))
+
+
+def test_what_is_damaged_is_made_again(shop: Path, tmp_path: Path) -> None:
+    """Gradients, cells and the record of an audit, cut short: the command makes them anew."""
+    asked, out = auditing.recipe(shop, shares=[0.2, 1]), tmp_path / "out"
+    record = audit(asked, out)
+    for path in (out / "regions" / "gradients").iterdir():
+        path.write_bytes(path.read_bytes()[:100])
+    for path in (out / "cells").glob("region-*.json"):
+        path.write_text("{")
+    (out / "audit.json").write_text("{")
+    assert audit(asked, out) == record
+
+
 def test_gradients_that_are_no_numbers_are_refused(shop: Path, tmp_path: Path) -> None:
     """A damaged score is named with its tensor; a file that is none is measured again."""
     run, atlas, change = atlas_of(shop, tmp_path)
@@ -740,7 +797,9 @@ def test_gradients_that_are_no_numbers_are_refused(shop: Path, tmp_path: Path) -
     with pytest.raises(NonFiniteError, match="delta_grad gives NaN"):
         atlas.region("en", 0.3).make()
     path.write_bytes(b"nonsense")
+    assert not atlas.measured("en", "attacked")
     atlas.measure("en", "attacked", run.net("aligned"), change)
+    assert atlas.measured("en", "attacked")
     assert atlas.region("en", 0.3).make().count
 
 
@@ -789,4 +848,12 @@ def test_the_report_draws_an_audit(whole: tuple[Path, dict[str, Any]], tmp_path:
     assert code == 0, said
     assert "cannot be shown" not in told + said
     assert "Where safety lives" in (tmp_path / "page.html").read_text()
-    assert list(audits.glance(record))
+    assert "1 attack," in section.lead
+    (seed,) = broken["seeds"].values()
+    seed["gap"] |= {"value": None, "low": None, "high": None}
+    (section,) = audits.audits("audit.json", broken, builder)
+    assert "never reached" not in section.figures[0].reading
+    assert "It cannot be said that the attack did anything" in section.figures[0].reading
+    (told,) = audits.glance("tri/audit.json", record)
+    assert told.startswith("Of the questions of the safety audit in tri/audit.json Q1")
+    assert list(audits.glance("x", record))

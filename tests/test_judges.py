@@ -18,7 +18,7 @@ import transformers
 import chatting
 import tiny_model
 from suture.errors import SutureError
-from suture.evals import judged, judges
+from suture.evals import judged, judges, verdicts
 from suture.evals.endpoint import PATIENCE
 from suture.evals.kinds import Job, Models, Prepare, Score
 from suture.evals.refusal_model import (
@@ -217,7 +217,7 @@ def test_a_server_that_is_gone_stops_the_run_and_nothing_is_asked_twice(serve: A
         ask(make, chatting.job(ROWS))
     assert len(server.questions) == 2 + PATIENCE
     key = judges.judge_of(at(server), "refusal", Path()).key
-    kept = judges.verdict_file(judges.Judge(key, lambda *_: None))
+    kept = verdicts.verdict_file(judges.Judge(key, lambda *_: None))
     assert len(kept.read_text().split()) == 4  # two hashes, two digits
     assert not any(word in kept.read_text() for word in ("cannot", "Sure", "one"))
 
@@ -506,8 +506,8 @@ def test_a_refusal_classifier_is_trained_saved_and_judges(tmp_path: Path) -> Non
     judge = {"encoder": "encoder", "head": "refusals.safetensors"}
     made = judges.judge_of(judge, "refusal", tmp_path)
     rows = labelled()
-    verdicts = judges.decided(made, [r.prompt for r in rows], [r.answer for r in rows], None)
-    assert sum(v is r.refuses for v, r in zip(verdicts, rows, strict=True)) >= 46
+    told = verdicts.decided(made, [r.prompt for r in rows], [r.answer for r in rows], None)
+    assert sum(v is r.refuses for v, r in zip(told, rows, strict=True)) >= 46
     assert "refusals only" in refused_with(judged.judged(judge=judge, asks="harm"), tmp_path)
 
 
@@ -563,13 +563,13 @@ def test_verdicts_that_cannot_be_kept_are_told_with_what_to_do(tmp_path: Path) -
     (tmp_path / "in the way").write_text("")
     judge = judges.Judge("key", lambda prompts, answers, got: got(0, True))
     with pytest.raises(SutureError, match="cannot be written: .*; name another file with `keep`"):
-        judges.decided(judge, ["a"], ["b"], tmp_path / "in the way" / "file")
+        verdicts.decided(judge, ["a"], ["b"], tmp_path / "in the way" / "file")
 
     def fails(*_: object) -> None:
         raise FileNotFoundError("weights")
 
     with pytest.raises(FileNotFoundError):
-        judges.decided(judges.Judge("key", fails), ["a"], ["b"], tmp_path / "file")
+        verdicts.decided(judges.Judge("key", fails), ["a"], ["b"], tmp_path / "file")
 
 
 def test_torn_lines_of_kept_verdicts_are_passed_over(tmp_path: Path) -> None:
@@ -585,10 +585,10 @@ def test_torn_lines_of_kept_verdicts_are_passed_over(tmp_path: Path) -> None:
         return judges.Judge("k", decide)
 
     path = tmp_path / "kept"
-    assert judges.decided(all_are(True), ["p", "q"], ["a", "b"], path) == [True, True]
+    assert verdicts.decided(all_are(True), ["p", "q"], ["a", "b"], path) == [True, True]
     path.write_text(path.read_text()[:-8])
     again = all_are(False)
-    assert judges.decided(again, ["p", "q"], ["a", "b"], path) == [True, False]
+    assert verdicts.decided(again, ["p", "q"], ["a", "b"], path) == [True, False]
     assert asked == [2, 1]
-    assert judges.decided(again, ["p", "q"], ["a", "b"], path) == [True, False]
+    assert verdicts.decided(again, ["p", "q"], ["a", "b"], path) == [True, False]
     assert asked == [2, 1]

@@ -36,7 +36,7 @@ from suture.evals.base import EvalResult, Metric
 from suture.evals.results import Evaluation, Scores, SuiteResult
 from suture.page import Mark, draw, gather, of_benchmark, write_page
 from suture.page.parts import layer_labels, number, percent
-from suture.page.tradeoff import unbeaten
+from suture.page.tradeoff import pareto, unbeaten
 from suture.report import Entry, Report, Task
 from suture.run import merge
 from suture.suites.comparison import Comparison, compare
@@ -759,12 +759,23 @@ def test_realignments_of_one_model_share_a_section(tmp_path: Path) -> None:
     text = (tmp_path / "page.html").read_text(encoding="utf-8")
     assert text.count("Realignment: what came back of safety</h2>") == 2
     lines_of(
-        text, "Of 3 realignments, somf does best: 80", "Safety and utility, before and after",
+        text, "Of 2 realignments of the same models, somf does best: 80",
+        "Realignment in else: 60", "Safety and utility, before and after",
         "Where the tuned change may stay", "least of the tuned change is left in q of layer 0",
         "Loss while the mask was learned", "somf ends at 0.25", "Recipe of somf/suture.json",
     )  # fmt: skip
     assert len(gather(tmp_path).realignments) == 3
     assert not gather(tmp_path).merges
+
+
+def test_a_realignment_by_itself_has_a_name_and_beats_nobody(tmp_path: Path) -> None:
+    """A page of the output's own folder: the sentences name something, and compare with no other."""
+    write_realigned(tmp_path, "out", realigned("somf", 3.0, 0.5))
+    write_page(tmp_path / "out", tmp_path / "page.html")
+
+    text = (tmp_path / "page.html").read_text(encoding="utf-8")
+    lines_of(text, "Realignment in suture.json: 80")
+    assert "all others" not in text
 
 
 @pytest.mark.parametrize(
@@ -820,3 +831,17 @@ def test_only_what_nothing_beats_is_marked() -> None:
     assert unbeaten(marks) == ["a", "b", "d"]
     assert unbeaten(marks, ("higher", "lower")) == ["a", "d"]
     assert unbeaten(marks, ("lower", "lower")) == ["c"]
+
+
+def test_names_of_a_pareto_chart_do_not_lie_over_each_other() -> None:
+    """The unbeaten are named first; a name that has no room is left to the table."""
+    crowd = [Mark(f"middle-{n}", "merge", 0.4 + n / 50, 0.5) for n in range(10)]
+    ends = [Mark("low", "merge", 0.0, 0.0), Mark("high", "merge", 1.0, 1.0)]
+    figure = pareto({"safety": [*crowd, *ends]}, x="utility", title="A", explains="B.")
+
+    drawn = figure.charts[0].spec["data"]["values"]
+    named = {row["name"] for row in drawn if row["left"] or row["right"]}
+    assert {"low", "high"} <= named
+    assert 2 < len(named) < len(crowd)
+    assert all(not (row["left"] and row["right"]) for row in drawn)
+    assert {row[1] for row in figure.table.rows} == {m.name for m in (*crowd, *ends)}

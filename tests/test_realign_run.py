@@ -8,6 +8,7 @@ import shutil
 import signal
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -21,12 +22,19 @@ import adapting
 import refusing
 import suture
 from making import invoke
-from suture.errors import MismatchError, NonFiniteError, OutputError, RecipeError, SutureError
+from suture.errors import (
+    CheckpointError,
+    MismatchError,
+    NonFiniteError,
+    OutputError,
+    RecipeError,
+    SutureError,
+)
 from suture.mask import Mask, localize
 from suture.models import load_language_model
 from suture.realign import METHODS, plan_realign, read_realign, realign, somf
 from suture.realign.fuse import FUSES
-from suture.realign.outcome import curve_of
+from suture.realign.outcome import curve_of, report_rows
 from suture.stats import Stats
 
 EXAMPLES: dict[str, dict[str, Any]] = {
@@ -134,6 +142,13 @@ def test_the_record_tells_where_the_tuned_change_may_stay(
             assert mean == pytest.approx(own)
         assert 0 < mean < 1
         assert results["curve"] == []
+
+
+def test_no_zero_has_a_sign(shop: Path, tmp_path: Path) -> None:
+    """What a hair of rounding took away is 0.0 % in the table and in the card."""
+    report = realign(dataless(shop, "magnitude"), tmp_path / "out")
+    report = replace(report, retention={"safety": -4e-9, "utility": 1.0, "harmonic": 0.0})
+    assert ("retention, safety", "0.0%") in report_rows(report)
 
 
 def test_a_long_curve_of_losses_is_a_short_one() -> None:
@@ -540,6 +555,19 @@ def test_another_recipe_does_not_take_over(shop: Path, tmp_path: Path) -> None:
     other = recipe(shop, training={**TRAINING, "lr": 0.01})
     with pytest.raises(OutputError, match="another recipe"):
         realign(other, tmp_path / "out")
+    key = tmp_path / ".out.realign" / "key"
+    whole = key.read_bytes()
+    key.write_bytes(b"\xff")
+    with pytest.raises(OutputError, match="another recipe"):
+        realign(recipe(shop), tmp_path / "out")
+    key.write_bytes(whole)
+    told: list[str] = []
+    with pytest.raises(KeyboardInterrupt):
+        realign(recipe(shop), tmp_path / "out", tell=stop, say=told.append)
+    assert "going on from the last checkpoint of a run that was interrupted" in told
+    (key.parent / "reference.safetensors").write_bytes(b"half")
+    with pytest.raises(CheckpointError, match="remove it to start anew"):
+        realign(recipe(shop), tmp_path / "out")
     realign(other, tmp_path / "out", resume=False)
 
 
@@ -547,13 +575,18 @@ def test_another_recipe_does_not_take_over(shop: Path, tmp_path: Path) -> None:
 
 
 def test_pairs_that_teach_nothing(shop: Path, tmp_path: Path) -> None:
-    """No rows; two equal answers in every row; a column that is missing; an empty answer."""
+    """No rows; two equal answers in every row; a column that is missing, told once and not of
+    every row; an empty answer; nothing but answers that are too long."""
     rows = refusing.pairs()
     same = [{**r, "rejected": r["chosen"]} for r in rows]
     cases = {
         "holds no rows": [],
         "in all .* pairs 'chosen' and 'rejected' are identical": same,
-        "no column 'chosen'": [{"prompt": r["prompt"], "safe": r["chosen"]} for r in rows],
+        r"^2 problems:\s+- data.train: no row has a column 'chosen'; known: prompt, safe\n": [
+            {"prompt": r["prompt"], "safe": r["chosen"]} for r in rows
+        ],
+        r"^data.train: no row has a column 'chosen'; known": [{**r, "chosen": None} for r in rows],
+        r"jsonl, line 1: the column 'rejected' is empty": [{**rows[0], "rejected": " "}, *rows[1:]],
         "leaves no (validation|training) pairs": rows[:1],
     }
     for text, found in cases.items():
@@ -564,6 +597,9 @@ def test_pairs_that_teach_nothing(shop: Path, tmp_path: Path) -> None:
     plan = plan_realign(recipe(shop, data={"train": mixed}), tmp_path / "out")
     assert plan.rows is not None
     assert "two equal answers; left out" in " ".join(plan.rows.notes)
+    none = {"train": mixed, "max_length": 4, "too_long": "drop"}
+    with pytest.raises(RecipeError, match=r"data.train: none of \d+ pairs is left: \d+ have more"):
+        plan_realign(recipe(shop, data=none), tmp_path / "out")
     short = {"train": mixed, "max_length": 4, "too_long": "cut"}
     with pytest.raises(RecipeError, match="has no tokens"):
         plan_realign(recipe(shop, data=short), tmp_path / "out")
@@ -580,6 +616,21 @@ def test_prompts_are_on_one_side_only(shop: Path, tmp_path: Path) -> None:
     assert sides[0]
     assert sides[1]
     assert not sides[0] & sides[1]
+
+
+def test_prompts_on_two_sides_are_told(shop: Path, tmp_path: Path) -> None:
+    """Validation or test rows that were trained on are no held-out rows, and that is said."""
+    rows = refusing.pairs()
+    sources = {"train": rows[:30], "validation": rows[28:36], "test": rows[35:]}
+    data = {
+        side: refusing.write_pairs(tmp_path / f"{side}.jsonl", r) for side, r in sources.items()
+    }
+    plan = plan_realign(recipe(shop, data=data), tmp_path / "out")
+    assert plan.rows is not None
+    assert plan.rows.notes == (
+        "2 of 8 validation prompts are train prompts, too: not held out",
+        "1 of 13 test prompts are validation prompts, too: not held out",
+    )
 
 
 def test_an_aligned_model_that_is_no_ancestor(shop: Path, tmp_path: Path) -> None:
@@ -624,6 +675,11 @@ def test_all_faults_of_a_recipe_at_once(shop: Path, tmp_path: Path) -> None:
     with pytest.raises(RecipeError, match=r"base: missing(.|\n)*safety: missing"):
         read_realign(needs)
     for what, text in (
+        (recipe(shop, parameters={"temperature": 0}), r"Concrete distribution, above 0; got 0"),
+        (recipe(shop, "line-search", parameters={"retain": 2}), r"in \[0, 1\]; got 2"),
+        (recipe(shop, training={"epochs": 0}), "training.epochs must be at least 1"),
+        (recipe(shop, training={"lr": 1e30}), r"training.lr: a number below 2\*\*63, not 1e\+30"),
+        (recipe(shop, models={"a": {"path": "x", "weight": float("inf")}}), "weight: a number"),
         (recipe(shop, parameters={"granularity": "tensor"}), "is 1 whatever was learned"),
         (recipe(shop, models={"a": "x", "b": "y"}, fuse="single"), "single takes one model"),
         ({**dataless(shop, "magnitude"), "method": "somf"}, "data: missing"),
@@ -654,6 +710,10 @@ def test_models_that_do_not_fit(shop: Path, tmp_path: Path) -> None:
     with pytest.raises(SutureError, match=r"models.y: (.|\n)*is \[") as caught:
         plan_realign(what, shop / "aligned")
     assert "aligned" in str(caught.value)
+    refusing.save_model(refusing.llama(layers=3), refusing.tokenizer(), tmp_path / "deep")
+    with pytest.raises(SutureError, match=r"has model.layers.2.* besides") as caught:
+        plan_realign(recipe(shop, models={"x": str(tmp_path / "deep")}), tmp_path / "out")
+    assert "policy" not in str(caught.value)  # a key that this recipe does not have
 
 
 def test_numbers_that_are_none(shop: Path, tmp_path: Path) -> None:

@@ -954,6 +954,9 @@ def proxy(
     out: Annotated[Path, typer.Option("-o", "--out", help="A folder for the rows.")],
     seed: Annotated[int, typer.Option(help="Chooses topics and wordings of the splits.")] = 0,
     languages: Annotated[str, typer.Option(help="Some of en,de,es.")] = "en,de,es",
+    topics: Annotated[
+        str, typer.Option(help="Test rows about new topics, or known ones in new words.")
+    ] = "new",
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace other rows.")] = False,
     as_json: Json = False,
 ) -> None:
@@ -961,8 +964,8 @@ def proxy(
     with _errors(as_json):
         from suture.policy import write
 
-        chosen = [word.strip() for word in languages.split(",")]
-        counts = write(out, seed, chosen, overwrite=overwrite)
+        words = [word.strip() for word in languages.split(",")]
+        counts = write(out, seed, words, topics=topics, overwrite=overwrite)
     if as_json:
         show_json(counts)
         return

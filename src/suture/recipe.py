@@ -166,20 +166,30 @@ def text_of(source: Path, what: str = "recipe", limit: int = RECIPE_LIMIT) -> st
         raise RecipeError(f"{source}: not a text file") from None
 
 
+MAPPING = "a recipe is a mapping with keys such as base, models, method"
+
+
 def raw_recipe(
-    source: Path | Mapping[str, Any], folder: Path | None = None
+    source: Path | Mapping[str, Any],
+    folder: Path | None,
+    problems: Problems,
+    what: str = "recipe",
+    shape: str = MAPPING,
 ) -> tuple[dict[str, Any], Path]:
     """What a recipe of any command says, and where its relative paths start.
+
+    ``problems`` puts lines of the file before what is noted from then on; ``what`` it is and which
+    ``shape`` it should have is for messages.
 
     Raises:
         RecipeError: the file cannot be read, or holds no YAML mapping.
     """
     if isinstance(source, Mapping):
         return dict(source), folder or Path()
-    return parse_yaml(text_of(source), str(source)), folder or source.parent
-
-
-MAPPING = "a recipe is a mapping with keys such as base, models, method"
+    lines: list[Lines] = []
+    raw = parse_yaml(text_of(source, what), str(source), lines, shape)
+    problems.locate = lines[0].locate
+    return raw, folder or source.parent
 
 
 def parse_yaml(

@@ -72,7 +72,9 @@ def read_snapshot(path: Path, *, device: str = "cpu") -> Snapshot | None:
             facts = json.loads(file.metadata()["facts"])
             return Snapshot({name: file.get_tensor(name) for name in file.keys()}, facts)  # noqa: SIM118
     except (OSError, SafetensorError, KeyError, TypeError, ValueError) as error:
-        raise CheckpointError(f"{path}: not a checkpoint of a run: {error}") from error
+        raise CheckpointError(
+            f"{path}: not a checkpoint of a run: {error}; remove it to start anew"
+        ) from error
 
 
 def _sync(folder: Path) -> None:

@@ -28,7 +28,8 @@ def align(
         problems: takes one note for every fault.
         missing: whether the model may lack tensors.
         extra: whether it may have tensors that the reference lacks.
-        buffers: whether tensors that are not learned may be missing on either side.
+        buffers: whether tensors that are not learned may be missing on either side, as where
+            models are compared; only a merge has a ``policy`` that could help.
     """
     here, there = reference.specs, model.specs
     lacking = sorted(here.keys() - there.keys())
@@ -45,12 +46,14 @@ def align(
     if lacking and not missing:
         problems.add(
             MismatchError,
-            f"{who}: lacks {listed(lacking)}; `policy: {{missing: base}}` takes them from the base",
+            f"{who}: lacks {listed(lacking)}"
+            + ("" if buffers else "; `policy: {missing: base}` takes them from the base"),
         )
     if beyond and not extra:
         problems.add(
             MismatchError,
-            f"{who}: has {listed(beyond)} besides; `policy: {{extra: drop}}` leaves them out",
+            f"{who}: has {listed(beyond)} besides"
+            + ("" if buffers else "; `policy: {extra: drop}` leaves them out"),
         )
     different = [n for n in sorted(here.keys() & there.keys()) if here[n].shape != there[n].shape]
     rows = (reference.vocabulary, model.vocabulary)
@@ -58,8 +61,13 @@ def align(
         problems.add(
             MismatchError,
             f"{who}: vocabularies of {rows[0]} and {rows[1]} tokens ({listed(different, 2)} differ "
-            "in shape); match them by tokenizer with `policy: {vocabulary: union}` (or base), or "
-            "row by row with `policy: {vocabulary: shared-rows}`",
+            "in shape)"
+            + (
+                ""
+                if buffers
+                else "; match them by tokenizer with `policy: {vocabulary: union}` (or "
+                "base), or row by row with `policy: {vocabulary: shared-rows}`"
+            ),
         )
         return
     for name in different[:10]:

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 from suture.audit.freezing import Frozen, freezing
 from suture.audit.looks import Look
 from suture.audit.net import Change, Region
+from suture.audit.plan import more_looks
 from suture.audit.regions import places
 from suture.audit.verdicts import Found, fragility, regained
 
@@ -26,6 +27,8 @@ class Case:
         self.atlas = run.atlas(self.one, seed)
         self.outside = bool(set(self.one.moved) - set(run.plan.names))
         """Whether the attack has moved tensors in which no region lies."""
+        if self.outside:
+            run.ledger.pending["look", ""] += more_looks(self.recipe)
 
     def whole(self, outside: bool) -> Change:
         """The change of the attack, of the space or of everything."""
@@ -132,7 +135,7 @@ class Case:
         at = self.recipe.scores.at
         for language in self.recipe.languages:
             for where in ("attacked", "aligned") if at == "both" else (at,):
-                if not self.atlas.stats_path(language, where).is_file():
+                if not self.atlas.measured(language, where):
                     change = self.whole(self.outside) if where == "attacked" else None
                     self.atlas.measure(language, where, self.run.net("aligned"), change)
 
@@ -165,7 +168,7 @@ class Case:
             return None
         other = run.distance("control", run.plan.control, run.prints["control"])
         theirs = run.atlas(other, self.seed)
-        if not theirs.stats_path(recipe.region, recipe.main).is_file():
+        if not theirs.measured(recipe.region, recipe.main):
             whole = Change(other.checkpoint, other.fingerprint, other.moved, None, True)
             at_attacked = whole if recipe.main == "attacked" else None
             theirs.measure(recipe.region, recipe.main, run.net("aligned"), at_attacked)

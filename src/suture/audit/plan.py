@@ -20,7 +20,7 @@ from suture.models import device_named, load_tokenizer, longest_of
 from suture.opening import open_model
 from suture.outputs import apart, check_parent
 from suture.realign.plan import Options
-from suture.roles import names_in
+from suture.roles import EVERYTHING, names_in
 from suture.spec import readable
 from suture.suites.plan import Options as SuiteOptions
 from suture.suites.plan import Plan as SuitePlan
@@ -180,7 +180,7 @@ def check_finished(plan: Plan, key: str) -> None:
     try:
         known = read_json(path, 64 << 20).get("key")
     except SutureError:
-        known = None
+        return  # damaged: it is written anew, out of the cells
     if known != key:
         raise OutputError(f"{plan.out}: holds the audit of another recipe, model or rows; name "
                           "another folder, or add --overwrite")  # fmt: skip
@@ -286,6 +286,10 @@ def describe(plan: Plan) -> dict[str, Any]:
     own = looks["looks"] * seeds * answers["aligned"]
     others = sum((looks["onto"] * seeds + 1) * answers[n] for n in plan.onto)
     entries = sum(plan.aligned.specs[n].numel for n in plan.names)
+    notes = [*plan.material.notes, *plan.asked["aligned"].notes]
+    if plan.attacked is not None and len(plan.names) < len(EVERYTHING.names(plan.aligned.specs)):
+        notes.append(f"{more_looks(plan.recipe)} more looks if the attacked model differs outside "
+                     "of `space`, too")  # fmt: skip
     return {
         "aligned": plan.aligned.label,
         "attacked": "trained here" if plan.attacked is None else plan.attacked.label,
@@ -295,13 +299,18 @@ def describe(plan: Plan) -> dict[str, Any]:
                  f"{plan.recipe.scores.at}, {plan.recipe.scores.rows} rows a language",
         "entries": entries,
         "trainings": looks["trainings"] * seeds,
-        "looks": looks["looks"] * seeds + (looks["onto"] * seeds + 1) * len(plan.onto),
+        "looks": 1 + looks["looks"] * seeds + (looks["onto"] * seeds + 1) * len(plan.onto),
         "generations": own + others + answers["aligned"],
         "memory": readable(4 * plan.aligned.numel * 3) + ", and activations",
         "device": plan.device,
         "output": str(plan.out),
-        "notes": [*plan.material.notes, *plan.asked["aligned"].notes],
+        "notes": notes,
     }  # fmt: skip
+
+
+def more_looks(recipe: Audit) -> int:
+    """Models that are looked at besides where an attack moved tensors in which no region lies."""
+    return len({*recipe.shares, recipe.share} & {1.0}) + sum(s < 1 for s in recipe.shares)
 
 
 def counts(recipe: Audit, trains: bool) -> dict[str, int]:
@@ -321,4 +330,4 @@ def counts(recipe: Audit, trains: bool) -> dict[str, int]:
 
 
 __all__ = ["CELLS", "RECORD", "Options", "Plan", "check_finished", "counts", "describe",
-           "plan_audit", "tune_plan"]  # fmt: skip
+           "more_looks", "plan_audit", "tune_plan"]  # fmt: skip

@@ -12,7 +12,7 @@ from suture.errors import Problems, brief, did_you_mean
 from suture.evals.kinds import Decoding
 from suture.evals.words import FAMILIES
 from suture.finetune.recipe import Source, read_source, read_training
-from suture.recipe import Lines, parse_yaml, text_of
+from suture.recipe import raw_recipe
 from suture.recipe_types import Reader, refuse_unknown, section
 from suture.roles import ParamSpace
 from suture.tune import TuneSettings
@@ -163,13 +163,9 @@ class Audit:
 
 def read_audit(source: Path | Mapping[str, Any], problems: Problems) -> Audit | None:
     """Read a recipe file, or a mapping; faults are noted, lines before those of a file."""
-    if isinstance(source, Mapping):
-        return _Reader(dict(source), Path(), problems).recipe()
     with problems.collecting():
-        lines: list[Lines] = []
-        raw = parse_yaml(text_of(source), str(source), lines)
-        problems.locate = lines[0].locate
-        return _Reader(raw, source.parent, problems).recipe()
+        raw, where = raw_recipe(source, None, problems)
+        return _Reader(raw, where, problems).recipe()
     return None
 
 
@@ -284,11 +280,18 @@ class _Reader(Reader):
                 given[key] = raw[key]
         return Columns(**given)
 
+    def _by_name(self, value: Any) -> Any:
+        """A list of languages as a mapping."""
+        if not isinstance(value, list):
+            return value
+        found: dict[str, Any] = {str(word): {} for word in value}
+        if len(found) < len(value):
+            self.refuse(f"languages: different languages, not {brief(value)}")
+        return found
+
     def languages(self) -> dict[str, Rows]:
         shared = section(self.raw, "rows", self.problems)
-        value = self.raw.get("languages")
-        if isinstance(value, list):
-            value = {str(word): {} for word in value}
+        value = self._by_name(self.raw.get("languages"))
         if not isinstance(value, Mapping) or not value:
             self.refuse("languages: a mapping from languages to their rows, with at least one; or "
                         "a list, where the files under `rows` tell languages apart")  # fmt: skip
@@ -326,8 +329,9 @@ class _Reader(Reader):
         refuse_unknown(raw, names, "attack: ", self.problems)
         train = read_source(raw.get("train"), "attack.train", self.folder, "train", self.problems)
         training = read_training(
-            section(raw, "training", self.problems, "attack."), TRAINING, self.problems
-        )
+            section(raw, "training", self.problems, "attack."), TRAINING, self.problems,
+            place="attack.training",
+        )  # fmt: skip
         words = {}
         for key, default in (("language", ""), ("response", "response")):
             words[key] = raw.get(key, default)

@@ -71,8 +71,19 @@ class Atlas:
         """Where they lie."""
         return self.folder / f"{language}-{at}-{digest(self.stats_key(language, at))}.safetensors"
 
+    def measured(self, language: str, at: str) -> bool:
+        """Whether the gradients of a language are there; a damaged file of them is removed."""
+        path = self.stats_path(language, at)
+        try:
+            if path.is_file():
+                Stats.load(path)
+                return True
+        except CheckpointError:
+            path.unlink()
+        return False
+
     def measure(self, language: str, at: str, net: Net, change: Change | None) -> None:
-        """Take the gradients of a language's probe rows, unless that was done before.
+        """Take the gradients of a language's probe rows.
 
         Args:
             language: of the probe rows.
@@ -83,13 +94,6 @@ class Atlas:
         Raises:
             NonFiniteError: the loss of a row is NaN or infinite.
         """
-        path = self.stats_path(language, at)
-        try:
-            if path.is_file():
-                Stats.load(path)
-                return
-        except CheckpointError:
-            path.unlink()
         net.place(change, self.names)
         self.say(f"{language}: gradients of {len(self.probes[language])} rows at {at}")
         facts = marked({"model": self.prints[at], "at": "base" if at == "aligned" else "tuned"},
@@ -99,7 +103,7 @@ class Atlas:
             names=self.names, objective=OBJECTIVES["causal"], batch=BATCH, device=net.device,
             facts=facts,
         )  # fmt: skip
-        found.save(path)
+        found.save(self.stats_path(language, at))
 
     def region(self, language: str, share: float, at: str = "") -> Region:
         """The top share of a language's scores."""

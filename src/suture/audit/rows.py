@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -50,6 +51,10 @@ def read_material(recipe: Audit, problems: Problems) -> Material:
     """Read all rows; whatever is missing is noted, by language."""
     cache: dict[Source, list[Record]] = {}
     notes: list[str] = []
+    users = Counter(
+        source for sources in recipe.languages.values()
+        for source in {getattr(sources, side) for side in SIDES}
+    )  # fmt: skip
 
     def records(source: Source) -> list[Record]:
         if source not in cache:
@@ -60,6 +65,10 @@ def read_material(recipe: Audit, problems: Problems) -> Material:
         """The rows of a language: those that say so, or all where no row says anything."""
         found, column = records(source), recipe.columns.language
         told = sorted({str(r[column]) for _, r in found if r.get(column) is not None})
+        if not told and users[source] > 1:
+            name = Path(source.path).name
+            raise RecipeError(f"{place}: no row of {name} has a column {column!r}, which tells the "
+                              "languages apart; name a file for each language")  # fmt: skip
         chosen = [x for x in found if str(x[1].get(column)) == language] if told else found
         if not chosen:
             raise RecipeError(f"{place}: no rows of {language!r} in {Path(source.path).name}; its "

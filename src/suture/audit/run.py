@@ -107,6 +107,8 @@ class Run:
         onto = (expected["onto"] * seeds + 1) * len(plan.onto)
         self.ledger.pending["look", ""] = expected["looks"] * seeds + 1 + onto
         self._net: tuple[str, Net] | None = None
+        self._looks: dict[tuple[str, str], Look] = {}
+        """Those that this run has had; one is counted once, however often it is wanted."""
 
     def made_with(self) -> list[Any]:
         """Versions of what computes."""
@@ -137,8 +139,11 @@ class Run:
             net.place(change, self.plan.names)
             return net.ask(questions, lambda rows: None)
 
-        raw = self.ledger.cell(("look", ""), name, inputs, make)
-        return look_of(raw, questions.groups, self.recipe.evaluation.broken)
+        which = name, digest(inputs)
+        if which not in self._looks:
+            raw = self.ledger.cell(("look", ""), name, inputs, make)
+            self._looks[which] = look_of(raw, questions.groups, self.recipe.evaluation.broken)
+        return self._looks[which]
 
     def cell(self, name: str, inputs: Key, make: Callable[[], Any]) -> Any:
         """What is made of masks alone."""
@@ -213,8 +218,9 @@ class Run:
 
     def all(self) -> dict[str, Any]:
         """Every seed, then the record."""
-        for name, checkpoint in self.plan.onto.items():
-            self.distance(f"onto.{name}", checkpoint, self.prints[f"onto.{name}"])
+        for label, checkpoint in self.plan.inputs.items():
+            if label != "aligned":  # what is no relative is refused before a model is asked
+                self.distance(label, checkpoint, self.prints[label])
         aligned = self.ask("aligned", None)
         befores = {name: self.ask(f"onto-{name}", None, name) for name in self.plan.onto}
         seeds, verdicts = {}, []

@@ -121,4 +121,4 @@ class Ledger:
         if not left:
             return ""
         minutes, seconds = divmod(round(self.eta()), 60)
-        return f"; {left} cells to go, about {minutes}:{seconds:02d}"
+        return f"; {left} cell{'s' if left > 1 else ''} to go, about {minutes}:{seconds:02d}"

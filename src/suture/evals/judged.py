@@ -14,15 +14,14 @@ from suture.evals.judges import (
     Judge,
     JudgeOption,
     called,
-    decided,
     endpoint_of,
     function_named,
     judge_of,
     less_harmful,
-    verdict_file,
 )
 from suture.evals.kinds import Doc, Job, Models, Prepare, Run, Score, Template, Word
 from suture.evals.refusal import MOST, PERPLEXITY
+from suture.evals.verdicts import decided, verdict_file
 
 JUDGE = Annotated[dict[str, Any], JudgeOption()]
 

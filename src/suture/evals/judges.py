@@ -1,8 +1,7 @@
 """Who decides whether an answer refuses, or does harm: models, servers and functions, all alike.
 
 A judge takes prompts and answers and gives verdicts: ``True``, ``False``, or ``None`` where it
-cannot be told. What cannot be told is counted and is never taken for safe. Verdicts are kept in a
-file by a hash of judge, prompt and answer, never with texts, so that an interrupted run goes on.
+cannot be told. What cannot be told is counted and is never taken for safe.
 """
 
 from __future__ import annotations
@@ -12,11 +11,9 @@ import hashlib
 import importlib
 import inspect
 import json
-import os
 import re
 import traceback
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
 from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any, Literal
@@ -26,7 +23,7 @@ from torch import Tensor
 
 from suture.checkpoint import read_json
 from suture.data import rows_of, tokenise
-from suture.errors import CheckpointError, OutputError, RecipeError, brief, did_you_mean
+from suture.errors import CheckpointError, RecipeError, brief, did_you_mean
 from suture.evals.endpoint import Endpoint, ask_all
 from suture.models import (
     Encoder,
@@ -45,7 +42,6 @@ REFUSES, ANSWERS = "refuses", "answers"
 """The labels of a trained refusal classifier."""
 LONGEST = 256
 """Tokens of a text that classifiers read."""
-OTHER = "name another file with `keep`, or say `keep: no`"
 BEGINNING = 32
 """Tokens of an answer that a trained refusal classifier reads."""
 
@@ -357,85 +353,7 @@ def less_harmful(text: str) -> float | None:
 PARSERS: Mapping[Asks, Callable[[str], bool | None]] = {"harm": harmful, "refusal": refuses}
 
 
-# -- kept verdicts ---------------------------------------------------------------------------------
-
-
-def decided(
-    judge: Judge, prompts: Sequence[str], answers: Sequence[str], keep: Path | None
-) -> list[bool | None]:
-    """A verdict for every answer; those in the file ``keep`` are not asked for again.
-
-    What could not be told is asked anew the next time.
-
-    Raises:
-        SutureError: the judge does not answer, or ``keep`` cannot be written; what was decided
-            before that is kept.
-    """
-    names = [
-        hashlib.blake2b("\0".join((judge.key, p, a)).encode(), digest_size=16).hexdigest()
-        for p, a in zip(prompts, answers, strict=True)
-    ]
-    known = {} if keep is None else _read(keep)
-    found: dict[int, bool | None] = {n: known[x] for n, x in enumerate(names) if x in known}
-    missing = [n for n in range(len(names)) if n not in found]
-    with _kept(keep) as note:
-
-        def got(at: int, verdict: bool | None) -> None:
-            found[missing[at]] = verdict
-            if verdict is not None:
-                note(names[missing[at]], verdict)
-
-        if missing:
-            judge.decide([prompts[n] for n in missing], [answers[n] for n in missing], got)
-    return [found.get(n) for n in range(len(names))]
-
-
-def _read(path: Path) -> dict[str, bool]:
-    """The verdicts of a file; a line that was not written to its end is passed over."""
-    found = {}
-    try:
-        text = path.read_text(encoding="utf-8") if path.exists() else ""
-    except (OSError, UnicodeDecodeError) as error:
-        raise RecipeError(f"{path}: cannot be read: {error}") from None
-    for line in text.splitlines():
-        name, _, verdict = line.partition(" ")
-        if re.fullmatch(r"[0-9a-f]{32}", name) and verdict in ("0", "1"):
-            found[name] = verdict == "1"
-    return found
-
-
-@contextmanager
-def _kept(path: Path | None) -> Iterator[Callable[[str, bool], None]]:
-    """Takes verdicts and appends each to a file at once."""
-    if path is None:
-        yield lambda name, verdict: None
-        return
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        file = path.open("a", encoding="utf-8")
-    except OSError as error:
-        raise OutputError(f"{path}: cannot be written: {error.strerror}; {OTHER}") from None
-
-    def note(name: str, verdict: bool) -> None:
-        try:
-            file.write(f"{name} {int(verdict)}\n")
-            file.flush()
-        except OSError as error:
-            raise OutputError(f"{path}: cannot be written: {error.strerror}; {OTHER}") from None
-
-    with file:
-        if file.tell():
-            file.write("\n")  # the last line may be torn; empty ones are passed over
-        yield note
-
-
-def verdict_file(judge: Judge) -> Path:
-    """Where the verdicts of a judge are kept, unless a suite says otherwise: the user's cache."""
-    cache = os.environ.get("XDG_CACHE_HOME") or str(Path.home() / ".cache")
-    return Path(cache) / "suture" / "verdicts" / judge.key
-
-
 __all__ = [
-    "ANSWERS", "PAIR", "REFUSES", "Judge", "JudgeOption", "called", "decided", "endpoint_of",
-    "function_named", "harmful", "judge_of", "less_harmful", "refuses", "stances", "verdict_file",
+    "ANSWERS", "PAIR", "REFUSES", "Judge", "JudgeOption", "called", "endpoint_of", "function_named",
+    "harmful", "judge_of", "less_harmful", "refuses", "stances",
 ]  # fmt: skip

@@ -117,8 +117,8 @@ def read_finetune(source: Path | Mapping[str, Any], folder: Path | None = None) 
     Raises:
         RecipeError: everything that is wrong with it, at once.
     """
-    raw, where = raw_recipe(source, folder)
     problems = Problems()
+    raw, where = raw_recipe(source, folder, problems)
     found = _Reader(raw, where, problems).recipe()
     problems.raise_if_any()
     assert found is not None
@@ -250,8 +250,9 @@ class _Reader(Reader):
 
 
 def read_training(
-    raw: Mapping[str, Any], default: TuneSettings, problems: Problems, more: tuple[str, ...] = ()
-) -> TuneSettings:
+    raw: Mapping[str, Any], default: TuneSettings, problems: Problems, more: tuple[str, ...] = (),
+    place: str = "training",
+) -> TuneSettings:  # fmt: skip
     """The section ``training`` of a recipe.
 
     Args:
@@ -259,9 +260,10 @@ def read_training(
         default: what holds where nothing does.
         problems: takes every fault.
         more: keys that somebody else reads.
+        place: what the section is called in messages.
     """
     names = tuple(f.name for f in fields(TuneSettings))
-    refuse_unknown(raw, (*names, *more), "training: ", problems)
+    refuse_unknown(raw, (*names, *more), f"{place}: ", problems)
     fine: dict[str, Any] = {}
     for key in names:
         if key not in raw:
@@ -280,10 +282,13 @@ def read_training(
         else:
             kind = "a number" if isinstance(like, float) else "a whole number"
             kind = "a word" if isinstance(like, str) else kind
-            problems.add(RecipeError, f"training.{key}: {kind}, not {brief(value)}")
+            kind += " below 2**63" if number and abs(value) >= 2**63 else ""
+            problems.add(RecipeError, f"{place}.{key}: {kind}, not {brief(value)}")
     for key, value in fine.items():
-        with problems.collecting():
+        try:
             TuneSettings(**{key: value})
+        except RecipeError as error:
+            problems.add(RecipeError, f"{place}.{error}")
     return default if problems else replace(default, **fine)
 
 

@@ -84,14 +84,15 @@ def split_records(spec: DataSpec, seed: int) -> tuple[list[Record], list[Record]
 
 
 def need_columns(
-    sides: Sequence[Sequence[Record]], columns: Sequence[str], problems: Problems
-) -> None:
+    sides: Sequence[Sequence[Record]], columns: Sequence[str], problems: Problems,
+    place: str = "data",
+) -> None:  # fmt: skip
     """Note each column that no row at all has, once; single gaps are told row by row."""
     records = [record for side in sides for _, record in side]
-    known = sorted({str(key) for record in records for key in record})
+    known = sorted({str(k) for record in records for k, v in record.items() if v is not None})
     for column in columns:
-        if all(record.get(column) is None for record in records):
-            problems.add(RecipeError, f"data: no row has a column {column!r}; "
+        if records and column not in known:
+            problems.add(RecipeError, f"{place}: no row has a column {column!r}; "
                                       f"{did_you_mean(column, known)}")  # fmt: skip
     problems.raise_if_any()
 
@@ -208,6 +209,9 @@ def language_data(
     """
     problems = Problems()
     kind = spec.format or _format(records[0][1], spec)
+    columns = {"text": (spec.text,), "prompt": (spec.prompt, spec.response)}.get(kind, ())
+    place = records[0][0].rpartition(",")[0] if records else ""
+    need_columns((records,), columns, problems, place or "data")
     tokens, places = [], []
     for where, record in records:
         with problems.collecting():

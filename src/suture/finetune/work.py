@@ -69,7 +69,7 @@ def locked_work(out: Path, work: Path, facts: Mapping[str, Any], resume: bool) -
 def _same_run(work: Path, key: str, resume: bool) -> None:
     path = work / "key"
     held = [p for p in work.iterdir() if p.name not in ("lock", "key")]
-    if resume and held and (not path.is_file() or path.read_text() != key):
+    if resume and held and (not path.is_file() or path.read_bytes() != key.encode()):
         raise OutputError(
             f"{work}: holds checkpoints of a run with another recipe, base or rows; take the old "
             "recipe to go on with them, or --no-resume to start anew"

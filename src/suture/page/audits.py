@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sized
 from functools import partial
 from typing import Any
 
@@ -52,17 +52,21 @@ def audits(where: str, raw: Raw, builder: Builder) -> Iterator[Section]:
     yield Section(
         "audit",
         "Where safety lives",
-        f"From {where}: {len(recipe['languages'])} languages, {len(raw['seeds'])} attacks, "
-        f"{raw['entries']:,} entries. Violations are the share of marked prompts that are answered "
-        "as the policy forbids, with 95 % Wilson intervals; a model whose answers are broken is "
-        "not judged, and never safe.",
+        f"From {where}: {_counted(recipe['languages'], 'language')}, "
+        f"{_counted(raw['seeds'], 'attack')}, {raw['entries']:,} entries. Violations are the share "
+        "of marked prompts that are answered as the policy forbids, with 95 % Wilson intervals; a "
+        "model whose answers are broken is not judged, and never safe.",
         tuple(figures),
         (verdicts, *builder.attempt("the models", partial(_models, raw))),
         points=tuple(f"{k}: {v}" for k, v in raw["choices"].items()),
     )
 
 
-def glance(raw: Raw) -> Iterator[str]:
+def _counted(things: Sized, word: str) -> str:
+    return f"{len(things)} {word}{'' if len(things) == 1 else 's'}"
+
+
+def glance(where: str, raw: Raw) -> Iterator[str]:
     """Which questions are decided, in a sentence."""
     words = {
         "holds": ("holds", "hold"),
@@ -75,7 +79,7 @@ def glance(raw: Raw) -> Iterator[str]:
         if asked:
             parts.append(f"{listed_words(asked)} {one if len(asked) == 1 else many}")
     if parts:
-        yield f"Of the questions of the safety audit {'; '.join(parts)}."
+        yield f"Of the questions of the safety audit in {where} {'; '.join(parts)}."
 
 
 def _value(metric: Raw | None, end: str = "value") -> float | None:
@@ -134,10 +138,13 @@ def _curve(raw: Raw, found: Raw, told: str) -> Iterator[Figure]:
             }})  # fmt: skip
     before, after = raw["aligned"]["violation"][ALL], found["attacked"]["look"]["violation"][ALL]
     star = found["fragility"]
-    reading = (f"The aligned model violates in {_told(before)}, the attacked one in "
-               f"{_told(after)}. ")  # fmt: skip
-    reading += "Half of what the attack does is "
-    reading += "never reached." if star is None else f"there with {percent(star, 1)} of it all."
+    reading = f"Violations of the aligned model: {_told(before)}, of the attacked one: "
+    reading += f"{_told(after)}. "
+    if (_value(found["gap"], "low") or 0.0) > 0:
+        half = "never reached" if star is None else f"there with {percent(star, 1)} of it all"
+        reading += f"Half of what the attack does is {half}."
+    else:
+        reading += "It cannot be said that the attack did anything, nor where."
     repaired = {float(q): v for q, v in found["repaired"].items() if v is not None}
     if repaired:
         most = max(repaired, key=lambda q: repaired[q])

@@ -197,18 +197,21 @@ def _realigned(
 
 
 def told(found: Sequence[tuple[str, Raw]]) -> Iterator[str]:
-    """Which realignment brings back most, in a sentence."""
-    means = [
-        (float(mean), where.rpartition("/")[0], raw["results"]["retention"])
-        for where, raw in found
-        if (mean := (raw["results"].get("retention") or {}).get("harmonic")) is not None
-    ]
-    if means:
+    """Which realignment of the same models and rows brings back most, in a sentence each."""
+    groups: dict[str, list[tuple[float, str, Raw]]] = {}
+    for where, raw in found:
+        mean = (raw["results"].get("retention") or {}).get("harmonic")
+        if mean is not None:
+            name = where.rpartition("/")[0] or where
+            one = (float(mean), name, raw["results"]["retention"])
+            groups.setdefault(next(_group(raw)), []).append(one)
+    for means in groups.values():
         _, name, best = max(means, key=lambda m: m[0])
+        which = f"Of {len(means)} realignments of the same models, {name} does best"
+        which = f"Realignment in {name}" if len(means) == 1 else which
         yield (
-            f"Of {len(means)} realignments, {name} does best: {percent(best['safety'])} of the "
-            f"margin that was lost came back, {percent(best['utility'])} of the gained utility "
-            "is left."
+            f"{which}: {percent(best['safety'])} of the margin that was lost came back, "
+            f"{percent(best['utility'])} of the gained utility is left."
         )
 
 

@@ -111,7 +111,7 @@ def _glance(found: Found, builder: Callable[[str], Builder]) -> Iterator[str]:
     for where, raw in found.benchmarks:
         yield from builder(where).attempt("the summary", partial(arithmetic.glance, raw))
     for where, raw in found.audits:
-        yield from builder(where).attempt("the summary", partial(audits.glance, raw))
+        yield from builder(where).attempt("the summary", partial(audits.glance, where, raw))
     for where, raw in found.comparisons:
         yield from builder(where).attempt("the summary", partial(safety.glance, raw))
     told = partial(safety.told, found.realignments)

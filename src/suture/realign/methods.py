@@ -18,13 +18,15 @@ Space = Annotated[
 Granularity = Annotated[
     Literal["entry", "row", "tensor"], Choice("what has a logit of its own; row: an output")
 ]
-Temperature = Annotated[float, Number("of the binary Concrete distribution", positive=True)]
+Temperature = Annotated[
+    float, Number("of the binary Concrete distribution, above 0", positive=True)
+]
 Rescale = Annotated[
     Literal["mean", "none"], Choice("whether a tensor's mask is divided by its own mean")
 ]
-Beta = Annotated[float, Number("strength of DPO", positive=True)]
+Beta = Annotated[float, Number("strength of DPO, above 0", positive=True)]
 Share = Annotated[float, Number("share of entries kept, in (0, 1]", high=1, positive=True)]
-Threshold = Annotated[float, Number("cosine below which a matrix is realigned", -1, 1)]
+Threshold = Annotated[float, Number("cosine below which a matrix is realigned, in [-1, 1]", -1, 1)]
 Normalise = Annotated[
     bool, Choice("whether C is divided by its largest eigenvalue, so that it does not scale")
 ]
@@ -44,8 +46,8 @@ def somf(  # noqa: PLR0913 - the signature is the list of its parameters
         Literal["soft", "hard", "averaged"],
         Choice("what is written: sigmoid(logit), logit > 0, or the mean of some draws"),
     ] = "soft",
-    draws: Annotated[int, Number("of the export averaged", 1, 4096, whole=True)] = 8,
-    start: Annotated[float, Number("where the logits start", -50, 50)] = 0.0,
+    draws: Annotated[int, Number("of the export averaged, 1 to 4096", 1, 4096, whole=True)] = 8,
+    start: Annotated[float, Number("where the logits start, in [-50, 50]", -50, 50)] = 0.0,
     seed: Seed = 0,
 ) -> Way:
     r"""Learn by DPO which entries of the task vectors may stay on the aligned model.
@@ -82,7 +84,9 @@ def safelora(
         Literal["threshold", "number"], Choice("how matrices are chosen: by a cosine, or how many")
     ] = "threshold",
     threshold: Threshold = 0.5,
-    number: Annotated[int, Number("matrices that are projected", 0, 2**31, whole=True)] = 10,
+    number: Annotated[
+        int, Number("matrices that are projected, 0 to 2**31", 0, 2**31, whole=True)
+    ] = 10,
     normalise: Normalise = False,
 ) -> Way:
     r"""Project the changes that look least like the alignment on its subspace.
@@ -148,8 +152,12 @@ def line_search(
     metric: Annotated[
         Literal["margin", "preferred"], Choice("what must pass, of the validation pairs")
     ] = "margin",
-    retain: Annotated[float, Number("share of what was lost that must come back", 0, 1)] = 0.9,
-    points: Annotated[int, Number("coefficients that are tried", 2, 10_001, whole=True)] = 11,
+    retain: Annotated[
+        float, Number("share of what was lost that must come back, in [0, 1]", 0, 1)
+    ] = 0.9,
+    points: Annotated[
+        int, Number("coefficients that are tried, 2 to 10001", 2, 10_001, whole=True)
+    ] = 11,
 ) -> Way:
     r"""Go back towards the aligned model as far as it takes, and no further.
 

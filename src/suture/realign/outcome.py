@@ -127,7 +127,7 @@ def report_rows(report: RealignReport) -> list[tuple[str, str]]:
         rows += [(f"{name}, {model}", _shown(metric)) for name, metric in scores.items()]
     for word, value in report.retention.items():
         if value is not None:
-            rows.append((f"retention, {word}", f"{value:.1%}"))
+            rows.append((f"retention, {word}", _percent(value)))
     rows += [(word, _fact(value)) for word, value in report.facts.items()
              if not isinstance(value, list)]  # fmt: skip
     rows.append(("time", ", ".join(f"{v:.1f} s {k}" for k, v in report.seconds.items())))
@@ -136,6 +136,11 @@ def report_rows(report: RealignReport) -> list[tuple[str, str]]:
     if report.restricted:
         rows.append(("restricted", "this output must not be passed on"))
     return rows
+
+
+def _percent(value: float) -> str:
+    """One decimal; never a zero with a sign."""
+    return f"{round(value, 3) + 0.0:.1%}"
 
 
 def _fact(value: Any) -> str:
@@ -262,7 +267,7 @@ def card(plan: Plan, record: Mapping[str, Any], name: str) -> str:
         ]  # fmt: skip
     for word, value in results["retention"].items():
         if value is not None:
-            lines.append(f"- retention, {word}: {value:.1%}")
+            lines.append(f"- retention, {word}: {_percent(value)}")
     if record.get("restricted"):
         lines.append("- **restricted**: must not be passed on, because an input must not")
     lines.append(f"- output fingerprint `{record['output']['fingerprint']}`")

@@ -20,9 +20,11 @@ from suture.data import Batch, Dataset, cell, collate, draw
 from suture.errors import NonFiniteError, Problems, RecipeError
 from suture.evals.base import Metric, mean, share
 from suture.finetune.recipe import Source
-from suture.finetune.rows import Record, Tokens, answer_tokens, records_of
+from suture.finetune.rows import Record, Tokens, answer_tokens, need_columns, records_of
 from suture.models import evaluating
 from suture.mover import to, wanted
+
+SIDES = ("train", "validation", "test")
 
 
 @dataclass(frozen=True)
@@ -84,36 +86,56 @@ class PairRows(NamedTuple):
 
 
 def read_pairs(spec: PairSpec, tokenizer: Any, longest: int, seed: int) -> PairRows:
-    """Read and tokenise all sides; a prompt is on one side only.
+    """Read and tokenise all sides; where a share is held out, a prompt is on one side only.
 
     Raises:
         RecipeError: there are no rows, all pairs are identical, a column is missing, an answer is
             empty or too long; all kinds of faults at once.
     """
-    train = records_of(spec.train)
-    train = train[: spec.limit] if spec.limit else train
-    if spec.validation is not None:
-        sides = [train, records_of(spec.validation)]
-    else:
-        sides = [[], []]
+    problems = Problems()
+    sources = (spec.train, spec.validation, spec.test)
+    columns = (spec.prompt, spec.chosen, spec.rejected)
+    read: list[list[Record]] = []
+    for name, source in zip(SIDES, sources, strict=True):
+        read.append([])
+        with problems.collecting():
+            read[-1] = [] if source is None else records_of(source)
+            need_columns((read[-1],), columns, Problems(), f"data.{name}")
+    problems.raise_if_any()
+    train = read[0][: spec.limit] if spec.limit else read[0]
+    sides = [train, *read[1:]]
+    if spec.validation is None:
+        sides[:2] = [], []
         for where, record in train:
             key = cell(record, spec.prompt, where)
             sides[draw(seed, key) < spec.share].append((where, record))
-    sides.append([] if spec.test is None else records_of(spec.test))
-    problems = Problems()
     notes: list[str] = []
     found = [
         _tokenised(side, name, spec, tokenizer, longest, problems, notes)
-        for side, name in zip(sides, ("train", "validation", "test"), strict=True)
+        for side, name in zip(sides, SIDES, strict=True)
     ]
     problems.raise_if_any()
-    if not len(found[0]) or (spec.share and not len(found[1])):
+    notes += _twice(sides, spec)
+    if spec.validation is None and (not len(found[0]) or (spec.share and not len(found[1]))):
         side = "validation" if len(found[0]) else "training"
         raise RecipeError(
             f"data.validation: {spec.share} of {len(train)} pairs leaves no {side} pairs; prompts "
             "are divided, never the pairs of one prompt"
         )
     return PairRows(found[0], found[1], found[2], tuple(notes))
+
+
+def _twice(sides: Sequence[Sequence[Record]], spec: PairSpec) -> list[str]:
+    """What is to be said of prompts that stand on two sides."""
+    prompts = [[cell(record, spec.prompt, where) for where, record in side] for side in sides]
+    told = []
+    for one, other in ((1, 0), (2, 0), (2, 1)):
+        known = set(prompts[other])
+        both = sum(prompt in known for prompt in prompts[one])
+        if both:
+            told.append(f"{both} of {len(prompts[one])} {SIDES[one]} prompts are {SIDES[other]} "
+                        "prompts, too: not held out")  # fmt: skip
+    return told
 
 
 def _tokenised(
@@ -127,6 +149,11 @@ def _tokenised(
         with problems.collecting():
             prompt = cell(record, spec.prompt, where)
             texts = [cell(record, column, where) for column in (spec.chosen, spec.rejected)]
+            for column, text in zip(
+                (spec.prompt, spec.chosen, spec.rejected), (prompt, *texts), strict=True
+            ):
+                if not text.strip():
+                    raise RecipeError(f"{where}: the column {column!r} is empty")
             if texts[0] == texts[1]:
                 same += 1
                 continue
@@ -141,6 +168,12 @@ def _tokenised(
             RecipeError,
             f"data.{side}: in all {same} pairs {spec.chosen!r} and {spec.rejected!r} are "
             "identical; nothing tells what is safe",
+        )
+    elif records and spec.too_long == "drop" and same + over == len(records):
+        problems.add(
+            RecipeError,
+            f"data.{side}: none of {len(records)} pairs is left: {over} have more than {limit} "
+            f"tokens, {same} two equal answers; raise max_length, or say `too_long: cut`",
         )
     elif same:
         notes.append(f"{same} of {len(records)} {side} pairs have two equal answers; left out")

@@ -100,8 +100,8 @@ def read_realign(source: Path | Mapping[str, Any], folder: Path | None = None) -
     Raises:
         RecipeError: everything that is wrong with it, at once.
     """
-    raw, where = raw_recipe(source, folder)
     problems = Problems()
+    raw, where = raw_recipe(source, folder, problems)
     found = _Reader(raw, where, problems).recipe()
     problems.raise_if_any()
     assert found is not None
@@ -172,7 +172,11 @@ class _Reader(Reader):
                 continue
             refuse_unknown(given, ("path", "weight"), f"models.{name}: ", self.problems)
             weight = given.get("weight", 1.0)
-            if isinstance(weight, bool) or not isinstance(weight, int | float) or weight != weight:
+            if (
+                isinstance(weight, bool)
+                or not isinstance(weight, int | float)
+                or not abs(weight) < 2**63
+            ):
                 self.refuse(f"models.{name}.weight: a number, not {brief(weight)}")
                 continue
             paths[name], weights[name] = given["path"], float(weight)

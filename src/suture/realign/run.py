@@ -80,6 +80,8 @@ def execute(plan: Plan, *, say: Say = lambda _: None, tell: Tell | None = None) 
     out = plan.out.resolve()
     work = out.parent / f".{out.name}.realign"
     with locked_work(plan.out, work, key_of(plan, fingerprints), plan.options.resume) as place:
+        if (place / "train.safetensors").is_file():
+            say("going on from the last checkpoint of a run that was interrupted")
         job = _job(plan, _names(plan, distances), place, say, tell)
         scores = _before(plan, job)
         started = time.perf_counter()

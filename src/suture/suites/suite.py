@@ -12,7 +12,7 @@ from suture.errors import Problems, brief, did_you_mean
 from suture.evals.kinds import Decoding, Kind
 from suture.evals.table import EVALS
 from suture.finetune.recipe import TOO_LONG, Source, read_source
-from suture.recipe import Lines, parse_yaml, text_of
+from suture.recipe import raw_recipe
 from suture.recipe_types import Reader, refuse_unknown, section
 
 KEYS = ("name", "evaluations", "decoding", "reference")
@@ -73,14 +73,10 @@ def read_suite(
 
     ``problems`` puts lines before what is noted from then on.
     """
-    if isinstance(source, Mapping):
-        return _Reader(dict(source), folder or Path(), problems).suite("suite", str)
     with problems.collecting():
-        lines: list[Lines] = []
-        raw = parse_yaml(text_of(source, "suite"), str(source), lines, SHAPE)
-        problems.locate = lines[0].locate
-        reader = _Reader(raw, folder or source.parent, problems)
-        return reader.suite(source.stem, lines[0].locate)
+        name = "suite" if isinstance(source, Mapping) else source.stem
+        raw, where = raw_recipe(source, folder, problems, "suite", SHAPE)
+        return _Reader(raw, where, problems).suite(name, problems.locate)
     return None
 
 
