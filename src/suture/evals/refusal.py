@@ -12,7 +12,9 @@ from suture.merges.base import Number
 
 PERPLEXITY = Annotated[
     float,
-    Number("answers with a larger perplexity under the reference model are broken", 1, 1e30),
+    Number(
+        "answers with a larger perplexity under the reference model are broken; at least 1", 1, 1e30
+    ),
 ]
 MOST = 500.0
 """Fluent answers of small models have perplexities below 60, word salad above 2,000."""

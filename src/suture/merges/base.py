@@ -130,11 +130,9 @@ class Number:
 
     def problem(self, value: object) -> str | None:
         """What is wrong with ``value``; ``None`` when nothing is."""
-        if (
-            isinstance(value, bool)
-            or not isinstance(value, int | float)
-            or not abs(value) <= _LARGEST  # NaN, too, and integers that no float can hold
-        ):
+        if isinstance(value, bool) or not isinstance(value, int | float):
+            return f"{self.doc}; {brief(value)} is not a number"
+        if not abs(value) <= _LARGEST:  # NaN, too, and integers that no float can hold
             return f"{self.doc}; {brief(value)} is not a number of float32"
         if self.whole and value != int(value):
             return f"{self.doc}; {brief(value)} is not a whole number"

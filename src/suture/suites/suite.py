@@ -95,7 +95,7 @@ class _Reader(Reader):
             reference = None
         decoding = self.decoding(self.raw, Decoding(), "")
         entries = section(self.raw, "evaluations", self.problems)
-        if not entries:
+        if not entries and isinstance(self.raw.get("evaluations") or {}, Mapping):
             self.refuse("evaluations: a mapping from names to what is asked, with at least one")
         found = [self.question(n, e, folder, decoding) for n, e in entries.items()]
         questions = tuple(q for q in found if q is not None)
