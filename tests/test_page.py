@@ -191,6 +191,17 @@ def test_a_folder_is_gathered_whole(sample: Path) -> None:
     lines_of(found.notes[0], "broken/suture.json", "left out")
 
 
+def test_a_damaged_result_of_an_evaluation_is_named(tmp_path: Path) -> None:
+    """Its name says nothing, its beginning does; other files that are no JSON are passed over."""
+    text = asked("base", 0.0, 0.2).to_json()
+    (tmp_path / "base.json").write_text(text)
+    (tmp_path / "cut.json").write_text(text[: len(text) // 2])
+    (tmp_path / "odd.json").write_text(text.replace('"evaluations"', '"evaluation"'))
+    (tmp_path / "other.json").write_text("{")
+    found = gather(tmp_path)
+    assert [note.split()[0] for note in found.notes] == ["cut.json", "odd.json"]
+
+
 def test_links_and_hidden_folders_are_not_followed(sample: Path, tmp_path: Path) -> None:
     """A page shows what lies in the folder, and nothing that a link points to."""
     (tmp_path / "inside").symlink_to(sample)

@@ -161,7 +161,7 @@ def gather(folder: Path) -> Found:
             elif ours:
                 raise RecipeError(f"holds {brief(raw)}, not an object")
         except (OSError, ValueError, RecursionError, SutureError) as error:
-            if ours or isinstance(error, MissingExtraError):
+            if ours or isinstance(error, MissingExtraError) or _is_result(path):
                 reason = getattr(error, "strerror", None) or error
                 found.notes.append(f"{where} cannot be read and was left out: {reason}")
     basis = {
@@ -178,6 +178,15 @@ def gather(folder: Path) -> Found:
             + "".join(f"\n{note}" for note in found.notes)
         )
     return found
+
+
+def _is_result(path: Path) -> bool:
+    """Whether a file that cannot be read began as a result of `suture eval`, whatever its name."""
+    try:
+        with path.open("rb") as file:
+            return b'"kind": "evaluation"' in file.read(200)
+    except OSError:
+        return False
 
 
 def _values(raw: object) -> list[Any]:
