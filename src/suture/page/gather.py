@@ -86,7 +86,7 @@ class Found:
             inside = raw.get("disentanglement") if kind == "analysis" else None
             maps = inside.get("maps") if isinstance(inside, Mapping) else None
             self.maps += [(where, dict(one)) for one in (maps or ()) if isinstance(one, Mapping)]
-        elif kind == "evaluation" and "evaluations" in raw:
+        elif kind == "evaluation":
             self.results += [(where, one) for one in _suite_results(text)]
         elif {"title", "tasks", "entries"} <= raw.keys():
             self.reports.append((where, _scores()[0].from_json(text)))
