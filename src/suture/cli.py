@@ -633,11 +633,16 @@ def methods(
 
         chosen = list(METHODS.values()) if name is None else [method(name)]
         found = {m.name: _method_data(m) for m in chosen}
+    _show_lines(found, as_json, whole=name is not None)
+
+
+def _show_lines(found: dict[str, dict[str, Any]], as_json: bool, *, whole: bool) -> None:
+    """A table of methods or strategies."""
     if as_json:
         show_json(found)
         return
     for key, row in found.items():
-        _show_line(key, row, whole=name is not None)
+        _show_line(key, row, whole=whole)
 
 
 def _show_line(key: str, row: dict[str, Any], *, whole: bool) -> None:
@@ -732,12 +737,7 @@ def finetune(
 
                 report = run.execute(plan, say=shown.say, tell=step)
     if dry_run:
-        if as_json:
-            show_json(found)
-            return
-        for key, value in found.items():
-            tell(f"{key:<11}{value if isinstance(value, str) else json.dumps(value)}")
-        tell("nothing was written; leave out --dry-run to train")
+        _show_dry(found, as_json, "train")
     elif as_json:
         show_json(report.to_dict())
     else:
@@ -745,6 +745,16 @@ def finetune(
             tell(f"note: {line}")
         for key, text in run.report_rows(report):
             tell(f"{key:<18}{text}")
+
+
+def _show_dry(found: dict[str, Any], as_json: bool, verb: str) -> None:
+    """What a run would do, a line each."""
+    if as_json:
+        show_json(found)
+        return
+    for key, value in found.items():
+        tell(f"{key:<12}{value if isinstance(value, str) else json.dumps(value)}")
+    tell(f"nothing was written; leave out --dry-run to {verb}")
 
 
 @app.command()
@@ -758,11 +768,7 @@ def strategies(
 
         chosen = list(STRATEGIES.values()) if name is None else [strategy(name)]
         found = {s.name: _strategy_data(s) for s in chosen}
-    if as_json:
-        show_json(found)
-        return
-    for key, row in found.items():
-        _show_line(key, row, whole=name is not None)
+    _show_lines(found, as_json, whole=name is not None)
 
 
 def _strategy_data(line: Any) -> dict[str, Any]:
@@ -941,9 +947,7 @@ def bench(
     if as_json:
         show_json(found)
     elif dry_run:
-        for key, value in found.items():
-            tell(f"{key:<11}{value if isinstance(value, str) else json.dumps(value)}")
-        tell("nothing was written; leave out --dry-run to begin")
+        _show_dry(found, as_json, "begin")
     else:
         tell(markdown(found))
         tell(f"wrote {out / 'results.json'} and {out / 'results.md'}")
@@ -1006,12 +1010,7 @@ def realign(
 
                 report = execute(plan, say=shown.say, tell=step)
     if dry_run:
-        if as_json:
-            show_json(found)
-            return
-        for key, value in found.items():
-            tell(f"{key:<11}{value if isinstance(value, str) else json.dumps(value)}")
-        tell("nothing was written; leave out --dry-run to realign")
+        _show_dry(found, as_json, "realign")
     elif as_json:
         show_json(report.to_dict())
     else:
@@ -1034,11 +1033,7 @@ def realigners(
         found = {m.name: _strategy_data(m) for m in chosen}
         for m in chosen:
             found[m.name]["needs"] = "needs " + ", ".join(("aligned", "models", *m.needs))
-    if as_json:
-        show_json(found)
-        return
-    for key, row in found.items():
-        _show_line(key, row, whole=name is not None)
+    _show_lines(found, as_json, whole=name is not None)
 
 
 @app.command()
@@ -1065,9 +1060,7 @@ def audit(
     if as_json:
         show_json(found)
     elif dry_run:
-        for key, value in found.items():
-            tell(f"{key:<12}{value if isinstance(value, str) else json.dumps(value)}")
-        tell("nothing was written; leave out --dry-run to begin")
+        _show_dry(found, as_json, "begin")
     else:
         for line in lines(found):
             tell(line)
