@@ -380,7 +380,7 @@ def test_masks_know_their_models_wherever_they_are_used(shop: Path, tmp_path: Pa
     new, tuned = tensors(tmp_path / "stitched"), tensors(shop / "tuned")
     for name in mask.shapes:
         np.testing.assert_allclose(new[name][mask[name]], tuned[name][mask[name]], atol=1e-6)
-    with pytest.raises(MismatchError, match="fingerprint"):
+    with pytest.raises(MismatchError, match="is not the model that the masks"):
         merge({**stitched, "models": {"a": str(shop / "other")}}, tmp_path / "wrong")
     two = {"tuned": str(shop / "tuned"), "other": str(shop / "other")}
     realign(recipe(shop, "magnitude", models=two), tmp_path / "two")
