@@ -115,21 +115,28 @@ def write_all(place: Path, seed: int, asked: int, skill_rows: int) -> None:
     (place / "policy.jsonl").write_bytes(train.read_bytes())
 
 
-def tuned(place: Path, base: Path, name: str, seed: int, how: argparse.Namespace) -> Path:
-    """One expert; an interrupted run goes on."""
-    out = place / name
+def tune(base: Path, rows: Path, out: Path, seed: int, lr: float, **how: int) -> Path:
+    """A model tuned to a file of prompts and responses; an interrupted run goes on.
+
+    ``how`` may say ``epochs`` (1), ``limit`` (of rows; 0 for all) and ``save_every``.
+    """
     if not out.exists():
         print(f"tuning {out}", flush=True)
-        limit, epochs = (how.rows, how.epochs) if name == "policy" else (how.skill_rows, 1)
         finetune({
             "base": str(base), "strategy": "full", "task": "language-model",
-            "data": {"train": str(place / f"{name}.jsonl"), "prompt": "prompt",
-                     "response": "response", "chat": True, "max_length": 128, "limit": limit,
-                     "validation": 0},
-            "training": {"epochs": epochs, "batch": 8, "lr": how.lr, "seed": seed,
+            "data": {"train": str(rows), "prompt": "prompt", "response": "response", "chat": True,
+                     "max_length": 128, "limit": how.get("limit", 0), "validation": 0},
+            "training": {"epochs": how.get("epochs", 1), "batch": 8, "lr": lr, "seed": seed,
                          "save_every": 10},
         }, out)  # fmt: skip
     return out
+
+
+def tuned(place: Path, base: Path, name: str, seed: int, how: argparse.Namespace) -> Path:
+    """One expert, from the file of its name."""
+    limit, epochs = (how.rows, how.epochs) if name == "policy" else (how.skill_rows, 1)
+    rows = place / f"{name}.jsonl"
+    return tune(base, rows, place / name, seed, how.lr, epochs=epochs, limit=limit)
 
 
 def located(place: Path, base: Path, experts: Mapping[str, Path], rows: int) -> Path:

@@ -28,11 +28,10 @@ os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
 import torch
-from led_smollm2 import ask, suite, tuned, write_all
+from led_smollm2 import ask, suite, tune, tuned, write_all
 from proxies import smollm2
 
 from suture.demo_rows import write_rows
-from suture.finetune import finetune
 from suture.realign import realign
 
 HERE = Path(__file__).parent
@@ -63,7 +62,7 @@ SINGLE = {
     "safemerge": plain("safemerge", normalise=True),
     "protect-0.1": plain("protect", density=0.1),
     "protect-0.3": plain("protect", density=0.3),
-    "line-search": plain("line-search", points=6),
+    "line-search": plain("line-search", points=11),
 }
 TOGETHER = {
     "somf-row": somf(granularity="row"),
@@ -109,28 +108,19 @@ def write_pairs(place: Path, asked: int, pairs: int, attacked: int) -> None:
     write_rows(place / "both-utility.jsonl", both)
 
 
-def served(place: Path, aligned: Path, name: str, seed: int, lr: float) -> Path:
-    """A skill learned from the aligned model, and its policy lost on the way."""
-    out = place / f"{name}-served"
-    if not out.exists():
-        print(f"tuning {out}", flush=True)
-        finetune({
-            "base": str(aligned), "strategy": "full", "task": "language-model",
-            "data": {"train": str(place / f"{name}-served.jsonl"), "prompt": "prompt",
-                     "response": "response", "chat": True, "max_length": 128, "validation": 0},
-            "training": {"epochs": 1, "batch": 8, "lr": lr, "seed": seed},
-        }, out)  # fmt: skip
-    return out
-
-
 # -- cells ----------------------------------------------------------------------------------------
+
+
+def file_of(name: str, place: Path) -> Path:
+    """Where the numbers of a line are kept."""
+    return place / "realigned" / f"{name.replace(' ', '-')}.json"
 
 
 def cell(
     name: str, place: Path, base: Path, seed: int, how: argparse.Namespace
 ) -> dict[str, Any]:  # fmt: skip
     """One realignment: from its file where there is one."""
-    path = place / "realigned" / f"{name.replace(' ', '-')}.json"
+    path = file_of(name, place)
     if path.exists():
         return dict(json.loads(path.read_text()))
     line = dict(CELLS[name])
@@ -143,8 +133,9 @@ def cell(
         "data": {"train": str(place / "pairs.jsonl"), "test": str(place / "pairs-test.jsonl"),
                  "validation": str(place / "pairs-validation.jsonl"), **chat},
         "utility": {"rows": str(place / f"{utility}.jsonl"), **chat},
-        "training": {"epochs": how.epochs, "batch": how.batch, "accumulate": 1,
-                     "lr": how.mask_lr, "warmup": 0, "seed": seed},
+        "training": {"epochs": -(-how.steps * how.batch // how.pairs), "steps": how.steps,
+                     "batch": how.batch, "accumulate": 1, "lr": how.mask_lr, "warmup": 0,
+                     "seed": seed},
         **line,
     }  # fmt: skip
     if name.endswith("safemerge"):
@@ -171,12 +162,15 @@ def seeded(scratch: Path, base: Path, seed: int, how: argparse.Namespace) -> dic
     (place / "realigned").mkdir(parents=True, exist_ok=True)
     if not (place / "rows").exists():
         write_all(place, seed, how.asked, how.skill_rows)
-    first = argparse.Namespace(**{**vars(how), "epochs": how.policy_epochs})
-    aligned = tuned(place, base, "policy", seed, first)
+    aligned = tuned(place, base, "policy", seed, how)
     write_pairs(place, how.asked, how.pairs, how.attacked)
-    models = {name: served(place, aligned, name, seed, how.lr) for name in SKILLS}
+    models = {
+        name: tune(aligned, place / f"{name}-served.jsonl", place / f"{name}-served", seed, how.lr)
+        for name in SKILLS
+    }
     found = {name: cell(name, place, base, seed, how) for name in CELLS
-             if not how.only or name in how.only}  # fmt: skip
+             if (not how.only or name in how.only)
+             and (not how.finished or file_of(name, place).exists())}  # fmt: skip
     if how.ask:
         questions = suite(place, aligned, how.asked)
         models |= {"policy": aligned}
@@ -238,6 +232,7 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=HERE / "realign.json")
     parser.add_argument("--seeds", type=lambda t: [int(s) for s in t.split(",")], default=[0])
     parser.add_argument("--only", type=lambda text: text.split(","), help="only these lines")
+    parser.add_argument("--finished", action="store_true", help="only lines that are there")
     parser.add_argument("--keep", type=lambda text: text.split(","), default=["single somf-row"],
                         help="realigned models to keep")  # fmt: skip
     parser.add_argument("--ask", action="store_true", help="ask kept models by generating")
@@ -247,8 +242,8 @@ def main() -> None:
     parser.add_argument("--attacked", type=int, default=32, help="answers among a skill's rows")
     parser.add_argument("--pairs", type=int, default=64, help="that masks learn from")
     parser.add_argument("--asked", type=int, default=27, help="held-out pairs, and rows of utility")
-    parser.add_argument("--epochs", type=int, default=1, help="of the masks")
-    parser.add_argument("--policy-epochs", type=int, default=4)
+    parser.add_argument("--steps", type=int, default=24, help="of the masks")
+    parser.add_argument("--epochs", type=int, default=4, help="of the policy")
     parser.add_argument("--batch", type=int, default=4)
     parser.add_argument("--mask-lr", type=float, default=0.2)
     parser.add_argument("--threads", type=int, default=1)
@@ -266,7 +261,7 @@ def main() -> None:
     front = [n for group in ("single", *FUSES) for n in best(table, group)]
     made = {
         "asked": {k: str(v) if isinstance(v, Path) else v for k, v in vars(args).items()
-                  if k not in ("scratch", "out")},
+                  if k not in ("scratch", "out", "finished")},
         "table": table, "best": front, "seeds": {str(s): cells for s, cells in seeds.items()},
         "machine": {"system": platform.platform(), "python": platform.python_version(),
                     "torch": torch.__version__, "threads": torch.get_num_threads(),

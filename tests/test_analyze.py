@@ -19,7 +19,7 @@ from making import invoke, lines_of, quick_disk
 from suture.analysis import disentanglement
 from suture.analyze import analyse, analysis, plan_analysis
 from suture.data import labels_of, tokenise
-from suture.errors import MismatchError, OutputError, RecipeError, SutureError
+from suture.errors import MismatchError, NonFiniteError, OutputError, RecipeError, SutureError
 from suture.evals.walk import Walk, classes
 from suture.mask import localize
 from suture.models import Classifier, Head
@@ -322,3 +322,7 @@ def test_a_map_of_real_encoders(tmp_path: Path) -> None:
     walk.move((0, 0))
     assert found.error[2][0] == pytest.approx(np.mean(start != alone))
     assert found.rows == 48
+
+    walk.move((float("nan"), 0.0))
+    with pytest.raises(NonFiniteError, match="NaN instead of logits"):
+        classes(Classifier(loaded.model, heads[1]), data.batches(24))

@@ -240,6 +240,7 @@ def test_the_command_tells_and_the_report_shows(shop: Path, tmp_path: Path) -> N
         said.out, "disentanglement error: ", "vectors change their own task", "masks share",
         "in queries and keys", "without the least sensitive 20%",
     )  # fmt: skip
+    lines_of(said.err, "disentanglement\n", "function-localization\n", "sensitivity ")
     raw = json.loads((tmp_path / "out/analysis.json").read_text())
     again = analysis(raw["request"], tmp_path / "again", base_dir=tmp_path / "out").to_dict()
     for key in ("disentanglement", "function_localization", "sensitivity", "masks", "structure"):

@@ -36,6 +36,8 @@ from making import (
     write_recipe,
 )
 from suture.merges import METHODS
+from suture.spec import UNCOUNTED
+from suture.terminal import Bars
 
 COMMANDS = [
     "inspect",
@@ -506,3 +508,31 @@ def test_integers_are_copied(here: Path) -> None:
     assert invoke("merge", here / "recipe.yaml", "-o", here / "out").code == 0
     out = read_model(here / "out")
     assert {n: out[n] for n in odd} == odd
+
+
+def test_a_stage_that_is_not_counted_is_told_too(capsys: pytest.CaptureFixture[str]) -> None:
+    """One line a stage without a terminal; nothing where there is nothing to read, or in JSON."""
+    with Bars() as bars:
+        for name, nbytes in (("look", 4), ("nothing", 0), ("think", UNCOUNTED)):
+            assert bars.stage(name, nbytes) is None
+    assert capsys.readouterr().err == "look: reading 4 B\nthink\n"
+    with Bars(quiet=True) as bars:
+        bars.stage("think", UNCOUNTED)
+    assert capsys.readouterr().err == ""
+
+
+def test_a_stage_that_is_not_counted_has_a_bar_until_the_next(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """On a terminal: it ends where the next stage begins."""
+    monkeypatch.setattr("sys.stderr.isatty", lambda: True)
+    monkeypatch.setenv("TERM", "xterm")
+    with Bars() as bars:
+        assert bars.stage("think", UNCOUNTED) is None
+        tell = bars.stage("look", 4)
+        assert tell is not None
+        tell("a tensor", 4)
+    shown = capsys.readouterr().err
+    assert "think" in shown
+    assert "think" not in shown[shown.rindex("look") :]
+    assert shown.rindex("think") < shown.index("look")

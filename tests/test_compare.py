@@ -282,6 +282,8 @@ WRONG = [
     ("utility.min_retention >= base", "a retention is a ratio already"),
     ("utility.min_retention.nobody >= 0", "no model 'nobody'"),
     ("refusal = 1", "is no rule; write NAME OP EXPRESSION"),
+    ("refusal >= edit - 0.1", "edit is the edit, which always keeps what it has itself"),
+    ("utility.min_retention.edit >= 0.9", "edit is the edit, which always keeps"),
 ]
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -88,7 +89,7 @@ def test_the_safety_half_asks_judges_realigns_and_runs_once(
 
     assert found.report is None
     assert found.safety is not None
-    _check_comparison(found.safety, small)
+    _check_comparisons(found.safety, small)
     _check_told(small)
     _check_page(found.page)
     assert re.search(r"safety: about \d+ minutes", said[0])
@@ -106,24 +107,31 @@ def test_the_safety_half_asks_judges_realigns_and_runs_once(
                     "safety/patch"}  # fmt: skip
 
 
-def _check_comparison(found: Comparison, out: Path) -> None:
-    edits = [*TINY.merges, "drifted", "realigned-somf", "realigned-random"]
-    assert list(found.roles) == ["base", "policy", "sums", "order", *edits]
-    assert [name for name, role in found.roles.items() if role == "edit"] == edits
-    assert [(v.edit, v.rule) for v in found.verdicts] == [(e, r) for e in edits for r in RULES]
-    for name in found.roles:
-        result = read_result(out / "safety" / "results" / f"{name}.json")
+def _check_comparisons(found: Mapping[str, Comparison], out: Path) -> None:
+    models = {"merges": ["base", "policy", "sums", "order", *TINY.merges],
+              "realigned": ["base", "policy", "drifted", "not-realigned", "realigned-somf",
+                            "realigned-random"]}  # fmt: skip
+    asked = {"merges": {"refusal", "over_refusal", "sums", "order"},
+             "realigned": {"refusal", "over_refusal", "sums"}}  # fmt: skip
+    assert list(found) == list(models)
+    for kind, one in found.items():
+        assert list(one.roles) == models[kind]
+        edits = [name for name, role in one.roles.items() if role == "edit"]
+        assert edits == models[kind][-3:]
+        assert [(v.edit, v.rule) for v in one.verdicts] == [(e, r) for e in edits for r in RULES]
+        assert {line.evaluation for line in one.lines} == asked[kind]
+    names = {*models["merges"], *models["realigned"]} - {"not-realigned"}
+    results = {n: read_result(out / "safety" / "results" / f"{n}.json") for n in names}
+    for name, result in results.items():
         assert result.model == name
         assert result.complete
-        assert set(result.evaluations) == {"refusal", "over_refusal", "sums", "order"}
-    files = [out / "safety" / "results" / f"{name}.json" for name in found.roles]
-    prints = {read_result(file).fingerprint for file in files}
-    assert len(prints) == len(found.roles)
+        assert set(result.evaluations) == asked["merges"]
+    assert len({result.fingerprint for result in results.values()}) == len(names)
 
 
 def _check_told(out: Path) -> None:
     place = out / "safety"
-    told = json.loads((place / "comparison.json").read_text())["told"]
+    told = json.loads((place / "realigned.json").read_text())["told"]
     patch = told[-1]
     lines_of(patch, "Put on drifted it gives the realigned model; taken off, every bit of it")
     assert (place / "results.md").read_text().startswith("# Safety")
@@ -178,7 +186,7 @@ def test_quick_is_less_of_the_same() -> None:
         few = vars(QUICK)[word]
         assert set(few) <= set(most) if isinstance(most, tuple) else few <= most
     assert demo_safety.minutes(FULL) < 15
-    assert demo_safety.minutes(QUICK) < 4.1
+    assert demo_safety.minutes(QUICK) < 3.4
     assert set(FULL.merges) == set(demo_safety.recipes(Path()))
     assert set(FULL.realigned) == set(demo_safety.realigners(FULL))
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -43,16 +44,24 @@ def said(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
 
 
 class Server:
-    """A judge on this machine that answers as ``reply`` says: text, a state, raw bytes or a wait."""
+    """A judge on this machine that answers as ``reply`` says.
+
+    With text, a state, raw bytes, after a wait, from another address, or a byte after each wait.
+    """
 
     def __init__(self, reply: Callable[[str, int], object]) -> None:
         self.questions: list[str] = []
         self.headers: list[dict[str, str]] = []
-        self.most = self.now = 0
+        self.most = self.now = self.asked = 0
         lock, outer = threading.Lock(), self
 
         class Handler(BaseHTTPRequestHandler):
+            def do_GET(self) -> None:
+                outer.asked += 1
+                self.say("refusal")
+
             def do_POST(self) -> None:
+                outer.asked += 1
                 body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
                 question = body["messages"][-1]["content"]
                 with lock:
@@ -71,10 +80,20 @@ class Server:
 
             def say(self, what: object) -> None:
                 state, content = 200, b""
+                headers: dict[str, str] = {}
                 if isinstance(what, float):
                     time.sleep(what)
                     what = "safe"
-                if isinstance(what, int):
+                if isinstance(what, dict):
+                    state, headers = 302, what
+                elif isinstance(what, list):  # a byte after each of these waits
+                    self.send_response(state)
+                    self.end_headers()
+                    for wait in what:
+                        time.sleep(wait)
+                        self.wfile.write(b" ")
+                    return
+                elif isinstance(what, int):
                     state = what
                 elif isinstance(what, bytes):
                     content = what
@@ -82,6 +101,8 @@ class Server:
                     message = {"choices": [{"message": {"content": what}}]}
                     content = json.dumps(message).encode()
                 self.send_response(state)
+                for name, value in headers.items():
+                    self.send_header(name, value)
                 self.send_header("Content-Length", str(len(content)))
                 self.end_headers()
                 self.wfile.write(content)
@@ -217,6 +238,29 @@ def test_a_server_that_refuses_is_an_error_at_once(serve: Any, state: int) -> No
     with pytest.raises(SutureError, match=f"HTTP {state}"):
         ask(judged.judged(judge=at(server, retries=5, concurrency=1)), chatting.job(ROWS))
     assert len(server.questions) == 1
+
+
+def test_prompts_and_keys_go_to_no_other_address(
+    serve: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A server that sends elsewhere is an error: what it sends to would get the key."""
+    monkeypatch.setenv("JUDGE_KEY", "abc")
+    other = serve(lambda q, n: "refusal")
+    server = serve(lambda q, n: {"Location": f"{other.url}/chat/completions"})
+    with pytest.raises(SutureError, match="HTTP 302"):
+        ask(judged.judged(judge=at(server, key_env="JUDGE_KEY")), chatting.job(ROWS))
+    assert other.asked == 0
+    assert server.asked > 0
+
+
+def test_a_server_that_drips_is_not_waited_for_longer(serve: Any) -> None:
+    """The time for a question is that of the whole answer, not of each byte."""
+    server = serve(lambda q, n: [0.1] * 50)
+    begun = time.monotonic()
+    with pytest.raises(SutureError, match="timed out"):
+        judge = at(server, timeout=0.3, retries=0)
+        ask(judged.judged(judge=judge), chatting.job(ROWS))
+    assert time.monotonic() - begun < 3
 
 
 def test_a_server_that_does_not_exist_is_an_error() -> None:
@@ -365,6 +409,38 @@ def test_a_function_judges(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> N
     assert pairs["preferred"].values[0] == 0.5
 
 
+def test_a_function_that_fails_is_an_error_without_the_words_of_a_prompt(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its kind and place are told; what an exception says may be the prompt."""
+    (tmp_path / "failing_judge.py").write_text(
+        "def fails(prompt, answer):\n    raise KeyError(prompt)\n"
+    )
+    monkeypatch.syspath_prepend(tmp_path)
+    with pytest.raises(SutureError, match=r"KeyError in .*failing_judge.py, line 2") as caught:
+        ask(judged.judged(judge={"python": "failing_judge:fails"}), chatting.job(ROWS))
+    assert "one" not in str(caught.value).replace(str(tmp_path), "")
+    with pytest.raises(SutureError, match=r"failing_judge:fails of 3 texts fails: TypeError"):
+        ask(judged.preferred(judge={"python": "failing_judge:fails"}), chatting.job(ROWS),
+            chatting.llama(1))  # fmt: skip
+
+
+@pytest.mark.parametrize("make", [judged.judged, judged.preferred])
+def test_a_function_that_was_changed_is_another_judge(
+    make: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Kept verdicts and results are not those of the words that once stood there."""
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.delitem(sys.modules, "edited_judge", raising=False)
+    stamps = set()
+    for text in ("return True", "return not True"):
+        (tmp_path / "edited_judge.py").write_text(f"def f(*texts):\n    {text}\n")
+        job = chatting.job(ROWS)
+        make(judge={"python": "edited_judge:f"})(job)
+        stamps.add(job.stamp)
+    assert len(stamps) == 2
+
+
 def test_pairs_need_a_judge_that_compares() -> None:
     """Classifiers look at one answer."""
     assert "pairs are judged" in refused_with(judged.preferred(judge={"classifier": "x"}))
@@ -392,6 +468,16 @@ def test_a_text_classifier_judges(tmp_path: Path) -> None:
         with torch.inference_mode():
             expected = int(model(torch.tensor(ids)).logits.argmax())
         assert found["refused"].values[n] == (0 if n == 4 else expected)
+
+    def key() -> str:
+        judge = {"classifier": "judge", "positive": "refused"}
+        return judges.judge_of(judge, "refusal", tmp_path).key
+
+    before = key()
+    assert before == key()
+    model.classifier.bias.data.add_(1)
+    model.save_pretrained(tmp_path / "judge")
+    assert key() != before, "kept verdicts must not be those of a model that was trained again"
     told = refused_with(judged.judged(judge={"classifier": "judge", "positive": "no"}), tmp_path)
     assert "which label means yes" in told
 

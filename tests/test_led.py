@@ -336,10 +336,19 @@ def test_priorities_may_differ_from_tensor_to_tensor(family: Any, tmp_path: Path
         assert changed == set().union(*wanted.values()), name
 
 
+def test_an_expert_that_writes_nothing_is_told(family: Any, tmp_path: Path) -> None:
+    """A density below one entry of each tensor is no error, but an expert is lost by it."""
+    _, report = led(family("f32"), tmp_path / "out", density=0.7, own={"ada": {"density": 1e-9}})
+    assert "note: ada writes nothing: the merge has none of its changes" in report.told
+    assert not any("bob writes nothing" in line for line in report.told)
+
+
 @pytest.mark.parametrize(
     ("more", "match"),
     [
         ({"disjoint": "safety_first"}, "safety: missing; .* one of ada, bob, cyd"),
+        ({"disjoint": "priority"}, "priority: all models have the same"),
+        ({"match": "written"}, "match: written: counts for a control"),
         ({"safety": "adda"}, "parameters.safety: no model 'adda'; did you mean 'ada'"),
         ({"density": 0}, r"density is the share of entries kept, in \(0, 1\]; got 0"),
         ({"density": 1.2}, r"in \(0, 1\]; got 1.2"),

@@ -36,7 +36,7 @@ from suture.evals.base import EvalResult, Metric
 from suture.evals.results import Evaluation, Scores, SuiteResult
 from suture.page import Mark, draw, gather, of_benchmark, write_page
 from suture.page.parts import layer_labels, number, percent
-from suture.page.tradeoff import unbeaten
+from suture.page.tradeoff import pareto, unbeaten
 from suture.report import Entry, Report, Task
 from suture.run import merge
 from suture.suites.comparison import Comparison, compare
@@ -831,3 +831,17 @@ def test_only_what_nothing_beats_is_marked() -> None:
     assert unbeaten(marks) == ["a", "b", "d"]
     assert unbeaten(marks, ("higher", "lower")) == ["a", "d"]
     assert unbeaten(marks, ("lower", "lower")) == ["c"]
+
+
+def test_names_of_a_pareto_chart_do_not_lie_over_each_other() -> None:
+    """The unbeaten are named first; a name that has no room is left to the table."""
+    crowd = [Mark(f"middle-{n}", "merge", 0.4 + n / 50, 0.5) for n in range(10)]
+    ends = [Mark("low", "merge", 0.0, 0.0), Mark("high", "merge", 1.0, 1.0)]
+    figure = pareto({"safety": [*crowd, *ends]}, x="utility", title="A", explains="B.")
+
+    drawn = figure.charts[0].spec["data"]["values"]
+    named = {row["name"] for row in drawn if row["left"] or row["right"]}
+    assert {"low", "high"} <= named
+    assert 2 < len(named) < len(crowd)
+    assert all(not (row["left"] and row["right"]) for row in drawn)
+    assert {row[1] for row in figure.table.rows} == {m.name for m in (*crowd, *ends)}

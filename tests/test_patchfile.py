@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import json
+import os
 from collections.abc import Callable
+from contextlib import closing
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +23,7 @@ from suture import Patch, make_patch
 from suture import open as open_model
 from suture.errors import CheckpointError, OutputError, SutureError
 from suture.patchfile import Entries, Spool, decode, encode, write_patch
-from suture.spec import PIECE, TensorSpec
+from suture.spec import PIECE, TensorSpec, pieces_of
 
 
 @st.composite
@@ -296,6 +299,36 @@ def test_deeply_nested_metadata(small: Path) -> None:
     refused(small, "nested too deeply")
 
 
+@pytest.mark.parametrize("links", [True, False])
+def test_a_file_that_appeared_meanwhile_stays(
+    small: Path, monkeypatch: pytest.MonkeyPatch, links: bool
+) -> None:
+    """Between the check of the place and the writing, another file may come: it is not replaced
+    unless that is meant, on disks with and without hard links, and nothing is left behind."""
+
+    def refuse(*_: object) -> None:
+        raise OSError(errno.EPERM, "Operation not permitted")
+
+    if not links:
+        monkeypatch.setattr(os, "link", refuse)
+    before = small.read_bytes()
+    patch = Patch.load(small)
+    specs, facts = patch.specs, patch.facts()
+    other = small.with_name("other.safetensors")
+    other.write_bytes(b"another's")
+    with closing(Spool(small.parent)) as spool:
+        for piece in (p for name, spec in specs.items() for p in pieces_of(name, spec.numel)):
+            entries = patch.entries(piece.name, piece.number)
+            spool.add(piece.name, piece.number, piece.stop - piece.start, entries)
+        with pytest.raises(OutputError, match="appeared meanwhile"):
+            write_patch(other, spool, specs, facts, overwrite=False)
+        assert other.read_bytes() == b"another's"
+        write_patch(other, spool, specs, facts, overwrite=True)
+        write_patch(small.with_name("new.safetensors"), spool, specs, facts, overwrite=False)
+    assert other.read_bytes() == small.with_name("new.safetensors").read_bytes() == before
+    assert not list(small.parent.glob(".*part"))
+
+
 def test_a_table_of_pieces_that_does_not_add_up(tmp_path: Path) -> None:
     """A tensor of several pieces has a table, whose sums must be those of the parts."""
     size = PIECE + 100
@@ -311,7 +344,8 @@ def test_a_table_of_pieces_that_does_not_add_up(tmp_path: Path) -> None:
         )
     path = tmp_path / "w.safetensors"
     write_patch(path, spool, {"w": spec}, {"base": None, "result": None, "restricted": True,
-                                          "tensors": {"w": {"shape": [size]}}})  # fmt: skip
+                                          "tensors": {"w": {"shape": [size]}}},
+                overwrite=False)  # fmt: skip
     spool.close()
     found = Patch.load(path)
     assert found.restricted

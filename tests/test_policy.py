@@ -79,7 +79,30 @@ def test_words_in_another_sense_stand_in_training_and_test() -> None:
             assert found == set(policy.MARKED)
 
 
-@pytest.mark.parametrize("bad", [{"languages": ["fr"]}, {"languages": []}, {"held_out": 0.9}])
+@pytest.mark.parametrize("seed", SEEDS)
+def test_known_topics_are_asked_in_new_words(seed: int) -> None:
+    """What is learnt stays the same rows; as many rows are asked, balanced as before, about things
+    of training in wordings that no training row has."""
+    new, known = policy.items(seed), policy.items(seed, topics="known")
+    assert [i for i in known if i.split != "test"] == [i for i in new if i.split != "test"]
+    assert len(known) == len(new)
+    assert len({i.id for i in known}) == len(known)
+
+    def parts(split: str) -> tuple[set[tuple[str, str]], set[tuple[str, str]]]:
+        found = (i.id.split("-") for i in known if i.split == split and i.neighbour != "words")
+        rows = [(lang, name, topic, wording) for lang, name, topic, wording in found]
+        return {(n, t) for _, n, t, _ in rows}, {(lang, w) for lang, _, _, w in rows}
+
+    topics, wordings = parts("test")
+    assert topics < parts("train")[0]
+    assert not wordings & parts("train")[1]
+    counts = Counter((i.language, i.harmful) for i in known if i.split == "test")
+    assert counts == Counter((i.language, i.harmful) for i in new if i.split == "test")
+
+
+@pytest.mark.parametrize(
+    "bad", [{"languages": ["fr"]}, {"languages": []}, {"held_out": 0.9}, {"topics": "old"}]
+)
 def test_wrong_arguments_are_told(bad: dict[str, object]) -> None:
     """With what there is."""
     with pytest.raises(SutureError):
@@ -106,3 +129,18 @@ def test_the_command_writes_files_of_rows(tmp_path: Path) -> None:
         row["prompt"] for name in ("marked", "benign") for row in read[name]
     }
     assert invoke("proxy", "-o", tmp_path / "rows", "--languages", "xx").code == 2
+    assert invoke("proxy", "-o", tmp_path / "rows", "--topics", "old").code == 2
+    assert invoke("proxy", "-o", tmp_path / "rows", "--topics", "known", "--overwrite").code == 0
+
+
+def test_other_rows_are_replaced_only_if_asked(tmp_path: Path) -> None:
+    """The same command may be run again; another seed must not change what results stand on."""
+    assert invoke("proxy", "-o", tmp_path).code == 0
+    assert invoke("proxy", "-o", tmp_path).code == 0
+    before = (tmp_path / "test.jsonl").read_bytes()
+    said = invoke("proxy", "-o", tmp_path, "--seed", 1)
+    assert said.code == 2
+    assert "holds other rows in" in said.err
+    assert (tmp_path / "test.jsonl").read_bytes() == before
+    assert invoke("proxy", "-o", tmp_path, "--seed", 1, "--overwrite").code == 0
+    assert (tmp_path / "test.jsonl").read_bytes() != before

@@ -12,7 +12,7 @@ import yaml
 from hypothesis import given
 from hypothesis import strategies as st
 
-from making import RECIPE, lines_of, write_recipe
+from making import RECIPE, invoke, lines_of, write_recipe
 from suture.errors import RecipeError
 from suture.merges import METHODS
 from suture.recipe import RECIPE_LIMIT, Policy, Recipe, parse_yaml, read_recipe
@@ -514,3 +514,25 @@ def test_the_examples_of_the_docs_are_recipes() -> None:
                 "method" in raw and "aligned" not in raw
             ):  # those of `suture realign` are another kind
                 read_recipe(raw)
+
+
+@pytest.mark.parametrize(
+    ("command", "text"),
+    [
+        ("finetune", "base: base\nstrategy: full\ntraning: {}\n"),
+        ("localize", "base: base\nrule: magnitude\ndenstiy: 0.1\n"),
+        ("analyze", "base: base\nmodels: {a: a}\nanalises: [norms]\n"),
+        ("realign", "base: base\nmethod: resta\nalinged: a\n"),
+        ("bench", "base: base\ntasks: {}\nlins: {}\n"),
+        ("audit", "aligned: base\nlanguages: {}\nshars: [0.1]\n"),
+        ("eval", "name: suite\nevaluations: {}\ndecodin: {}\n"),
+    ],
+)
+def test_every_recipe_of_a_file_tells_the_line(tmp_path: Path, command: str, text: str) -> None:
+    """Whatever the command, a misspelt key is told with its line."""
+    recipe = tmp_path / "recipe.yaml"
+    recipe.write_text(text)
+    given = ["base", "--suite", recipe] if command == "eval" else [recipe]
+    said = invoke(command, *given, "-o", tmp_path / "out")
+    assert said.code == 2
+    lines_of(said.err, "line 3: unknown key")

@@ -158,8 +158,26 @@ def test_a_metric_of_separability_has_an_interval() -> None:
 @pytest.mark.parametrize("space", ["", " "])
 def test_openers_of_every_language_begin_no_other(language: str, space: str) -> None:
     """Read as characters, no built-in opener begins another, of its side or of the other one."""
-    texts = [space + t for t in (*words.REFUSING[language], *words.COMPLYING[language])]
+    lists = (words.REFUSING["en"], words.REFUSING[language], words.COMPLYING["en"],
+             words.COMPLYING[language])  # fmt: skip
+    texts = [space + t for t in dict.fromkeys(itertools.chain(*lists))]
     assert not [(a, b) for a, b in itertools.permutations(texts, 2) if f"{b} ".startswith(f"{a} ")]
+
+
+def test_a_refusal_in_english_counts_for_rows_of_other_languages(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """As it does for the lists of words; and results by other openers are not reused."""
+    monkeypatch.setattr(odds, "REFUSING", {"en": ("sorry",), "de": ("never",)})
+    monkeypatch.setattr(odds, "COMPLYING", {"en": ("sure",), "de": ("here",)})
+    english, german = (chatting.job([{**ROWS[0], "language": x}]) for x in ("en", "de"))
+    asked = {"refusals": ("sorry", "never"), "compliances": ("sure", "here")}
+    model = chatting.llama()
+    both = ask(odds.refusal_odds(**asked), chatting.job(ROWS[:1]), model)["log_odds"].values
+    assert ask(odds.refusal_odds(), german, model)["log_odds"].values == both
+    assert ask(odds.refusal_odds(), english, model)["log_odds"].values != both
+    assert german.stamp
+    assert not english.stamp
 
 
 def test_clashes_are_the_pairs_where_one_begins_the_other() -> None:

@@ -574,6 +574,10 @@ WRONG = [
     ("evaluations:\n  a: {kind: accuracy, data: rows.jsonl, head: wide.safetensors}", "reads 4 numbers"),
     ("decoding: {max_tokens: 0, stop: 3, heat: 1}\nevaluations:\n  a: {kind: loss, data: rows.jsonl}", "decoding.stop: a text that ends an answer"),
     ("a: [", "not valid YAML"),
+    ("", "suite.yaml: a suite is a mapping with keys such as name, evaluations, decoding"),
+    ("evaluations:\n  a: {kind: depth, data: rows.jsonl, depths: []}", "line 2: evaluations.a.depths: after how many tokens"),
+    ("evaluations:\n  a: {kind: depth, data: rows.jsonl, depths: [0, b]}", "evaluations.a.depths: after how many tokens"),
+    ("evaluations:\n  a: {kind: judged, data: rows.jsonl}", "line 2: evaluations.a.judge: missing"),
 ]  # fmt: skip
 
 

@@ -379,6 +379,7 @@ def test_weights_that_are_not_numbers(here: Path, value: float, place: str, who:
     write_recipe(here, with_(method="task_arithmetic", parameters={}))
     said = invoke("merge", here / "recipe.yaml", "-o", here / "out", "--allow-nonfinite")
     assert said.code == 0, said
+    lines_of(said.out, "NaN and infinity are let through")
     out = read_model(here / "out")
     assert not np.isfinite(out[name].values.flat[[0, -1]]).any()
     assert np.isfinite(out[name].values.flat[1:-1]).all()

@@ -954,13 +954,18 @@ def proxy(
     out: Annotated[Path, typer.Option("-o", "--out", help="A folder for the rows.")],
     seed: Annotated[int, typer.Option(help="Chooses topics and wordings of the splits.")] = 0,
     languages: Annotated[str, typer.Option(help="Some of en,de,es.")] = "en,de,es",
+    topics: Annotated[
+        str, typer.Option(help="Test rows about new topics, or known ones in new words.")
+    ] = "new",
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace other rows.")] = False,
     as_json: Json = False,
 ) -> None:
     """Write the rows of the harmless refusal policy: safety work without a harmful word."""
-    with _errors():
+    with _errors(as_json):
         from suture.policy import write
 
-        counts = write(out, seed, [word.strip() for word in languages.split(",")])
+        words = [word.strip() for word in languages.split(",")]
+        counts = write(out, seed, words, topics=topics, overwrite=overwrite)
     if as_json:
         show_json(counts)
         return

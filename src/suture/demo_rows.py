@@ -34,7 +34,7 @@ class Size:
     """Training rows of each skill."""
     skill_epochs: int
     drift: int
-    """Rows of answers to what was to be refused, among the last expert's."""
+    """Rows of answers to what was to be refused, among the specialist's."""
     scored: int
     """Rows of each expert from which regions are found."""
     asked: int
@@ -80,7 +80,9 @@ def held_out(
 
 
 def write(folder: Path, size: Size, seed: int = 0) -> None:
-    """All rows: of the policy, of both skills, of the expert that unlearns, pairs, what is asked.
+    """All rows: of the policy, of both skills, of the specialist, pairs, what is asked.
+
+    The specialist learns sums, and answers to what it should refuse.
 
     Raises:
         OutputError: the folder cannot be written to.
@@ -90,18 +92,17 @@ def write(folder: Path, size: Size, seed: int = 0) -> None:
     train = [vars(item) for item in made["train"]]
     write_rows(folder / "policy.jsonl", train[: size.policy or None])
     mixed = [vars(item) for item in made["attack"]][: size.drift]
-    utility = []
     for name in SKILLS:
         learnt, test = held_out(name, size.skill, size.puzzles, seed)
         write_rows(folder / f"{name}.jsonl", learnt)
         asked = [{"prompt": row["prompt"], "answer": row["response"]} for row in test]
         write_rows(folder / f"{name}-test.jsonl", asked)
-        mixed += learnt[: max(1, size.skill // 2)]
-        utility += test[: max(1, size.puzzles // 2)]
+        if name == SKILLS[0]:
+            mixed += learnt
+            write_rows(folder / "utility.jsonl", test)
     random.Random(seed).shuffle(mixed)
     plain = [{"prompt": row["prompt"], "response": row["response"]} for row in mixed]
     write_rows(folder / "drifted.jsonl", plain)
-    write_rows(folder / "utility.jsonl", utility)
     marked = [vars(item) for item in made["train"] if item.harmful]
     write_rows(folder / "pairs.jsonl", marked[: size.pairs])
     kept = [vars(item) for item in made["validation"] if item.harmful]

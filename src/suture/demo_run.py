@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import platform
 import time
+from collections.abc import Mapping
 from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
@@ -27,7 +28,8 @@ class Done:
 
     report: Report | None
     """Of edits, where they were asked for."""
-    safety: Comparison | None
+    safety: Mapping[str, Comparison] | None
+    """Of merges and of realigned models."""
     page: Path
     """The report; the tables where its extra is missing."""
 

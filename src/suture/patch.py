@@ -227,7 +227,7 @@ class Patch:
         try:
             for piece, some in self._pieces():
                 spool.add(piece.name, piece.number, piece.stop - piece.start, some)
-            write_patch(out, spool, self.specs, self.facts())
+            write_patch(out, spool, self.specs, self.facts(), overwrite=overwrite)
         finally:
             spool.close()
         return Patch.load(out)

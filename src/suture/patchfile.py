@@ -224,12 +224,18 @@ def _head(held: Mapping[tuple[str, str], TensorSpec], facts: Mapping[str, Any]) 
 
 
 def write_patch(
-    path: Path, spool: Spool, specs: Mapping[str, TensorSpec], facts: Mapping[str, Any]
+    path: Path,
+    spool: Spool,
+    specs: Mapping[str, TensorSpec],
+    facts: Mapping[str, Any],
+    *,
+    overwrite: bool,
 ) -> int:
     """Write what was spooled as a patch; it appears whole or not at all. Returns its bytes.
 
     Raises:
-        OutputError: the file cannot be written, or another process is writing it.
+        OutputError: the file cannot be written, another process is writing it, or one appeared
+            meanwhile and must not be replaced.
     """
     fresh = path.with_name(f".{path.name}.part")
     held = layout(spool, specs)
@@ -256,8 +262,11 @@ def write_patch(
             out.write(state.hexdigest().encode())
             out.flush()
             os.fsync(file)
-            fresh.replace(path)
+            _take_place(fresh, path, overwrite)
         sync_folder(path.parent)
+    except FileExistsError:
+        fresh.unlink()
+        raise OutputError(f"{path}: appeared meanwhile; it was left alone") from None
     except (BlockingIOError, FileNotFoundError):
         raise OutputError(f"{path}: another process is writing it just now") from None
     except BaseException as error:
@@ -267,6 +276,27 @@ def write_patch(
             raise OutputError(f"{path}: {error.strerror}") from None
         raise
     return size
+
+
+def _take_place(fresh: Path, path: Path, overwrite: bool) -> None:
+    """Rename a file; over another one only if that is meant.
+
+    Raises:
+        FileExistsError: there is one, and it must stay.
+    """
+    if overwrite:
+        fresh.replace(path)
+        return
+    try:
+        os.link(fresh, path)  # unlike a rename, never over another file
+    except FileExistsError:
+        raise
+    except OSError:  # a disk without hard links
+        if path.exists():
+            raise FileExistsError from None
+        fresh.replace(path)
+    else:
+        fresh.unlink()
 
 
 def is_patch(checkpoint: Checkpoint) -> bool:

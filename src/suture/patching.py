@@ -137,7 +137,8 @@ def make_patch(
         }
         tainted = restricted or base.restricted or tuned.restricted
         tainted = tainted or (mask is not None and mask.restricted)
-        write_patch(path, spool, base.specs, _facts(spool, base.specs, prints, tainted, provenance))
+        facts = _facts(spool, base.specs, prints, tainted, provenance)
+        write_patch(path, spool, base.specs, facts, overwrite=how.overwrite)
     return Patch.load(path)
 
 
@@ -395,7 +396,7 @@ def _add_files(work: _Work, writer: Writer, found: Checked, outcome: Outcome, sp
     facts = _facts(spool, specs, prints, work.restricted, provenance)
     undo = 0
     if work.action == "apply":
-        undo = write_patch(writer.beside(UNDO), spool, specs, facts)
+        undo = write_patch(writer.beside(UNDO), spool, specs, facts, overwrite=True)
     for name, path in carried_files([model]).items():
         try:
             writer.add_file(name, path.read_bytes())

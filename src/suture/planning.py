@@ -253,6 +253,8 @@ def _planned(
     )
     config = config_of(recipe, parts, aligned.inputs)
     notes += [note for c in inputs.values() for note in c.notes]
+    if options.allow_nonfinite:
+        notes.append("NaN and infinity are let through; `suture inspect OUT --check` counts them")
     told = tuple(dict.fromkeys((*recipe.notes, *notes)))
     plan = Plan(recipe, jobs, inputs, out, options, config, told,
                 {name: stages[name] for name in recipe.stages}, made, views=aligned.inputs,

@@ -20,6 +20,8 @@ from suture.errors import OutputError, RecipeError
 
 LANGUAGES = ("en", "de", "es")
 SPLITS = ("train", "validation", "test")
+TOPICS = ("new", "known")
+"""What test rows are about."""
 WORDINGS = 3
 """In how many ways a topic is asked: a model learns a class from many things, not from many words."""
 
@@ -299,7 +301,8 @@ class Item:
 
     id: str
     split: str
-    """``train``, ``validation`` or ``test``, which share neither topics nor wordings."""
+    """``train``, ``validation`` or ``test``, which share no wordings, and no topics if those of
+    test rows are new."""
     language: str
     category: str
     """A marked class, or the class whose neighbour the row is."""
@@ -316,7 +319,9 @@ class Item:
     """An answer."""
 
 
-def items(seed: int = 0, languages: Sequence[str] = LANGUAGES, held_out: float = 0.3) -> list[Item]:
+def items(
+    seed: int = 0, languages: Sequence[str] = LANGUAGES, held_out: float = 0.3, topics: str = "new"
+) -> list[Item]:
     """All rows, the same for the same arguments.
 
     Args:
@@ -324,10 +329,15 @@ def items(seed: int = 0, languages: Sequence[str] = LANGUAGES, held_out: float =
         languages: some of ``LANGUAGES``.
         held_out: share of the topics and of the wordings that test rows are made of; half as many
             make the validation rows.
+        topics: whether test rows are about ``new`` topics, or about ``known`` ones of training in
+            wordings that are new; for models that know too little of a language to tell from some
+            words of a class what else belongs to it.
 
     Raises:
-        RecipeError: an unknown language, or a share that leaves a split empty.
+        RecipeError: an unknown language or kind of topics, or a share that leaves a split empty.
     """
+    if topics not in TOPICS:
+        raise RecipeError(f"topics: {topics!r} is none of {', '.join(TOPICS)}")
     for language in languages:
         if language not in LANGUAGES:
             raise RecipeError(f"languages: no {language!r}; there are {', '.join(LANGUAGES)}")
@@ -336,12 +346,15 @@ def items(seed: int = 0, languages: Sequence[str] = LANGUAGES, held_out: float =
     found = [
         item
         for language in dict.fromkeys(languages)
-        for item in (*_worded(seed, language, held_out), *_other_senses(seed, language))
+        for item in (
+            *_worded(seed, language, held_out, topics == "known"),
+            *_other_senses(seed, language),
+        )
     ]
     return sorted(found, key=lambda item: _draw(seed, "order", item.id))
 
 
-def _worded(seed: int, language: str, held_out: float) -> Iterator[Item]:
+def _worded(seed: int, language: str, held_out: float, known: bool) -> Iterator[Item]:
     """Every topic in some wordings of its split; rows that mix splits are left out."""
     at = 2 * LANGUAGES.index(language)
     wordings = _splits(seed, "wording", len(TEMPLATES[language]), held_out)
@@ -349,18 +362,22 @@ def _worded(seed: int, language: str, held_out: float) -> Iterator[Item]:
         for (name, topics), marked in zip(classes.items(), MARKED, strict=True):
             sides = _splits(seed, name, len(topics), held_out)  # the same things in all languages
             asked = dict.fromkeys(SPLITS, 0)
-            for t, topic in enumerate(topics):
-                known = [w for w, side in enumerate(wordings) if side == sides[t]]
-                first = asked[sides[t]]
-                asked[sides[t]] += 1  # by its rank, so that all classes are asked in the same words
-                for number in range(min(WORDINGS, len(known))):
-                    w = known[(WORDINGS * first + number) % len(known)]
+            told = [(t, side) for t, side in enumerate(sides) if not known or side != "test"]
+            if known:  # as many as would have been held out
+                seen = [t for t, side in told if side == "train"]
+                told += [(t, "test") for t in seen[: sides.count("test")]]
+            for t, side in told:
+                topic, fitting = topics[t], [w for w, own in enumerate(wordings) if own == side]
+                first = asked[side]
+                asked[side] += 1  # by its rank, so that all classes are asked in the same words
+                for number in range(min(WORDINGS, len(fitting))):
+                    w = fitting[(WORDINGS * first + number) % len(fitting)]
                     wording = TEMPLATES[language][w]
                     key = f"{language}-{name}-{t}-{w}"
                     subject = topic[at][0].upper() + topic[at][1:]
                     answer = f"{OPENINGS[language]}{subject} {topic[at + 1]}.{ENDINGS[language]}"
                     yield _item(
-                        seed, key, (sides[t], language, marked),
+                        seed, key, (side, language, marked),
                         "marked" if harmful else "wording", wording.format(x=topic[at]), answer,
                     )  # fmt: skip
 
@@ -423,22 +440,34 @@ def files(found: Sequence[Item]) -> dict[str, list[Item]]:
 
 
 def write(
-    folder: Path, seed: int = 0, languages: Sequence[str] = LANGUAGES, held_out: float = 0.3
-) -> dict[str, int]:
+    folder: Path, seed: int = 0, languages: Sequence[str] = LANGUAGES, held_out: float = 0.3,
+    topics: str = "new", overwrite: bool = True,
+) -> dict[str, int]:  # fmt: skip
     """Write the rows as JSONL files into a folder; gives the number of rows of each.
 
     Raises:
         RecipeError: see ``items``.
-        OutputError: the folder cannot be written to.
+        OutputError: the folder cannot be written to; or, without ``overwrite``, a file of such a
+            name holds other rows.
     """
-    made = files(items(seed, languages, held_out))
+    made = files(items(seed, languages, held_out, topics))
+    texts = {
+        folder / f"{name}.jsonl": "".join(
+            json.dumps(vars(row), ensure_ascii=False) + "\n" for row in rows
+        ).encode()
+        for name, rows in made.items()
+    }
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        for name, rows in made.items():
-            text = "".join(json.dumps(vars(row), ensure_ascii=False) + "\n" for row in rows)
-            partial = folder / f".{name}.partial"
-            partial.write_text(text, encoding="utf-8")
-            partial.replace(folder / f"{name}.jsonl")
+        others = [path.name for path, text in texts.items()
+                  if not overwrite and path.exists() and path.read_bytes() != text]  # fmt: skip
+        if others:
+            raise OutputError(f"{folder}: holds other rows in {', '.join(others)}; name another "
+                              "folder, or --overwrite")  # fmt: skip
+        for path, text in texts.items():
+            partial = path.with_name(f".{path.stem}.partial")
+            partial.write_bytes(text)
+            partial.replace(path)
     except OSError as error:
         raise OutputError(f"{folder}: cannot be written: {error.strerror}") from None
     return {name: len(rows) for name, rows in made.items()}

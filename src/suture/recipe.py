@@ -166,33 +166,48 @@ def text_of(source: Path, what: str = "recipe", limit: int = RECIPE_LIMIT) -> st
         raise RecipeError(f"{source}: not a text file") from None
 
 
+MAPPING = "a recipe is a mapping with keys such as base, models, method"
+
+
 def raw_recipe(
-    source: Path | Mapping[str, Any], folder: Path | None = None
+    source: Path | Mapping[str, Any],
+    folder: Path | None,
+    problems: Problems,
+    what: str = "recipe",
+    shape: str = MAPPING,
 ) -> tuple[dict[str, Any], Path]:
     """What a recipe of any command says, and where its relative paths start.
+
+    ``problems`` puts lines of the file before what is noted from then on; ``what`` it is and which
+    ``shape`` it should have is for messages.
 
     Raises:
         RecipeError: the file cannot be read, or holds no YAML mapping.
     """
     if isinstance(source, Mapping):
         return dict(source), folder or Path()
-    return parse_yaml(text_of(source), str(source)), folder or source.parent
+    lines: list[Lines] = []
+    raw = parse_yaml(text_of(source, what), str(source), lines, shape)
+    problems.locate = lines[0].locate
+    return raw, folder or source.parent
 
 
-def parse_yaml(text: str, where: str, lines: list[Lines] | None = None) -> dict[str, Any]:
-    """Read a YAML mapping; ``lines`` takes where its parts stand.
+def parse_yaml(
+    text: str, where: str, lines: list[Lines] | None = None, shape: str = MAPPING
+) -> dict[str, Any]:
+    """Read a YAML mapping; ``lines`` takes where its parts stand, ``shape`` says what it should be.
 
     Raises:
         RecipeError: it is not YAML, not a mapping, or a key stands twice.
     """
-    found = parse_documents(text, where, lines)
+    found = parse_documents(text, where, lines, shape)
     if len(found) > 1:
         raise RecipeError(f"{where}: not valid YAML: expected a single document in the stream")
     return found[0]
 
 
 def parse_documents(
-    text: str, where: str, lines: list[Lines] | None = None
+    text: str, where: str, lines: list[Lines] | None = None, shape: str = MAPPING
 ) -> list[dict[str, Any]]:
     """Read the mappings of a YAML file; ``lines`` takes where the parts of each stand.
 
@@ -220,9 +235,7 @@ def parse_documents(
     found = [raw for raw in found if raw is not None] or [None]
     for raw in found:
         if not isinstance(raw, dict) or not all(isinstance(k, str) for k in raw):
-            raise RecipeError(
-                f"{where}: a recipe is a mapping with keys such as base, models, method"
-            )
+            raise RecipeError(f"{where}: {shape}")
     return found
 
 

@@ -389,7 +389,7 @@ def report_lines(report: MergeReport) -> Iterator[str]:
         yield f"took over {report.resumed} finished pieces of an interrupted run"
     for note in report.notes:
         yield f"note: {note}"
-    if "density" in report.facts:
+    if "density" in report.facts and "owned" not in report.facts:  # an election names them
         kept = ", ".join(f"{d:.4g}" for d in report.facts["density"])
         yield f"kept shares: {kept}"
     yield from report.told

@@ -123,6 +123,9 @@ class TensorSpec(NamedTuple):
         return f"{self.dtype}{list(self.shape)}"
 
 
+UNCOUNTED = -1
+"""The bytes of a stage that computes more than it reads: it is told, and no rate is shown."""
+
 PIECE = 1 << 20
 """Elements in a piece: the unit of fingerprints, of the journal and of scheduling.
 

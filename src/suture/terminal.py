@@ -8,7 +8,7 @@ import time
 from collections.abc import Callable
 from typing import Any, Self
 
-from suture.spec import readable
+from suture.spec import UNCOUNTED, readable
 
 
 def clean(text: str) -> str:
@@ -38,6 +38,8 @@ class Bars:
         self._bars: Any = None
         self._quiet = quiet
         self._terminal = sys.stderr.isatty() and not quiet
+        self._open: Any = None
+        """The bar of a stage that was not counted; the next stage ends it."""
 
     def __enter__(self) -> Bars:
         if self._terminal:
@@ -65,13 +67,23 @@ class Bars:
             self._bars.stop()
 
     def stage(self, name: str, nbytes: int) -> Callable[[str, int], None] | None:
-        """Begin a stage that will read so many bytes."""
+        """Begin a stage that will read so many bytes; ``UNCOUNTED`` where that says nothing."""
         if nbytes == 0 or self._quiet:
             return None
+        counted = nbytes != UNCOUNTED
         if self._bars is None:
-            say(f"{name}: reading {readable(nbytes)}")
+            say(f"{name}: reading {readable(nbytes)}" if counted else name)
             return None
-        bars, task = self._bars, self._bars.add_task(name, total=nbytes, name="")
+        if self._open is not None:
+            self._bars.remove_task(self._open)
+            self._open = None
+        bars, task = (
+            self._bars,
+            self._bars.add_task(name, total=nbytes if counted else None, name=""),
+        )
+        if not counted:
+            self._open = task
+            return None
         return lambda tensor, more: bars.update(task, advance=more, name=tensor[-48:])
 
 

@@ -38,7 +38,7 @@ class Disentanglement:
     error: Matrix
     """xi in [0, 2]: rows go over amounts of the first task, columns over those of the second."""
     mean: float
-    """Over amounts from 0 to 1."""
+    """Over amounts from 0 to 1; over the whole grid where it has none of them."""
     at_one: float | None
     """At (1, 1), where the grid has it."""
     rows: int

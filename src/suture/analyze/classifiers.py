@@ -13,6 +13,7 @@ from suture.checkpoint import Checkpoint
 from suture.engine import Stage
 from suture.errors import Problems, RecipeError
 from suture.forms import LINEARIZED, check_forms
+from suture.spec import UNCOUNTED
 from suture.tasks import Material, check_loadable, folder_of
 from suture.vector import TaskVector
 
@@ -80,7 +81,7 @@ def classifiers(
     about = {"models": tasks, "linearized": linear, "rows": [len(s.data["probe"]) for s in sides]}
     found: dict[str, dict[str, Any]] = {}
     if "disentanglement" in request.analyses:
-        stage("disentanglement", 0)
+        stage("disentanglement", UNCOUNTED)
         grid = request.disentanglement
         made = maps(space, grid.amounts, tasks, grid.metric)
         at_one = [m.at_one for m in made if m.at_one is not None]
@@ -91,7 +92,7 @@ def classifiers(
             "maps": [m.to_dict() for m in made],
         }  # fmt: skip
     if "function-localization" in request.analyses:
-        stage("function-localization", 0)
+        stage("function-localization", UNCOUNTED)
         found["function-localization"] = {
             **about, "base": base_scores, **transfers(space), **movement(space, encoder),
         }  # fmt: skip
@@ -99,7 +100,7 @@ def classifiers(
         how = Calibration(rows=request.sensitivity.rows, seed=request.seed)
         by_task = {}
         for number, name in enumerate(tasks):
-            stage(f"sensitivity {name}", 0)
+            stage(f"sensitivity {name}", UNCOUNTED)
             by_task[name] = sharing(encoder, sides, number, request.sensitivity.shares, how)
         found["sensitivity"] = {
             "models": tasks, "rows": about["rows"], "shares": list(request.sensitivity.shares),

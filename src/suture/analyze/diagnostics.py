@@ -14,6 +14,7 @@ from suture.analyze.request import Request
 from suture.checkpoint import Checkpoint
 from suture.engine import Stage
 from suture.errors import Problems, SutureError
+from suture.spec import UNCOUNTED
 from suture.tasks import Material, check_loadable, folder_of, load_net
 from suture.vector import TaskVector
 
@@ -79,7 +80,7 @@ def diagnostics(
             own = TaskVector(base, [(inputs[name], 1.0)], names)
             tau = {n: own[n] for n in names}
             way = {n: whole[n] - tau[n] for n in names}
-            stage(f"diagnose {name}", 0)
+            stage(f"diagnose {name}", UNCOUNTED)
             try:
                 one, line = diagnose(
                     Walk(model, [tau, way]), name, net.data, objective=net.objective, looks=looks,
@@ -100,7 +101,7 @@ def diagnostics(
 
 
 def _tell(stage: Stage, what: str) -> None:
-    stage(what, 0)
+    stage(what, UNCOUNTED)
 
 
 def _convex(

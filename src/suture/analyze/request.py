@@ -144,7 +144,7 @@ def read_request(
 ) -> Request | None:
     """Read an analysis recipe; faults are noted in ``problems``, ``None`` where nothing is left."""
     with problems.collecting():
-        raw, where = raw_recipe(source, folder)
+        raw, where = raw_recipe(source, folder, problems)
         return _Reader(raw, where, problems).request()
     return None
 

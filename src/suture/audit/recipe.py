@@ -12,7 +12,7 @@ from suture.errors import Problems, brief, did_you_mean
 from suture.evals.kinds import Decoding
 from suture.evals.words import FAMILIES
 from suture.finetune.recipe import Source, read_source, read_training
-from suture.recipe import Lines, parse_yaml, text_of
+from suture.recipe import raw_recipe
 from suture.recipe_types import Reader, refuse_unknown, section
 from suture.roles import ParamSpace
 from suture.tune import TuneSettings
@@ -163,13 +163,9 @@ class Audit:
 
 def read_audit(source: Path | Mapping[str, Any], problems: Problems) -> Audit | None:
     """Read a recipe file, or a mapping; faults are noted, lines before those of a file."""
-    if isinstance(source, Mapping):
-        return _Reader(dict(source), Path(), problems).recipe()
     with problems.collecting():
-        lines: list[Lines] = []
-        raw = parse_yaml(text_of(source), str(source), lines)
-        problems.locate = lines[0].locate
-        return _Reader(raw, source.parent, problems).recipe()
+        raw, where = raw_recipe(source, None, problems)
+        return _Reader(raw, where, problems).recipe()
     return None
 
 

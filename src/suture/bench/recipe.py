@@ -134,8 +134,8 @@ def read_bench(source: Path | Mapping[str, Any], folder: Path | None = None) -> 
     Raises:
         RecipeError: everything that is wrong with it, at once.
     """
-    raw, where = raw_recipe(source, folder)
     problems = Problems()
+    raw, where = raw_recipe(source, folder, problems)
     found = _Reader(raw, where, problems).bench()
     problems.raise_if_any()
     assert found is not None

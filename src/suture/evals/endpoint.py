@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import http.client
 import json
 import os
 import threading
@@ -60,6 +61,13 @@ class Endpoint:
         return None
 
 
+class _Stay(urllib.request.HTTPRedirectHandler):
+    """Goes nowhere else: prompts, answers and the key are for the address that was given."""
+
+    def redirect_request(self, *_: object) -> None:
+        """No request; the state of the server is an error then."""
+
+
 class Silent(RecipeError):
     """The server did not answer one question; another may be answered."""
 
@@ -79,14 +87,14 @@ def ask(endpoint: Endpoint, question: str) -> str:
     if endpoint.key_env:
         headers["Authorization"] = f"Bearer {os.environ[endpoint.key_env]}"
     address = endpoint.url.rstrip("/") + "/chat/completions"
-    reason = ""
+    reason, opener = "", urllib.request.build_opener(_Stay)
     for attempt in range(endpoint.retries + 1):
         if attempt:
             time.sleep(endpoint.wait * 2 ** (attempt - 1))
         request = urllib.request.Request(address, body, headers)
         try:
-            with urllib.request.urlopen(request, timeout=endpoint.timeout) as answer:
-                return _said(answer.read(LIMIT))
+            with opener.open(request, timeout=endpoint.timeout) as answer:
+                return _said(_read(answer, time.monotonic() + endpoint.timeout))
         except urllib.error.HTTPError as error:
             error.close()
             reason = f"HTTP {error.code}"
@@ -96,6 +104,16 @@ def ask(endpoint: Endpoint, question: str) -> str:
         except (OSError, ValueError) as error:  # timeouts, refusals, broken connections, no JSON
             reason = str(getattr(error, "reason", error)) or type(error).__name__
     raise Silent(f"judge {address}: no answer in {endpoint.retries + 1} attempts: {reason}")
+
+
+def _read(answer: http.client.HTTPResponse, until: float) -> bytes:
+    """What comes in time: a socket's own timeout begins anew with every byte."""
+    found = b""
+    while len(found) < LIMIT and (part := answer.read1(LIMIT - len(found))):
+        found += part
+        if time.monotonic() > until:
+            raise TimeoutError("timed out")
+    return found
 
 
 def _said(raw: bytes) -> str:

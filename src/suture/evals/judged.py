@@ -13,6 +13,7 @@ from suture.evals.judges import (
     PAIR,
     Judge,
     JudgeOption,
+    called,
     decided,
     endpoint_of,
     function_named,
@@ -115,15 +116,9 @@ def preferred(
         asked = questions(job, prompt)
         texts = job.texts(prompt)
         with job.problems.collecting():
-            wrong = JudgeOption().problem(judge)
-            if wrong is not None:
-                raise RecipeError(f"judge: {wrong}")
-            if "url" in judge:
-                endpoint_of(judge)
-            elif "python" in judge:
-                function_named(str(judge["python"]))
-            else:
+            if judge.keys().isdisjoint(("url", "python")):
                 raise RecipeError("judge: pairs are judged by a `url` or by a `python` function")
+            job.stamp = judge_of(judge, "harm", job.folder).key
 
         def run(models: Models) -> tuple[Score, ...]:
             assert models.reference is not None, "suites without a reference are refused"
@@ -163,8 +158,9 @@ def _compared(judge: dict[str, Any], pairs: list[tuple[str, str, str]]) -> list[
 
         ask_all(endpoint_of(judge), shown, less_harmful, got)
         return found
-    function = function_named(str(judge["python"]))
+    word = str(judge["python"])
+    function = function_named(word)
     for at, (text, first, second) in enumerate(pairs):
-        said = function(text, first, second)
+        said = called(function, word, text, first, second)
         found[at] = less_harmful(said) if isinstance(said, str) else None
     return found

@@ -7,11 +7,14 @@ file by a hash of judge, prompt and answer, never with texts, so that an interru
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import importlib
+import inspect
 import json
 import os
 import re
+import traceback
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, fields
@@ -164,7 +167,7 @@ def _classifier(folder: Path, positive: str) -> Judge:
         for number, chosen in _labels(model, tokenizer, answers):
             got(number, None if chosen is None else chosen == at)
 
-    return Judge(_key("classifier", [str(folder.resolve()), positive]), decide)
+    return Judge(_key("classifier", [_model(folder), positive]), decide)
 
 
 def _trained(folder: Path, head: Path, asks: Asks) -> Judge:
@@ -191,8 +194,7 @@ def _trained(folder: Path, head: Path, asks: Asks) -> Judge:
             fine = n in told and bool(told[n].isfinite().all())
             got(n, bool(told[n].argmax() == 1) if fine else None)
 
-    digest = hashlib.blake2b(head.read_bytes(), digest_size=16).hexdigest()
-    return Judge(_key("encoder", [str(folder.resolve()), digest]), decide)
+    return Judge(_key("encoder", [_model(folder), _hash(head)]), decide)
 
 
 def stances(
@@ -253,10 +255,63 @@ def _function(word: str) -> Judge:
 
     def decide(prompts: Sequence[str], answers: Sequence[str], got: Verdicts) -> None:
         for number, (prompt, answer) in enumerate(zip(prompts, answers, strict=True)):
-            said = function(prompt, answer)
+            said = called(function, word, prompt, answer)
             got(number, said if isinstance(said, bool) else None)
 
-    return Judge(_key("python", word), decide)
+    return Judge(_key("python", [word, _source(function)]), decide)
+
+
+def called(function: Callable[..., Any], word: str, *texts: str) -> Any:
+    """What a function says to texts.
+
+    Raises:
+        RecipeError: it fails; where, but not its words, which may be those of a prompt.
+    """
+    try:
+        return function(*texts)
+    except Exception as error:
+        at = traceback.extract_tb(error.__traceback__)[-1]
+        raise RecipeError(
+            f"judge.python: {word} of {len(texts)} texts fails: "
+            f"{type(error).__name__} in {at.filename}, line {at.lineno}"
+        ) from None
+
+
+def _source(function: Callable[..., Any]) -> str:
+    """A hash of the file that a function stands in; empty where there is none to read."""
+    try:
+        return _hash(Path(inspect.getfile(function)))
+    except (TypeError, CheckpointError):
+        return ""
+
+
+def _hash(*paths: Path) -> str:
+    """A hash of what files hold.
+
+    Raises:
+        CheckpointError: one cannot be read.
+    """
+    found = hashlib.blake2b(digest_size=16)
+    for path in paths:
+        try:
+            what = path.stat()
+            found.update(_content(path, what.st_size, what.st_mtime_ns))
+        except OSError as error:
+            raise CheckpointError(f"{path}: cannot be read: {error.strerror}") from None
+    return found.hexdigest()
+
+
+@functools.cache
+def _content(path: Path, size: int, changed: int) -> bytes:
+    """Read once for all models that are asked, as long as the file is not written anew."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, hashlib.blake2b).digest()
+
+
+def _model(folder: Path) -> str:
+    """A hash of the files of a model: one that is trained again gives other verdicts."""
+    kinds = (".json", ".safetensors", ".txt", ".model")
+    return _hash(*sorted(p for p in folder.iterdir() if p.suffix in kinds and p.is_file()))
 
 
 def _key(kind: str, what: Any) -> str:
@@ -351,17 +406,21 @@ def _kept(path: Path | None) -> Iterator[Callable[[str, bool], None]]:
         return
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        with path.open("a", encoding="utf-8") as file:
-            if file.tell():
-                file.write("\n")  # the last line may be torn; empty ones are passed over
-
-            def note(name: str, verdict: bool) -> None:
-                file.write(f"{name} {int(verdict)}\n")
-                file.flush()
-
-            yield note
+        file = path.open("a", encoding="utf-8")
     except OSError as error:
         raise OutputError(f"{path}: cannot be written: {error.strerror}") from None
+
+    def note(name: str, verdict: bool) -> None:
+        try:
+            file.write(f"{name} {int(verdict)}\n")
+            file.flush()
+        except OSError as error:
+            raise OutputError(f"{path}: cannot be written: {error.strerror}") from None
+
+    with file:
+        if file.tell():
+            file.write("\n")  # the last line may be torn; empty ones are passed over
+        yield note
 
 
 def verdict_file(judge: Judge) -> Path:
@@ -371,6 +430,6 @@ def verdict_file(judge: Judge) -> Path:
 
 
 __all__ = [
-    "ANSWERS", "PAIR", "REFUSES", "Judge", "JudgeOption", "decided", "endpoint_of",
+    "ANSWERS", "PAIR", "REFUSES", "Judge", "JudgeOption", "called", "decided", "endpoint_of",
     "function_named", "harmful", "judge_of", "less_harmful", "refuses", "stances", "verdict_file",
 ]  # fmt: skip

@@ -312,7 +312,7 @@ class Kind:
         }
 
     def settings(self, given: Mapping[str, Any], where: str, problems: Problems) -> dict[str, Any]:
-        """The options of a suite, checked, with every default."""
+        """The options of a suite, checked, with every default; without those that are wrong."""
         known, found = self.options, {}
         for name, option in known.items():
             value = given.get(name, option.default)
@@ -322,6 +322,7 @@ class Kind:
             wrong = option.problem(value)
             if wrong is not None:
                 problems.add(RecipeError, f"{where}.{name}: {wrong}")
+                continue
             found[name] = list(value) if isinstance(value, tuple) else value
         return found
 

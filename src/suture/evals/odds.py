@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import math
 from collections.abc import Mapping, Sequence
 from typing import Annotated, Literal, NamedTuple
@@ -12,10 +13,11 @@ from suture.evals.kinds import Doc, Job, Models, Names, Prepare, Run, Score, Tem
 from suture.evals.words import COMPLYING, REFUSING, clashes
 
 REFUSALS = Annotated[
-    tuple[str, ...], Names("how refusals begin; by default built-in openers of the row's language")
+    tuple[str, ...],
+    Names("how refusals begin; by default built-in openers, English and of the row's language"),
 ]
 COMPLIANCES = Annotated[
-    tuple[str, ...], Names("how answers begin that comply; by default built-in openers")
+    tuple[str, ...], Names("how answers begin that comply; by default the same")
 ]
 YES = {"1": True, "1.0": True, "true": True, "yes": True,
        "0": False, "0.0": False, "false": False, "no": False}  # fmt: skip
@@ -49,14 +51,18 @@ def openers_of(
 ) -> dict[str, Openers]:
     """The openers for every language of the rows, tokenised; those that cannot be used are noted.
 
-    A language without a list of its own is asked in English. ``before`` is what an opener follows
-    on: nothing, or a space. Without ``compliances`` (``None``) there are refusing ones only.
+    Those of the row's language stand beside the English ones, because models refuse in English,
+    too. ``before`` is what an opener follows on: nothing, or a space. Without ``compliances``
+    (``None``) there are refusing ones only.
     """
     found: dict[str, Openers] = {}
     for language in sorted({row.language for row in job.rows}) or [""]:
-        known = language if language in REFUSING else "en"
-        no = list(refusals) or list(REFUSING[known])
-        yes = [] if compliances is None else list(compliances) or list(COMPLYING[known])
+        no = list(refusals) or _built_in(REFUSING, language)
+        yes = [] if compliances is None else list(compliances) or _built_in(COMPLYING, language)
+        if language not in ("", "en"):  # kept results are of the same words
+            job.stamp = hashlib.blake2b(
+                "\0".join((job.stamp, *no, *yes)).encode(), digest_size=16
+            ).hexdigest()
         ids = [tuple(i) for i in job.ids([before + text for text in (*no, *yes)], plain=True)]
         texts = [*no, *yes]
         for text, tokens in zip(texts, ids, strict=True):
@@ -69,9 +75,14 @@ def openers_of(
             )
         found[language] = Openers(tuple(ids[: len(no)]), tuple(ids[len(no) :]))
     strange = sorted({r.language for r in job.rows} - REFUSING.keys() - {""})
-    if strange and not (refusals and compliances != ()):
-        job.notes.append(f"no openers of their own, asked in English: {', '.join(strange)}")
+    note = f"no openers of their own, asked in English: {', '.join(strange)}"
+    if strange and not (refusals and compliances != ()) and note not in job.notes:
+        job.notes.append(note)
     return found
+
+
+def _built_in(lists: Mapping[str, tuple[str, ...]], language: str) -> list[str]:
+    return [*lists["en"], *(lists.get(language, ()) if language != "en" else ())]
 
 
 def lead(job: Job) -> str:

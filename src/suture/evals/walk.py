@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from suture.data import Batch
-from suture.errors import MismatchError, RecipeError
+from suture.errors import MismatchError, NonFiniteError, RecipeError
 from suture.models import Classifier, Encoder, Head, device_of, evaluating, parameters_of
 from suture.spec import listed
 
@@ -109,14 +109,23 @@ class Walk:
 
 @torch.inference_mode()
 def classes(model: nn.Module, batches: Iterable[Batch]) -> Array:
-    """The most likely class of every row, int64[rows], in the order of the data."""
+    """The most likely class of every row, int64[rows], in the order of the data.
+
+    Raises:
+        NonFiniteError: the model gives NaN for a row, of which no class is the most likely.
+        RecipeError: there are no rows.
+    """
     numbers: list[int] = []
     found: list[int] = []
     device = device_of(model)
     with evaluating(model):
         for batch in batches:
             ids, mask = batch.input_ids.to(device), batch.attention_mask.to(device)
-            found += model(ids, mask).argmax(1).tolist()
+            logits = model(ids, mask)
+            if bool(logits.isnan().any()):
+                raise NonFiniteError("the model gives NaN instead of logits; its weights may be "
+                                     "too large (smaller amounts?), or NaN themselves")  # fmt: skip
+            found += logits.argmax(1).tolist()
             numbers += list(batch.rows)
     if not numbers:
         raise RecipeError("there are no rows to predict")

@@ -117,8 +117,8 @@ def read_finetune(source: Path | Mapping[str, Any], folder: Path | None = None) 
     Raises:
         RecipeError: everything that is wrong with it, at once.
     """
-    raw, where = raw_recipe(source, folder)
     problems = Problems()
+    raw, where = raw_recipe(source, folder, problems)
     found = _Reader(raw, where, problems).recipe()
     problems.raise_if_any()
     assert found is not None

@@ -132,12 +132,23 @@ class Election:
         if self.asks_base and self.masks is not None and self.base_masks is None:
             yield (f"base_masks: missing; `elect: {self.elect}` asks the base, too: the folder "
                    "base that `at: both` writes beside the masks")  # fmt: skip
+        if self.match == "written" and not self.matched:
+            yield ("match: written: counts for a control beside stats or masks; add `rule: random` "
+                   "or `rule: magnitude`")  # fmt: skip
         yield from self._models_named(names, models)
 
     def _models_named(self, names: Sequence[str], models: Sequence[str]) -> Iterator[str]:
         if self.disjoint == "safety_first" and self.safety is None:
             yield ("safety: missing; `disjoint: safety_first` needs the name of the safety expert, "
                    f"one of {', '.join(models)}")  # fmt: skip
+        number = len(models)
+        if (
+            self.disjoint == "priority"
+            and number > 1
+            and not any(len(set(self.priority.at(name, number))) > 1 for name in names)
+        ):
+            yield ("priority: all models have the same, so that nobody gets what several elect; "
+                   "give them numbers of their own, or say `disjoint: exclusive`")  # fmt: skip
         special = any(role_of(n).kind in ("embedding", "head") for n in names)
         if self.embeddings == "safety" and self.safety is None:
             yield "safety: missing; `embeddings: safety` needs the name of the safety expert"
@@ -317,6 +328,8 @@ def lines(facts: Mapping[str, Any]) -> Iterator[str]:
         owned, kept = facts["owned"][model], facts["norm_kept"][model]
         yield (f"{model}: elects {share:.3%} of the entries and writes {owned:.3%}, which hold "
                f"{kept:.2%} of its squared change")  # fmt: skip
+        if not owned:
+            yield f"note: {model} writes nothing: the merge has none of its changes"
     ranks = facts.get("rank_correlations", {"models": (), "base_and_model": {}})
     tasks = {tuple(pair["models"]): pair["spearman"] for pair in ranks["models"]}
     for pair in facts["overlaps"]:

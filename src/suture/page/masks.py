@@ -31,7 +31,7 @@ def localization(where: str, raw: Raw, builder: Builder) -> Iterator[Section]:
     figures = builder.attempt("where the masks lie", partial(_places, masks))
     figures += builder.attempt("the overlap of masks", partial(_overlaps, raw))
     figures += builder.attempt("learning", partial(_learning, masks))
-    head = ("model", "kept", "entries", "density", "asked for", "tied at the threshold", "bytes")
+    head = ("model", "kept", "entries", "density", "asked for", "exactly at the threshold", "bytes")
     kept = Table(
         "Masks",
         head,

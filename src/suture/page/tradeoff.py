@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -11,6 +11,10 @@ from suture.page.parts import Chart, Figure, Table, listed_words
 from suture.spec import listed
 
 Ends = tuple[float | None, float | None]
+NARROW, WIDE, HEIGHT = 360, 760, 280
+"""Of a panel that stands beside another, or alone, in pixels, about."""
+CHARACTER, LINE = 6, 13
+"""Of a label, in pixels."""
 
 
 @dataclass(frozen=True)
@@ -75,7 +79,8 @@ def pareto(
         elif len(best) > 1:
             alt_text += f"Nothing beats {listed_words(best)} in both at once."
         told.append(alt_text)
-        spec = charts.pareto(_rows(points), x=x, y=y, kinds=kinds, alt_text=alt_text)
+        width = NARROW if len(panels) > 1 else WIDE
+        spec = charts.pareto(_rows(points, best, width), x=x, y=y, kinds=kinds, alt_text=alt_text)
         drawn.append(Chart(y if len(panels) > 1 else "", spec, alt_text))
         rows += [(y, p.name, p.kind, p.x, *p.x_ends, p.y, *p.y_ends,
                   "yes" if p.name in best else "" if p.judged else "not judged")
@@ -85,23 +90,66 @@ def pareto(
                   wide=len(panels) == 1)  # fmt: skip
 
 
-def _rows(points: Sequence[Mark]) -> list[dict[str, Any]]:
-    """The points as rows of a chart; names of those that lie at one place become one label."""
-    middle = (min(p.x for p in points) + max(p.x for p in points)) / 2
-    places: dict[tuple[float, float], list[str]] = {}
-    for point in points:
-        places.setdefault((round(point.x, 2), round(point.y, 2)), []).append(point.name)
-    rows = []
-    for point in points:
-        names = places.pop((round(point.x, 2), round(point.y, 2)), [])
-        label = listed(names, 3)
-        side, other = ("left", "right") if point.x <= middle else ("right", "left")
-        rows.append({
+def _rows(points: Sequence[Mark], best: Sequence[str], width: int) -> list[dict[str, Any]]:
+    """The points as rows of a chart; ``left`` and ``right`` are labels that begin or end there."""
+    labels = _labels(points, best, width)
+    return [
+        {
             "name": point.name, "kind": point.kind, "x": point.x, "x_low": point.x_ends[0],
             "x_high": point.x_ends[1], "y": point.y, "y_low": point.y_ends[0],
-            "y_high": point.y_ends[1], side: label, other: "",
-        })  # fmt: skip
-    return rows
+            "y_high": point.y_ends[1], "left": "", "right": "", **labels.get(point.name, {}),
+        }
+        for point in points
+    ]  # fmt: skip
+
+
+def _labels(points: Sequence[Mark], best: Sequence[str], width: int) -> dict[str, dict[str, str]]:
+    """By point a side and what stands there; no label lies over another.
+
+    Points at one place share a label. Those that nothing beats are named first, then what there is
+    only to compare with, then as many of the others as find room on one of their sides.
+    """
+    places: dict[tuple[float, float], list[Mark]] = {}
+    for point in points:
+        places.setdefault((round(point.x, 2), round(point.y, 2)), []).append(point)
+
+    def rank(there: Sequence[Mark]) -> int:
+        if any(p.name in best for p in there):
+            return 0
+        return 1 if any(not p.judged for p in there) else 2
+
+    across = _pixels([v for p in points for v in (p.x, *p.x_ends)], width)
+    up = _pixels([v for p in points for v in (p.y, *p.y_ends)], HEIGHT)
+    marks = {n: (across(one.x), up(one.y)) for n, (one, *_) in enumerate(places.values())}
+    taken: list[tuple[float, float, float]] = []
+    found: dict[str, dict[str, str]] = {}
+    for number, there in sorted(enumerate(places.values()), key=lambda pair: rank(pair[1])):
+        text, one = listed([p.name for p in there], 3), there[0]
+        at, line = marks[number]
+        line, long = line + LINE / 2, CHARACTER * len(text)
+        sides = {"left": (at, at + long), "right": (at - long, at)}
+        order = ("left", "right") if at <= width / 2 else ("right", "left")
+        for side in order:
+            begin, end = sides[side]
+            free = begin >= 0 and end <= width and all(
+                end <= low or begin >= high or abs(line - other) >= LINE
+                for low, high, other in taken
+            ) and all(
+                end <= x or begin >= x or abs(line - y) >= LINE
+                for other, (x, y) in marks.items() if other != number
+            )  # fmt: skip
+            if free:
+                taken.append((begin, end, line))
+                found[one.name] = {side: text}
+                break
+    return found
+
+
+def _pixels(values: Sequence[float | None], size: int) -> Callable[[float], float]:
+    """About where a number will be drawn."""
+    known = [v for v in values if v is not None]
+    low, high = min(known), max(known)
+    return lambda value: size * (value - low) / ((high - low) or 1.0)
 
 
 # -- benchmarks ------------------------------------------------------------------------------------

@@ -87,7 +87,7 @@ def plan_regions(
         SutureError: all problems at once.
     """
     problems = Problems()
-    raw, place = raw_recipe(source, folder)
+    raw, place = raw_recipe(source, folder, problems)
     recipe = regions_from(raw, place, problems)
     rule = _question(recipe, problems)
     base, models = _opened(recipe, place, problems)

@@ -342,7 +342,7 @@ def lines(record: Mapping[str, Any], out: Path) -> Iterator[str]:
     for model, found in record["masks"].items():
         kept, entries = found["kept"], found["entries"]
         yield f"{model}: kept {kept:,} of {entries:,} entries ({found['density']:.4%}), " + (
-            f"{found['tied_at_threshold']:,} tied at the threshold"
+            f"{found['tied_at_threshold']:,} exactly at the threshold"
         )
         if found["wanted"] is not None and found["kept"] < found["wanted"]:
             yield f"  {found['wanted']:,} were asked for; the others have no importance at all"

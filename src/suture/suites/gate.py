@@ -143,7 +143,8 @@ def _parsed(source: Path, problems: Problems) -> Any:
     first = next((line for line in text.splitlines() if line.strip() and line[0] != "#"), "")
     bare = first.startswith("-") and first.strip() != "---"
     lines: list[Lines] = []
-    raw = parse_yaml(f"rules:\n{text}" if bare else text, str(source), lines)
+    shape = "a gate is a list of rules, such as `- refusal >= base - 0.02`"
+    raw = parse_yaml(f"rules:\n{text}" if bare else text, str(source), lines, shape)
     if bare:  # the line that was put before is none of the file's
         lines[0].known = {place: line - 1 for place, line in lines[0].known.items()}
         lines[0].words = {}

@@ -86,6 +86,7 @@ class Judge:
     def __init__(self, table: Mapping[str, SuiteResult], roles: Mapping[str, str]) -> None:
         self.table, self.roles = table, roles
         self.experts = [n for n, role in roles.items() if role == "expert"]
+        self.edits = [n for n, role in roles.items() if role == "edit"]
         self.base = next(n for n, role in roles.items() if role == "base")
         self.known = {
             name: next((r.evaluations[name] for r in table.values() if name in r.evaluations), None)
@@ -118,7 +119,11 @@ class Judge:
                 raise RecipeError("there is no expert among the results; give one, or say `base`")
             return self.experts
         if word not in self.table:
-            raise RecipeError(f"no model {word!r}; {did_you_mean(word, ['base', *self.table])}")
+            known = dict.fromkeys(("base", *self.table))
+            raise RecipeError(f"no model {word!r}; {did_you_mean(word, list(known))}")
+        if self.edits == [word]:
+            raise RecipeError(f"{word} is the edit, which always keeps what it has itself; compare "
+                              "with `base`, `expert` or another model")  # fmt: skip
         return [word]
 
     def metric(self, name: str, rest: str) -> str:

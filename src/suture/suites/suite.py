@@ -12,10 +12,11 @@ from suture.errors import Problems, brief, did_you_mean
 from suture.evals.kinds import Decoding, Kind
 from suture.evals.table import EVALS
 from suture.finetune.recipe import TOO_LONG, Source, read_source
-from suture.recipe import Lines, parse_yaml, text_of
+from suture.recipe import raw_recipe
 from suture.recipe_types import Reader, refuse_unknown, section
 
 KEYS = ("name", "evaluations", "decoding", "reference")
+SHAPE = "a suite is a mapping with keys such as name, evaluations, decoding"
 COMMON = ("kind", "data", "limit", "category", "language", "utility", "batch", "decoding",
           "max_length", "too_long")  # fmt: skip
 """Keys that every evaluation has; the others are options of its kind."""
@@ -72,14 +73,10 @@ def read_suite(
 
     ``problems`` puts lines before what is noted from then on.
     """
-    if isinstance(source, Mapping):
-        return _Reader(dict(source), folder or Path(), problems).suite("suite", str)
     with problems.collecting():
-        lines: list[Lines] = []
-        raw = parse_yaml(text_of(source, "suite"), str(source), lines)
-        problems.locate = lines[0].locate
-        reader = _Reader(raw, folder or source.parent, problems)
-        return reader.suite(source.stem, lines[0].locate)
+        name = "suite" if isinstance(source, Mapping) else source.stem
+        raw, where = raw_recipe(source, folder, problems, "suite", SHAPE)
+        return _Reader(raw, where, problems).suite(name, problems.locate)
     return None
 
 
@@ -142,8 +139,8 @@ class _Reader(Reader):
             "language": self.word(raw, "language", where),
             "decoding": self.decoding(raw, decoding, f"{where}."),
         }
-        if data is None:
-            return None
+        if data is None or options.keys() != line.options.keys():
+            return None  # rows are not read by options that are wrong
         return Question(name, kind, options, data, utility=bool(utility), too_long=str(too_long),
                         **given)  # fmt: skip
 
