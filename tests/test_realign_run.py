@@ -36,6 +36,7 @@ from suture.models import load_language_model
 from suture.realign import METHODS, plan_realign, read_realign, realign, somf
 from suture.realign.fuse import FUSES
 from suture.realign.outcome import curve_of, report_rows
+from suture.realign.pairs import answers_of, margins
 from suture.run import merge
 from suture.stats import Stats
 
@@ -221,6 +222,20 @@ def test_several_models_are_fused(how: str, shop: Path, tmp_path: Path) -> None:
     turned = {k: models[k] for k in reversed(models)}
     other = realign({**what, "models": turned}, tmp_path / "turned")
     assert (other.losses, other.fingerprint) == (report.losses, report.fingerprint)
+
+
+def test_the_numbers_are_those_of_the_file(shop: Path, tmp_path: Path) -> None:
+    """What is reported is what the written model gives, its rounding included."""
+    what = recipe(shop, "magnitude", output={"dtype": "bfloat16"})
+    report = realign(what, tmp_path / "out")
+    plan = plan_realign(what, tmp_path / "other")
+    assert plan.rows is not None
+    model = load_language_model(tmp_path / "out", dtype=torch.float32).model
+    answers = answers_of(model, plan.rows.reported, plan.recipe.training.batch)
+    written = margins(answers, plan.rows.reported)[0].value
+    exact = realign(recipe(shop, "magnitude"), tmp_path / "exact")
+    assert exact.scores["realigned"]["margin"].value != pytest.approx(written, abs=1e-4)
+    assert report.scores["realigned"]["margin"].value == pytest.approx(written, abs=1e-4)
 
 
 def test_exports(shop: Path, tmp_path: Path) -> None:
@@ -730,6 +745,8 @@ def test_all_faults_of_a_recipe_at_once(shop: Path, tmp_path: Path) -> None:
         (recipe(shop, "line-search", parameters={"retain": 2}), r"in \[0, 1\]; got 2"),
         (recipe(shop, training={"epochs": 0}), "training.epochs must be at least 1"),
         (recipe(shop, training={"lr": 1e30}), r"training.lr: a number below 2\*\*63, not 1e\+30"),
+        (recipe(shop, models={"../a": "x"}), "'../a' cannot be the name of a model"),
+        (recipe(shop, output={"dtype": "int7"}), "output.dtype: no dtype 'int7'"),
         (recipe(shop, fuse={"how": "single", "density": 0.5}), "fuse.density: single keeps all"),
         (recipe(shop, models={"a": {"path": "x", "weight": float("inf")}}), "weight: a number"),
         (recipe(shop, parameters={"granularity": "tensor"}), "is 1 whatever was learned"),

@@ -15,10 +15,10 @@ from torch import Tensor, nn
 
 from suture.card import carry, config_text
 from suture.checkpoint import Checkpoint
-from suture.engine import checkpoint_fingerprint
+from suture.engine import checkpoint_fingerprint, output_specs
 from suture.errors import MismatchError, OutputError
 from suture.finetune.outcome import peak_memory
-from suture.finetune.output import publish, write_weights
+from suture.finetune.output import TORCH, publish, write_weights
 from suture.finetune.packed import Place
 from suture.finetune.work import locked_work
 from suture.mask import Mask, marked
@@ -89,7 +89,7 @@ def execute(plan: Plan, *, say: Say = lambda _: None, tell: Tell | None = None) 
         realigned = plan.recipe.method.make(**plan.recipe.settings)(job)
         took = time.perf_counter() - started
         if plan.looks:
-            scores["realigned"] = _looked(plan, job, "realigned", realigned.edit)
+            scores["realigned"] = _looked(plan, job, "realigned", _stored(plan, realigned.edit))
         withheld = restricted(plan) or any(m.restricted for m in realigned.masks.values())
         losses = () if realigned.result is None else realigned.result.losses
         few = max(1, len(losses) // 10)
@@ -178,6 +178,12 @@ def _before(plan: Plan, job: Job) -> dict[str, Scores]:
     job.say("looking at the aligned model, and at the tuned ones as they came")
     edits = {"aligned": job.aligned, "tuned": job.fused()}
     return {name: _looked(plan, job, name, edit) for name, edit in edits.items()}
+
+
+def _stored(plan: Plan, edit: Edit) -> Edit:
+    """The weights as they will stand in the file, rounded to its dtype: those are looked at."""
+    specs = output_specs(plan.models.aligned, plan.recipe.dtype)
+    return lambda name: edit(name).to(TORCH[specs[name].dtype]).float()
 
 
 def _looked(plan: Plan, job: Job, name: str, edit: Edit) -> Scores:
