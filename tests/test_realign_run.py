@@ -152,6 +152,19 @@ def test_the_record_tells_where_the_tuned_change_may_stay(
         assert results["curve"] == []
 
 
+def test_pairs_the_wrong_way_round_are_told(shop: Path, tmp_path: Path) -> None:
+    """Where the tuned model lost no margin there is no retention, and it is said why."""
+    data = {"train": str(shop / "pairs.jsonl"), "validation": 0.3, "chosen": "rejected",
+            "rejected": "chosen"}  # fmt: skip
+    told: list[str] = []
+    report = realign(recipe(shop, "magnitude", data=data), tmp_path / "out", say=told.append)
+    assert report.retention["safety"] is None
+    (note,) = report.notes
+    assert "nothing to bring back; are the columns of `chosen` and `rejected` exchanged?" in note
+    assert note in told
+    assert not realign(recipe(shop, "magnitude"), tmp_path / "right").notes
+
+
 def test_no_zero_has_a_sign(shop: Path, tmp_path: Path) -> None:
     """What a hair of rounding took away is 0.0 % in the table and in the card."""
     report = realign(dataless(shop, "magnitude"), tmp_path / "out")

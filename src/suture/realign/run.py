@@ -30,6 +30,7 @@ from suture.realign.outcome import (
     card,
     curve_of,
     key_of,
+    nothing_lost,
     profile_of,
     provenance,
     restricted,
@@ -85,6 +86,9 @@ def execute(plan: Plan, *, say: Say = lambda _: None, tell: Tell | None = None) 
             say("going on from the last checkpoint of a run that was interrupted")
         job = _job(plan, _names(plan, distances), place, say, tell)
         scores = _before(plan, job)
+        notes = nothing_lost(scores)
+        for note in notes:
+            say(note)
         started = time.perf_counter()
         realigned = plan.recipe.method.make(**plan.recipe.settings)(job)
         took = time.perf_counter() - started
@@ -102,7 +106,7 @@ def execute(plan: Plan, *, say: Say = lambda _: None, tell: Tell | None = None) 
             {"realigning": took, "in all": time.perf_counter() - began}, peak_memory(plan.device),
             {**realigned.facts, "distance": dict(distances.tuned),
              "profile": profile_of(realigned.shares)},
-            () if plan.rows is None else plan.rows.notes, withheld, curve_of(losses),
+            (*(() if plan.rows is None else plan.rows.notes), *notes), withheld, curve_of(losses),
         )  # fmt: skip
         return _written(plan, job, realigned, report, fingerprints, place)
 
