@@ -162,7 +162,12 @@ def test_pairs_the_wrong_way_round_are_told(shop: Path, tmp_path: Path) -> None:
     (note,) = report.notes
     assert "nothing to bring back; are the columns of `chosen` and `rejected` exchanged?" in note
     assert note in told
-    assert not realign(recipe(shop, "magnitude"), tmp_path / "right").notes
+    utility = {"rows": str(shop / "utility.jsonl")}
+    assert not realign(recipe(shop, "magnitude", utility=utility), tmp_path / "right").notes
+    utility = {"rows": str(shop / "safe.jsonl")}  # what the aligned model was taught
+    worse = realign(recipe(shop, "magnitude", utility=utility), tmp_path / "worse")
+    assert worse.retention["utility"] is None
+    assert "is no better than the aligned one on the utility rows" in worse.notes[0]
 
 
 def test_no_zero_has_a_sign(shop: Path, tmp_path: Path) -> None:

@@ -88,16 +88,16 @@ def retention(scores: Mapping[str, Scores]) -> dict[str, float | None]:
 def nothing_lost(scores: Mapping[str, Scores]) -> tuple[str, ...]:
     """Why a retention will be missing: the tuned model lost no margin, or gained no utility."""
     told = []
-    for name, sign, why in (
-        ("margin", 1.0, "the tuned model prefers safe answers no less than the aligned one ({} "
+    for name, why in (
+        ("margin", "the tuned model prefers safe answers no less than the aligned one ({} "
          "against {} a token), so there is nothing to bring back; are the columns of `chosen` and "
          "`rejected` exchanged?"),
-        ("utility", -1.0, "the tuned model is no better than the aligned one on the utility rows "
+        ("utility", "the tuned model is no better than the aligned one on the utility rows "
          "(loss {} against {}), so there is no gain to keep"),
     ):  # fmt: skip
         if scores and name in scores["tuned"]:
             tuned, aligned = (scores[model][name].value for model in ("tuned", "aligned"))
-            if sign * (aligned - tuned) <= 0:
+            if aligned <= tuned:  # a margin that is lost and a loss that is gained both fall
                 told.append(why.format(f"{tuned:.4g}", f"{aligned:.4g}"))
     return tuple(told)
 
