@@ -9,7 +9,7 @@ SHELL := bash
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
 .NOTPARALLEL:
-.PHONY: help test check lint format docs proofs bench tables arithmetic images depth judges led demo clean
+.PHONY: help test check lint format docs proofs bench tables arithmetic images depth judges led realign audit demo clean
 
 PYTHON ?= python3
 VENV ?= .venv
@@ -20,6 +20,7 @@ BIN := $(VENV)/bin
 STAMPS := $(VENV)/stamps
 PIP := $(BIN)/python -m pip install -qq --disable-pip-version-check
 PYTEST := $(BIN)/python -m pytest
+SMALL = $(PIP) -c constraints.txt -e '.[finetune,gguf,analysis]' && $(PIP) --no-deps -r requirements/proofs.txt
 
 # Each worker computes on one thread, so that two workers do not fight for two cores; nothing in a test
 # may ask the network for a model.
@@ -78,9 +79,16 @@ judges: $(STAMPS)/demo  ## who tells refusals: word lists and a trained classifi
 	$(BIN)/python benchmarks/judges.py $(ARGS)
 
 led: $(STAMPS)/bench  ## LED, protection, their controls and other merges on a small language model; an hour a seed, goes on where it stopped
-	@$(PIP) -c constraints.txt -e '.[finetune,gguf,analysis]'
-	@$(PIP) --no-deps -r requirements/proofs.txt
+	@$(SMALL)
 	$(BIN)/python benchmarks/led_smollm2.py $(ARGS)
+
+realign: $(STAMPS)/bench  ## SOMF and its baselines on the same model; an hour a seed, goes on where it stopped
+	@$(SMALL)
+	$(BIN)/python benchmarks/realign.py $(ARGS)
+
+audit: $(STAMPS)/bench  ## where the same model keeps its refusals, in three languages; an hour, goes on where it stopped
+	@$(SMALL)
+	$(BIN)/python benchmarks/audit.py $(ARGS)
 
 demo: $(STAMPS)/demo  ## the main job on small real models, end to end
 	$(BIN)/suture demo $(ARGS)

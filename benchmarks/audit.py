@@ -95,7 +95,7 @@ def recipe(place: Path, how: argparse.Namespace) -> dict[str, Any]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--scratch", type=Path, default=Path("audit-scratch"))
+    parser.add_argument("--scratch", type=Path, default=Path("out/audit"))
     parser.add_argument("--out", type=Path, default=HERE / "audit.json")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--epochs", type=int, default=4, help="of the policy")

@@ -322,7 +322,7 @@ def same_settings(scratch: Path, settings: Mapping[str, Any]) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--scratch", type=Path, default=Path("led-scratch"))
+    parser.add_argument("--scratch", type=Path, default=Path("out/led"))
     parser.add_argument("--out", type=Path, default=HERE / "led_smollm2.json")
     parser.add_argument("--seeds", type=lambda text: [int(t) for t in text.split(",")], default=[0])
     parser.add_argument("--methods", type=lambda text: text.split(","), help="only these merges")

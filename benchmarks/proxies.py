@@ -129,7 +129,7 @@ def report(found: dict[str, SuiteResult]) -> dict[str, Any]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--scratch", type=Path, default=Path("proxies-scratch"))
+    parser.add_argument("--scratch", type=Path, default=Path("out/proxies"))
     parser.add_argument("--rows", type=int, default=96, help="training rows of the policy")
     parser.add_argument("--epochs", type=int, default=2)
     parser.add_argument("--asked", type=int, default=27, help="marked and benign rows each")

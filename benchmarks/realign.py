@@ -228,7 +228,7 @@ def told(value: Mapping[str, float] | None, percent: bool = True) -> str:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--scratch", type=Path, default=Path("led-scratch"))
+    parser.add_argument("--scratch", type=Path, default=Path("out/led"))
     parser.add_argument("--out", type=Path, default=HERE / "realign.json")
     parser.add_argument("--seeds", type=lambda t: [int(s) for s in t.split(",")], default=[0])
     parser.add_argument("--only", type=lambda text: text.split(","), help="only these lines")
