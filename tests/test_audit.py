@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import re
 import shutil
 import signal
 import time
@@ -590,8 +591,10 @@ def test_several_seeds_stand_side_by_side(shop: Path, tmp_path: Path) -> None:
     """Each seed has its own attack; a verdict is decided where all agree."""
     asked = auditing.recipe(shop, attack=auditing.training(shop), seeds=[0, 1], shares=[0.2, 1])
     del asked["attacked"]
-    record = audit(asked, tmp_path / "out")
+    told: list[str] = []
+    record = audit(asked, tmp_path / "out", say=told.append)
 
+    assert any(re.match(r"attack-seed1: step \d+ of \d+, loss .* s left", line) for line in told)
     assert list(record["seeds"]) == ["0", "1"]
     prints = {s["attacked"]["fingerprint"] for s in record["seeds"].values()}
     assert len(prints) == 2

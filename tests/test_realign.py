@@ -13,7 +13,6 @@ from torch import Tensor
 
 import refusing
 from suture.data import Dataset
-from suture.realign import concrete as masks_module
 from suture.realign.concrete import FLOOR, Masking, Masks, concrete, logistic, logit_shape, rescaled
 from suture.realign.fuse import FUSES, Cut, Fuser, Fusing, cuts, dice, fuser
 from suture.realign.pairs import Pairs, dpo, log_probabilities, margins
@@ -194,7 +193,6 @@ def test_noise_belongs_to_seed_and_name() -> None:
     kept = masks.drawn(1, keep=True)
     assert torch.equal(kept("a"), first[0])
     assert torch.equal(kept("a"), first[0])
-    assert set(masks_module.EXPORTS) == {"soft", "hard", "averaged"}
 
 
 def test_a_row_is_an_output() -> None:

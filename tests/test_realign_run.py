@@ -22,6 +22,7 @@ import adapting
 import refusing
 import suture
 from making import invoke
+from suture.engine import checkpoint_fingerprint
 from suture.errors import (
     CheckpointError,
     MismatchError,
@@ -35,6 +36,8 @@ from suture.models import load_language_model
 from suture.realign import METHODS, plan_realign, read_realign, realign, somf
 from suture.realign.fuse import FUSES
 from suture.realign.outcome import curve_of, report_rows
+from suture.realign.pairs import answers_of, margins
+from suture.run import merge
 from suture.stats import Stats
 
 EXAMPLES: dict[str, dict[str, Any]] = {
@@ -96,7 +99,12 @@ def test_every_method_goes_from_a_recipe_to_a_folder(name: str, shop: Path, tmp_
     """The folder loads, differs from both models, says what was done, and the same recipe gives
     the same bytes."""
     what = recipe(shop, name, utility={"rows": str(shop / "utility.jsonl")})
-    report = realign(what, tmp_path / "out")
+    told: list[str] = []
+    report = realign(what, tmp_path / "out", say=told.append)
+    looks = [
+        line.partition(":")[0] for line in told if ": margin " in line and ", utility " in line
+    ]
+    assert [name for name in looks if not name.startswith("c =")] == list(report.scores)
     assert sorted(p.name for p in tmp_path.iterdir()) == ["out"]
     load_language_model(tmp_path / "out")
     record = json.loads((tmp_path / "out" / "suture.json").read_text())
@@ -142,6 +150,24 @@ def test_the_record_tells_where_the_tuned_change_may_stay(
             assert mean == pytest.approx(own)
         assert 0 < mean < 1
         assert results["curve"] == []
+
+
+def test_pairs_the_wrong_way_round_are_told(shop: Path, tmp_path: Path) -> None:
+    """Where the tuned model lost no margin there is no retention, and it is said why."""
+    data = {"train": str(shop / "pairs.jsonl"), "validation": 0.3, "chosen": "rejected",
+            "rejected": "chosen"}  # fmt: skip
+    told: list[str] = []
+    report = realign(recipe(shop, "magnitude", data=data), tmp_path / "out", say=told.append)
+    assert report.retention["safety"] is None
+    (note,) = report.notes
+    assert "nothing to bring back; are the columns of `chosen` and `rejected` exchanged?" in note
+    assert note in told
+    utility = {"rows": str(shop / "utility.jsonl")}
+    assert not realign(recipe(shop, "magnitude", utility=utility), tmp_path / "right").notes
+    utility = {"rows": str(shop / "safe.jsonl")}  # what the aligned model was taught
+    worse = realign(recipe(shop, "magnitude", utility=utility), tmp_path / "worse")
+    assert worse.retention["utility"] is None
+    assert "is no better than the aligned one on the utility rows" in worse.notes[0]
 
 
 def test_no_zero_has_a_sign(shop: Path, tmp_path: Path) -> None:
@@ -214,6 +240,20 @@ def test_several_models_are_fused(how: str, shop: Path, tmp_path: Path) -> None:
     turned = {k: models[k] for k in reversed(models)}
     other = realign({**what, "models": turned}, tmp_path / "turned")
     assert (other.losses, other.fingerprint) == (report.losses, report.fingerprint)
+
+
+def test_the_numbers_are_those_of_the_file(shop: Path, tmp_path: Path) -> None:
+    """What is reported is what the written model gives, its rounding included."""
+    what = recipe(shop, "magnitude", output={"dtype": "bfloat16"})
+    report = realign(what, tmp_path / "out")
+    plan = plan_realign(what, tmp_path / "other")
+    assert plan.rows is not None
+    model = load_language_model(tmp_path / "out", dtype=torch.float32).model
+    answers = answers_of(model, plan.rows.reported, plan.recipe.training.batch)
+    written = margins(answers, plan.rows.reported)[0].value
+    exact = realign(recipe(shop, "magnitude"), tmp_path / "exact")
+    assert exact.scores["realigned"]["margin"].value != pytest.approx(written, abs=1e-4)
+    assert report.scores["realigned"]["margin"].value == pytest.approx(written, abs=1e-4)
 
 
 def test_exports(shop: Path, tmp_path: Path) -> None:
@@ -339,6 +379,47 @@ def test_protect(shop: Path, tmp_path: Path) -> None:
     realign(given, tmp_path / "again")
     assert all(np.array_equal(v, tensors(tmp_path / "again")[n])
                for n, v in tensors(tmp_path / "out").items())  # fmt: skip
+
+
+def test_a_mask_of_other_models_is_refused_before_anything(shop: Path, tmp_path: Path) -> None:
+    """Other tensors are told by the plan; another model of the same shape by its fingerprint."""
+    path = str(tmp_path / "mask.safetensors")
+    what = dataless(shop, "protect", mask=path)
+    Mask.of({"odd": np.ones(3, np.bool_)}).save(Path(path))
+    with pytest.raises(MismatchError, match="masks odd: of another model"):
+        plan_realign(what, tmp_path / "out")
+    Mask.of({"model.norm.weight": np.ones(24, np.bool_)}, {"base": "1", "model": "2"}).save(
+        Path(path)
+    )
+    with pytest.raises(MismatchError, match="fingerprints 1 and 2, and this recipe names neither"):
+        realign(what, tmp_path / "out")
+
+
+def test_masks_know_their_models_wherever_they_are_used(shop: Path, tmp_path: Path) -> None:
+    """A merge takes the mask of a realignment for its own models, and for no others."""
+    realign(recipe(shop, "magnitude"), tmp_path / "out")
+    prints = {n: checkpoint_fingerprint(suture.open(shop / n)) for n in ("aligned", "tuned")}
+    mask = Mask.load(tmp_path / "out" / "mask.safetensors")
+    about = mask.about
+    assert {"base": about["base"], "model": about["model"]} == {
+        "base": prints["aligned"], "model": prints["tuned"],
+    }  # fmt: skip
+    stitched = {
+        "base": str(shop / "aligned"), "models": {"a": str(shop / "tuned")}, "method": "stitch",
+        "parameters": {"masks": {"a": str(tmp_path / "out" / "mask.safetensors")}},
+        "space": {"exclude": []},
+    }  # fmt: skip
+    merge(stitched, tmp_path / "stitched")
+    new, tuned = tensors(tmp_path / "stitched"), tensors(shop / "tuned")
+    for name in mask.shapes:
+        np.testing.assert_allclose(new[name][mask[name]], tuned[name][mask[name]], atol=1e-6)
+    with pytest.raises(MismatchError, match="is not the model that the masks"):
+        merge({**stitched, "models": {"a": str(shop / "other")}}, tmp_path / "wrong")
+    two = {"tuned": str(shop / "tuned"), "other": str(shop / "other")}
+    realign(recipe(shop, "magnitude", models=two), tmp_path / "two")
+    assert Mask.load(tmp_path / "two" / "mask-tuned.safetensors").about["model"] == prints["tuned"]
+    realign(recipe(shop, "random", models=two), tmp_path / "shared")
+    assert "model" not in Mask.load(tmp_path / "shared" / "mask.safetensors").about
 
 
 def test_line_search(shop: Path, tmp_path: Path) -> None:
@@ -600,6 +681,9 @@ def test_pairs_that_teach_nothing(shop: Path, tmp_path: Path) -> None:
     none = {"train": mixed, "max_length": 4, "too_long": "drop"}
     with pytest.raises(RecipeError, match=r"data.train: none of \d+ pairs is left: \d+ have more"):
         plan_realign(recipe(shop, data=none), tmp_path / "out")
+    with pytest.raises(RecipeError, match="a line search chooses by pairs that are held out"):
+        plan_realign(recipe(shop, "line-search", data={"train": mixed, "validation": 0}),
+                     tmp_path / "out")  # fmt: skip
     short = {"train": mixed, "max_length": 4, "too_long": "cut"}
     with pytest.raises(RecipeError, match="has no tokens"):
         plan_realign(recipe(shop, data=short), tmp_path / "out")
@@ -679,6 +763,9 @@ def test_all_faults_of_a_recipe_at_once(shop: Path, tmp_path: Path) -> None:
         (recipe(shop, "line-search", parameters={"retain": 2}), r"in \[0, 1\]; got 2"),
         (recipe(shop, training={"epochs": 0}), "training.epochs must be at least 1"),
         (recipe(shop, training={"lr": 1e30}), r"training.lr: a number below 2\*\*63, not 1e\+30"),
+        (recipe(shop, models={"../a": "x"}), "'../a' cannot be the name of a model"),
+        (recipe(shop, output={"dtype": "int7"}), "output.dtype: no dtype 'int7'"),
+        (recipe(shop, fuse={"how": "single", "density": 0.5}), "fuse.density: single keeps all"),
         (recipe(shop, models={"a": {"path": "x", "weight": float("inf")}}), "weight: a number"),
         (recipe(shop, parameters={"granularity": "tensor"}), "is 1 whatever was learned"),
         (recipe(shop, models={"a": "x", "b": "y"}, fuse="single"), "single takes one model"),

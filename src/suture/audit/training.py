@@ -15,6 +15,7 @@ from suture.engine import checkpoint_fingerprint
 from suture.errors import SutureError
 from suture.finetune import execute
 from suture.mask import Mask, marked
+from suture.tune import Progress
 
 
 def train(
@@ -46,7 +47,14 @@ def train(
         tuning = tune_plan(
             plan.recipe, plan.aligned, plan.attack, where, seed, plan.device, allowed
         )
-        execute(tuning, say=ledger.say)
+
+        def tell(phase: str, at: Progress) -> None:
+            tenth = max(1, at.steps // 10)
+            if at.step % tenth == 0 and at.step < at.steps:
+                ledger.say(f"{name}: step {at.step} of {at.steps}, loss {at.loss:.4f}, "
+                           f"{at.eta:.0f} s left")  # fmt: skip
+
+        execute(tuning, say=ledger.say, tell=tell)
         allowed.unlink()
         return checkpoint_fingerprint(open_checkpoint(where))
 

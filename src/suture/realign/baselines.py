@@ -14,14 +14,12 @@ import torch
 from torch import Tensor
 
 from suture.checkpoint import Checkpoint
-from suture.errors import MismatchError, RecipeError
 from suture.mask import Mask, localize
 from suture.realign.base import Edit, Job, Realigned, needed
 from suture.realign.concrete import rescaled
 from suture.realign.fuse import dice
 from suture.realign.parts import across, array
 from suture.roles import role_of
-from suture.spec import listed
 from suture.vector import TaskVector
 
 VOCABULARY = ("embedding", "head", "position")
@@ -95,17 +93,10 @@ def protect(job: Job, density: float, mask: str) -> Realigned:
     """``fused``, with the entries that matter for safety put back to their aligned values.
 
     They are those of a mask, or those in which the alignment moved the base the most.
-
-    Raises:
-        MismatchError: the mask is that of other tensors.
     """
     fused = job.fused()
     if mask:
         found = Mask.load(job.folder / mask)
-        odd = [n for n in found.shapes if n not in job.models.aligned.specs
-               or job.models.aligned.specs[n].shape != found.shapes[n]]  # fmt: skip
-        if odd:
-            raise MismatchError(f"parameters.mask: {mask} masks {listed(odd)}: of another model?")
     else:
         base = needed(job.models.base, "base")
         vector = TaskVector(base, [(job.models.aligned, 1.0)], job.models.names)
@@ -208,14 +199,8 @@ def line_search(job: Job, metric: str, retain: float, points: int) -> Realigned:
 
     Points pass where the metric of the validation pairs is at least ``tuned + retain (aligned -
     tuned)``. Without utility rows the smallest c that passes is taken.
-
-    Raises:
-        RecipeError: there are no validation pairs.
     """
-    pairs = job.validation
-    if pairs is None or not len(pairs):
-        raise RecipeError("data.validation: a line search chooses by pairs that are held out")
-    fused = job.fused()
+    pairs, fused = needed(job.validation, "data.validation"), job.fused()
 
     def at(c: float) -> Edit:
         return lambda name: torch.lerp(fused(name), job.aligned(name), c)

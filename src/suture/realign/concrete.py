@@ -17,9 +17,6 @@ from torch import Tensor, nn
 
 from suture.realign.fuse import dice
 
-GRANULARITIES = ("entry", "row", "tensor")
-RESCALES = ("mean", "none")
-EXPORTS = ("soft", "hard", "averaged")
 FLOOR = 1e-3
 """Means of masks count as at least this when a mask is divided by its own: a closed one stays."""
 
@@ -38,7 +35,7 @@ def logit_shape(shape: tuple[int, ...], granularity: str, across: int = 0) -> tu
 
     Args:
         shape: of the tensor.
-        granularity: one of ``GRANULARITIES``.
+        granularity: ``entry``, ``row`` or ``tensor``.
         across: the axis of outputs: 0, or 1 where matrices are stored the other way round.
     """
     if granularity == "entry" or not shape:
@@ -143,6 +140,6 @@ class Masks:
 
 
 __all__ = [
-    "EXPORTS", "FLOOR", "GRANULARITIES", "RESCALES", "Draw", "Masking", "Masks", "concrete",
+    "FLOOR", "Draw", "Masking", "Masks", "concrete",
     "logistic", "logit_shape", "rescaled",
 ]  # fmt: skip

@@ -91,6 +91,8 @@ def read_fusing(raw: object, tasks: int, problems: Problems) -> Fusing:
             problems.add(RecipeError, f"fuse.{key}: a number, not {brief(value)}")
         elif key == "density" and not 0 < value <= 1:
             problems.add(RecipeError, f"fuse.density: the share kept, in (0, 1]; got {value}")
+        elif key == "density" and value != 1 and line.density == 1:
+            problems.add(RecipeError, f"fuse.density: {how} keeps all; ties and dare do not")
         elif not abs(value) < 2**63 or (whole and value < 0):
             problems.add(RecipeError, f"fuse.{key}: {brief(value)} is out of range")
         else:

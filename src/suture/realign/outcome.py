@@ -85,6 +85,23 @@ def retention(scores: Mapping[str, Scores]) -> dict[str, float | None]:
     return {"safety": safety, "utility": utility, "harmonic": harmonic}
 
 
+def nothing_lost(scores: Mapping[str, Scores]) -> tuple[str, ...]:
+    """Why a retention will be missing: the tuned model lost no margin, or gained no utility."""
+    told = []
+    for name, why in (
+        ("margin", "the tuned model prefers safe answers no less than the aligned one ({} "
+         "against {} a token), so there is nothing to bring back; are the columns of `chosen` and "
+         "`rejected` exchanged?"),
+        ("utility", "the tuned model is no better than the aligned one on the utility rows "
+         "(loss {} against {}), so there is no gain to keep"),
+    ):  # fmt: skip
+        if scores and name in scores["tuned"]:
+            tuned, aligned = (scores[model][name].value for model in ("tuned", "aligned"))
+            if aligned <= tuned:  # a margin that is lost and a loss that is gained both fall
+                told.append(why.format(f"{tuned:.4g}", f"{aligned:.4g}"))
+    return tuple(told)
+
+
 MOST = 200
 """Points of a curve of losses."""
 
@@ -275,6 +292,6 @@ def card(plan: Plan, record: Mapping[str, Any], name: str) -> str:
 
 
 __all__ = [
-    "RealignReport", "card", "curve_of", "digests", "key_of", "profile_of", "provenance",
-    "report_rows", "restricted", "retention",
+    "RealignReport", "card", "curve_of", "digests", "key_of", "nothing_lost", "profile_of",
+    "provenance", "report_rows", "restricted", "retention",
 ]  # fmt: skip

@@ -26,7 +26,6 @@ from suture.spec import listed
 from suture.vector import TaskVector
 from suture.views import View
 
-SPACES = ("delta_w", "factors")
 Fused = Callable[[str, Sequence[Tensor]], Tensor]
 """The change of what a key names, from its task vectors."""
 _TRANSPOSED = re.compile(r"(^|\.)(c_attn|q_attn|c_proj|c_fc)\.weight$")
@@ -320,6 +319,6 @@ def held(models: Models, names: Sequence[str], space: str, device: str = "cpu") 
 
 
 __all__ = [
-    "SPACES", "Distances", "Factors", "Models", "Part", "Whole", "across", "array",
+    "Distances", "Factors", "Models", "Part", "Whole", "across", "array",
     "check_ancestor", "check_factors", "held", "lens_of", "masked_shapes", "measure",
 ]  # fmt: skip

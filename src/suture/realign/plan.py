@@ -10,7 +10,7 @@ from typing import Any
 
 from suture.checkpoint import Checkpoint, refuse_uncomputable
 from suture.data import Dataset
-from suture.errors import CheckpointError, Problems, RecipeError, SutureError
+from suture.errors import CheckpointError, MismatchError, Problems, RecipeError, SutureError
 from suture.finetune.rows import language_rows
 from suture.mask import Mask
 from suture.models import device_named, load_tokenizer, longest_of
@@ -22,7 +22,7 @@ from suture.realign.pairs import PairRows, read_pairs
 from suture.realign.parts import Models, across, check_factors, masked_shapes
 from suture.realign.recipe import Realign, read_realign
 from suture.roles import check_selectors
-from suture.spec import readable
+from suture.spec import listed, readable
 from suture.vector import align
 
 
@@ -148,22 +148,33 @@ def plan_realign(
             if found.utility is not None:
                 with problems.collecting():
                     utility = language_rows(found.utility, tokenizer, longest, 0).train
-    _check_protect(found, problems)
-    if rows is not None and found.training.patience and not len(rows.validation):
-        problems.add(RecipeError, "training.patience: needs validation pairs")
+    _check_needs(found, models, rows, problems)
     check_room(out, models.aligned.nbytes * 2, False, problems)
     problems.raise_if_any()
     return Plan(found, models, rows, utility, out, device, options)
 
 
-def _check_protect(recipe: Realign, problems: Problems) -> None:
-    """Note what a method's parameters ask for besides what its line in the table says."""
+def _check_needs(
+    recipe: Realign, models: Models, rows: PairRows | None, problems: Problems
+) -> None:
+    """Note what parameters ask for besides what a method's line in the table says."""
+    if rows is not None and not len(rows.validation):
+        if recipe.method.name == "line-search":
+            problems.add(RecipeError, "data.validation: a line search chooses by pairs that are "
+                                      "held out")  # fmt: skip
+        if recipe.training.patience:
+            problems.add(RecipeError, "training.patience: needs validation pairs")
     if recipe.method.name != "protect":
         return
     mask = recipe.settings["mask"]
     if mask:
         with problems.collecting():
-            Mask.load(recipe.folder / mask)
+            shapes, specs = Mask.load(recipe.folder / mask).shapes, models.aligned.specs
+            odd = [n for n, shape in shapes.items() if n not in specs or specs[n].shape != shape]
+            if odd:
+                raise MismatchError(
+                    f"parameters.mask: {mask} masks {listed(odd)}: of another model?"
+                )
     elif recipe.base is None:
         problems.add(
             RecipeError,

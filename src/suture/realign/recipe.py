@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
@@ -166,6 +167,10 @@ class _Reader(Reader):
             self.refuse("models: a mapping from names to the tuned models, with at least one")
         paths, weights = {}, {}
         for name, entry in sorted(entries.items()):  # the order of models is no part of a result
+            if not re.fullmatch(r"[\w.-]+", name):  # it becomes part of a file's name
+                self.refuse(f"models: {name!r} cannot be the name of a model; letters, digits, "
+                            "_, . and - can")  # fmt: skip
+                continue
             given = {"path": entry} if isinstance(entry, str) else entry
             if not isinstance(given, Mapping) or not isinstance(given.get("path"), str):
                 self.refuse(f"models.{name}: a path, or a mapping with a path, not {brief(entry)}")
@@ -198,8 +203,10 @@ class _Reader(Reader):
     def dtype(self) -> str | None:
         raw = section(self.raw, "output", self.problems)
         refuse_unknown(raw, ("dtype",), "output: ", self.problems)
-        with self.problems.collecting():
+        try:
             return None if raw.get("dtype") is None else dtype_named(str(raw["dtype"]))
+        except RecipeError as error:
+            self.refuse(f"output.dtype: {error}")
         return None
 
     def data(self) -> PairSpec | None:

@@ -15,10 +15,10 @@ from torch import Tensor, nn
 
 from suture.card import carry, config_text
 from suture.checkpoint import Checkpoint
-from suture.engine import checkpoint_fingerprint
-from suture.errors import OutputError
+from suture.engine import checkpoint_fingerprint, output_specs
+from suture.errors import MismatchError, OutputError
 from suture.finetune.outcome import peak_memory
-from suture.finetune.output import publish, write_weights
+from suture.finetune.output import TORCH, publish, write_weights
 from suture.finetune.packed import Place
 from suture.finetune.work import locked_work
 from suture.mask import Mask, marked
@@ -30,6 +30,7 @@ from suture.realign.outcome import (
     card,
     curve_of,
     key_of,
+    nothing_lost,
     profile_of,
     provenance,
     restricted,
@@ -74,6 +75,7 @@ def execute(plan: Plan, *, say: Say = lambda _: None, tell: Tell | None = None) 
     parts = ", ".join(f"{what} {readable(n)}" for what, n in need.items())
     say(f"needs about {readable(sum(need.values()))} of memory ({parts}), and activations")
     fingerprints = {label: checkpoint_fingerprint(c) for label, c in plan.inputs.items()}
+    _check_mask(plan, fingerprints)
     distances = measure(plan.models, plan.options.threads)
     if plan.recipe.ancestor == "check":
         check_ancestor(plan.models, distances)
@@ -84,11 +86,14 @@ def execute(plan: Plan, *, say: Say = lambda _: None, tell: Tell | None = None) 
             say("going on from the last checkpoint of a run that was interrupted")
         job = _job(plan, _names(plan, distances), place, say, tell)
         scores = _before(plan, job)
+        notes = nothing_lost(scores)
+        for note in notes:
+            say(note)
         started = time.perf_counter()
         realigned = plan.recipe.method.make(**plan.recipe.settings)(job)
         took = time.perf_counter() - started
         if plan.looks:
-            scores["realigned"] = _looked(plan, job, realigned.edit)
+            scores["realigned"] = _looked(plan, job, "realigned", _stored(plan, realigned.edit))
         withheld = restricted(plan) or any(m.restricted for m in realigned.masks.values())
         losses = () if realigned.result is None else realigned.result.losses
         few = max(1, len(losses) // 10)
@@ -101,9 +106,31 @@ def execute(plan: Plan, *, say: Say = lambda _: None, tell: Tell | None = None) 
             {"realigning": took, "in all": time.perf_counter() - began}, peak_memory(plan.device),
             {**realigned.facts, "distance": dict(distances.tuned),
              "profile": profile_of(realigned.shares)},
-            () if plan.rows is None else plan.rows.notes, withheld, curve_of(losses),
+            (*(() if plan.rows is None else plan.rows.notes), *notes), withheld, curve_of(losses),
         )  # fmt: skip
         return _written(plan, job, realigned, report, fingerprints, place)
+
+
+def _check_mask(plan: Plan, fingerprints: Mapping[str, str]) -> None:
+    """Refuse a mask that says of which models it is, and it is none of these."""
+    mask = plan.recipe.settings.get("mask")
+    about = Mask.load(plan.recipe.folder / mask).about if mask else {}
+    prints = {p for word in ("base", "model") if isinstance(p := about.get(word), str)}
+    if prints and not prints & set(fingerprints.values()):
+        raise MismatchError(
+            f"parameters.mask: {mask} is of models with the fingerprints "
+            f"{' and '.join(sorted(prints))}, and this recipe names neither"
+        )
+
+
+def _prints(plan: Plan, mask: str, fingerprints: Mapping[str, str]) -> dict[str, str]:
+    """Of which base and model a mask is: what those that use it have to be given."""
+    if plan.recipe.method.name == "protect":
+        given = plan.recipe.settings["mask"]
+        return {} if given else {"base": fingerprints["base"], "model": fingerprints["aligned"]}
+    own = list(plan.models.tuned) if mask == "mask" else [mask.removeprefix("mask-")]
+    found = {"base": fingerprints["aligned"]}
+    return found | ({"model": fingerprints[f"models.{own[0]}"]} if len(own) == 1 else {})
 
 
 def _names(plan: Plan, found: Distances) -> tuple[str, ...]:
@@ -153,12 +180,22 @@ def _before(plan: Plan, job: Job) -> dict[str, Scores]:
     if not plan.looks:
         return {}
     job.say("looking at the aligned model, and at the tuned ones as they came")
-    return {"aligned": _looked(plan, job, job.aligned), "tuned": _looked(plan, job, job.fused())}
+    edits = {"aligned": job.aligned, "tuned": job.fused()}
+    return {name: _looked(plan, job, name, edit) for name, edit in edits.items()}
 
 
-def _looked(plan: Plan, job: Job, edit: Edit) -> Scores:
+def _stored(plan: Plan, edit: Edit) -> Edit:
+    """The weights as they will stand in the file, rounded to its dtype: those are looked at."""
+    specs = output_specs(plan.models.aligned, plan.recipe.dtype)
+    return lambda name: edit(name).to(TORCH[specs[name].dtype]).float()
+
+
+def _looked(plan: Plan, job: Job, name: str, edit: Edit) -> Scores:
     job.place(edit)
-    return job.scores(None if plan.rows is None else plan.rows.reported)
+    found = job.scores(None if plan.rows is None else plan.rows.reported)
+    if found:
+        job.say(f"{name}: " + ", ".join(f"{k} {m.value:.4g}" for k, m in found.items()))
+    return found
 
 
 @dataclass(frozen=True)
@@ -193,7 +230,7 @@ def _written(
     record = provenance(plan, report, fingerprints)
     try:
         for name, mask in realigned.masks.items():
-            about = marked(mask.about, report.restricted)
+            about = marked({**_prints(plan, name, fingerprints), **mask.about}, report.restricted)
             Mask(mask.shapes, mask.bits, about).save(folder / f"{name}.safetensors")
         if realigned.logits is not None:
             logits = realigned.logits

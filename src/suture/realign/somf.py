@@ -37,7 +37,6 @@ from suture.stats import Stats
 
 COLLAPSED = 1e-3
 """Below this mean of the open share the mask has closed: the aligned model alone is left."""
-REFERENCES = ("fused", "aligned")
 
 
 @dataclass(frozen=True)
@@ -324,4 +323,4 @@ def _logits(fusion: Fusion, about: Mapping[str, Any]) -> Stats:
     return Stats(found, dict(about), "the learned logits")
 
 
-__all__ = ["COLLAPSED", "REFERENCES", "Fusion", "Learning", "Somf", "learn", "references"]
+__all__ = ["COLLAPSED", "Fusion", "Learning", "Somf", "learn", "references"]
