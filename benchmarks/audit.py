@@ -121,6 +121,8 @@ def main() -> None:
     found = audit(recipe(scratch, args), scratch / "audited", threads=args.threads,
                   say=lambda line: print(line, flush=True))  # fmt: skip
     found.pop("recipe")
+    for one in found["seeds"].values():
+        one.pop("places")  # a number for every layer and part; the report draws them
     machine = {"system": platform.platform(), "python": platform.python_version(),
                "torch": torch.__version__, "threads": args.threads}  # fmt: skip
     args.out.write_text(

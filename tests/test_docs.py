@@ -104,7 +104,7 @@ def test_a_relative_link_leads_somewhere(page: Path, target: str) -> None:
         assert anchor in headings(path.read_text(encoding="utf-8")), f"no heading for {target}"
 
 
-@pytest.mark.skipif(not (ROOT / "src/suture/cli.py").exists(), reason="no command line yet")
+@pytest.mark.skipif(not (ROOT / "src/suture/cli").exists(), reason="no command line yet")
 @pytest.mark.parametrize(("page", "arguments", "quoted"), list(quoted_help()), ids=page_id)
 def test_quoted_help_is_current(page: Path, arguments: str, quoted: str) -> None:
     """The help text in the docs is the one the command prints."""

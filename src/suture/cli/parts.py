@@ -1,0 +1,142 @@
+"""What all commands share: the application, common options, errors as messages, tables."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Annotated, Any, NoReturn
+
+import typer
+
+from suture.errors import SutureError
+from suture.terminal import say, show_json, tell
+
+DONE, FAILED, WRONG, INTERRUPTED = range(4)
+
+app = typer.Typer(
+    name="suture",
+    help="Edit open-weight models like code.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+
+Json = Annotated[bool, typer.Option("--json", help="Print one JSON object and nothing else.")]
+Threads = Annotated[
+    int | None, typer.Option(min=1, help="Threads to use; default: every core. Changes no byte.")
+]
+Cores = Annotated[int | None, typer.Option(min=1, help="Threads to use; default: every core.")]
+Device = Annotated[
+    str | None, typer.Option("--device", help="cpu, cuda, cuda:1, ...; overrides the recipe.")
+]
+DryRun = Annotated[
+    bool, typer.Option("--dry-run", help="Check everything and say what would be done.")
+]
+Overwrite = Annotated[
+    bool, typer.Option("--overwrite", help="Replace an older output, in one step, at the end.")
+]
+NoResume = Annotated[
+    bool, typer.Option("--no-resume", help="Start anew even if an interrupted run left work.")
+]
+ToLog = Annotated[
+    str | None, typer.Option("--log", help="Also write curves: tensorboard or trackio.")
+]
+OneOf = Annotated[str | None, typer.Argument(help="Show this one in full.")]
+
+
+def stop(code: int) -> NoReturn:
+    """End the command with a code."""
+    raise typer.Exit(code)
+
+
+@contextmanager
+def errors(as_json: bool = False) -> Iterator[None]:
+    """Show an error of the user's as a message; let one of ours through with its traceback."""
+    try:
+        yield
+    except SutureError as error:
+        notes = "".join(f"\n  {note}" for note in getattr(error, "__notes__", ()))
+        if as_json:
+            show_json({"error": str(error), "kind": type(error).__name__})
+        say(f"error: {error}{notes}")
+        stop(WRONG)
+    except KeyboardInterrupt:
+        if as_json:
+            show_json({"error": "interrupted", "kind": "Interrupted"})
+        say("interrupted; run the same command again: it goes on from what is done")
+        stop(INTERRUPTED)
+
+
+def show_dry(found: dict[str, Any], as_json: bool, verb: str) -> None:
+    """What a run would do, a line each."""
+    if as_json:
+        show_json(found)
+        return
+    for key, value in found.items():
+        tell(f"{key:<12}{value if isinstance(value, str) else json.dumps(value)}")
+    tell(f"nothing was written; leave out --dry-run to {verb}")
+
+
+def show_lines(found: dict[str, dict[str, Any]], as_json: bool, *, whole: bool) -> None:
+    """A table of methods or strategies."""
+    if as_json:
+        show_json(found)
+        return
+    for key, row in found.items():
+        _show_line(key, row, whole=whole)
+
+
+def _show_line(key: str, row: dict[str, Any], *, whole: bool) -> None:
+    """One line of a table of methods or strategies: in short, or with all that is known of it."""
+    tell(f"{key:<17} {row['title']}: {row['paper']}")
+    presets = row.get("presets", {})
+    if not whole:
+        parameters = (f"{k}={v['default']}" for k, v in row["parameters"].items())
+        tell(" " * 18 + ", ".join(parameters))
+        if presets:
+            tell(" " * 18 + "presets: " + ", ".join(presets))
+        return
+    from suture.spec import in_letters
+
+    tell(f"\n{in_letters(row['equation'])}\n")
+    if "needs" in row:
+        tell(f"{row['needs']}\n")
+    for parameter, facts in row["parameters"].items():
+        choices = f": {', '.join(facts['choices'])}" if facts["choices"] else ""
+        tell(f"  {parameter} = {facts['default']}{facts.get('scope', '')}")
+        tell(f"      {facts['doc']}{choices}")
+    for preset, facts in presets.items():
+        given = ", ".join(f"{k}={v}" for k, v in facts["parameters"].items())
+        where = f" ({facts['note']})" if facts["note"] else ""
+        tell(f"\n  preset {preset}: {facts['source']}{where}\n      {given}")
+
+
+def line_data(line: Any) -> dict[str, Any]:
+    """A strategy, or a way to realign, as plain data."""
+    return {
+        "title": line.title,
+        "paper": line.paper,
+        "equation": line.equation,
+        "sparse": line.sparse,
+        "parameters": {
+            p.name: {
+                "default": "(required)" if p.required else p.default,
+                "doc": p.doc,
+                "choices": list(p.choices),
+            }
+            for p in line.parameters.values()
+        },
+    }
+
+
+def silent(text: str) -> None:
+    """For --json: say nothing."""
+
+
+__all__ = [
+    "DONE", "FAILED", "INTERRUPTED", "WRONG", "Cores", "Device", "DryRun", "Json", "NoResume",
+    "OneOf", "Overwrite", "Threads", "ToLog", "app", "errors", "line_data", "show_dry",
+    "show_lines", "silent", "stop",
+]  # fmt: skip

@@ -1,0 +1,144 @@
+"""Commands about safety: realignment, the audit; and the demo of everything."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from suture.cli.parts import (
+    Cores,
+    Device,
+    DryRun,
+    Json,
+    NoResume,
+    OneOf,
+    Overwrite,
+    Threads,
+    ToLog,
+    app,
+    errors,
+    line_data,
+    show_dry,
+    show_lines,
+    silent,
+)
+from suture.errors import SutureError
+from suture.terminal import Training, say, show_json, tell
+
+
+@app.command()
+def realign(
+    recipe: Annotated[Path, typer.Argument(help="A recipe (YAML).")],
+    out: Annotated[Path, typer.Option("--out", "-o", help="The folder to write.")],
+    device: Device = None,
+    dry_run: DryRun = False,
+    overwrite: Overwrite = False,
+    no_resume: NoResume = False,
+    threads: Threads = None,
+    log: ToLog = None,
+    as_json: Json = False,
+) -> None:
+    """Put safety that fine-tuning took away back into a new model; interrupted, it goes on."""
+    with errors(as_json):
+        from suture.finetune.trackers import tracker
+        from suture.realign import describe, execute, plan_realign, report_rows
+        from suture.realign.plan import Options as How
+
+        how = How(overwrite=overwrite, resume=not no_resume, device=device, threads=threads)
+        plan = plan_realign(recipe, out, how)
+        if dry_run:
+            found = describe(plan)
+        else:
+            with Training(as_json) as shown, tracker(log, out, plan.recipe.resolved()) as note:
+                steps = f", {plan.steps} steps" if plan.steps else ""
+                shown.say(f"{plan.recipe.method.name}: on {plan.device}{steps}")
+
+                def step(phase: str, at: Any) -> None:
+                    shown.tell(phase, at)
+                    note(phase, at)
+
+                report = execute(plan, say=shown.say, tell=step)
+    if dry_run:
+        show_dry(found, as_json, "realign")
+    elif as_json:
+        show_json(report.to_dict())
+    else:
+        for line in report.notes:
+            tell(f"note: {line}")
+        for key, text in report_rows(report):
+            tell(f"{key:<22}{text}")
+
+
+@app.command()
+def realigners(
+    name: OneOf = None,
+    as_json: Json = False,
+) -> None:
+    """List the ways to realign with their parameters, defaults, papers and needs."""
+    with errors(as_json):
+        from suture.realign import METHODS, method
+
+        chosen = list(METHODS.values()) if name is None else [method(name)]
+        found = {m.name: line_data(m) for m in chosen}
+        for m in chosen:
+            found[m.name]["needs"] = "needs " + ", ".join(("aligned", "models", *m.needs))
+    show_lines(found, as_json, whole=name is not None)
+
+
+@app.command()
+def audit(
+    recipe: Annotated[Path, typer.Argument(help="Models, rows by language, shares (YAML).")],
+    out: Annotated[Path, typer.Option("--out", "-o", help="The folder of cells and results.")],
+    device: Device = None,
+    dry_run: DryRun = False,
+    overwrite: Annotated[
+        bool, typer.Option("--overwrite", help="Remove what an older audit left there, and begin.")
+    ] = False,
+    no_resume: NoResume = False,
+    threads: Cores = None,
+    as_json: Json = False,
+) -> None:
+    """Find out where the safety of a model lives; interrupted, the same command goes on."""
+    with errors(as_json):
+        from suture.audit import describe, execute, lines, plan_audit
+        from suture.audit.plan import Options as How
+
+        how = How(overwrite, not no_resume, device, threads)
+        plan = plan_audit(recipe, out, how)
+        found = describe(plan) if dry_run else execute(plan, say=silent if as_json else say)
+    if as_json:
+        show_json(found)
+    elif dry_run:
+        show_dry(found, as_json, "begin")
+    else:
+        for line in lines(found):
+            tell(line)
+        tell(f"wrote {out / 'audit.json'}; weights and masks beside it are restricted")
+
+
+@app.command()
+def demo(
+    out: Annotated[Path, typer.Option("--out", help="Where to write.")] = Path("demo"),
+    quick: Annotated[
+        bool, typer.Option("--quick", help="Fewer steps: about seven minutes.")
+    ] = False,
+    only: Annotated[
+        str | None,
+        typer.Option("--only", help="One half: edits (of encoders), or safety (of a chat model)."),
+    ] = None,
+) -> None:
+    """Tune, merge, localize, patch, evaluate and realign small real models, end to end."""
+    with errors():
+        try:
+            from suture.demo_run import run_demo
+        except ImportError as error:
+            if error.name and error.name.startswith("suture"):
+                raise
+            raise SutureError(
+                f"the demo needs {error.name}: run `make demo` in a clone of Suture, or "
+                "pip install 'suture[demo]' and pip install --no-deps -r requirements/demo.txt"
+            ) from None
+        done = run_demo(out, quick=quick, only=only, say=say)
+    tell(str(done.page))

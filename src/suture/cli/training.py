@@ -1,0 +1,87 @@
+"""Commands that train: fine-tuning and its strategies."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from suture.cli.parts import (
+    Device,
+    DryRun,
+    Json,
+    NoResume,
+    OneOf,
+    Overwrite,
+    ToLog,
+    app,
+    errors,
+    line_data,
+    show_dry,
+    show_lines,
+)
+from suture.terminal import Training, show_json, tell
+
+
+@app.command()
+def finetune(
+    recipe: Annotated[Path, typer.Argument(help="A recipe (YAML).")],
+    out: Annotated[Path, typer.Option("--out", "-o", help="The folder to write.")],
+    device: Device = None,
+    dry_run: DryRun = False,
+    overwrite: Overwrite = False,
+    no_resume: NoResume = False,
+    restricted: Annotated[
+        bool,
+        typer.Option("--restricted", help="Mark it, and what is made with it: not to share."),
+    ] = False,
+    log: ToLog = None,
+    as_json: Json = False,
+) -> None:
+    """Fine-tune a model by a recipe into a new folder; interrupted, the same command goes on."""
+    with errors(as_json):
+        from suture.finetune import run
+        from suture.finetune.trackers import tracker
+
+        how = run.Options(overwrite, not no_resume, device, restricted)
+        plan = run.plan_finetune(recipe, out, how)
+        if dry_run:
+            found = run.describe(plan)
+        else:
+            unit = "images" if plan.task == "image-classification" else "tokens"
+            with (
+                Training(as_json, unit) as shown,
+                tracker(log, out, plan.recipe.resolved()) as note,
+            ):
+                rows, name = len(plan.rows.train), plan.recipe.strategy.name
+                shown.say(f"{name}: {rows} rows, {plan.steps} steps on {plan.device}")
+
+                def step(phase: str, at: Any) -> None:
+                    shown.tell(phase, at)
+                    note(phase, at)
+
+                report = run.execute(plan, say=shown.say, tell=step)
+    if dry_run:
+        show_dry(found, as_json, "train")
+    elif as_json:
+        show_json(report.to_dict())
+    else:
+        for line in report.notes:
+            tell(f"note: {line}")
+        for key, text in run.report_rows(report):
+            tell(f"{key:<18}{text}")
+
+
+@app.command()
+def strategies(
+    name: OneOf = None,
+    as_json: Json = False,
+) -> None:
+    """List the fine-tuning strategies with their parameters, defaults and papers."""
+    with errors(as_json):
+        from suture.finetune import STRATEGIES, strategy
+
+        chosen = list(STRATEGIES.values()) if name is None else [strategy(name)]
+        found = {s.name: line_data(s) for s in chosen}
+    show_lines(found, as_json, whole=name is not None)
