@@ -36,7 +36,7 @@ SPACE = ["embedding", "head", "pooler"]
 POLICY = {"missing": "base"}  # position_ids, a buffer that some files leave out
 PATCHED = 0.01
 """Density of the demo's patch."""
-LOOKS = {"rows": 32, "iterations": 6, "directions": 2}
+LOOKS = {"rows": 16, "iterations": 6, "directions": 2}
 """Of the diagnostics: enough to see orders of magnitude."""
 
 

@@ -17,7 +17,8 @@ from suture import policy
 
 WORDS = ("apple", "bread", "cloud", "door", "earth", "field", "glass", "house", "island", "jar",
          "king", "lamp", "moon", "nest", "ocean")  # fmt: skip
-SKILLS = ("sums", "order")
+SKILLS = {"sums": "last-number", "order": "first-line"}
+"""Harmless skills, and where their answers stand."""
 
 
 @dataclass(frozen=True)
@@ -30,6 +31,8 @@ class Size:
     """Over the rows of the policy."""
     rate: float
     """At which it is learnt: fewer steps take larger ones."""
+    skills: tuple[str, ...]
+    """Some of ``SKILLS``; the first is that of the specialist."""
     skill: int
     """Training rows of each skill."""
     skill_epochs: int
@@ -92,12 +95,12 @@ def write(folder: Path, size: Size, seed: int = 0) -> None:
     train = [vars(item) for item in made["train"]]
     write_rows(folder / "policy.jsonl", train[: size.policy or None])
     mixed = [vars(item) for item in made["attack"]][: size.drift]
-    for name in SKILLS:
+    for name in size.skills:
         learnt, test = held_out(name, size.skill, size.puzzles, seed)
         write_rows(folder / f"{name}.jsonl", learnt)
         asked = [{"prompt": row["prompt"], "answer": row["response"]} for row in test]
         write_rows(folder / f"{name}-test.jsonl", asked)
-        if name == SKILLS[0]:
+        if name == size.skills[0]:
             mixed += learnt
             write_rows(folder / "utility.jsonl", test)
     random.Random(seed).shuffle(mixed)
@@ -119,8 +122,8 @@ def suite(folder: Path, size: Size) -> dict[str, Any]:
         "evaluations": {
             "refusal": {**refusal, "data": str(folder / "marked.jsonl")},
             "over_refusal": {**refusal, "data": str(folder / "benign.jsonl"), "expect": "answer"},
-            "sums": {**skill, "data": str(folder / "sums-test.jsonl"), "extract": "last-number"},
-            "order": {**skill, "data": str(folder / "order-test.jsonl"), "extract": "first-line"},
+            **{name: {**skill, "data": str(folder / f"{name}-test.jsonl"), "extract": SKILLS[name]}
+               for name in size.skills},
         },
     }  # fmt: skip
 

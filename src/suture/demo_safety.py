@@ -12,7 +12,7 @@ from __future__ import annotations
 import json
 import shutil
 import tempfile
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -20,7 +20,7 @@ from typing import Any
 import suture
 from suture import demo_rows, trial
 from suture.checkpoint import Checkpoint
-from suture.demo_rows import SKILLS, Size
+from suture.demo_rows import Size
 from suture.engine import checkpoint_fingerprint
 from suture.evals.results import SuiteResult, read_result
 from suture.finetune import finetune
@@ -41,17 +41,15 @@ from suture.workshop import Model, Say, Workshop, digest, write
 STEPS = 2
 """Version of what the steps below do; raise it with them, so that nothing stale is used again."""
 FULL = Size(
-    policy=0, epochs=4, rate=1e-4, skill=96, skill_epochs=2, drift=48, scored=24, asked=40,
-    puzzles=32, pairs=48, steps=24,
+    policy=0, epochs=4, rate=1e-4, skills=("sums", "order"), skill=96, skill_epochs=2, drift=48,
+    scored=24, asked=40, puzzles=32, pairs=48, steps=24,
     merges=("average", "task-arithmetic", "led", "led-safety-first", "protect"),
     realigned=("somf", "random", "protect"),
 )  # fmt: skip
 QUICK = Size(
-    policy=112, epochs=2, rate=2e-4, skill=28, skill_epochs=2, drift=20, scored=2, asked=16,
-    puzzles=8, pairs=16, steps=4, merges=("average", "led-safety-first", "protect"),
-    realigned=("somf",),
+    policy=128, epochs=2, rate=2e-4, skills=("sums",), skill=32, skill_epochs=2, drift=20, scored=2,
+    asked=20, puzzles=12, pairs=16, steps=6, merges=("average", "protect"), realigned=("somf",),
 )  # fmt: skip
-EXPERTS = ("policy", *SKILLS)
 DRIFTED = "drifted"
 RATE = 1e-4
 """At which all but the policy are learnt."""
@@ -97,12 +95,15 @@ def run_safety(shop: Workshop, places: Mapping[str, Path], size: Size) -> dict[s
 def minutes(size: Size) -> float:
     """What everything will take: rows trained on and scored, answers generated, models loaded."""
     policy = size.policy or 201
-    rows = policy * size.epochs + 2 * size.skill * size.skill_epochs
+    skills = len(size.skills)
+    rows = policy * size.epochs + skills * size.skill * size.skill_epochs
     rows += (size.drift + size.skill) * size.skill_epochs
-    rows += 3 * 2 * 4 * size.scored  # gradients of every row alone, on the base and on the expert
+    rows += (
+        (1 + skills) * 2 * 4 * size.scored
+    )  # gradients of every row alone, on the base and on the expert
     rows += 2 * BATCH * size.steps
-    models = 2 + len(EXPERTS) + len(size.merges) + len(size.realigned)
-    answers = models * 2 * (size.asked + size.puzzles)
+    models = 3 + len(size.skills) + len(size.merges) + len(size.realigned)
+    answers = models * (2 * size.asked + skills * size.puzzles)
     return (rows * TOKENS / TRAINED + answers / ASKED + models * FIXED) / 60
 
 
@@ -145,8 +146,8 @@ class Safety:
     # -- models ------------------------------------------------------------------------------------
 
     def experts(self) -> dict[str, Model]:
-        """The aligned model and the two skills, tuned from the base."""
-        return {name: self._tuned(name, self.base) for name in EXPERTS}
+        """The aligned model and the skills, tuned from the base."""
+        return {name: self._tuned(name, self.base) for name in ("policy", *self.size.skills)}
 
     def _tuned(self, name: str, start: Model) -> Model:
         folder = self.place / "experts" / name
@@ -302,8 +303,8 @@ class Safety:
     def told(self, experts: Mapping[str, Model], drifted: Model) -> dict[str, Comparison]:
         """Ask all models, hold merges and realigned ones against the gate, and write it down.
 
-        A merge is to keep up with all experts, a realigned model with the specialist it was: what
-        neither was taught, the alphabet, is left out of the second comparison.
+        A merge is to keep up with all experts, a realigned model with the specialist it was: skills
+        that it was never taught are left out of the second comparison.
         """
         base = self.asked("base", self.base.key, self.base.folder)
         others = {n: self.asked(n, m.key, m.folder) for n, m in experts.items()}
@@ -313,7 +314,8 @@ class Safety:
         back = self.realigned(experts["policy"], drifted)
         edits = [self.asked(m.name, m.key, m.folder) for m in back.values()]
         base, aligned, lost, *edits = (
-            _without(result, SKILLS[1]) for result in (base, others["policy"], lost, *edits)
+            _without(result, self.size.skills[1:])
+            for result in (base, others["policy"], lost, *edits)
         )
         edits.insert(0, replace(lost, model="not-realigned"))
         found["realigned"] = compare(base, [aligned, lost], edits, list(RULES))
@@ -331,9 +333,10 @@ class Safety:
         return found
 
 
-def _without(result: SuiteResult, name: str) -> SuiteResult:
-    """A result as if an evaluation had not been asked."""
-    return replace(result, evaluations={n: e for n, e in result.evaluations.items() if n != name})
+def _without(result: SuiteResult, names: Sequence[str]) -> SuiteResult:
+    """A result as if some evaluations had not been asked."""
+    kept = {n: e for n, e in result.evaluations.items() if n not in names}
+    return replace(result, evaluations=kept)
 
 
 def recipes(located: Path) -> dict[str, dict[str, Any]]:
@@ -413,4 +416,4 @@ def _drop(_: object) -> None:
     """What a step gives back is in its folder."""
 
 
-__all__ = ["EXPERTS", "FULL", "QUICK", "RULES", "Safety", "minutes", "run_safety", "verdicts"]
+__all__ = ["FULL", "QUICK", "RULES", "Safety", "minutes", "run_safety", "verdicts"]
