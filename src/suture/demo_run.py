@@ -39,7 +39,7 @@ def run_demo(out: Path, *, quick: bool = False, only: str | None = None, say: Sa
 
     Args:
         out: takes everything that is made; about 1.5 GB for edits, 5 GB for safety.
-        quick: less of everything; about seven minutes on two idle cores.
+        quick: less of everything; about six minutes on two idle cores.
         only: one of ``HALVES``.
         say: receives a line of text now and then.
 

@@ -122,7 +122,7 @@ def audit(
 def demo(
     out: Annotated[Path, typer.Option("--out", help="Where to write.")] = Path("demo"),
     quick: Annotated[
-        bool, typer.Option("--quick", help="Fewer steps: about seven minutes.")
+        bool, typer.Option("--quick", help="Fewer steps: about six minutes.")
     ] = False,
     only: Annotated[
         str | None,
