@@ -347,7 +347,6 @@ def test_an_expert_that_writes_nothing_is_told(family: Any, tmp_path: Path) -> N
     ("more", "match"),
     [
         ({"disjoint": "safety_first"}, "safety: missing; .* one of ada, bob, cyd"),
-        ({"disjoint": "priority"}, "priority: all models have the same"),
         ({"match": "written"}, "match: written: counts for a control"),
         ({"safety": "adda"}, "parameters.safety: no model 'adda'; did you mean 'ada'"),
         ({"density": 0}, r"density is the share of entries kept, in \(0, 1\]; got 0"),

@@ -141,14 +141,6 @@ class Election:
         if self.disjoint == "safety_first" and self.safety is None:
             yield ("safety: missing; `disjoint: safety_first` needs the name of the safety expert, "
                    f"one of {', '.join(models)}")  # fmt: skip
-        number = len(models)
-        if (
-            self.disjoint == "priority"
-            and number > 1
-            and not any(len(set(self.priority.at(name, number))) > 1 for name in names)
-        ):
-            yield ("priority: all models have the same, so that nobody gets what several elect; "
-                   "give them numbers of their own, or say `disjoint: exclusive`")  # fmt: skip
         special = any(role_of(n).kind in ("embedding", "head") for n in names)
         if self.embeddings == "safety" and self.safety is None:
             yield "safety: missing; `embeddings: safety` needs the name of the safety expert"
