@@ -11,7 +11,7 @@ from suture.page.parts import Chart, Figure, Table, listed_words
 from suture.spec import listed
 
 Ends = tuple[float | None, float | None]
-NARROW, WIDE, HEIGHT = 360, 760, 280
+NARROW, WIDE, HEIGHT = 360, 560, 280
 """Of a panel that stands beside another, or alone, in pixels, about."""
 CHARACTER, LINE = 6, 13
 """Of a label, in pixels."""
