@@ -46,9 +46,10 @@ def comparison(where: str, raw: Raw, builder: Builder) -> Iterator[Section]:
             for v in verdicts
         ),
     )  # fmt: skip
+    stem = where.rpartition("/")[2].removesuffix(".json")
     yield Section(
         "safety",
-        "Safety against utility",
+        f"Safety against utility: {stem}",
         f"From {where}: suite {raw['suite']}, 95 % intervals. A rule is judged on the end of an "
         "interval that speaks against it.",
         tuple(figures),
