@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from typing import Annotated, Any, NoReturn
 
@@ -79,6 +79,17 @@ def show_dry(found: dict[str, Any], as_json: bool, verb: str) -> None:
     tell(f"nothing was written; leave out --dry-run to {verb}")
 
 
+def show_trained(report: Any, rows: Iterable[tuple[str, str]], as_json: bool) -> None:
+    """What a training came to: notes, then a line each."""
+    if as_json:
+        show_json(report.to_dict())
+        return
+    for line in report.notes:
+        tell(f"note: {line}")
+    for key, text in rows:
+        tell(f"{key:<22}{text}")
+
+
 def show_lines(found: dict[str, dict[str, Any]], as_json: bool, *, whole: bool) -> None:
     """A table of methods or strategies."""
     if as_json:
@@ -138,5 +149,5 @@ def silent(text: str) -> None:
 __all__ = [
     "DONE", "FAILED", "INTERRUPTED", "WRONG", "Cores", "Device", "DryRun", "Json", "NoResume",
     "OneOf", "Overwrite", "Threads", "ToLog", "app", "errors", "line_data", "show_dry",
-    "show_lines", "silent", "stop",
+    "show_lines", "show_trained", "silent", "stop",
 ]  # fmt: skip

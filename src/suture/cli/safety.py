@@ -22,6 +22,7 @@ from suture.cli.parts import (
     line_data,
     show_dry,
     show_lines,
+    show_trained,
     silent,
 )
 from suture.errors import SutureError
@@ -62,13 +63,8 @@ def realign(
                 report = execute(plan, say=shown.say, tell=step)
     if dry_run:
         show_dry(found, as_json, "realign")
-    elif as_json:
-        show_json(report.to_dict())
     else:
-        for line in report.notes:
-            tell(f"note: {line}")
-        for key, text in report_rows(report):
-            tell(f"{key:<22}{text}")
+        show_trained(report, report_rows(report), as_json)
 
 
 @app.command()
@@ -121,9 +117,7 @@ def audit(
 @app.command()
 def demo(
     out: Annotated[Path, typer.Option("--out", help="Where to write.")] = Path("demo"),
-    quick: Annotated[
-        bool, typer.Option("--quick", help="Fewer steps: about six minutes.")
-    ] = False,
+    quick: Annotated[bool, typer.Option("--quick", help="Fewer steps: about six minutes.")] = False,
     only: Annotated[
         str | None,
         typer.Option("--only", help="One half: edits (of encoders), or safety (of a chat model)."),

@@ -20,8 +20,9 @@ from suture.cli.parts import (
     line_data,
     show_dry,
     show_lines,
+    show_trained,
 )
-from suture.terminal import Training, show_json, tell
+from suture.terminal import Training
 
 
 @app.command()
@@ -64,13 +65,8 @@ def finetune(
                 report = run.execute(plan, say=shown.say, tell=step)
     if dry_run:
         show_dry(found, as_json, "train")
-    elif as_json:
-        show_json(report.to_dict())
     else:
-        for line in report.notes:
-            tell(f"note: {line}")
-        for key, text in run.report_rows(report):
-            tell(f"{key:<18}{text}")
+        show_trained(report, run.report_rows(report), as_json)
 
 
 @app.command()
