@@ -98,11 +98,10 @@ def minutes(size: Size) -> float:
     skills = len(size.skills)
     rows = policy * size.epochs + skills * size.skill * size.skill_epochs
     rows += (size.drift + size.skill) * size.skill_epochs
-    rows += (
-        (1 + skills) * 2 * 4 * size.scored
-    )  # gradients of every row alone, on the base and on the expert
+    # Gradients of every row alone, on the base and on the expert.
+    rows += (1 + skills) * 2 * 4 * size.scored
     rows += 2 * BATCH * size.steps
-    models = 3 + len(size.skills) + len(size.merges) + len(size.realigned)
+    models = 3 + skills + len(size.merges) + len(size.realigned)
     answers = models * (2 * size.asked + skills * size.puzzles)
     return (rows * TOKENS / TRAINED + answers / ASKED + models * FIXED) / 60
 

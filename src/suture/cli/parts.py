@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from typing import Annotated, Any, NoReturn
 
@@ -43,6 +43,7 @@ NoResume = Annotated[
 ToLog = Annotated[
     str | None, typer.Option("--log", help="Also write curves: tensorboard or trackio.")
 ]
+Telling = Callable[[str, Any], None]
 OneOf = Annotated[str | None, typer.Argument(help="Show this one in full.")]
 
 
@@ -77,6 +78,16 @@ def show_dry(found: dict[str, Any], as_json: bool, verb: str) -> None:
     for key, value in found.items():
         tell(f"{key:<12}{value if isinstance(value, str) else json.dumps(value)}")
     tell(f"nothing was written; leave out --dry-run to {verb}")
+
+
+def both(first: Telling, second: Telling) -> Telling:
+    """Progress of a training, told in two places."""
+
+    def step(phase: str, at: Any) -> None:
+        first(phase, at)
+        second(phase, at)
+
+    return step
 
 
 def show_trained(report: Any, rows: Iterable[tuple[str, str]], as_json: bool) -> None:
@@ -148,6 +159,6 @@ def silent(text: str) -> None:
 
 __all__ = [
     "DONE", "FAILED", "INTERRUPTED", "WRONG", "Cores", "Device", "DryRun", "Json", "NoResume",
-    "OneOf", "Overwrite", "Threads", "ToLog", "app", "errors", "line_data", "show_dry",
+    "OneOf", "Overwrite", "Threads", "ToLog", "app", "both", "errors", "line_data", "show_dry",
     "show_lines", "show_trained", "silent", "stop",
 ]  # fmt: skip

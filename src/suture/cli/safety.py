@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
 import typer
 
@@ -18,6 +18,7 @@ from suture.cli.parts import (
     Threads,
     ToLog,
     app,
+    both,
     errors,
     line_data,
     show_dry,
@@ -55,12 +56,7 @@ def realign(
             with Training(as_json) as shown, tracker(log, out, plan.recipe.resolved()) as note:
                 steps = f", {plan.steps} steps" if plan.steps else ""
                 shown.say(f"{plan.recipe.method.name}: on {plan.device}{steps}")
-
-                def step(phase: str, at: Any) -> None:
-                    shown.tell(phase, at)
-                    note(phase, at)
-
-                report = execute(plan, say=shown.say, tell=step)
+                report = execute(plan, say=shown.say, tell=both(shown.tell, note))
     if dry_run:
         show_dry(found, as_json, "realign")
     else:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
 import typer
 
@@ -16,6 +16,7 @@ from suture.cli.parts import (
     Overwrite,
     ToLog,
     app,
+    both,
     errors,
     line_data,
     show_dry,
@@ -57,12 +58,7 @@ def finetune(
             ):
                 rows, name = len(plan.rows.train), plan.recipe.strategy.name
                 shown.say(f"{name}: {rows} rows, {plan.steps} steps on {plan.device}")
-
-                def step(phase: str, at: Any) -> None:
-                    shown.tell(phase, at)
-                    note(phase, at)
-
-                report = run.execute(plan, say=shown.say, tell=step)
+                report = run.execute(plan, say=shown.say, tell=both(shown.tell, note))
     if dry_run:
         show_dry(found, as_json, "train")
     else:
