@@ -14,7 +14,7 @@ from torch import Tensor
 import refusing
 from suture.data import Dataset
 from suture.realign.concrete import FLOOR, Masking, Masks, concrete, logistic, logit_shape, rescaled
-from suture.realign.fuse import FUSES, Cut, Fuser, Fusing, cuts, dice, fuser
+from suture.realign.fuse import FUSES, Counted, Cut, Fuser, Fusing, dice, fuser
 from suture.realign.pairs import Pairs, dpo, log_probabilities, margins
 from suture.realign.parts import Factors, Part, Whole
 from suture.realign.somf import Fusion
@@ -236,6 +236,17 @@ def test_ties_is_what_its_slow_twin_gives(scope: str) -> None:
         np.testing.assert_allclose(got, expected, atol=1e-12)
 
 
+def cuts(deltas: dict[str, Tensor], density: float) -> dict[str, Cut]:
+    """Where one task's ranking is cut."""
+    counted = Counted(density)
+    for delta in deltas.values():
+        counted.add(delta)
+    counted.turn()
+    for key, delta in deltas.items():
+        counted.gather(key, delta)
+    return counted.cuts(list(deltas))
+
+
 def test_a_cut_keeps_an_exact_count() -> None:
     """Equal magnitudes are cut by position, over all tensors together; 0 is never kept."""
     deltas = {"a": torch.tensor([1.0, -1.0, 1.0]), "b": torch.tensor([1.0, 2.0, 0.0])}
@@ -245,6 +256,23 @@ def test_a_cut_keeps_an_exact_count() -> None:
     sparse = {"a": torch.tensor([0.0, 0.0, 3.0, 0.0])}
     assert cuts(sparse, 1.0)["a"].keep(sparse["a"]).tolist() == [False, False, True, False]
     assert not cuts(sparse, 0.01)["a"].keep(sparse["a"]).any()
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("density", [1e-4, 0.2, 0.5, 0.9999, 1.0])
+def test_a_cut_by_counting_is_that_of_sorting(density: float, dtype: torch.dtype) -> None:
+    """Over normal and tiny magnitudes, many of them equal in bfloat16, in every dtype."""
+    draw = torch.Generator().manual_seed(5)
+    deltas = {
+        key: (torch.randn(4000, generator=draw) * scale).to(dtype)
+        for key, scale in (("a", 1.0), ("b", 1e-3), ("c", 1e-30))
+    }
+    sizes = torch.cat([d.abs() for d in deltas.values()]).double()
+    order = torch.argsort(sizes, descending=True, stable=True)
+    expected = torch.zeros(sizes.numel(), dtype=torch.bool)
+    expected[order[: round(density * sizes.numel())]] = True
+    found = cuts(deltas, density)
+    assert torch.equal(torch.cat([found[k].keep(d) for k, d in deltas.items()]), expected)
 
 
 def test_dare_keeps_the_expectation() -> None:

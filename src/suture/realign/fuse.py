@@ -135,13 +135,15 @@ def ties(deltas: Sequence[Tensor], kept: Sequence[Tensor], majority: float) -> T
         kept: which entries each task keeps, booleans.
         majority: the sign where that sum is 0.
     """
-    trimmed = [torch.where(k, d, torch.zeros_like(d)) for k, d in zip(kept, deltas, strict=True)]
     with torch.no_grad():
-        sign = added(trimmed).sign()
-        sign = torch.where(sign == 0, torch.full_like(sign, majority), sign)
-        agree = [t.sign() == sign for t in trimmed]
-    return added([torch.where(a, t, torch.zeros_like(t)) for a, t in zip(agree, trimmed,
-                                                                         strict=True)])  # fmt: skip
+        total = added(_where(kept, deltas))
+        up = total >= 0 if majority > 0 else total > 0
+        agree = [k & ((d > 0) == up) for k, d in zip(kept, deltas, strict=True)]
+    return added(_where(agree, deltas))
+
+
+def _where(kept: Sequence[Tensor], deltas: Sequence[Tensor]) -> list[Tensor]:
+    return [d.masked_fill(~k, 0) for k, d in zip(kept, deltas, strict=True)]
 
 
 def dropped(deltas: Sequence[Tensor], kept: Sequence[Tensor], density: float) -> Tensor:
@@ -169,20 +171,64 @@ class Cut(NamedTuple):
         return kept
 
 
-def cuts(deltas: Mapping[str, Tensor], density: float) -> dict[str, Cut]:
-    """The ``round(density * n)`` largest entries of all tensors together; never one that is 0."""
-    sizes = torch.cat([d.abs().flatten() for d in deltas.values()])
-    count = round(density * sizes.numel())
-    if not count:
-        return dict.fromkeys(deltas, Cut(float("inf"), 0))
-    threshold = sizes.kthvalue(sizes.numel() - count + 1).values
-    left = count - int((sizes > threshold).sum()) if threshold > 0 else 0
-    found = {}
-    for name, delta in deltas.items():
-        here = min(left, int((delta.abs() == threshold).sum())) if left else 0
-        found[name] = Cut(float(threshold), here)
-        left -= here
-    return found
+_WHOLE = {2: torch.int16, 4: torch.int32, 8: torch.int64}
+COARSE = 1 << 15
+"""Classes into which magnitudes are counted first: the upper bits of a float, without its sign."""
+
+
+class Counted:
+    """Counts the magnitudes of one task over all tensors, to find where a ranking is cut.
+
+    The bits of a magnitude, read as an integer, have its order: the upper ones are counted in a
+    first pass; the second gathers the magnitudes of the one class in which the cut lies.
+    """
+
+    def __init__(self, density: float) -> None:
+        self.density, self.size, self.above = density, 0, 0
+        self.count: Tensor | None = None
+        self.gathered: dict[str, Tensor] = {}
+        self.coarse = COARSE
+
+    def add(self, delta: Tensor) -> None:
+        """The first pass over a tensor."""
+        found = torch.bincount(_coarse(delta).flatten(), minlength=COARSE)
+        self.count = found if self.count is None else self.count + found
+        self.size += delta.numel()
+
+    def turn(self) -> None:
+        """Find the class of the cut; ``above`` entries are in higher classes."""
+        wanted = round(self.density * self.size)
+        if self.count is None or not wanted:
+            return
+        down = self.count.flip(0).cumsum(0)
+        place = int(torch.searchsorted(down, wanted))
+        self.coarse = COARSE - 1 - place
+        self.above = int(down[place - 1]) if place else 0
+
+    def gather(self, key: str, delta: Tensor) -> None:
+        """The second pass over a tensor."""
+        if self.coarse < COARSE:
+            self.gathered[key] = delta.abs()[_coarse(delta) == self.coarse]
+
+    def cuts(self, keys: Sequence[str]) -> dict[str, Cut]:
+        """The ``round(density * n)`` largest entries; ties go by position; never one that is 0."""
+        if self.coarse == COARSE:
+            return dict.fromkeys(keys, Cut(float("inf"), 0))
+        sizes = torch.cat([self.gathered[key] for key in keys])
+        wanted = round(self.density * self.size) - self.above
+        threshold = sizes.kthvalue(sizes.numel() - wanted + 1).values
+        left = wanted - int((sizes > threshold).sum()) if threshold > 0 else 0
+        found = {}
+        for key in keys:
+            here = min(left, int((self.gathered[key] == threshold).sum())) if left else 0
+            found[key] = Cut(float(threshold), here)
+            left -= here
+        return found
+
+
+def _coarse(delta: Tensor) -> Tensor:
+    bits = delta.abs().view(_WHOLE[delta.element_size()])
+    return bits >> (8 * bits.element_size() - 16)
 
 
 def dice(seed: int, *words: object) -> torch.Generator:
@@ -241,24 +287,31 @@ def fuser(how: Fusing, keys: Sequence[str], deltas: Deltas, seed: int | None = N
     if how.how != "ties":
         return Fuser(how, seed=seed)
     groups = [list(keys)] if how.scope == "global" else [[key] for key in keys]
-    found: dict[str, list[Cut]] = {key: [] for key in keys}
+    found: dict[str, list[Cut]] = {}
     majority: dict[str, float] = {}
     for group in groups:
-        tasks = len(deltas(group[0])) if group else 0
-        for task in range(tasks):
-            for key, cut in cuts({k: deltas(k)[task] for k in group}, how.density).items():
-                found[key].append(cut)
-        balance = 0.0
+        tasks = [Counted(how.density) for _ in deltas(group[0])] if group else []
         for key in group:
+            for task, delta in zip(tasks, deltas(key), strict=True):
+                task.add(delta)
+        for task in tasks:
+            task.turn()
+        for key in group:
+            for task, delta in zip(tasks, deltas(key), strict=True):
+                task.gather(key, delta)
+        every = [task.cuts(group) for task in tasks]
+        balance = 0
+        for key in group:
+            found[key] = [own[key] for own in every]
             parts = deltas(key)
             kept = [c.keep(d) for c, d in zip(found[key], parts, strict=True)]
-            total = added([k * d for k, d in zip(kept, parts, strict=True)])
-            balance += float(total.sign().double().sum())
+            total = added(_where(kept, parts))
+            balance += int((total > 0).sum()) - int((total < 0).sum())
         majority |= dict.fromkeys(group, 1.0 if balance >= 0 else -1.0)
     return Fuser(how, found, majority, seed)
 
 
 __all__ = [
-    "FUSES", "Cut", "Fuse", "Fuser", "Fusing", "added", "average", "cuts", "dice", "dropped",
+    "FUSES", "Counted", "Cut", "Fuse", "Fuser", "Fusing", "added", "average", "dice", "dropped",
     "fuser", "read_fusing", "single", "ties",
 ]  # fmt: skip
