@@ -14,7 +14,7 @@ import numpy as np
 from suture import kernels
 from suture.checkpoint import Array, Checkpoint, read_header
 from suture.errors import OutputError, RecipeError, SutureError, did_you_mean
-from suture.importance import Scoring, rule_named
+from suture.importance import RULES, Scoring, rule_named
 from suture.select import SCOPES, Selection, exact_count, select
 from suture.spec import TensorSpec
 from suture.stats import Stats
@@ -193,7 +193,7 @@ class Mask:
             SutureError: the file is not a mask.
         """
         stored = StoredMask(Path(path))
-        return cls(stored.shapes, {n: stored.checkpoint[n] for n in stored.shapes}, stored.about)
+        return cls(stored.shapes, {n: stored.whole(n) for n in stored.shapes}, stored.about)
 
 
 def marked(about: Mapping[str, Any], restricted: bool) -> dict[str, Any]:
@@ -268,7 +268,7 @@ class StoredMask:
 
     def _add(self, name: str, text: str) -> None:
         words = text.split(",")
-        if not all(w.isdecimal() or not w for w in words):
+        if not all((w.isdecimal() and len(w) < 20) or not w for w in words):
             raise SutureError(f"{self.path}: the mask of {name} has no shape")
         shape = tuple(int(w) for w in words if w)
         spec = self.checkpoint.specs.get(name)
@@ -278,8 +278,21 @@ class StoredMask:
         self.shapes[name] = shape
 
     def read(self, name: str, start: int, out: Array) -> None:
-        """Fill ``out`` (uint8) with packed bits from entry ``start``, a multiple of 8, on."""
+        """Fill ``out`` (uint8) with packed bits from entry ``start``, a multiple of 8, on.
+
+        Raises:
+            SutureError: bits are set beyond the last entry, where no mask has any.
+        """
         self.checkpoint.read_into(name, start // 8, out)
+        beyond = start + 8 * out.size - TensorSpec("BOOL", self.shapes[name]).numel
+        if beyond > 0 and out[-1] >> (8 - beyond):
+            raise SutureError(f"{self.path}: damaged: the mask of {name} marks more than it has")
+
+    def whole(self, name: str) -> Array:
+        """The packed bits of a tensor."""
+        bits = np.empty(packed_bytes(self.shapes[name]), np.uint8)
+        self.read(name, 0, bits)
+        return bits
 
     def count(self, name: str) -> int:
         """How many entries of a tensor are marked."""
@@ -447,7 +460,7 @@ def locate(
         NonFiniteError: a model or the statistics hold NaN or infinity.
     """
     specs = {n: scoring.base.specs[n] for n in names}
-    if scoring.rule.name == "magnitude" and not scoring.rule.needs:
+    if scoring.rule is RULES["magnitude"] and scoring.factor:
         sources = Sources((scoring.tuned,), scoring.base)  # a delta's magnitude needs no view
     else:
         sources = Sources((scoring.view(names),), how=WEIGHT)
