@@ -16,7 +16,8 @@ import suture
 import toy
 from slow import topk
 from suture import Mask
-from suture.errors import RecipeError, SutureError
+from suture.errors import MismatchError, RecipeError, SutureError
+from suture.mask import StoredMask
 
 SHAPES = {"a": (3, 5), "b": (16,), "c": (), "d": (0, 4), "e": (1, 1, 9)}
 SIZE = sum(math.prod(shape) for shape in SHAPES.values())
@@ -152,6 +153,36 @@ def test_wrong_questions_are_refused(how: Any, message: str, family: Any) -> Non
 
     with pytest.raises(RecipeError, match=message):
         suture.localize(tau, **how)
+
+
+@pytest.mark.parametrize("rule", ["magnitude", "random"])
+def test_entries_of_another_mask_are_never_kept(rule: str, family: Any, tmp_path: Path) -> None:
+    """Set difference: the ranking goes on behind what is left out, in memory and from a file; the
+    count stays that of all entries, and the mark of what must not be passed on is inherited."""
+    models = family("mixed", grid=True)
+    base = suture.open(models.base_path)
+    tau, other = (suture.open(models.paths[m]) - base for m in ("ada", "bob"))
+    out = suture.localize(other, density=0.3)
+    found = suture.localize(tau, rule, density=0.2, without=out)
+
+    assert (found & out).count == 0
+    assert found.count == round(0.2 * found.size)
+    if rule == "magnitude":
+        deltas = {n: np.where(out[n], 0, tau[n]).ravel() for n in tau}
+        expected = topk.kept(deltas, list(deltas), lambda name: [0.2], 0, "global")
+        for name in tau:
+            assert found[name].ravel().tolist() == expected[name].tolist(), name
+    assert suture.localize(tau, rule, density=0.2, without=out - out) == suture.localize(
+        tau, rule, density=0.2
+    )
+
+    Mask(out.shapes, out.bits, {"restricted": True}).save(tmp_path / "out.safetensors")
+    stored = StoredMask(tmp_path / "out.safetensors")
+    again = suture.localize(tau, rule, density=0.2, without=stored)
+    assert again == found
+    assert again.restricted
+    with pytest.raises(MismatchError, match="none of the tensors"):
+        suture.localize(tau, density=0.2, without=Mask.of({"x": np.ones(8, bool)}))
 
 
 def test_a_sum_of_vectors_is_not_localized(family: Any, tmp_path: Path) -> None:
