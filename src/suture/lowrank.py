@@ -207,7 +207,7 @@ def _fit(
         products = [Product(p.left, p.right, p.scale * w)
                     for part, w in zip(known, factors, strict=True) for p in part]  # fmt: skip
         for part in (part for p in products for part in (p.left, p.right)):
-            _refuse_wild(name, np.count_nonzero(~np.isfinite(part)), (base, *models))
+            _refuse_wild(name, int((~np.isfinite(part)).sum()), (base, *models))
         left, right, fitted = _cut_product(products, how)
     else:
         delta = _dense(name, base, models, factors)
