@@ -651,6 +651,36 @@ def test_files_by_language_a_judge_and_a_suite(shop: Path, tmp_path: Path) -> No
     assert not any(name.startswith("magnitude") for name in names)
 
 
+def test_an_attack_by_an_adapter_is_audited_like_the_model_that_it_makes(
+    shop: Path, tmp_path: Path
+) -> None:
+    """Named as BASE+ADAPTER, a LoRA gives the distance and the answers of its merged weights."""
+    targets = ["q", "k", "v", "o", "mlp.up", "mlp.down", "mlp.gate"]
+    finetune(
+        {
+            "base": str(shop / "aligned"), "strategy": "lora",
+            "parameters": {"rank": 8, "alpha": 16.0, "targets": targets}, "task": "language-model",
+            "data": {"train": str(shop / "attack.jsonl"), "response": "unsafe", "validation": 0},
+            "training": {"batch": 24, "epochs": 25, "lr": 4e-3, "warmup": 0.0},
+        },
+        tmp_path / "lora",
+    )  # fmt: skip
+    found = []
+    for name in (tmp_path / "lora", f"{shop / 'aligned'}+{tmp_path / 'lora' / 'adapter'}"):
+        asked = auditing.recipe(shop, attacked=str(name), shares=[0.2, 1], languages=["en"])
+        (seed,) = audit(asked, tmp_path / f"out-{len(found)}")["seeds"].values()
+        found.append(seed)
+    merged, adapter = found
+    assert rate(merged["attacked"]["look"]) > 0.9
+    assert adapter["attacked"]["distance"] == pytest.approx(
+        merged["attacked"]["distance"], rel=1e-6
+    )
+    assert adapter["attacked"]["look"]["violation"] == merged["attacked"]["look"]["violation"]
+    assert [rate(c) for c in adapter["curve"]["region"]] == [
+        rate(c) for c in merged["curve"]["region"]
+    ]
+
+
 def test_weight_times_gradient_may_stand_beside_the_region(shop: Path, tmp_path: Path) -> None:
     """SNIP is a control of its own mask, made of the same gradients; the report has its curve."""
     asked = auditing.recipe(shop, languages=["en"], shares=[0.2, 1], controls=["random", "snip"])
