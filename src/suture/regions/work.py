@@ -25,7 +25,8 @@ from suture.errors import (
 )
 from suture.graft import write_graft
 from suture.importance import Scoring
-from suture.mask import Located, MaskFile, StoredMask, locate, marked
+from suture.mask import Located, locate
+from suture.maskfile import MaskFile, StoredMask, marked
 from suture.regions.plan import RECORD, Plan, check_place, staging_of
 from suture.roles import layer_key, role_of
 from suture.stats import Stats
