@@ -42,7 +42,8 @@ from suture.engine import checkpoint_fingerprint
 from suture.errors import MismatchError, NonFiniteError, OutputError, RecipeError
 from suture.evals.base import Metric, share
 from suture.finetune import finetune
-from suture.mask import Mask, StoredMask, localize
+from suture.mask import Mask, localize
+from suture.maskfile import StoredMask
 from suture.models import LanguageModel, load_language_model, parameters_of, save_model
 from suture.mover import next_token
 from suture.page import audits

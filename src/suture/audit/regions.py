@@ -20,17 +20,8 @@ from suture.data import Dataset
 from suture.errors import CheckpointError
 from suture.graft import write_graft
 from suture.importance import RULES
-from suture.mask import (
-    Located,
-    Mask,
-    Overlap,
-    Shared,
-    StoredMask,
-    localize,
-    marked,
-    overlap_of,
-    popcount,
-)
+from suture.mask import Located, Mask, localize
+from suture.maskfile import Overlap, Shared, StoredMask, marked, overlap_of, popcount
 from suture.measure import OBJECTIVES, measure
 from suture.regions import profile
 from suture.roles import layer_key, role_of

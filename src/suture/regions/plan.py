@@ -10,7 +10,8 @@ from typing import Any
 from suture.checkpoint import Checkpoint
 from suture.errors import OutputError, Problems, RecipeError
 from suture.importance import Rule, rule_named
-from suture.mask import StoredMask, check_question, check_without
+from suture.mask import check_question, check_without
+from suture.maskfile import StoredMask
 from suture.outputs import apart, check_parent, check_recipe_stays
 from suture.planning import open_input
 from suture.recipe import raw_recipe
