@@ -22,9 +22,9 @@ import suture
 from suture.adapters import CONFIG, CONV1D, WEIGHTS, Adapted, LowRank, Product
 from suture.checkpoint import Checkpoint, is_from_hub, ties_embeddings
 from suture.engine import checkpoint_fingerprint
-from suture.errors import MissingExtraError, OutputError, Problems, RecipeError
+from suture.errors import MissingExtraError, NonFiniteError, OutputError, Problems, RecipeError
 from suture.roles import EVERYTHING, role_of, tied_to
-from suture.spec import DTYPES, dtype_named
+from suture.spec import DTYPES, dtype_named, listed
 from suture.vector import align
 from suture.views import Same
 
@@ -205,6 +205,8 @@ def _fit(
     if kind is not None and len(known) == len(terms):
         products = [Product(p.left, p.right, p.scale * w)
                     for part, w in zip(known, factors, strict=True) for p in part]  # fmt: skip
+        for part in (part for p in products for part in (p.left, p.right)):
+            _refuse_wild(name, int(np.count_nonzero(~np.isfinite(part))), (base, *models))
         left, right, fitted = _cut_product(products, how)
     else:
         delta = _dense(name, base, models, factors)
@@ -266,12 +268,27 @@ def _terms(model: Checkpoint, base: Checkpoint, name: str) -> list[Product] | No
 def _dense(
     name: str, base: Checkpoint, models: Sequence[Checkpoint], factors: Sequence[float]
 ) -> Tensor:
-    start = torch.from_numpy(np.asarray(base[name], np.float32))
-    total = torch.zeros_like(start)
+    """``sum w_i (model_i - base)``, float32; the difference of float64 weights in float64.
+
+    Raises:
+        NonFiniteError: a weight is no number, or the sum is too large for float32.
+    """
+    start = base[name]
+    total = torch.zeros(start.shape)
     for model, factor in zip(models, factors, strict=True):
-        tuned = torch.from_numpy(np.asarray(model[name], np.float32))
-        total.add_(tuned.sub_(start), alpha=factor)
+        delta = np.asarray(model[name] - start, np.float32)
+        total.add_(torch.from_numpy(delta), alpha=factor)
+    _refuse_wild(name, int((~total.isfinite()).sum()), (base, *models))
     return total
+
+
+def _refuse_wild(name: str, wild: int, read: Sequence[Checkpoint]) -> None:
+    if wild:
+        labels = listed([checkpoint.label for checkpoint in read])
+        raise NonFiniteError(
+            f"{name}: the difference of {labels} has {wild} NaN or infinite values, and nothing is "
+            "near those; `suture inspect MODEL --check` tells which of them is broken"
+        )
 
 
 def _cut_product(products: Sequence[Product], how: _How) -> tuple[Tensor, Tensor, Fitted]:
@@ -406,7 +423,7 @@ def _result(
         return base.tensor(name)
     if len(models) == 1 and factors[0] == 1:
         return models[0].tensor(name)
-    start = torch.from_numpy(np.asarray(base[name], np.float32))
+    start = torch.from_numpy(base[name])
     return (start + _dense(name, base, models, factors)).to(_TORCH[base.specs[name].dtype])
 
 

@@ -13,7 +13,7 @@ import numpy as np
 from suture import kernels
 from suture.checkpoint import Array
 from suture.errors import MismatchError, RecipeError, SutureError, did_you_mean
-from suture.importance import Scoring, rule_named
+from suture.importance import RULES, Scoring, rule_named
 from suture.maskfile import (
     MaskFile,
     Overlap,
@@ -165,7 +165,7 @@ class Mask:
         """
         stored = StoredMask(Path(path))
         stored.check()
-        return cls(stored.shapes, {n: stored.checkpoint[n] for n in stored.shapes}, stored.about)
+        return cls(stored.shapes, {n: stored.whole(n) for n in stored.shapes}, stored.about)
 
 
 Sink = Callable[[str, int, Array], None]
@@ -231,7 +231,7 @@ def locate(
         NonFiniteError: a model or the statistics hold NaN or infinity.
     """
     specs = {n: scoring.base.specs[n] for n in names}
-    if scoring.rule.name == "magnitude" and scoring.without is None:
+    if scoring.rule is RULES["magnitude"] and scoring.factor and scoring.without is None:
         sources = Sources((scoring.tuned,), scoring.base)  # a delta's magnitude needs no view
     else:
         sources = Sources((scoring.view(names),), how=WEIGHT)
