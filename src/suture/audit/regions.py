@@ -20,17 +20,8 @@ from suture.data import Dataset
 from suture.errors import CheckpointError
 from suture.graft import write_graft
 from suture.importance import RULES
-from suture.mask import (
-    Located,
-    Mask,
-    Overlap,
-    Shared,
-    StoredMask,
-    localize,
-    marked,
-    overlap_of,
-    popcount,
-)
+from suture.mask import Located, Mask, localize
+from suture.maskfile import Overlap, Shared, StoredMask, marked, overlap_of, popcount
 from suture.measure import OBJECTIVES, measure
 from suture.regions import profile
 from suture.roles import layer_key, role_of
@@ -113,9 +104,13 @@ class Atlas:
         return Region(key, lambda: self._mask(name, how.rule, share, language, at))
 
     def control(self, rule: str, share: float) -> Region:
-        """The top share by the size of the change, or a random one: what scores have to beat."""
+        """What scores have to beat: the largest changes, random entries, or SNIP of the weights."""
         key = ["control", rule, share, self._about, self.seed if rule == "random" else None]
-        return Region(key, lambda: self._mask("", rule, share, "", ""))
+        language, at = "", ""
+        if RULES[rule].needs:
+            language, at = self.recipe.region, self.recipe.main
+            key.append(self.stats_key(language, at))
+        return Region(key, lambda: self._mask("", rule, share, language, at))
 
     def shared(self, share: float) -> Region:
         """What the regions of all languages have in common."""

@@ -27,7 +27,7 @@ from suture.finetune.output import PATCH, publish, write_beside, write_weights
 from suture.finetune.packed import Place, unpack
 from suture.finetune.plan import Options, Plan, describe, plan_finetune
 from suture.finetune.work import workshop
-from suture.mask import marked
+from suture.maskfile import marked
 from suture.models import (
     Classifier,
     Head,

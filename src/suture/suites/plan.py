@@ -33,7 +33,7 @@ from suture.models import (
 )
 from suture.opening import open_model
 from suture.outputs import check_parent
-from suture.suites.suite import Question, Suite, read_suite
+from suture.suites.suite import DTYPES, Question, Suite, read_suite
 
 HEAD = "head.safetensors"
 IMAGES = "image-classifier"
@@ -178,6 +178,8 @@ def _asked(suite: Suite, options: Options, problems: Problems) -> dict[str, Aske
                 "rows": len(rows), "data": digest([_content(row) for row in rows] if images
                                else [dict(row.cells) for row in rows]),
             }  # fmt: skip
+            if question.line.needs == "language-model" and suite.dtype != DTYPES[0]:
+                facts["dtype"] = suite.dtype
             if question.line.needs in ("classifier", IMAGES):
                 facts["head"] = _given_head(question, suite, problems)
             found[question.name] = Asked(question, rows, facts, groups)
