@@ -18,7 +18,8 @@ from suture.data import Dataset
 from suture.errors import MismatchError, Problems, RecipeError, brief, did_you_mean
 from suture.finetune.packed import Place
 from suture.forms import PLAIN
-from suture.mask import Mask, marked
+from suture.mask import Mask
+from suture.maskfile import marked
 from suture.merges.base import Number, Parameter
 from suture.mover import Loss, Mover
 from suture.patch import Patch
