@@ -502,6 +502,28 @@ def test_verdicts_follow_intervals_and_nulls() -> None:
     assert "Of 2 attacks" in both[0].sentence
 
 
+def place(kept: int, entries: int) -> dict[str, Any]:
+    """A region of a tenth of a million entries; one role of it, and the rest."""
+    parts = {"q": {"kept": kept, "entries": entries},
+             "other": {"kept": 100_000 - kept, "entries": 1_000_000 - entries}}  # fmt: skip
+    return {"density": 0.1, "roles": parts, "layers": {}}
+
+
+def test_a_place_is_told_or_denied_only_where_it_is_clear() -> None:
+    """Q2 holds where a part is clearly rich, does not hold where none can be, and is open where a
+    part has too few entries to tell."""
+
+    def word(*kept: int, entries: int) -> str:
+        regions = {language: place(k, entries) for language, k in zip("ab", kept, strict=True)}
+        null = place(entries // 10, entries)
+        return judge(result(places={**regions, "magnitude": null}))[1].verdict
+
+    assert word(40_000, 40_000, entries=200_000) == HOLDS
+    assert word(20_100, 20_100, entries=200_000) == FAILS
+    assert word(40_000, 20_000, entries=200_000) == FAILS  # not in every language
+    assert word(6, 6, entries=40) == UNDECIDED
+
+
 # ------------------------------------------------------------------------- command line and resume
 
 
