@@ -445,7 +445,9 @@ def _native(raw: dict[str, Any], problems: Problems, folder: Path) -> Recipe:
     parameters = section(raw, "parameters", problems)
     space = _space(section(raw, "space", problems), problems)
     if chosen is not None:
-        parameters = {**chosen.parameters, **parameters}
+        idle = {} if found is None else found.idle(parameters)
+        own = {k: v for k, v in chosen.parameters.items() if k not in idle}
+        parameters = {**own, **parameters}
         if chosen.everything and raw.get("space") is None:
             space = ParamSpace((), ())
     policy = _policy(section(raw, "policy", problems), problems)

@@ -167,8 +167,8 @@ class Recipe:
 
     def resolved(self) -> dict[str, Any]:
         """The recipe with every default written out, as plain data that can be read again."""
-        known = self.method.parameters
-        shared = {n: self.parameters.get(n, p.default) for n, p in known.items()}
+        known, idle = self.method.parameters, self.method.idle(self.parameters)
+        shared = {n: self.parameters.get(n, p.default) for n, p in known.items() if n not in idle}
         found: dict[str, Any] = {
             "base": self.base,
             "models": {n: {"path": e.path, **e.parameters} for n, e in self.models.items()},

@@ -16,10 +16,10 @@ from suture.merges.base import (
     Scalar,
     Value,
     each,
-    settings,
 )
 from suture.merges.consensus import consensus
 from suture.merges.dare import dare_linear, dare_ties
+from suture.merges.given import settings
 from suture.merges.led import led
 from suture.merges.linear import linear, passthrough, slerp, task_arithmetic
 from suture.merges.measured import fisher_merging, regmean
