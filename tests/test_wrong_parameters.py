@@ -79,3 +79,43 @@ def test_a_preset_gives_way_to_masks(made: Path, tmp_path: Path) -> None:
         "density"
         not in json.loads((tmp_path / "one" / "suture.json").read_text())["recipe"]["parameters"]
     )
+
+
+HIDDEN: dict[str, tuple[dict[str, Any], tuple[str, ...]]] = {
+    "a misspelt method": (
+        {"method": "tise", "parameters": {"densty": 0.1, "scale": "x"}, "output": {"dtype": "f99"},
+         "models": {"one": {"path": "one", "wieght": 2}, "two": "./nowhere"}},
+        ("6 problems", "no merge method 'tise'; did you mean 'ties'?", "ties has no 'densty'", "parameters.scale",
+         "'f99'", "models.one: unknown key 'wieght'", "./nowhere")),
+    "a method like no other": (
+        {"method": "zzzz", "parameters": {"densty": 0.1, "weight": 1}, "models": {"one": {"path": "one", "wieght": 2}}},
+        ("3 problems", "no merge method 'zzzz'", "no method has 'densty'; did you mean 'density'?",
+         "models.one: unknown key 'wieght'; did you mean 'weight'?")),
+    "a misspelt preset": (
+        {"preset": "ties-papper", "parameters": {"densty": 0.1}},
+        ("2 problems", "did you mean 'ties-paper'?", "ties has no 'densty'")),
+    "a misspelt method of slices": (
+        {"method": "tise", "slices": [{"sources": {"base": [0, 1], "one": [0, 2], "two": [0, 1]},
+                                       "parameters": {"densty": 1}}]},
+        ("did you mean 'ties'?", "slices[0].parameters: ties has no 'densty'", "as many layers of each model")),
+    "a misspelt method before stages": (
+        {"method": "tise", "stages": {"first": {"method": "lineer", "base": "base", "models": ["one"],
+                                                "parameters": {"wieght": 1}}}},
+        ("did you mean 'ties'?", "did you mean 'linear'?", "stage first: parameters: linear has no 'wieght'")),
+    "a misspelt method of mergekit's": (
+        {"merge_method": "tise", "base_model": "./base", "models": [{"model": "./one", "parameters": {"wieght": 1}}],
+         "base": None, "chat_template": 3},
+        ("no method 'tise'; did you mean 'ties'?", "ties has no 'wieght'", "chat_template")),
+    "a method that mergekit does not know": (
+        {"merge_method": "zzzz", "models": [{"model": "./one", "parameters": {"wieght": 1}}], "base": None,
+         "chat_template": 3},
+        ("no method 'zzzz'", "mergekit has no 'wieght'; did you mean 'weight'?", "chat_template")),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("what", HIDDEN)
+def test_an_unknown_method_hides_nothing(made: Path, what: str) -> None:
+    """What else is wrong is told with it: as though the nearest method were meant, or, where none
+    is near, what no method has."""
+    more, wanted = HIDDEN[what]
+    refused(made, "merge", more, *wanted)

@@ -234,6 +234,24 @@ def section(
     return {str(k): v for k, v in found.items()}
 
 
+def read_space(
+    raw: Mapping[str, Any], problems: Problems, default: ParamSpace = DEFAULT_SPACE
+) -> ParamSpace:
+    """The section ``space`` of a recipe: which tensors it is about."""
+    given = section(raw, "space", problems)
+    refuse_unknown(given, default._fields, "space: ", problems)
+    found = {}
+    for key, usual in default._asdict().items():
+        words = given.get(key, list(usual))
+        words = [words] if isinstance(words, str) else words
+        if not isinstance(words, list) or not all(isinstance(w, str) for w in words):
+            what = f"space.{key}: a list of roles or name patterns, not {brief(words)}"
+            problems.add(RecipeError, what)
+            words = usual
+        found[key] = tuple(words)
+    return ParamSpace(**found)
+
+
 def layer_range(raw: object, where: str, problems: Problems) -> tuple[int, int] | None:
     """First layer and the one after the last, as two whole numbers."""
     if not isinstance(raw, list | tuple) or len(raw) != 2 or {*map(type, raw)} != {int}:

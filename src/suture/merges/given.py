@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from suture.errors import Problems, RecipeError, brief, did_you_mean
@@ -78,6 +78,31 @@ def _check_keys(
                 problems.add(RecipeError, _idle(f"{own.format(model)}.{key}", idle[key]))
 
 
+def check_words(
+    methods: Iterable[Method], given: Iterable[str], own: Mapping[str, Iterable[str]],
+    problems: Problems,
+) -> None:  # fmt: skip
+    """Note parameters that no method has, where it is not known which one is meant.
+
+    Args:
+        methods: all there are.
+        given: the parameters for all models.
+        own: those of each model, by its name.
+        problems: takes the notes.
+    """
+    known = {n: p.per_model for how in methods for n, p in how.parameters.items()}
+    for key in given:
+        if key not in known:
+            hint = did_you_mean(key, [*known])
+            problems.add(RecipeError, f"parameters: no method has {key!r}; {hint}")
+    theirs = ["path", *(n for n, per_model in known.items() if per_model)]
+    for model, keys in own.items():
+        for key in keys:
+            if key not in theirs:
+                hint = did_you_mean(key, theirs)
+                problems.add(RecipeError, f"models.{model}: unknown key {key!r}; {hint}")
+
+
 def _idle(where: str, by: str) -> str:
     return f"{where}: has no meaning beside `{by}`, which decide it; leave one of them out"
 
@@ -147,4 +172,4 @@ def _value(parameter: Parameter, value: object, where: str, problems: Problems) 
     return Curve(tuple(map(float, value))) if value and all(fine) else 1.0
 
 
-__all__ = ["settings"]
+__all__ = ["check_words", "settings"]

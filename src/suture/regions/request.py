@@ -13,7 +13,7 @@ from suture.errors import (
     did_you_mean,
 )
 from suture.importance import Rule
-from suture.recipe_types import refuse_unknown, section
+from suture.recipe_types import read_space, refuse_unknown, section
 from suture.roles import DEFAULT_SPACE, ParamSpace
 from suture.stats import KINDS
 from suture.tasks import Task, TaskReader
@@ -58,14 +58,6 @@ class Regions:
 class _Reader(TaskReader):
     """Reads a recipe into ``Regions`` and notes everything that is wrong."""
 
-    def words(self, raw: Mapping[str, Any], key: str, default: tuple[str, ...]) -> tuple[str, ...]:
-        found = raw.get(key, list(default))
-        found = [found] if isinstance(found, str) else found
-        if not isinstance(found, list) or not all(isinstance(w, str) for w in found):
-            self.refuse(f"space.{key}: a list of roles or name patterns, not {brief(found)}")
-            return default
-        return tuple(found)
-
     def regions(self) -> Regions:
         refuse_unknown(self.raw, KEYS, "", self.problems)
         base = self.one(self.raw, "base", str, "")
@@ -81,9 +73,6 @@ class _Reader(TaskReader):
         seed = self.one(self.raw, "seed", int, 0)
         if not 0 <= seed < 2**63:
             self.refuse(f"seed: from 0 to 2**63 - 1, not {seed}")
-        space = section(self.raw, "space", self.problems)
-        refuse_unknown(space, ("include", "exclude"), "space: ", self.problems)
-        default = ParamSpace()
         learn = section(self.raw, "learn", self.problems)
         settings = None
         if rule == "learned":
@@ -95,8 +84,7 @@ class _Reader(TaskReader):
         return Regions(
             base, models, densities, rule, self.one(self.raw, "scope", str, "global"),
             self.one(self.raw, "positive", bool, False), seed,
-            ParamSpace(self.words(space, "include", default.include),
-                       self.words(space, "exclude", default.exclude)),
+            read_space(self.raw, self.problems),
             self.stats(models), self.tasks(models), at, settings, self.measured(rule),
             self.one(self.raw, "device", str, "cpu"),
             self.one(self.raw, "keep_stats", bool, True), dict(self.raw),
