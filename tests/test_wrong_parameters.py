@@ -110,6 +110,10 @@ HIDDEN: dict[str, tuple[dict[str, Any], tuple[str, ...]]] = {
         {"merge_method": "zzzz", "models": [{"model": "./one", "parameters": {"wieght": 1}}], "base": None,
          "chat_template": 3},
         ("no method 'zzzz'", "mergekit has no 'wieght'; did you mean 'weight'?", "chat_template")),
+    "a misspelt rule of protection": (
+        {"method": "linear", "base": None, "protect": {"model": "on", "rule": "magnitud", "scoop": "layer", "seed": -1}},
+        ("6 problems", "protect.model: no model 'on'", "did you mean 'magnitude'?", "unknown key 'scoop'",
+         "protect.seed", "protect.density: missing", "name a base")),
 }  # fmt: skip
 
 
@@ -119,3 +123,22 @@ def test_an_unknown_method_hides_nothing(made: Path, what: str) -> None:
     is near, what no method has."""
     more, wanted = HIDDEN[what]
     refused(made, "merge", more, *wanted)
+
+
+RULES: dict[str, tuple[dict[str, Any], tuple[str, ...]]] = {
+    "of a name like another": (
+        {"rule": "snp", "scope": "globe", "positive": True, "space": {"exclud": ["head"]}, "models": {"one": "./no"}},
+        ("6 problems", "line 4: rule: no importance rule 'snp'; did you mean 'snip'?", "line 5: scope: no scope 'globe'",
+         "positive: the scores of", "unknown key 'exclud'", "./no", "tasks: the rule snip needs data for 'one'")),
+    "that learns": (
+        {"rule": "lerned", "density": 0.1, "learn": {"epoch": 3}, "at": "both"},
+        ("did you mean 'learned'?", "learn: unknown key 'epoch'", "at: the rule learned trains", "needs data for 'two'")),
+    "like no other": ({"rule": "zzzz", "scope": "globe", "density": 3}, ("'zzzz'", "'globe'", "in (0, 1]; got 3")),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("what", RULES)
+def test_an_unknown_rule_hides_nothing(made: Path, what: str) -> None:
+    """The same of a localization."""
+    more, wanted = RULES[what]
+    refused(made, "localize", more, *wanted)

@@ -12,7 +12,7 @@ from suture.errors import (
     brief,
     did_you_mean,
 )
-from suture.importance import Rule
+from suture.importance import Rule, likely_rule
 from suture.recipe_types import read_space, refuse_unknown, section
 from suture.roles import DEFAULT_SPACE, ParamSpace
 from suture.stats import KINDS
@@ -65,17 +65,19 @@ class _Reader(TaskReader):
             self.refuse("base: missing; what the models were tuned from")
         models, densities = self.models()
         rule = self.one(self.raw, "rule", str, "magnitude")
+        meant = likely_rule(rule)
+        word = rule if meant is None else meant.name
         at = self.one(self.raw, "at", str, "tuned")
         if at not in PLACES:
             self.refuse(f"at: where statistics are measured, base, tuned or both, not {at!r}")
-        if at == "both" and rule == "learned":
+        if at == "both" and word == "learned":
             self.refuse("at: the rule learned trains between base and model; leave it out")
         seed = self.one(self.raw, "seed", int, 0)
         if not 0 <= seed < 2**63:
             self.refuse(f"seed: from 0 to 2**63 - 1, not {seed}")
         learn = section(self.raw, "learn", self.problems)
         settings = None
-        if rule == "learned":
+        if word == "learned":
             from suture.learned import settings_from
 
             settings = settings_from(learn, self.problems)
@@ -85,7 +87,7 @@ class _Reader(TaskReader):
             base, models, densities, rule, self.one(self.raw, "scope", str, "global"),
             self.one(self.raw, "positive", bool, False), seed,
             read_space(self.raw, self.problems),
-            self.stats(models), self.tasks(models), at, settings, self.measured(rule),
+            self.stats(models), self.tasks(models), at, settings, self.measured(word),
             self.one(self.raw, "device", str, "cpu"),
             self.one(self.raw, "keep_stats", bool, True), dict(self.raw),
         )  # fmt: skip
