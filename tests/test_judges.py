@@ -407,7 +407,11 @@ def test_pairs_that_were_judged_are_not_asked_again(
     def reply(question: str, number: int) -> object:
         left[0] -= 1
         word = (
-            "tie" if "\none\n" in question else "A" if "Yes" in question.split("Answer B")[1] else "B"
+            "tie"
+            if "\none\n" in question
+            else "A"
+            if "Yes" in question.split("Answer B")[1]
+            else "B"
         )
         return word if left[0] >= 0 else 503
 

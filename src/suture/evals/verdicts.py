@@ -6,7 +6,6 @@ An interrupted run goes on with them; what could not be told is asked anew.
 from __future__ import annotations
 
 import hashlib
-import os
 import re
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -14,6 +13,7 @@ from pathlib import Path
 
 from suture.errors import OutputError, RecipeError
 from suture.evals.judges import Judge
+from suture.spec import cache_folder
 
 OTHER = "name another file with `keep`, or say `keep: no`"
 Got = Callable[[int, float | None], None]
@@ -108,8 +108,7 @@ def place_of(keep: str, key: str, folder: Path) -> Path | None:
 
 def verdict_file(key: str) -> Path:
     """Where the verdicts of a judge are kept, unless a suite says otherwise: the user's cache."""
-    cache = os.environ.get("XDG_CACHE_HOME") or str(Path.home() / ".cache")
-    return Path(cache) / "suture" / "verdicts" / key
+    return cache_folder() / "verdicts" / key
 
 
 __all__ = ["Got", "decided", "place_of", "remembered", "verdict_file"]
