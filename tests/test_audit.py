@@ -49,6 +49,7 @@ from suture.mover import next_token
 from suture.page import audits
 from suture.page.gather import gather
 from suture.page.parts import Builder
+from suture.realign.parts import measure
 from suture.run import merge
 from suture.vector import TaskVector
 
@@ -234,7 +235,7 @@ def test_regions_are_those_of_a_loop_over_rows(
     the control SNIP the top of |weight| times it."""
     run, atlas, change = atlas_of(shop, tmp_path, scores=scores)
     at = run.recipe.main
-    atlas.measure("en", at, run.net("aligned"), change if at == "attacked" else None)
+    atlas.measure("en", at, lambda: run.net("aligned"), change)
     region = atlas.control("snip", 0.1) if kind == "snip" else atlas.region("en", 0.1)
     found = region.make()
 
@@ -845,6 +846,27 @@ def test_models_are_compared_before_any_is_asked(shop: Path, tmp_path: Path) -> 
         assert not list((tmp_path / key / "cells").glob("*.json"))
 
 
+def test_a_given_model_is_compared_once(
+    shop: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """However often an attacked, control or derived model is asked, its distance is measured once."""
+    compared: list[str] = []
+
+    def counted(models: Any, threads: int | None) -> Any:
+        compared.extend(models.tuned)
+        return measure(models, threads)
+
+    monkeypatch.setattr("suture.audit.run.measure", counted)
+    audit(
+        auditing.recipe(
+            shop, control=str(shop / "skilled"), onto={"b": str(shop / "skilled")},
+            languages=["en"], shares=[0.2, 1], evaluation={"limit": 4, "max_tokens": 4},
+        ),
+        tmp_path / "out",
+    )  # fmt: skip
+    assert sorted(compared) == ["attacked", "control", "onto.b"]
+
+
 def test_what_is_damaged_is_made_again(shop: Path, tmp_path: Path) -> None:
     """Gradients, cells and the record of an audit, cut short: the command makes them anew."""
     asked, out = auditing.recipe(shop, shares=[0.2, 1]), tmp_path / "out"
@@ -860,7 +882,7 @@ def test_what_is_damaged_is_made_again(shop: Path, tmp_path: Path) -> None:
 def test_gradients_that_are_no_numbers_are_refused(shop: Path, tmp_path: Path) -> None:
     """A damaged score is named with its tensor; a file that is none is measured again."""
     run, atlas, change = atlas_of(shop, tmp_path)
-    atlas.measure("en", "attacked", run.net("aligned"), change)
+    atlas.measure("en", "attacked", lambda: run.net("aligned"), change)
     path = atlas.stats_path("en", "attacked")
     raw = bytearray(path.read_bytes())
     raw[-4:] = np.float32(np.nan).tobytes()
@@ -869,7 +891,7 @@ def test_gradients_that_are_no_numbers_are_refused(shop: Path, tmp_path: Path) -
         atlas.region("en", 0.3).make()
     path.write_bytes(b"nonsense")
     assert not atlas.measured("en", "attacked")
-    atlas.measure("en", "attacked", run.net("aligned"), change)
+    atlas.measure("en", "attacked", lambda: run.net("aligned"), change)
     assert atlas.measured("en", "attacked")
     assert atlas.region("en", 0.3).make().count
 
