@@ -37,7 +37,8 @@ from suture.demo_tasks import OPERATIONS, TASKS, TextTask, base_folder, packages
 from suture.evals import EVALS
 from suture.graft import write_graft
 from suture.learned import PRESETS, learn
-from suture.mask import Mask, StoredMask
+from suture.mask import Mask
+from suture.maskfile import StoredMask
 from suture.measure import measure
 from suture.models import Classifier, Head, load_encoder, load_head, load_tokenizer
 from suture.run import merge

@@ -16,7 +16,7 @@ import toy
 from suture import Mask
 from suture.errors import CheckpointError, MismatchError, RecipeError, SutureError
 from suture.graft import VALUES, is_graft, open_graft, write_graft
-from suture.mask import MaskFile, StoredMask
+from suture.maskfile import MaskFile, StoredMask
 from suture.spec import TensorSpec
 
 NAMES = ("ada", "bob", "cyd")
@@ -117,6 +117,24 @@ def test_a_graft_is_the_base_with_marked_weights(flavour: str, family: Any, tmp_
             if part.size:
                 view.read_into(name, start, part)
                 assert part.tobytes() == raw[start * width : stop * width], (name, start)
+
+
+@pytest.mark.parametrize("what", ["mask", "graft"])
+def test_a_flipped_bit_stops_a_merge(what: str, family: Any, tmp_path: Path) -> None:
+    """One bit of a mask's last tensor, or of a graft's first weights: refused before a merge begins."""
+    models = family("bf16")
+    masks_of(models, tmp_path / "masks", NAMES)
+    grafts = grafts_of(models, tmp_path / "masks", tmp_path / "grafts", NAMES)
+    path = grafts["bob"] if what == "graft" else tmp_path / "masks" / "bob.safetensors"
+    content = bytearray(path.read_bytes())
+    content[-1 if what == "mask" else 8 + int.from_bytes(content[:8], "little")] ^= 1
+    path.write_bytes(content)
+    sources = grafts if what == "graft" else models.some(*NAMES)
+    recipe = toy.recipe("stitch", sources, models.base_path, masks=str(tmp_path / "masks"))
+
+    with pytest.raises(CheckpointError, match=r"bob.safetensors: its bytes do not have the digest"):
+        toy.run(tmp_path / "out", recipe)
+    assert not (tmp_path / "out").exists()
 
 
 def test_large_tensors_are_grafted_from_any_entry(tmp_path: Path) -> None:

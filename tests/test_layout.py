@@ -18,9 +18,9 @@ import toy
 ROOT = Path(suture.__file__).parent
 
 ORDER = [
-    "errors", "spec", "roles", "loops", "machine", "kernels", "checkpoint", "views", "layers",
+    "errors", "spec", "roles", "loops", "machine", "kernels", "checkpoint", "seal", "views", "layers",
     "vocabulary", "chat", "embeddings", "adapters", "ggufs", "opening", "forms", "writer", "held",
-    "stream", "vector", "profile", "select", "stats", "importance", "mask", "graft", "patchfile",
+    "stream", "vector", "profile", "select", "stats", "importance", "maskfile", "mask", "graft", "patchfile",
     "patch", "gather", "analysis", "merges", "engine", "recipe_types", "mergekit", "recipe",
     "card", "models", "data", "images", "persample", "snapshot", "mover", "tune", "evals", "measure",
     "learned", "diagnose", "report", "page", "outputs",

@@ -349,3 +349,21 @@ def test_what_is_no_number_is_refused(what: str, where: Path, tmp_path: Path) ->
     with pytest.raises(NonFiniteError, match=r"q_proj.* NaN or infinite values"):
         suture.extract_lora(base, model, tmp_path / "it", rank=2)
     assert not (tmp_path / "it").exists()
+
+
+def test_an_adapter_of_a_restricted_model_is_restricted(where: Path, tmp_path: Path) -> None:
+    """The mark of a model goes to the adapter that is made of it, and from there to all that is
+    made with it; its lines and its card say so."""
+    base, tuned = suture.open(where / "llama"), suture.open(where / "llama-tuned")
+    free = suture.extract_lora(base, tuned, tmp_path / "free", rank=2)
+    tuned.restricted = True
+    found = suture.extract_lora(base, tuned, tmp_path / "secret", rank=2)
+
+    assert (free.restricted, found.restricted) == (False, True)
+    assert json.loads((tmp_path / "secret/suture.json").read_text())["restricted"] is True
+    assert "restricted" not in json.loads((tmp_path / "free/suture.json").read_text())
+    assert "must not be passed on" in (tmp_path / "secret/README.md").read_text()
+    assert "restricted" not in (tmp_path / "free/README.md").read_text().lower()
+    lines_of("\n".join(lowrank.report_lines(found)), "restricted")
+    assert suture.open(f"{where / 'llama'}+{tmp_path / 'secret'}").restricted
+    assert not suture.open(f"{where / 'llama'}+{tmp_path / 'free'}").restricted

@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+import errno
+import hashlib
+import json
 import math
+import os
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
+import xxhash
 from hypothesis import given
 from hypothesis import strategies as st
 from safetensors.numpy import save_file
@@ -16,8 +21,8 @@ import suture
 import toy
 from slow import topk
 from suture import Mask
-from suture.errors import MismatchError, RecipeError, SutureError
-from suture.mask import StoredMask
+from suture.errors import MismatchError, OutputError, RecipeError, SutureError
+from suture.maskfile import StoredMask
 
 SHAPES = {"a": (3, 5), "b": (16,), "c": (), "d": (0, 4), "e": (1, 1, 9)}
 SIZE = sum(math.prod(shape) for shape in SHAPES.values())
@@ -100,6 +105,92 @@ def test_saving_and_loading(chosen: list[bool], tmp_path_factory: pytest.TempPat
     mask.save(path)
 
     assert Mask.load(path) == mask
+
+
+def parts(path: Path) -> tuple[dict[str, Any], bytes]:
+    """The header and the bits of a mask file."""
+    content = path.read_bytes()
+    length = int.from_bytes(content[:8], "little")
+    return json.loads(content[8 : 8 + length]), content[8 + length :]
+
+
+@pytest.fixture
+def small(tmp_path: Path) -> Path:
+    """A mask of three of nine entries of two tensors."""
+    path = tmp_path / "small.safetensors"
+    marks = {"b": np.arange(6).reshape(2, 3) % 4 == 1, "a": np.array([True, False, False])}
+    Mask.of(marks, {"rule": "magnitude"}).save(path)
+    return path
+
+
+def test_the_bytes_of_a_mask_are_as_described(small: Path) -> None:
+    """Golden bytes: header, metadata, order, bits; a change of the format must be meant."""
+    header, bits = parts(small)
+    metadata = header.pop("__metadata__")
+    content = small.read_bytes()
+    blank = content.replace(metadata["digest"].encode(), b"0" * 32)
+
+    assert {k: (v["dtype"], v["shape"], v["data_offsets"]) for k, v in header.items()} == {
+        "a": ("U8", [1], [0, 1]), "b": ("U8", [1], [1, 2])
+    }  # fmt: skip
+    assert bits == bytes([0b001, 0b100010])
+    assert list(metadata) == ["format", "version", "digest", "about", "shape a", "shape b"]
+    assert (metadata["format"], metadata["version"]) == ("suture.mask", "2")
+    assert (metadata["shape a"], metadata["shape b"]) == ("3", "2,3")
+    assert json.loads(metadata["about"]) == {"rule": "magnitude"}
+    assert xxhash.xxh3_128_hexdigest(blank) == metadata["digest"]
+    assert hashlib.sha256(content).hexdigest() == GOLDEN
+
+
+GOLDEN = "30c285d4f446da43e611b9d63b5e316f39a39f177a8119a4ce23c669e235a35a"
+
+
+def test_each_byte_of_a_mask_is_guarded(small: Path) -> None:
+    """Whichever byte is changed, in the length, the header or the bits, the mask is refused."""
+    content = small.read_bytes()
+    for place in range(len(content)):
+        changed = bytearray(content)
+        changed[place] ^= 1 + place * 37 % 255
+        small.write_bytes(changed)
+        with pytest.raises(SutureError):
+            Mask.load(small)
+
+
+def test_a_mask_without_a_digest_still_opens(small: Path) -> None:
+    """Version 1 told neither version nor digest; version 2 is refused without one, and 3 by name."""
+    mask = Mask.load(small)
+    header, bits = parts(small)
+    metadata = header["__metadata__"]
+
+    def write() -> None:
+        text = json.dumps(header).encode()
+        small.write_bytes(len(text).to_bytes(8, "little") + text + bits)
+
+    del metadata["digest"]
+    write()
+    with pytest.raises(SutureError, match="no digest"):
+        Mask.load(small)
+    del metadata["version"]
+    write()
+    assert Mask.load(small) == mask
+    metadata["version"] = "3"
+    write()
+    with pytest.raises(SutureError, match="a mask of version '?3'?; this Suture reads version 2"):
+        Mask.load(small)
+
+
+def test_a_mask_that_cannot_be_finished_leaves_nothing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A disk that is full when the digest is written: an error of the user's, and no file."""
+
+    def full(file: Any) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr("suture.maskfile.seal", full)
+    with pytest.raises(OutputError, match="No space left"):
+        packed([True] * SIZE).save(tmp_path / "mask.safetensors")
+    assert not list(tmp_path.iterdir())
 
 
 def test_a_checkpoint_is_no_mask(family: Any) -> None:
@@ -251,3 +342,22 @@ def test_nothing_is_marked_of_a_vector_times_zero(family: Any) -> None:
 
     assert suture.localize(tau, density=0.5).count > 0
     assert suture.localize(0 * tau, density=0.5).count == 0
+
+
+def test_a_mask_is_on_the_disk_before_it_gets_its_name(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A disk that fails while it writes leaves what stood there, and nothing besides."""
+    path = tmp_path / "m.safetensors"
+    Mask({"a": (8,)}, {"a": np.array([1], np.uint8)}).save(path)
+    before = path.read_bytes()
+
+    def failing(descriptor: int) -> None:
+        raise OSError(errno.EIO, os.strerror(errno.EIO))
+
+    monkeypatch.setattr(os, "fsync", failing)
+    with pytest.raises(OutputError, match="cannot be written"):
+        Mask({"a": (8,)}, {"a": np.array([2], np.uint8)}).save(path)
+
+    assert path.read_bytes() == before
+    assert list(tmp_path.iterdir()) == [path]

@@ -18,7 +18,7 @@ import numpy as np
 
 from suture.checkpoint import Array, Checkpoint, read_header
 from suture.errors import CheckpointError, MismatchError, Problems, SutureError
-from suture.mask import GRAFT, MaskFile, StoredMask, marked, popcount
+from suture.maskfile import GRAFT, MaskFile, StoredMask, marked, popcount
 from suture.spec import DTYPES, TensorSpec, listed
 from suture.views import Same, View
 
@@ -90,7 +90,7 @@ def open_graft(path: Path, base: Checkpoint) -> View:
     """The base with a graft's weights in their places: a model as far as the mask reaches.
 
     Raises:
-        SutureError: the file is no graft.
+        SutureError: the file is no graft, or damaged; all of it is read.
         MismatchError: it belongs to another base.
     """
     mask = StoredMask(path)
@@ -98,6 +98,7 @@ def open_graft(path: Path, base: Checkpoint) -> View:
     if any(VALUES + n not in held for n in mask.shapes):
         raise SutureError(f"{path}: damaged: weights that its mask marks are missing")
     check_shapes(mask, base)
+    mask.check()
     problems = Problems()
     for name in mask.shapes:
         if held[VALUES + name].dtype != base.specs[name].dtype:

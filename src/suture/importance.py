@@ -10,6 +10,7 @@ from __future__ import annotations
 import hashlib
 import inspect
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from functools import lru_cache
 from importlib.metadata import entry_points
@@ -19,7 +20,7 @@ import numpy as np
 
 from suture import kernels
 from suture.checkpoint import Array, Checkpoint
-from suture.errors import NonFiniteError, RecipeError, did_you_mean
+from suture.errors import NonFiniteError, RecipeError, did_you_mean, nearest
 from suture.spec import DTYPES, TensorSpec
 from suture.stats import OF_INPUTS, Stats
 from suture.stream import count_nonfinite
@@ -178,6 +179,13 @@ RULES: dict[str, Rule] = {
     )
 }  # fmt: skip
 """Every importance rule. Another package adds one by an entry point ``suture.rules``."""
+
+
+def likely_rule(name: str) -> Rule | None:
+    """The rule of this name, or the one that was likely meant; for what else may be wrong."""
+    with suppress(RecipeError):
+        return rule_named(name)
+    return RULES.get(nearest(name, RULES) or "")
 
 
 def rule_named(name: str) -> Rule:

@@ -69,6 +69,8 @@ class Extracted:
     """Norm of everything that is missing, over that of the whole task vector."""
     parameters: int
     """Numbers in the adapter."""
+    restricted: bool = False
+    """Whether it must not be passed on, because the base or a model must not."""
 
     def to_dict(self) -> dict[str, Any]:
         """The report as plain data."""
@@ -150,6 +152,7 @@ def extract_lora(  # noqa: PLR0913  one keyword for each option of the command
         place, pending.fitted, tuple(pending.saved), pending.left_out,
         math.sqrt(squares / whole) if whole else 0.0,
         sum(t.numel() for t in pending.tensors.values()),
+        any(checkpoint.restricted for checkpoint in (base, *found)),
     )  # fmt: skip
     if not pending.tensors:
         text = "the models do not differ from the base"
@@ -490,6 +493,7 @@ def _record(
         "suture": suture.__version__,
         "schema": 1,
         "kind": "adapter",
+        **({"restricted": True} if report.restricted else {}),
         "inputs": {
             "base": {"path": base.label, "fingerprint": checkpoint_fingerprint(base)},
             "models": [
@@ -497,7 +501,7 @@ def _record(
                 for m, w in zip(models, factors, strict=True)
             ],
         },
-        "results": {k: v for k, v in report.to_dict().items() if k != "out"},
+        "results": {k: v for k, v in report.to_dict().items() if k not in ("out", "restricted")},
     }
 
 
@@ -510,6 +514,11 @@ def _card(report: Extracted, base: Checkpoint, models: Sequence[Checkpoint], nam
         f"{', '.join(m.label.rpartition('/')[2] for m in models)}: {len(report.tensors)} modules, "
         f"rank {f'{ranks[0]} to {ranks[-1]}' if len(ranks) > 1 else (ranks or [0])[0]}. "
         f"Relative error of the whole difference: {report.error:.3g}.\n"
+        + (
+            "\n**Restricted: it was made from something that must not be passed on.**\n"
+            if report.restricted
+            else ""
+        )
     )
 
 
@@ -529,6 +538,8 @@ def report_lines(report: Extracted) -> list[str]:
         f"wrote {report.out}: {report.parameters:,} numbers, relative error of the whole "
         f"difference {report.error:.3g}"
     )
+    if report.restricted:
+        lines.append("restricted: this adapter must not be passed on")
     return lines
 
 

@@ -13,7 +13,7 @@ from suture.evals.kinds import Decoding
 from suture.evals.words import FAMILIES
 from suture.finetune.recipe import Source, read_source, read_training
 from suture.recipe import raw_recipe
-from suture.recipe_types import Reader, refuse_unknown, section
+from suture.recipe_types import Reader, read_space, refuse_unknown, section
 from suture.roles import ParamSpace
 from suture.tune import TuneSettings
 
@@ -212,8 +212,9 @@ class _Reader(Reader):
             aligned, attacked or None, attack, languages, columns, scores, self.shares(),
             share, region, controls,
             self.word("control") or None, self.onto(), freeze, self.utility(), evaluation,
-            self.space(), self.seeds(attacked), self.choice(raw, "ancestor", ("check", "trust")),
-            self.flag(raw, "deltas", False), self.word("device") or "auto", self.folder,
+            read_space(self.raw, self.problems), self.seeds(attacked),
+            self.choice(raw, "ancestor", ("check", "trust")), self.flag(raw, "deltas", False),
+            self.word("device") or "auto", self.folder,
         )  # fmt: skip
         return None if self.problems else found
 
@@ -433,19 +434,6 @@ class _Reader(Reader):
             section(raw, "judge", self.problems, where),
             self.choice(raw, "asks", ("refusal", "harm"), where), float(broken),
         )  # fmt: skip
-
-    def space(self) -> ParamSpace:
-        raw = section(self.raw, "space", self.problems)
-        refuse_unknown(raw, ("include", "exclude"), "space: ", self.problems)
-        found = {}
-        for key, default in ParamSpace()._asdict().items():
-            words = raw.get(key, list(default))
-            words = [words] if isinstance(words, str) else words
-            if not isinstance(words, list) or not all(isinstance(w, str) for w in words):
-                self.refuse(f"space.{key}: a list of roles or name patterns, not {brief(words)}")
-                words = list(default)
-            found[key] = tuple(words)
-        return ParamSpace(**found)
 
     def seeds(self, attacked: str) -> tuple[int, ...]:
         value = self.raw.get("seeds", [0])

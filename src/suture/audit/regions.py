@@ -20,17 +20,8 @@ from suture.data import Dataset
 from suture.errors import CheckpointError
 from suture.graft import write_graft
 from suture.importance import RULES
-from suture.mask import (
-    Located,
-    Mask,
-    Overlap,
-    Shared,
-    StoredMask,
-    localize,
-    marked,
-    overlap_of,
-    popcount,
-)
+from suture.mask import Located, Mask, localize
+from suture.maskfile import Overlap, Shared, StoredMask, marked, overlap_of, popcount
 from suture.measure import OBJECTIVES, measure
 from suture.regions import profile
 from suture.roles import layer_key, role_of
@@ -82,25 +73,28 @@ class Atlas:
             path.unlink()
         return False
 
-    def measure(self, language: str, at: str, net: Net, change: Change | None) -> None:
-        """Take the gradients of a language's probe rows.
+    def measure(self, language: str, at: str, net: Callable[[], Net], attack: Change) -> None:
+        """Take the gradients of a language's probe rows, unless they are there.
 
         Args:
             language: of the probe rows.
             at: ``aligned`` or ``attacked``.
-            net: holds the aligned model.
-            change: what makes it the model at which gradients are taken.
+            net: gives the network that holds the aligned model, loaded when it is needed.
+            attack: what makes it the attacked one.
 
         Raises:
             NonFiniteError: the loss of a row is NaN or infinite.
         """
-        net.place(change, self.names)
+        if self.measured(language, at):
+            return
+        held = net()
+        held.place(attack if at == "attacked" else None, self.names)
         self.say(f"{language}: gradients of {len(self.probes[language])} rows at {at}")
         facts = marked({"model": self.prints[at], "at": "base" if at == "aligned" else "tuned"},
                        True)  # fmt: skip
         found = measure(
-            net.model, self.probes[language], RULES[self.recipe.scores.rule].needs,
-            names=self.names, objective=OBJECTIVES["causal"], batch=BATCH, device=net.device,
+            held.model, self.probes[language], RULES[self.recipe.scores.rule].needs,
+            names=self.names, objective=OBJECTIVES["causal"], batch=BATCH, device=held.device,
             facts=facts,
         )  # fmt: skip
         found.save(self.stats_path(language, at))

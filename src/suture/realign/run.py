@@ -21,7 +21,8 @@ from suture.finetune.outcome import peak_memory
 from suture.finetune.output import TORCH, publish, write_weights
 from suture.finetune.packed import Place
 from suture.finetune.work import locked_work
-from suture.mask import Mask, marked
+from suture.mask import Mask
+from suture.maskfile import marked
 from suture.models import load_language_model, parameters_of
 from suture.mover import Mover
 from suture.realign.base import Edit, Job, Realigned, Say, Scores

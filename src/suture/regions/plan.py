@@ -9,8 +9,9 @@ from typing import Any
 
 from suture.checkpoint import Checkpoint
 from suture.errors import OutputError, Problems, RecipeError
-from suture.importance import Rule, rule_named
-from suture.mask import StoredMask, check_question, check_without
+from suture.importance import Rule, likely_rule
+from suture.mask import check_question, check_without
+from suture.maskfile import StoredMask
 from suture.outputs import apart, check_parent, check_recipe_stays
 from suture.planning import open_input
 from suture.recipe import raw_recipe
@@ -118,9 +119,8 @@ def _question(recipe: Regions, problems: Problems) -> Rule | None:
     for density in set(recipe.densities.values()) or {None}:
         for text in check_question(recipe.rule, density, recipe.scope, some, recipe.positive):
             problems.add(RecipeError, text)
-    try:
-        rule = rule_named(recipe.rule)
-    except RecipeError:
+    rule = likely_rule(recipe.rule)
+    if rule is None:
         return None
     if recipe.at == "both" and recipe.stats:
         problems.add(RecipeError, "at: both measures model and base together; leave out `stats`")

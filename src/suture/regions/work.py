@@ -25,7 +25,8 @@ from suture.errors import (
 )
 from suture.graft import write_graft
 from suture.importance import Scoring
-from suture.mask import Located, MaskFile, StoredMask, locate, marked
+from suture.mask import Located, locate
+from suture.maskfile import MaskFile, StoredMask, marked
 from suture.regions.plan import RECORD, Plan, check_place, staging_of
 from suture.roles import layer_key, role_of
 from suture.stats import Stats
@@ -185,6 +186,8 @@ def _mask(
     without = plan.without.get(model)
     if without is not None and without.about.get("base", prints["base"]) != prints["base"]:
         raise MismatchError(f"{without.path}: marks entries of another base than {plan.base.label}")
+    if without is not None:
+        without.check()
     scoring = Scoring(plan.rule, plan.base, tuned, stats, recipe.seed, model, recipe.positive,
                       without=without)  # fmt: skip
     about = {"rule": plan.rule.name, "density": density, "scope": recipe.scope,
