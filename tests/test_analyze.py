@@ -23,7 +23,7 @@ from suture.errors import MismatchError, NonFiniteError, OutputError, RecipeErro
 from suture.evals.walk import Walk, classes
 from suture.mask import localize
 from suture.models import Classifier, Head
-from suture.writer import alone
+from suture.publish import alone
 
 
 @pytest.fixture(autouse=True)

@@ -19,7 +19,7 @@ ROOT = Path(suture.__file__).parent
 
 ORDER = [
     "errors", "spec", "roles", "loops", "machine", "kernels", "checkpoint", "seal", "views", "layers",
-    "vocabulary", "chat", "embeddings", "adapters", "ggufs", "opening", "forms", "writer", "held",
+    "vocabulary", "chat", "embeddings", "adapters", "ggufs", "opening", "forms", "publish", "writer", "held",
     "stream", "vector", "profile", "select", "stats", "importance", "maskfile", "mask", "graft", "patchfile",
     "patch", "gather", "analysis", "merges", "engine", "recipe_types", "mergekit", "recipe",
     "card", "models", "data", "images", "persample", "snapshot", "mover", "tune", "evals", "measure",

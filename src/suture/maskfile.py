@@ -19,9 +19,9 @@ import numpy as np
 
 from suture.checkpoint import Array, Checkpoint, read_header
 from suture.errors import CheckpointError, OutputError, SutureError, brief
+from suture.publish import sync_folder
 from suture.seal import BLANK, seal, unbroken
 from suture.spec import TensorSpec
-from suture.writer import sync_folder
 
 FORMAT, VERSION = "suture.mask", "2"
 _CHUNK = 1 << 20

@@ -16,8 +16,8 @@ import numpy as np
 
 from suture.checkpoint import Array, Checkpoint, read_header
 from suture.errors import CheckpointError, MismatchError, RecipeError, did_you_mean
+from suture.publish import appearing
 from suture.spec import TensorSpec, listed
-from suture.writer import appearing
 
 FORMAT = "suture.stats"
 

@@ -40,6 +40,7 @@ from suture.errors import MismatchError, OutputError, Problems, RecipeError
 from suture.mask import Mask, localize
 from suture.outputs import check_parent
 from suture.planning import open_input
+from suture.publish import LOCK, alone, publish
 from suture.recipe_types import Policy
 from suture.roles import ParamSpace, names_in
 from suture.run import merged, save
@@ -48,7 +49,6 @@ from suture.spec import listed
 from suture.stream import Sources, Visitor, sweep, tasks_of
 from suture.tasks import Material, read_material
 from suture.vector import TaskVector, align
-from suture.writer import LOCK, alone, publish
 
 SCHEMA = 1
 """Version of the layout of ``analysis.json``."""
