@@ -42,6 +42,7 @@ from suture.finetune.rows import language_rows
 from suture.finetune.trackers import tracker
 from suture.mask import Mask
 from suture.models import Classifier, Encoder, Head, save_head, save_model
+from suture.opening import open_model
 from suture.run import merge
 from suture.tune import Progress, TuneSettings
 
@@ -165,6 +166,17 @@ def test_an_adapter_is_what_peft_reads(shop: Path, tmp_path: Path) -> None:
     found = loaded(input_ids=ids, attention_mask=mask).last_hidden_state
     expected = merged.backbone(input_ids=ids, attention_mask=mask).last_hidden_state
     torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5)
+
+
+def test_an_adapter_of_a_restricted_run_is_restricted_alone(shop: Path, tmp_path: Path) -> None:
+    """The folder inside the output is marked itself: a base with it is restricted, too."""
+    for restricted in (True, False):
+        out = tmp_path / str(restricted)
+        finetune(recipe(shop, "lora"), out, restricted=restricted)
+        assert open_model(f"{shop / 'base'}+{out / 'adapter'}").restricted is restricted
+    card = (tmp_path / "True" / "adapter" / "README.md").read_text()
+    assert "must not be passed on" in card
+    assert str(tmp_path) not in card
 
 
 def test_linearized_lora_is_the_linearization_of_each_update() -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -237,6 +238,24 @@ def test_the_command_tells_errors_and_writes_a_whole_folder(where: Path, tmp_pat
     assert record["kind"] == "adapter"
     assert record["inputs"]["base"]["fingerprint"] != record["inputs"]["models"][0]["fingerprint"]
     assert not [p for p in tmp_path.iterdir() if p.name.startswith(".")]
+
+
+def test_an_adapter_of_what_is_restricted_is_restricted(where: Path, tmp_path: Path) -> None:
+    """It is marked, a model with it is, and its card says nothing of the difference."""
+    shutil.copytree(where / "qwen-tuned", tmp_path / "secret")
+    (tmp_path / "secret" / "suture.json").write_text('{"restricted": true}')
+    for name, model in (("free", where / "qwen-tuned"), ("it", tmp_path / "secret")):
+        said = invoke("extract-lora", where / "qwen", model, "--rank", 3, "-o", tmp_path / name)
+        assert said.code == 0, said
+    marks = {n: lowrank_open(suture.open(where / "qwen"), tmp_path / n).restricted
+             for n in ("free", "it")}  # fmt: skip
+    card, free = ((tmp_path / n / "README.md").read_text() for n in ("it", "free"))
+
+    assert marks == {"free": False, "it": True}
+    assert json.loads((tmp_path / "it" / "suture.json").read_text())["restricted"] is True
+    assert "must not be passed on" in card
+    assert "Relative error" in free
+    assert not any(word in card for word in ("Relative error", "rank 3", "secret"))
 
 
 def test_factors_of_another_dtype(where: Path, tmp_path: Path) -> None:
