@@ -228,16 +228,19 @@ def losses(model: LanguageModel, plan: Any) -> list[torch.Tensor]:
         ({"rows": 6, "per_example": False}, "sum"),
         ({"rows": 6, "at": "aligned"}, "each"),
         ({"rows": 6, "signed": True}, "signed"),
+        ({"rows": 6}, "snip"),
     ],
 )
 def test_regions_are_those_of_a_loop_over_rows(
     shop: Path, tmp_path: Path, scores: dict[str, Any], kind: str
 ) -> None:
-    """The mask is the top of |change| times the gradient that autograd gives, row by row."""
+    """The mask is the top of |change| times the gradient that autograd gives, row by row; that of
+    the control SNIP the top of |weight| times it."""
     run, atlas, change = atlas_of(shop, tmp_path, scores=scores)
     at = run.recipe.main
     atlas.measure("en", at, lambda: run.net("aligned"), change)
-    found = atlas.region("en", 0.1).make()
+    region = atlas.control("snip", 0.1) if kind == "snip" else atlas.region("en", 0.1)
+    found = region.make()
 
     model = load_language_model(shop / at, dtype=torch.float32).model
     parameters = parameters_of(model, run.plan.names)
@@ -257,6 +260,8 @@ def test_regions_are_those_of_a_loop_over_rows(
             value = delta.abs() * rows.mean(0).abs()
         elif kind == "signed":
             value = (-delta * rows.mean(0)).clamp(min=0)
+        elif kind == "snip":
+            value = parameters[name].detach().abs() * rows.abs().mean(0)
         scored[name] = value
     flat = torch.cat([v.flatten() for v in scored.values()])
     count = round(0.1 * flat.numel())
@@ -501,6 +506,28 @@ def test_verdicts_follow_intervals_and_nulls() -> None:
     assert "Of 2 attacks" in both[0].sentence
 
 
+def place(kept: int, entries: int) -> dict[str, Any]:
+    """A region of a tenth of a million entries; one role of it, and the rest."""
+    parts = {"q": {"kept": kept, "entries": entries},
+             "other": {"kept": 100_000 - kept, "entries": 1_000_000 - entries}}  # fmt: skip
+    return {"density": 0.1, "roles": parts, "layers": {}}
+
+
+def test_a_place_is_told_or_denied_only_where_it_is_clear() -> None:
+    """Q2 holds where a part is clearly rich, does not hold where none can be, and is open where a
+    part has too few entries to tell."""
+
+    def word(*kept: int, entries: int) -> str:
+        regions = {language: place(k, entries) for language, k in zip("ab", kept, strict=True)}
+        null = place(entries // 10, entries)
+        return judge(result(places={**regions, "magnitude": null}))[1].verdict
+
+    assert word(40_000, 40_000, entries=200_000) == HOLDS
+    assert word(20_100, 20_100, entries=200_000) == FAILS
+    assert word(40_000, 20_000, entries=200_000) == FAILS  # not in every language
+    assert word(6, 6, entries=40) == UNDECIDED
+
+
 # ------------------------------------------------------------------------- command line and resume
 
 
@@ -651,6 +678,45 @@ def test_files_by_language_a_judge_and_a_suite(shop: Path, tmp_path: Path) -> No
     assert not any(name.startswith("magnitude") for name in names)
 
 
+def test_an_attack_by_an_adapter_is_audited_like_the_model_that_it_makes(
+    shop: Path, tmp_path: Path
+) -> None:
+    """Named as BASE+ADAPTER, a LoRA gives the distance and the answers of its merged weights."""
+    targets = ["q", "k", "v", "o", "mlp.up", "mlp.down", "mlp.gate"]
+    finetune(
+        {
+            "base": str(shop / "aligned"), "strategy": "lora",
+            "parameters": {"rank": 8, "alpha": 16.0, "targets": targets}, "task": "language-model",
+            "data": {"train": str(shop / "attack.jsonl"), "response": "unsafe", "validation": 0},
+            "training": {"batch": 24, "epochs": 25, "lr": 4e-3, "warmup": 0.0},
+        },
+        tmp_path / "lora",
+    )  # fmt: skip
+    found = []
+    for name in (tmp_path / "lora", f"{shop / 'aligned'}+{tmp_path / 'lora' / 'adapter'}"):
+        asked = auditing.recipe(shop, attacked=str(name), shares=[0.2, 1], languages=["en"])
+        (seed,) = audit(asked, tmp_path / f"out-{len(found)}")["seeds"].values()
+        found.append(seed)
+    merged, adapter = found
+    assert rate(merged["attacked"]["look"]) > 0.9
+    assert adapter["attacked"]["distance"] == pytest.approx(
+        merged["attacked"]["distance"], rel=1e-6
+    )
+    assert adapter["attacked"]["look"]["violation"] == merged["attacked"]["look"]["violation"]
+    assert [rate(c) for c in adapter["curve"]["region"]] == [
+        rate(c) for c in merged["curve"]["region"]
+    ]
+
+
+def test_weight_times_gradient_may_stand_beside_the_region(shop: Path, tmp_path: Path) -> None:
+    """SNIP is a control of its own mask, made of the same gradients; the report has its curve."""
+    asked = auditing.recipe(shop, languages=["en"], shares=[0.2, 1], controls=["random", "snip"])
+    record = audit(asked, tmp_path / "out")
+    (seed,) = record["seeds"].values()
+    assert set(seed["curve"]) == {"region", "random", "snip"}
+    assert rate(seed["curve"]["snip"][1]) == rate(seed["attacked"]["look"])
+
+
 def test_a_training_that_was_left_is_swept_away(shop: Path, tmp_path: Path) -> None:
     """--no-resume begins anew: half-trained models, masks, cells and regions go, and it ends well."""
     asked = auditing.recipe(shop, attack=auditing.training(shop), shares=[0.2, 1])
@@ -699,6 +765,7 @@ WRONG: dict[str, tuple[dict[str, Any], list[str]]] = {
         ["languages.en.probe", "nothing in the column 'nonesuch'"],
     ),
     "seeds of a given model": ({"seeds": [1, 2]}, ["seeds: several belong to an `attack`"]),
+    "snip": ({"controls": ["snip"], "scores": {"signed": True}}, ["controls: snip takes absolute"]),
     "controls": ({"controls": ["rnadom"]}, ["controls: 'rnadom'", "did you mean 'random'?"]),
     "a space of nothing": ({"space": {"include": ["nonesuch*"]}}, ["space.include: 'nonesuch*'"]),
     "chat without a template": ({"evaluation": {"chat": True}}, ["chat template"]),

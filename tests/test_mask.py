@@ -13,12 +13,14 @@ import pytest
 import xxhash
 from hypothesis import given
 from hypothesis import strategies as st
+from safetensors.numpy import save_file
 
 import suture
 import toy
 from slow import topk
 from suture import Mask
-from suture.errors import OutputError, RecipeError, SutureError
+from suture.errors import MismatchError, OutputError, RecipeError, SutureError
+from suture.maskfile import StoredMask
 
 SHAPES = {"a": (3, 5), "b": (16,), "c": (), "d": (0, 4), "e": (1, 1, 9)}
 SIZE = sum(math.prod(shape) for shape in SHAPES.values())
@@ -242,6 +244,36 @@ def test_wrong_questions_are_refused(how: Any, message: str, family: Any) -> Non
         suture.localize(tau, **how)
 
 
+@pytest.mark.parametrize("rule", ["magnitude", "random"])
+def test_entries_of_another_mask_are_never_kept(rule: str, family: Any, tmp_path: Path) -> None:
+    """Set difference: the ranking goes on behind what is left out, in memory and from a file; the
+    count stays that of all entries, and the mark of what must not be passed on is inherited."""
+    models = family("mixed", grid=True)
+    base = suture.open(models.base_path)
+    tau, other = (suture.open(models.paths[m]) - base for m in ("ada", "bob"))
+    out = suture.localize(other, density=0.3)
+    found = suture.localize(tau, rule, density=0.2, without=out)
+
+    assert (found & out).count == 0
+    assert found.count == round(0.2 * found.size)
+    if rule == "magnitude":
+        deltas = {n: np.where(out[n], 0, tau[n]).ravel() for n in tau}
+        expected = topk.kept(deltas, list(deltas), lambda name: [0.2], 0, "global")
+        for name in tau:
+            assert found[name].ravel().tolist() == expected[name].tolist(), name
+    assert suture.localize(tau, rule, density=0.2, without=out - out) == suture.localize(
+        tau, rule, density=0.2
+    )
+
+    Mask(out.shapes, out.bits, {"restricted": True}).save(tmp_path / "out.safetensors")
+    stored = StoredMask(tmp_path / "out.safetensors")
+    again = suture.localize(tau, rule, density=0.2, without=stored)
+    assert again == found
+    assert again.restricted
+    with pytest.raises(MismatchError, match="none of the tensors"):
+        suture.localize(tau, density=0.2, without=Mask.of({"x": np.ones(8, bool)}))
+
+
 def test_a_sum_of_vectors_is_not_localized(family: Any, tmp_path: Path) -> None:
     """One task vector at a time: of a sum the mask would not be that of its parts."""
     models = family("f32")
@@ -271,3 +303,40 @@ def test_stitching_is_pasting_what_masks_mark(family: Any, tmp_path: Path) -> No
         total = sum(np.where(m, tau[name], 0) for m, tau in zip(marked, taus, strict=True))
         expected = base[name] + total / np.maximum(marked.sum(0), 1)
         np.testing.assert_allclose(out[name].numpy(), expected, rtol=1e-6, atol=1e-6)
+
+
+@pytest.mark.parametrize("rule", [None, "magnitude"])
+def test_marks_beyond_the_last_entry_are_refused(
+    rule: str | None, family: Any, tmp_path: Path
+) -> None:
+    """A byte holds 8 bits and a tensor may end before: more marks than entries are damage, which
+    would have a control look for more entries than there are."""
+    models = family()
+    path = tmp_path / "m.safetensors"
+    Mask({toy.ZERO: (3, 5)}, {toy.ZERO: np.array([255, 255], np.uint8)}).save(path)
+    protect = {"model": "ada", "mask": str(path)} | ({} if rule is None else {"rule": rule})
+    what = toy.recipe("task_arithmetic", models.some("ada"), models.base_path)
+
+    with pytest.raises(SutureError, match=r"damaged: .*zero\.weight marks more than it has"):
+        Mask.load(path)
+    with pytest.raises(SutureError, match="damaged"):
+        toy.run(tmp_path / "out", {**what, "protect": protect})
+
+
+def test_a_shape_of_absurdly_many_digits_is_refused(tmp_path: Path) -> None:
+    """What no number can be made of is no shape, and no crash either."""
+    path = tmp_path / "m.safetensors"
+    tensors = {"x": np.zeros(1, np.uint8)}
+    save_file(tensors, path, {"format": "suture.mask", "shape x": "9" * 5000})
+
+    with pytest.raises(SutureError, match="the mask of x has no shape"):
+        Mask.load(path)
+
+
+def test_nothing_is_marked_of_a_vector_times_zero(family: Any) -> None:
+    """No entry of a zero task vector can matter, whatever it was before it was multiplied."""
+    models = family()
+    tau = suture.open(models.paths["ada"]) - suture.open(models.base_path)
+
+    assert suture.localize(tau, density=0.5).count > 0
+    assert suture.localize(0 * tau, density=0.5).count == 0

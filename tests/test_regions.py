@@ -81,6 +81,34 @@ def test_masks_without_data(workshop: Path, tmp_path: Path) -> None:
     assert sorted(p.name for p in tmp_path.iterdir()) == ["out"]
 
 
+def test_a_recipe_may_leave_out_the_entries_of_a_mask(workshop: Path, tmp_path: Path) -> None:
+    """One mask for all models or one a model; of another base, or of nothing, it is refused."""
+    first = tmp_path / "first"
+    making.invoke("localize", recipe(workshop), "-o", first)
+    for without in (str(first / "one.safetensors"), {"two": str(first / "one.safetensors")}):
+        where = recipe(workshop, "without.yaml", without=without)
+        said = making.invoke("localize", where, "-o", tmp_path / "out", "--overwrite")
+        assert said.code == 0, said.err
+        one, two, gone = (Mask.load(folder / f"{m}.safetensors") for folder, m in (
+            (tmp_path / "out", "one"), (tmp_path / "out", "two"), (first, "one")))  # fmt: skip
+        assert (two & gone).count == 0
+        assert (one & gone).count == (0 if isinstance(without, str) else gone.count)
+        assert one.count == two.count == gone.count
+        assert two.about["without"] == "one.safetensors"
+
+    foreign = Mask(gone.shapes, gone.bits, {"base": "another"})
+    foreign.save(tmp_path / "foreign.safetensors")
+    where = recipe(workshop, "without.yaml", without=str(tmp_path / "foreign.safetensors"))
+    said = making.invoke("localize", where, "-o", tmp_path / "no")
+    assert said.code == 2
+    assert "marks entries of another base" in said.err
+    where = recipe(workshop, "without.yaml", without={"one": "missing.safetensors", "thre": "x"})
+    said = making.invoke("localize", where, "-o", tmp_path / "no")
+    assert said.code == 2
+    assert "missing.safetensors" in said.err
+    assert "without: no model 'thre'" in said.err
+
+
 @pytest.mark.parametrize(
     ("rule", "more"),
     [

@@ -256,14 +256,16 @@ def patch_card(record: Mapping[str, Any], model: Checkpoint, name: str) -> str:
 
 
 def adapter_card(
-    base: Checkpoint, models: Sequence[Checkpoint], ranks: Sequence[int], error: float, name: str
-) -> str:
+    base: Checkpoint, models: Sequence[Checkpoint], ranks: Sequence[int], error: float, name: str,
+    *, restricted: bool,
+) -> str:  # fmt: skip
     """The README of an adapter that was made of the difference of models."""
-    shown, secret = model_name(base), len(open_ones([base, *models])) <= len(models)
-    front = {"library_name": "peft", "base_model": shown, "tags": tags("lora", restricted=secret)}
+    shown = model_name(base)
+    front = {"library_name": "peft", "base_model": shown,
+             "tags": tags("lora", restricted=restricted)}  # fmt: skip
     found, most = len(ranks), max(ranks, default=0)
     rank = f"{min(ranks)} to {most}" if len(set(ranks)) > 1 else most
-    made = restricted_note() if secret else (
+    made = restricted_note() if restricted else (
         f"Made of the difference between it and {', '.join(model_name(m) for m in models)}: "
         f"{found} modules, rank {rank}. Relative error of the whole difference: {error:.3g}.\n"
     )  # fmt: skip

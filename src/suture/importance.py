@@ -10,16 +10,17 @@ from __future__ import annotations
 import hashlib
 import inspect
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from functools import lru_cache
 from importlib.metadata import entry_points
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 
 from suture import kernels
 from suture.checkpoint import Array, Checkpoint
-from suture.errors import NonFiniteError, RecipeError, did_you_mean
+from suture.errors import NonFiniteError, RecipeError, did_you_mean, nearest
 from suture.spec import DTYPES, TensorSpec
 from suture.stats import OF_INPUTS, Stats
 from suture.stream import count_nonfinite
@@ -180,6 +181,13 @@ RULES: dict[str, Rule] = {
 """Every importance rule. Another package adds one by an entry point ``suture.rules``."""
 
 
+def likely_rule(name: str) -> Rule | None:
+    """The rule of this name, or the one that was likely meant; for what else may be wrong."""
+    with suppress(RecipeError):
+        return rule_named(name)
+    return RULES.get(nearest(name, RULES) or "")
+
+
 def rule_named(name: str) -> Rule:
     """Look up an importance rule.
 
@@ -226,6 +234,27 @@ def stream_key(seed: int, model: str, tensor: str) -> int:
 _UNREAD = np.zeros(0, np.float32)
 
 
+class Bits(Protocol):
+    """A mask, in memory or on disk."""
+
+    shapes: Any
+    """Of its tensors, by name."""
+
+    def read(self, name: str, start: int, out: Array) -> None:
+        """Fill ``out`` (uint8) with packed bits from entry ``start``, a multiple of 8, on."""
+
+
+def _inside(mask: Bits, name: str, start: int, count: int) -> Array:
+    """Which of some entries a mask marks: booleans; none of a tensor that it does not have."""
+    if name not in mask.shapes:
+        return np.zeros(count, bool)
+    skipped = start % 8
+    packed = np.empty(-(-(skipped + count) // 8), np.uint8)
+    mask.read(name, start - skipped, packed)
+    found = np.unpackbits(packed, count=skipped + count, bitorder="little")
+    return found[skipped:].view(bool)
+
+
 @dataclass(frozen=True)
 class Scoring:
     """A rule with what it needs to score one task vector."""
@@ -241,6 +270,8 @@ class Scoring:
     """Whether only entries with a score above 0 may be kept."""
     factor: float = 1.0
     """Of the task vector: what its delta is multiplied by."""
+    without: Bits | None = None
+    """Entries that are never kept, whatever their score."""
 
     @property
     def weights(self) -> Checkpoint:
@@ -321,7 +352,10 @@ class _Score:
             found = np.maximum(found, 0)
         elif self.scoring.rule.signed:
             found = ordered(found)
+        without = self.scoring.without
+        if without is not None:
+            found = np.where(_inside(without, self.name, start, found.size), np.float32(0), found)
         raw.view(np.float32)[:] = found
 
 
-__all__ = ["RULES", "Look", "Rule", "Scoring", "ordered", "rule_named", "stream_key"]
+__all__ = ["RULES", "Bits", "Look", "Rule", "Scoring", "ordered", "rule_named", "stream_key"]

@@ -12,8 +12,8 @@ import numpy as np
 
 from suture import kernels
 from suture.checkpoint import Array
-from suture.errors import RecipeError, SutureError, did_you_mean
-from suture.importance import Scoring, rule_named
+from suture.errors import MismatchError, RecipeError, SutureError, did_you_mean
+from suture.importance import RULES, Scoring, likely_rule, rule_named
 from suture.maskfile import (
     MaskFile,
     Overlap,
@@ -62,6 +62,10 @@ class Mask:
         return (
             np.unpackbits(self.bits[name], count=count, bitorder="little").view(bool).reshape(shape)
         )
+
+    def read(self, name: str, start: int, out: Array) -> None:
+        """Fill ``out`` (uint8) with packed bits from entry ``start``, a multiple of 8, on."""
+        out[:] = self.bits[name][start // 8 :][: out.size]
 
     @property
     def restricted(self) -> bool:
@@ -161,7 +165,7 @@ class Mask:
         """
         stored = StoredMask(Path(path))
         stored.check()
-        return cls(stored.shapes, {n: stored.checkpoint[n] for n in stored.shapes}, stored.about)
+        return cls(stored.shapes, {n: stored.whole(n) for n in stored.shapes}, stored.about)
 
 
 Sink = Callable[[str, int, Array], None]
@@ -227,7 +231,7 @@ def locate(
         NonFiniteError: a model or the statistics hold NaN or infinity.
     """
     specs = {n: scoring.base.specs[n] for n in names}
-    if scoring.rule.name == "magnitude" and not scoring.rule.needs:
+    if scoring.rule is RULES["magnitude"] and scoring.factor and scoring.without is None:
         sources = Sources((scoring.tuned,), scoring.base)  # a delta's magnitude needs no view
     else:
         sources = Sources((scoring.view(names),), how=WEIGHT)
@@ -245,22 +249,39 @@ def check_question(
     rule: str, density: float | None, scope: str, stats: Stats | None, positive: bool
 ) -> Iterator[str]:
     """What is wrong with the words of a localization, a line each."""
+    found = likely_rule(rule)
     try:
-        found = rule_named(rule)
+        rule_named(rule)
     except RecipeError as error:
-        yield str(error)
-        return
+        yield f"rule: {error}"
     if scope not in SCOPES:
-        yield f"no scope {scope!r}; {did_you_mean(str(scope), SCOPES)}"
+        yield f"scope: no scope {scope!r}; {did_you_mean(str(scope), SCOPES)}"
     if density is None and not positive:
         yield "density: missing; give the share of entries to keep, or keep all `positive` scores"
     if density is not None and not 0 < density <= 1:
         yield f"density is the share of entries kept, in (0, 1]; got {density}"
-    if positive and not found.signed:
+    if positive and found is not None and not found.signed:
         signed = "first_order, learned"
         yield f"positive: the scores of {rule} are never negative; only {signed} have a sign"
-    if found.needs and stats is None:
+    if found is not None and found.needs and stats is None:
         yield f"the rule {rule} needs statistics: {', '.join(found.needs)}"
+
+
+def check_without(mask: Mask | StoredMask, specs: Mapping[str, TensorSpec]) -> None:
+    """Check that the entries of a mask are entries of tensors that compete.
+
+    Raises:
+        MismatchError: none of its tensors is one of them, or one has another shape there.
+    """
+    where = mask.path if isinstance(mask, StoredMask) else "the mask"
+    common = [n for n in mask.shapes if n in specs]
+    if not common:
+        raise MismatchError(f"{where}: has none of the tensors that compete")
+    for name in common:
+        if mask.shapes[name] != specs[name].shape:
+            raise MismatchError(
+                f"{where}: {name} has the shape {mask.shapes[name]}, not {specs[name].shape}"
+            )
 
 
 def localize(  # noqa: PLR0913  every word of the question
@@ -273,6 +294,7 @@ def localize(  # noqa: PLR0913  every word of the question
     positive: bool = False,
     seed: int = 0,
     label: str = "",
+    without: Mask | StoredMask | None = None,
     threads: int | None = None,
 ) -> Mask:
     """The entries of a task vector that matter most by a rule; exactly ``round(density * n)``.
@@ -289,11 +311,13 @@ def localize(  # noqa: PLR0913  every word of the question
         positive: keep only entries whose score is above 0 (rules with a sign).
         seed: of the rule ``random``.
         label: the name of the model, from which ``random`` draws another mask for each.
+        without: entries that are never kept (set difference: Wei et al. 2024, arXiv:2402.05162);
+            the density stays that of all entries.
         threads: default every core; changes no bit.
 
     Raises:
         RecipeError: no such rule or scope, ``density`` is not in (0, 1], statistics are missing.
-        MismatchError: the statistics are those of other tensors.
+        MismatchError: the statistics, or the mask of ``without``, are those of other tensors.
     """
     if isinstance(stats, str | Path):
         stats = Stats.load(Path(stats))
@@ -305,8 +329,12 @@ def localize(  # noqa: PLR0913  every word of the question
     found = rule_named(rule)
     if stats is not None:
         stats.check(found.needs, specs)
+    if without is not None:
+        check_without(without, specs)
+        if isinstance(without, StoredMask):
+            without.check()
     tuned, factor = vector.terms[0]
-    scoring = Scoring(found, vector.base, tuned, stats, seed, label, positive, factor)
+    scoring = Scoring(found, vector.base, tuned, stats, seed, label, positive, factor, without)
     shapes = {n: spec.shape for n, spec in specs.items()}
     bits = {n: np.zeros(packed_bytes(shape), np.uint8) for n, shape in shapes.items()}
 
@@ -317,8 +345,8 @@ def localize(  # noqa: PLR0913  every word of the question
     located = locate(scoring, vector.names, share, scope, sink, threads=threads)
     about = {"rule": rule, "scope": scope, "density": density, "tied": located.tied}
     restricted = vector.base.restricted or tuned.restricted
-    restricted = restricted or (stats is not None and stats.restricted)
+    restricted = restricted or any(x is not None and x.restricted for x in (stats, without))
     return Mask(shapes, bits, marked(about, restricted))
 
 
-__all__ = ["Located", "Mask", "check_question", "localize", "locate"]
+__all__ = ["Located", "Mask", "check_question", "check_without", "localize", "locate"]

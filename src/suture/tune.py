@@ -189,7 +189,7 @@ def tune(  # noqa: PLR0913 - who trains by hand needs each of these now and then
         run.resume()
         for step in range(run.step, 0 if run.stopped else steps):
             epoch, place = divmod(step, epoch_steps)
-            if place == 0 or step == run.step:
+            if place == 0 or step == run.first:
                 order = plan(lengths, settings.batch, seed=settings.seed * 1_000_003 + epoch)
                 mine = order[accelerator.process_index :: accelerator.num_processes][:each]
             rows = mine[place * settings.accumulate :][: settings.accumulate]
@@ -258,17 +258,16 @@ class _Run:
     def move(self, group: Sequence[Batch], lr: float, clip: float) -> float:
         """One step of the optimizer on a group of batches; their mean loss.
 
-        A batch weighs by its rows, so that a group is the same as one large batch. With a loss
-        that is no number nothing moves.
+        A batch weighs by what its loss is a mean over, so that a group is the same as one large
+        batch. With a loss that is no number nothing moves.
         """
         for part in self.optimizer.param_groups:
             part["lr"] = lr
-        count = sum(len(batch.rows) for batch in group)
+        weights = [self.mover.weight(batch) for batch in group]
+        every = max(1, sum(weights))
         total = sum(
-            self.mover.gradients(
-                self.accelerator, batch, len(batch.rows) / count, batch is group[-1]
-            )
-            for batch in group
+            self.mover.gradients(self.accelerator, batch, weight / every, batch is group[-1])
+            for batch, weight in zip(group, weights, strict=True)
         )
         if not math.isfinite(total):
             return total
@@ -278,7 +277,7 @@ class _Run:
         self.stepper.zero_grad()
         self.mover.after()
         self.losses.append(total)
-        self.rows += count * self.accelerator.num_processes
+        self.rows += sum(len(b.rows) for b in group) * self.accelerator.num_processes
         tokens = sum(int(batch.attention_mask.sum()) for batch in group)
         self.tokens += tokens * self.accelerator.num_processes
         return total

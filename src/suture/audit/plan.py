@@ -25,6 +25,7 @@ from suture.spec import readable
 from suture.suites.plan import Options as SuiteOptions
 from suture.suites.plan import Plan as SuitePlan
 from suture.suites.plan import is_causal, plan_suite
+from suture.suites.suite import DTYPES
 from suture.vector import align
 
 RECORD, CELLS = "audit.json", "cells"
@@ -199,6 +200,9 @@ def _asked(
                 list(grounds.values()), given if isinstance(given, Path) else _suite(recipe, given),
                 None, SuiteOptions(device=device),
             )  # fmt: skip
+    if suite is not None and suite.suite.dtype != DTYPES[0]:
+        problems.add(RecipeError, f"utility: stitched models are asked in {DTYPES[0]}, not in "
+                                  f"{suite.suite.dtype}")  # fmt: skip
     for name, one in {} if suite is None else dict(suite.asked).items():
         if one.question.line.needs != "language-model" or one.question.line.reference:
             problems.add(

@@ -13,7 +13,7 @@ from suture.evals.kinds import Decoding
 from suture.evals.words import FAMILIES
 from suture.finetune.recipe import Source, read_source, read_training
 from suture.recipe import raw_recipe
-from suture.recipe_types import Reader, refuse_unknown, section
+from suture.recipe_types import Reader, read_space, refuse_unknown, section
 from suture.roles import ParamSpace
 from suture.tune import TuneSettings
 
@@ -26,6 +26,9 @@ SIDES = ("probe", "marked", "benign")
 """Rows for the scores (with answers), rows that are to be refused, rows that are to be answered."""
 PLACES = ("attacked", "aligned", "both")
 CONTROLS = ("random", "magnitude")
+"""What a region is held against unless a recipe says another."""
+SNIP = "snip"
+"""A control that a recipe may name besides: weight times gradient, which ignores the change."""
 FREEZING = ("random", "others")
 SHARES = (0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.4, 1.0)
 TRAINING = TuneSettings(epochs=3, batch=4, accumulate=2, lr=5e-5, schedule="cosine")
@@ -200,12 +203,18 @@ class _Reader(Reader):
             if language not in FAMILIES:
                 self.refuse(f"languages: no lists of refusals for {language!r}, only for "
                             f"{', '.join(FAMILIES)}; give an `evaluation.judge`")  # fmt: skip
+        scores = self.scores()
+        controls = self.some("controls", raw.get("controls", list(CONTROLS)), (*CONTROLS, SNIP))
+        if SNIP in controls and scores.rule != "delta_grad":
+            self.refuse("controls: snip takes absolute gradients row by row; the scores have to do "
+                        "the same: leave `per_example: true` and `signed: false`")  # fmt: skip
         found = Audit(
-            aligned, attacked or None, attack, languages, columns, self.scores(), self.shares(),
-            share, region, self.some("controls", raw.get("controls", list(CONTROLS)), CONTROLS),
+            aligned, attacked or None, attack, languages, columns, scores, self.shares(),
+            share, region, controls,
             self.word("control") or None, self.onto(), freeze, self.utility(), evaluation,
-            self.space(), self.seeds(attacked), self.choice(raw, "ancestor", ("check", "trust")),
-            self.flag(raw, "deltas", False), self.word("device") or "auto", self.folder,
+            read_space(self.raw, self.problems), self.seeds(attacked),
+            self.choice(raw, "ancestor", ("check", "trust")), self.flag(raw, "deltas", False),
+            self.word("device") or "auto", self.folder,
         )  # fmt: skip
         return None if self.problems else found
 
@@ -426,19 +435,6 @@ class _Reader(Reader):
             self.choice(raw, "asks", ("refusal", "harm"), where), float(broken),
         )  # fmt: skip
 
-    def space(self) -> ParamSpace:
-        raw = section(self.raw, "space", self.problems)
-        refuse_unknown(raw, ("include", "exclude"), "space: ", self.problems)
-        found = {}
-        for key, default in ParamSpace()._asdict().items():
-            words = raw.get(key, list(default))
-            words = [words] if isinstance(words, str) else words
-            if not isinstance(words, list) or not all(isinstance(w, str) for w in words):
-                self.refuse(f"space.{key}: a list of roles or name patterns, not {brief(words)}")
-                words = list(default)
-            found[key] = tuple(words)
-        return ParamSpace(**found)
-
     def seeds(self, attacked: str) -> tuple[int, ...]:
         value = self.raw.get("seeds", [0])
         value = [value] if isinstance(value, int) else value
@@ -460,6 +456,6 @@ MEANT = {
 }
 
 __all__ = [
-    "CONTROLS", "FREEZING", "KEYS", "SHARES", "SIDES", "Attack", "Audit", "Columns", "Evaluating",
-    "Freeze", "Rows", "Scoring", "read_audit",
+    "CONTROLS", "FREEZING", "KEYS", "SHARES", "SIDES", "SNIP", "Attack", "Audit", "Columns",
+    "Evaluating", "Freeze", "Rows", "Scoring", "read_audit",
 ]  # fmt: skip

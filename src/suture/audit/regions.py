@@ -107,9 +107,13 @@ class Atlas:
         return Region(key, lambda: self._mask(name, how.rule, share, language, at))
 
     def control(self, rule: str, share: float) -> Region:
-        """The top share by the size of the change, or a random one: what scores have to beat."""
+        """What scores have to beat: the largest changes, random entries, or SNIP of the weights."""
         key = ["control", rule, share, self._about, self.seed if rule == "random" else None]
-        return Region(key, lambda: self._mask("", rule, share, "", ""))
+        language, at = "", ""
+        if RULES[rule].needs:
+            language, at = self.recipe.region, self.recipe.main
+            key.append(self.stats_key(language, at))
+        return Region(key, lambda: self._mask("", rule, share, language, at))
 
     def shared(self, share: float) -> Region:
         """What the regions of all languages have in common."""

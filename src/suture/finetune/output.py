@@ -114,10 +114,8 @@ def write_beside(
             "suture.json": json.dumps(record, indent=2, ensure_ascii=False) + "\n",
             "README.md": card(base, recipe, record, name),
         }
-        if record.get("restricted") and (folder / "adapter").is_dir():  # it may be used alone
-            mark = {"suture": record["suture"], "kind": "adapter", "restricted": True}
-            texts["adapter/suture.json"] = json.dumps(mark, indent=2) + "\n"
-            texts["adapter/README.md"] = texts["README.md"]
+        if record.get("restricted") and (folder / "adapter").is_dir():
+            texts["adapter/README.md"] = texts["README.md"]  # it may be used by itself
         for file, text in texts.items():
             (folder / file).write_text(text, encoding="utf-8")
         if head is not None:

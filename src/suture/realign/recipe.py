@@ -15,8 +15,8 @@ from suture.realign.fuse import Fusing, read_fusing
 from suture.realign.methods import method
 from suture.realign.pairs import PairSpec
 from suture.recipe import raw_recipe
-from suture.recipe_types import Reader, refuse_unknown, section
-from suture.roles import ParamSpace
+from suture.recipe_types import Reader, read_space, refuse_unknown, section
+from suture.roles import EVERYTHING, ParamSpace
 from suture.spec import WORD_OF, dtype_named
 from suture.tune import TuneSettings
 
@@ -136,7 +136,7 @@ class _Reader(Reader):
                 self.refuse(f"{need}: missing; {found and found.name} needs {MEANT[need]}")
         training = read_training(section(self.raw, "training", self.problems), TRAINING,
                                  self.problems)  # fmt: skip
-        space, dtype = self.space(), self.dtype()
+        space, dtype = read_space(self.raw, self.problems, EVERYTHING), self.dtype()
         ancestor = self.raw.get("ancestor", "check")
         if ancestor not in ANCESTOR:
             hint = did_you_mean(str(ancestor), ANCESTOR)
@@ -186,19 +186,6 @@ class _Reader(Reader):
                 continue
             paths[name], weights[name] = given["path"], float(weight)
         return paths, weights
-
-    def space(self) -> ParamSpace:
-        raw = section(self.raw, "space", self.problems)
-        refuse_unknown(raw, ("include", "exclude"), "space: ", self.problems)
-        found = []
-        for key in ("include", "exclude"):
-            words = raw.get(key, [])
-            words = [words] if isinstance(words, str) else words
-            if not isinstance(words, list) or not all(isinstance(w, str) for w in words):
-                self.refuse(f"space.{key}: a list of roles or name patterns, not {brief(words)}")
-                words = []
-            found.append(tuple(words))
-        return ParamSpace(*found)
 
     def dtype(self) -> str | None:
         raw = section(self.raw, "output", self.problems)

@@ -12,8 +12,8 @@ from suture.errors import (
     brief,
     did_you_mean,
 )
-from suture.importance import Rule
-from suture.recipe_types import refuse_unknown, section
+from suture.importance import Rule, likely_rule
+from suture.recipe_types import read_space, refuse_unknown, section
 from suture.roles import DEFAULT_SPACE, ParamSpace
 from suture.stats import KINDS
 from suture.tasks import Task, TaskReader
@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from suture.learned import LearnSettings
 
 KEYS = ("base", "models", "rule", "density", "scope", "positive", "seed", "space", "stats", "tasks",
-        "at", "learn", "measure", "keep_stats", "device")  # fmt: skip
+        "at", "learn", "measure", "keep_stats", "device", "without")  # fmt: skip
 PLACES = ("base", "tuned", "both")
 
 
@@ -47,6 +47,8 @@ class Regions:
     device: str = "cpu"
     keep_stats: bool = True
     """Whether what was measured stays beside the masks, which are much smaller."""
+    without: Mapping[str, Path] = field(default_factory=dict)
+    """Masks of entries that are never kept, by model."""
     raw: Mapping[str, Any] = field(default_factory=dict)
     """As it was written."""
 
@@ -58,14 +60,6 @@ class Regions:
 class _Reader(TaskReader):
     """Reads a recipe into ``Regions`` and notes everything that is wrong."""
 
-    def words(self, raw: Mapping[str, Any], key: str, default: tuple[str, ...]) -> tuple[str, ...]:
-        found = raw.get(key, list(default))
-        found = [found] if isinstance(found, str) else found
-        if not isinstance(found, list) or not all(isinstance(w, str) for w in found):
-            self.refuse(f"space.{key}: a list of roles or name patterns, not {brief(found)}")
-            return default
-        return tuple(found)
-
     def regions(self) -> Regions:
         refuse_unknown(self.raw, KEYS, "", self.problems)
         base = self.one(self.raw, "base", str, "")
@@ -73,20 +67,19 @@ class _Reader(TaskReader):
             self.refuse("base: missing; what the models were tuned from")
         models, densities = self.models()
         rule = self.one(self.raw, "rule", str, "magnitude")
+        meant = likely_rule(rule)
+        word = rule if meant is None else meant.name
         at = self.one(self.raw, "at", str, "tuned")
         if at not in PLACES:
             self.refuse(f"at: where statistics are measured, base, tuned or both, not {at!r}")
-        if at == "both" and rule == "learned":
+        if at == "both" and word == "learned":
             self.refuse("at: the rule learned trains between base and model; leave it out")
         seed = self.one(self.raw, "seed", int, 0)
         if not 0 <= seed < 2**63:
             self.refuse(f"seed: from 0 to 2**63 - 1, not {seed}")
-        space = section(self.raw, "space", self.problems)
-        refuse_unknown(space, ("include", "exclude"), "space: ", self.problems)
-        default = ParamSpace()
         learn = section(self.raw, "learn", self.problems)
         settings = None
-        if rule == "learned":
+        if word == "learned":
             from suture.learned import settings_from
 
             settings = settings_from(learn, self.problems)
@@ -95,11 +88,10 @@ class _Reader(TaskReader):
         return Regions(
             base, models, densities, rule, self.one(self.raw, "scope", str, "global"),
             self.one(self.raw, "positive", bool, False), seed,
-            ParamSpace(self.words(space, "include", default.include),
-                       self.words(space, "exclude", default.exclude)),
-            self.stats(models), self.tasks(models), at, settings, self.measured(rule),
+            read_space(self.raw, self.problems),
+            self.stats(models), self.tasks(models), at, settings, self.measured(word),
             self.one(self.raw, "device", str, "cpu"),
-            self.one(self.raw, "keep_stats", bool, True), dict(self.raw),
+            self.one(self.raw, "keep_stats", bool, True), self.without(models), dict(self.raw),
         )  # fmt: skip
 
     def models(self) -> tuple[dict[str, str], dict[str, float | None]]:
@@ -146,12 +138,21 @@ class _Reader(TaskReader):
         return tuple(k for k in found if k in KINDS)
 
     def stats(self, models: Mapping[str, str]) -> dict[str, Path]:
+        return self.files("stats", self.paired("stats", models))
+
+    def without(self, models: Mapping[str, str]) -> dict[str, Path]:
+        one = self.raw.get("without")
+        if isinstance(one, str):
+            return self.files("without", dict.fromkeys(models, one))
+        return self.files("without", self.paired("without", models))
+
+    def files(self, key: str, entries: Mapping[str, Any]) -> dict[str, Path]:
         found = {}
-        for name, value in self.paired("stats", models).items():
-            if isinstance(value, str):
+        for name, value in entries.items():
+            if isinstance(value, str) and value:
                 found[name] = self.folder / value
             else:
-                self.refuse(f"stats.{name}: a file, not {brief(value)}")
+                self.refuse(f"{key}.{name}: a file, not {brief(value)}")
         return found
 
 
