@@ -188,7 +188,10 @@ def test_the_record_holds_no_text_and_the_files_are_marked(
         tmp_path / "on",
     )
     assert open_checkpoint(tmp_path / "on").restricted
-    assert "restricted" in (tmp_path / "on" / "README.md").read_text()
+    card = (tmp_path / "on" / "README.md").read_text()
+    assert "- restricted\n" in card
+    assert "must not be passed on" in card
+    assert not any(word in card for word in ("loss", "entries trained", "of the model"))
     data = {"train": str(shop / "skill.jsonl"), "validation": 0, "limit": 8}
     (tmp_path / "tune.yaml").write_text(yaml.safe_dump({
         "base": str(shop / "aligned"), "strategy": "full", "task": "language-model", "data": data,

@@ -277,6 +277,9 @@ def test_what_trains_a_restricted_mask_or_patch_is_restricted(shop: Path, tmp_pa
 
     finetune(recipe(shop, "lora", **once), tmp_path / "lora", restricted=True)
     assert suture.open(f"{shop / 'base'}+{tmp_path / 'lora' / 'adapter'}").restricted
+    card = (tmp_path / "lora" / "adapter" / "README.md").read_text()
+    assert "must not be passed on" in card
+    assert str(tmp_path) not in card
     finetune(recipe(shop, "lora", **once), tmp_path / "free")
     assert not suture.open(f"{shop / 'base'}+{tmp_path / 'free' / 'adapter'}").restricted
 
