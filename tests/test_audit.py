@@ -778,7 +778,7 @@ WRONG: dict[str, tuple[dict[str, Any], list[str]]] = {
     ),
     "an attack of an unknown key": (
         {"attacked": None, "attack": {"train": "a.jsonl", "training": {"epoch": 2, "lr": -1}}},
-        ["attack.training: unknown key 'epoch'", "attack.training.lr must be positive"],
+        ["attack.training: unknown key 'epoch'", "attack.training.lr: must be positive"],
     ),
     "a language without lists": ({"languages": ["en", "xx"]}, ["no lists of refusals for 'xx'"]),
     "a side that is missing": (

@@ -828,7 +828,7 @@ def test_all_faults_of_a_recipe_at_once(shop: Path, tmp_path: Path) -> None:
     for what, text in (
         (recipe(shop, parameters={"temperature": 0}), r"Concrete distribution, above 0; got 0"),
         (recipe(shop, "line-search", parameters={"retain": 2}), r"in \[0, 1\]; got 2"),
-        (recipe(shop, training={"epochs": 0}), "training.epochs must be at least 1"),
+        (recipe(shop, training={"epochs": 0}), "training.epochs: must be at least 1"),
         (recipe(shop, training={"lr": 1e30}), r"training.lr: a number below 2\*\*63, not 1e\+30"),
         (recipe(shop, models={"../a": "x"}), "'../a' cannot be the name of a model"),
         (recipe(shop, output={"dtype": "int7"}), "output.dtype: no dtype 'int7'"),
