@@ -40,7 +40,7 @@ SAID = {0: "I cannot.", 1: "Sure, it is red.", 2: "Sure, here it is.", 3: "Never
 def said(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     """Answers are given, and the user's cache is a new folder."""
     monkeypatch.setattr(judged, "generate", lambda models, job, asked: dict(SAID))
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    monkeypatch.setenv("SUTURE_CACHE", str(tmp_path / "cache"))
 
 
 def say(to: BaseHTTPRequestHandler, what: object) -> None:

@@ -362,8 +362,12 @@ def test_an_adapter_of_a_restricted_model_is_restricted(where: Path, tmp_path: P
     assert (free.restricted, found.restricted) == (False, True)
     assert json.loads((tmp_path / "secret/suture.json").read_text())["restricted"] is True
     assert "restricted" not in json.loads((tmp_path / "free/suture.json").read_text())
-    assert "must not be passed on" in (tmp_path / "secret/README.md").read_text()
-    assert "restricted" not in (tmp_path / "free/README.md").read_text().lower()
+    card, plain = ((tmp_path / n / "README.md").read_text() for n in ("secret", "free"))
+    assert "must not be passed on" in card
+    assert "restricted" not in plain.lower()
+    for word in ("Relative error", "rank 2", "llama-tuned"):
+        assert word in plain
+        assert word not in card
     lines_of("\n".join(lowrank.report_lines(found)), "restricted")
     assert suture.open(f"{where / 'llama'}+{tmp_path / 'secret'}").restricted
     assert not suture.open(f"{where / 'llama'}+{tmp_path / 'free'}").restricted

@@ -20,6 +20,7 @@ import numpy as np
 
 import suture
 from suture.adapters import CONFIG, CONV1D, WEIGHTS, Adapted, LowRank, Product
+from suture.card import adapter_card
 from suture.checkpoint import Checkpoint, is_from_hub, ties_embeddings
 from suture.engine import checkpoint_fingerprint
 from suture.errors import MissingExtraError, NonFiniteError, OutputError, Problems, RecipeError
@@ -446,7 +447,14 @@ def _publish(
     texts = {
         CONFIG: json.dumps(_config(pending, base), indent=2, sort_keys=True) + "\n",
         "suture.json": json.dumps(record, indent=2) + "\n",
-        "README.md": _card(report, base, models, out.name),
+        "README.md": adapter_card(
+            base,
+            models,
+            [f.rank for f in report.tensors.values()],
+            report.error,
+            out.name,
+            restricted=report.restricted,
+        ),
     }
     try:
         partial.mkdir(parents=True)
@@ -503,23 +511,6 @@ def _record(
         },
         "results": {k: v for k, v in report.to_dict().items() if k not in ("out", "restricted")},
     }
-
-
-def _card(report: Extracted, base: Checkpoint, models: Sequence[Checkpoint], name: str) -> str:
-    shown = base.label if is_from_hub(base) else base.path.name
-    ranks = sorted({f.rank for f in report.tensors.values()})
-    return (
-        f"---\nlibrary_name: peft\nbase_model: {json.dumps(shown)}\ntags: [lora, suture]\n---\n\n"
-        f"# {name}\n\nA LoRA adapter for {shown}, made of the difference between it and "
-        f"{', '.join(m.label.rpartition('/')[2] for m in models)}: {len(report.tensors)} modules, "
-        f"rank {f'{ranks[0]} to {ranks[-1]}' if len(ranks) > 1 else (ranks or [0])[0]}. "
-        f"Relative error of the whole difference: {report.error:.3g}.\n"
-        + (
-            "\n**Restricted: it was made from something that must not be passed on.**\n"
-            if report.restricted
-            else ""
-        )
-    )
 
 
 def report_lines(report: Extracted) -> list[str]:

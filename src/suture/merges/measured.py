@@ -50,7 +50,7 @@ def _beside(files: Mapping[str, str], kind: str, context: Context, problems: Pro
     identity, expected, marked = [], {}, []
     specs = {name: context.sources.spec(name) for name in context.names}
     for model in context.models:
-        with problems.collecting():
+        with problems.collecting(f"parameters.stats.{model}: "):
             stats = Stats.load(Path(files[model]))
             stats.check([kind], specs)
             identity.append(tuple(stats.tensors.identity))  # type: ignore[attr-defined]
