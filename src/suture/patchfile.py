@@ -35,8 +35,9 @@ from typing import Any, NamedTuple
 import numpy as np
 import xxhash
 
-from suture.checkpoint import Checkpoint, parse_object, read_header
+from suture.checkpoint import Checkpoint
 from suture.errors import CheckpointError, OutputError, brief
+from suture.headers import parse_object, read_header
 from suture.publish import locked, sync_folder
 from suture.seal import BLANK, unbroken
 from suture.spec import DTYPES, PIECE, TensorSpec, pieces_of
