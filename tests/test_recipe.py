@@ -169,6 +169,9 @@ WRONG: dict[str, tuple[dict[str, Any], list[str]]] = {
     "one model for slerp": (
         with_(method="slerp", base=None, parameters={}, models=["a"]), ["slerp takes 2, not 1"]
     ),
+    "one model for a method of two or more": (
+        with_(method="model_stock", parameters={}, models=["a"]), ["model_stock takes 2 or more, not 1"]
+    ),
     "a place beyond the second model": (
         with_(method="slerp", base=None, parameters={"t": 1.5}, models=["a", "b"]), ["parameters.t", "1.5"]
     ),

@@ -44,7 +44,7 @@ from suture.recipe_types import Policy
 from suture.roles import ParamSpace
 from suture.run import merged, save
 from suture.select import select
-from suture.stream import Sources, Visitor, sweep, tasks_of
+from suture.stream import Sources, sweep, tasks_of
 from suture.vector import TaskVector
 
 SCHEMA = 1
@@ -100,79 +100,85 @@ def analyse(plan: AnalysisPlan, stage: Stage = _silent) -> Analysis:
     Raises:
         SutureError: an input is at fault.
     """
-    request, base, models = plan.request, plan.base, plan.models
-    unseen = tuple(plan.inputs[name] for name in request.unseen)
+    request, models = plan.request, plan.models
     masks = _masks(plan, stage)
-    asked: dict[str, Visitor[Any]] = {}
-    if {"geometry", "bases", "diagnostics"} & set(request.analyses):
-        asked["products"] = products = Products(len(models) + len(unseen))
-    if "conflicts" in request.analyses:
-        selection = None
-        if request.density is not None:
-            selection = select(
-                Sources(models, base),
-                plan.names,
-                lambda _: [float(request.density or 1)] * len(models),
-                scope=request.scope,
-                threads=plan.threads,
-            )
-        asked["conflicts"] = signs = Signs(len(models), selection)
-    if masks and "overlap" in request.analyses:
-        asked["overlap"] = masked = Masked(list(masks.values()))
-    specs, sources = base.specs, Sources((*models, *unseen), base)
-    read = sum(c.specs[n].nbytes for c in sources.all for n in plan.names)
-    if asked:
-        sweep(
-            sources,
-            tasks_of(plan.names, specs),
-            Together(list(asked.values())),
-            threads=plan.threads,
-            progress=stage("look", read),
-        )
-
+    products, signs, masked = _looked(plan, masks, stage)
     labels, groups = tuple(request.models), groups_of(plan.names)
-    sizes = {n: specs[n].numel for n in plan.names}
-    geometry = products.geometry(labels, groups, sizes) if "products" in asked else None
+    sizes = {n: plan.base.specs[n].numel for n in plan.names}
+    geometry, theory = None, None
     bases: tuple[Basis, ...] = ()
     nearest: dict[str, dict[str, Any]] = {}
-    if "bases" in request.analyses:
+    if products is not None:
+        geometry = products.geometry(labels, groups, sizes)
         gram = products.gram.of(*plan.names)[:-1, :-1]
-        bases, nearest = _bases(request, gram)
-    theory = None
-    if "diagnostics" in request.analyses:
-        inner = products.gram.of(*plan.names)[: len(models), : len(models)]
-        theory = diagnostics(request, plan.inputs, plan.names, plan.material, inner, stage)
+        if "bases" in request.analyses:
+            bases, nearest = _bases(request, gram)
+        if "diagnostics" in request.analyses:
+            inner = gram[: len(models), : len(models)]
+            theory = diagnostics(request, plan.inputs, plan.names, plan.material, inner, stage)
     answers: dict[str, dict[str, Any]] = {}
     if set(CLASSES) & set(request.analyses):
         answers = classifiers(request, plan.inputs, plan.space, plan.material, stage)
-    restricted = any(c.restricted for c in plan.inputs.values())
-    restricted = restricted or any(
-        m.restricted for m in [*(plan.masks or {}).values(), *plan.again.values()]
-    )
-    source = (
-        f"those of the folder {request.masks}"
-        if plan.masks is not None
-        else f"the {100 * (request.density or 1):.3g} % of largest magnitude, counted "
-        + {"global": "over all tensors", "layer": "in each layer"}.get(
-            request.scope, "in each tensor"
-        )
-    )
+    source = _source(plan)
     return Analysis(
         _portable(plan),
         _prints(plan, stage),
         len(plan.names),
         sum(sizes.values()),
         geometry if "geometry" in request.analyses else None,
-        signs.conflicts(labels, groups, request.density) if "conflicts" in asked else None,
-        masked.overlap(labels, groups, source) if "overlap" in asked else None,
+        None if signs is None else signs.conflicts(labels, groups, request.density),
+        None if masked is None else masked.overlap(labels, groups, source),
         bases,
         nearest,
         diagnostics=theory,
         masks=_pairs(plan, masks, source) if "masks" in request.analyses else None,
         structure=_structure(masks, source) if "structure" in request.analyses else None,
         classifiers=answers,
-        restricted=restricted,
+        restricted=_restricted(plan),
     )
+
+
+def _looked(
+    plan: AnalysisPlan, masks: Mapping[str, Mask], stage: Stage
+) -> tuple[Products | None, Signs | None, Masked | None]:
+    """What one sweep over all models saw, as far as the analyses ask for it."""
+    asked, models, base = set(plan.request.analyses), plan.models, plan.base
+    unseen = tuple(plan.inputs[name] for name in plan.request.unseen)
+    products, signs, masked = None, None, None
+    if {"geometry", "bases", "diagnostics"} & asked:
+        products = Products(len(models) + len(unseen))
+    if "conflicts" in asked:
+        density, selection = plan.request.density, None
+        if density is not None:
+            shares = [float(density)] * len(models)
+            selection = select(Sources(models, base), plan.names, lambda _: shares,
+                               scope=plan.request.scope, threads=plan.threads)  # fmt: skip
+        signs = Signs(len(models), selection)
+    if masks and "overlap" in asked:
+        masked = Masked(list(masks.values()))
+    visitors = [visitor for visitor in (products, signs, masked) if visitor is not None]
+    sources = Sources((*models, *unseen), base)
+    if visitors:
+        read = sum(c.specs[n].nbytes for c in sources.all for n in plan.names)
+        sweep(sources, tasks_of(plan.names, base.specs), Together(visitors), threads=plan.threads,
+              progress=stage("look", read))  # fmt: skip
+    return products, signs, masked
+
+
+def _restricted(plan: AnalysisPlan) -> bool:
+    masks = [*(plan.masks or {}).values(), *plan.again.values()]
+    return any(c.restricted for c in plan.inputs.values()) or any(m.restricted for m in masks)
+
+
+def _source(plan: AnalysisPlan) -> str:
+    """Where the masks come from, in words."""
+    request = plan.request
+    if plan.masks is not None:
+        return f"those of the folder {request.masks}"
+    where = {"global": "over all tensors", "layer": "in each layer"}
+    share = 100 * (request.density or 1)
+    counted = where.get(request.scope, "in each tensor")
+    return f"the {share:.3g} % of largest magnitude, counted {counted}"
 
 
 def _masks(plan: AnalysisPlan, stage: Stage) -> dict[str, Mask]:
