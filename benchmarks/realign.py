@@ -19,10 +19,12 @@ import os
 import platform
 import random
 import shutil
+import tempfile
 import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
@@ -148,7 +150,11 @@ def cell(
     out = path.with_suffix("")
     print(f"realigning {out}", flush=True)
     began = time.perf_counter()
-    report = realign(recipe, out, overwrite=True)
+    with (  # every line pays for its own looks at the given models
+        tempfile.TemporaryDirectory() as own,
+        patch("suture.realign.looks.cache_folder", lambda: Path(own)),
+    ):
+        report = realign(recipe, out, overwrite=True)
     found = {
         "scores": {m: {k: v.plain() for k, v in s.items()} for m, s in report.scores.items()},
         "retention": dict(report.retention), "seconds": time.perf_counter() - began,
