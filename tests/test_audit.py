@@ -24,6 +24,7 @@ from making import invoke, start, suture
 from suture.audit import Options, audit, plan_audit
 from suture.audit.looks import ALL, Look, contrast
 from suture.audit.net import Change, Net, Region
+from suture.audit.recipe import SPARED
 from suture.audit.regions import Atlas, overlap, places
 from suture.audit.run import Run
 from suture.audit.training import train
@@ -678,6 +679,36 @@ def test_files_by_language_a_judge_and_a_suite(shop: Path, tmp_path: Path) -> No
     assert not any(name.startswith("magnitude") for name in names)
 
 
+def test_what_useful_rows_need_is_in_no_region(shop: Path, tmp_path: Path) -> None:
+    """Regions keep their size and avoid the top share of useful rows, at every model that is looked
+    into; another share, or other rows, is another audit."""
+    useful = {"rows": str(shop / "benign.jsonl"), "share": 0.1, "limit": 8}
+    asked = auditing.recipe(
+        shop, useful=useful, shares=[0.2, 1], languages=["en", "de"],
+        attack=auditing.training(shop), freeze={"controls": []}, control=str(shop / "skilled"),
+    )  # fmt: skip
+    record = audit(asked, tmp_path / "out")
+    assert "10.0% of the entries" in record["choices"]["useful rows"]
+    (seed,) = record["seeds"].values()
+    found = {n: Mask.load(tmp_path / "out" / "regions" / f"{n}.safetensors") for n in ("en", "de")}
+
+    run, atlas, change = atlas_of(shop, tmp_path / "again", useful=useful)
+    atlas.measure("en", "attacked", lambda: run.net("aligned"), change)
+    spared, plain = atlas.region(SPARED, 0.1).make(), atlas.region("en", 0.2)
+    assert spared.count == round(0.1 * spared.size)
+    assert plain.make() == found["en"]
+    for region in found.values():
+        assert (region & spared).count == 0
+        assert region.count == round(0.2 * region.size)
+    bare = atlas_of(shop, tmp_path / "bare")[1]
+    bare.measure("en", "attacked", lambda: run.net("aligned"), change)
+    assert (bare.region("en", 0.2).make() & spared).count > 0
+    assert not list((tmp_path / "out" / "regions" / "gradients").glob("*frozen*"))
+    with pytest.raises(OutputError, match="another recipe"):
+        audit({**asked, "useful": {**useful, "share": 0.2}}, tmp_path / "out")
+    assert rate(seed["curve"]["region"][0]) >= 0
+
+
 def test_an_attack_by_an_adapter_is_audited_like_the_model_that_it_makes(
     shop: Path, tmp_path: Path
 ) -> None:
@@ -747,7 +778,7 @@ WRONG: dict[str, tuple[dict[str, Any], list[str]]] = {
     ),
     "an attack of an unknown key": (
         {"attacked": None, "attack": {"train": "a.jsonl", "training": {"epoch": 2, "lr": -1}}},
-        ["attack.training: unknown key 'epoch'", "attack.training.lr must be positive"],
+        ["attack.training: unknown key 'epoch'", "attack.training.lr: must be positive"],
     ),
     "a language without lists": ({"languages": ["en", "xx"]}, ["no lists of refusals for 'xx'"]),
     "a side that is missing": (
@@ -765,6 +796,7 @@ WRONG: dict[str, tuple[dict[str, Any], list[str]]] = {
         ["languages.en.probe", "nothing in the column 'nonesuch'"],
     ),
     "seeds of a given model": ({"seeds": [1, 2]}, ["seeds: several belong to an `attack`"]),
+    "useful": ({"useful": {"share": 1, "resp": "x"}}, ["useful: unknown key 'resp'", "useful.rows", "useful.share: 1 leaves no entry"]),
     "snip": ({"controls": ["snip"], "scores": {"signed": True}}, ["controls: snip takes absolute"]),
     "controls": ({"controls": ["rnadom"]}, ["controls: 'rnadom'", "did you mean 'random'?"]),
     "a space of nothing": ({"space": {"include": ["nonesuch*"]}}, ["space.include: 'nonesuch*'"]),

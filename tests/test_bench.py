@@ -6,6 +6,7 @@ import json
 import math
 import os
 import signal
+import statistics
 import subprocess
 import sys
 import time
@@ -95,6 +96,20 @@ def test_a_t_interval_is_that_of_the_textbook() -> None:
     assert (spread([0.4]).low, spread([0.4]).half) == (None, 0.0)
     with pytest.raises(RecipeError, match="no values"):
         spread([])
+
+
+@pytest.mark.parametrize(
+    ("seeds", "quantile"),
+    [(2, 12.706), (10, 2.262), (11, 2.228), (12, 2.201), (16, 2.131), (31, 2.042), (121, 1.980)],
+)
+def test_t_intervals_of_many_seeds_are_no_narrower_than_they_must_be(
+    seeds: int, quantile: float
+) -> None:
+    """Of any number of seeds, with the quantiles of a printed table of Student's t."""
+    values = [float(i) for i in range(seeds)]
+    found = spread(values)
+    error = statistics.stdev(values) / math.sqrt(seeds)
+    assert found.half / error == pytest.approx(quantile, abs=1e-3)
 
 
 def test_checkpoints_are_matched_where_single_models_are_equally_good() -> None:

@@ -615,7 +615,7 @@ def test_all_problems_of_a_recipe_at_once(shop: Path, tmp_path: Path) -> None:
     what["data"] = {"train": str(shop / "none.jsonl"), "txt": "text", "too_long": "cutt"}
     found = "\n".join(problems_of(what, tmp_path / "out"))
     for words in ("'densty'; did you mean 'density'", "parameters.rounds", "did you mean 'fisher'", "'epoch'; did you mean 'epochs'",
-                  "precision is one of", "'haed'; did you mean 'head'", "no file", "'txt'; did you mean 'text'",
+                  "training.precision: is one of", "'haed'; did you mean 'head'", "no file", "'txt'; did you mean 'text'",
                   "did you mean 'cut'", "so it is never replaced"):  # fmt: skip
         assert words in found, (words, found)
 

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import json
 import math
+import os
 from pathlib import Path
 from typing import Any
 
@@ -340,3 +342,22 @@ def test_nothing_is_marked_of_a_vector_times_zero(family: Any) -> None:
 
     assert suture.localize(tau, density=0.5).count > 0
     assert suture.localize(0 * tau, density=0.5).count == 0
+
+
+def test_a_mask_is_on_the_disk_before_it_gets_its_name(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A disk that fails while it writes leaves what stood there, and nothing besides."""
+    path = tmp_path / "m.safetensors"
+    Mask({"a": (8,)}, {"a": np.array([1], np.uint8)}).save(path)
+    before = path.read_bytes()
+
+    def failing(descriptor: int) -> None:
+        raise OSError(errno.EIO, os.strerror(errno.EIO))
+
+    monkeypatch.setattr(os, "fsync", failing)
+    with pytest.raises(OutputError, match="cannot be written"):
+        Mask({"a": (8,)}, {"a": np.array([2], np.uint8)}).save(path)
+
+    assert path.read_bytes() == before
+    assert list(tmp_path.iterdir()) == [path]

@@ -550,6 +550,30 @@ def test_the_aligned_model_has_its_adapter_everywhere(
     assert found == pytest.approx(expected, rel=1e-4)
 
 
+def test_masks_of_factors_are_learned_on_the_model_that_is_written(
+    shop: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What adapters save beside factors has no logits and is written as it is in the aligned
+    model; it is so while masks are learned, too, although the tuned model was looked at before."""
+    lora = tmp_path / "lora"
+    for name, seed in (("safe", 1), ("tuned", 2)):
+        adapting.adapter(shop / "start", lora / name, seed, modules_to_save=["input_layernorm"])
+    seen: dict[str, torch.Tensor] = {}
+
+    kept = somf.references
+
+    def looked(job: Any, *args: Any) -> Any:
+        seen.update({n: p.detach().clone() for n, p in job.parameters().items() if "norm" in n})
+        return kept(job, *args)
+
+    monkeypatch.setattr(somf, "references", looked)
+    realign(on_adapters(shop, lora, "factors"), tmp_path / "out")
+    written = tensors(tmp_path / "out")
+    assert len(seen) == 2
+    for name, value in seen.items():
+        np.testing.assert_array_equal(value.numpy(), written[name])
+
+
 def test_factors_must_fit(shop: Path, lora: Path, tmp_path: Path) -> None:
     """Ranks that differ, and models without adapters, are refused with what to do; products may
     be compared whatever the ranks."""
@@ -804,7 +828,7 @@ def test_all_faults_of_a_recipe_at_once(shop: Path, tmp_path: Path) -> None:
     for what, text in (
         (recipe(shop, parameters={"temperature": 0}), r"Concrete distribution, above 0; got 0"),
         (recipe(shop, "line-search", parameters={"retain": 2}), r"in \[0, 1\]; got 2"),
-        (recipe(shop, training={"epochs": 0}), "training.epochs must be at least 1"),
+        (recipe(shop, training={"epochs": 0}), "training.epochs: must be at least 1"),
         (recipe(shop, training={"lr": 1e30}), r"training.lr: a number below 2\*\*63, not 1e\+30"),
         (recipe(shop, models={"../a": "x"}), "'../a' cannot be the name of a model"),
         (recipe(shop, output={"dtype": "int7"}), "output.dtype: no dtype 'int7'"),

@@ -11,7 +11,9 @@ import pytest
 import yaml
 
 import making
+import refusing
 import tiny_model
+from suture.realign import plan_realign
 
 
 @pytest.fixture(scope="module")
@@ -142,3 +144,138 @@ def test_an_unknown_rule_hides_nothing(made: Path, what: str) -> None:
     """The same of a localization."""
     more, wanted = RULES[what]
     refused(made, "localize", more, *wanted)
+
+
+FILES: dict[str, tuple[str, dict[str, Any], tuple[str, ...]]] = {
+    "statistics of a localization": (
+        "localize", {"rule": "snip", "density": 0.1, "stats": {"one": "no.safetensors", "two": "rows.jsonl"}},
+        ("2 problems", "line 8: stats.one: ", "no.safetensors: No such file", "line 9: stats.two: ", "rows.jsonl")),
+    "statistics of a merge, beside another mistake": (
+        "merge", {"method": "fisher_merging", "parameters": {"stats": "./no", "wieght": 1}},
+        ("3 problems", "line 7: parameters.stats.one: no such file", "line 7: parameters.stats.two: no such file",
+         "'wieght'")),
+    "statistics of a base": (
+        "merge", {"method": "led", "parameters": {
+            "stats": {"one": "rows.jsonl", "two": "rows.jsonl"},
+            "base_stats": {"one": "head.safetensors", "two": "head.safetensors"}}},
+        ("4 problems", "line 8: parameters.stats.one: ", "rows.jsonl", "line 12: parameters.base_stats.two: ",
+         "not a file of statistics")),
+    "masks": ("merge", {"method": "stitch", "parameters": {"masks": {"one": "head.safetensors", "two": "no"}}},
+              ("line 9: parameters.masks.two: no such file",)),
+    "a mask of a protection": (
+        "merge", {"method": "linear", "protect": {"model": "one", "mask": "head.safetensors"}},
+        ("line 8: protect.mask: ", "head.safetensors: not a mask")),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("what", FILES)
+def test_a_file_that_is_missing_or_none_is_told_with_its_line(made: Path, what: str) -> None:
+    """Statistics and masks that a recipe names: the key and the line stand before the file."""
+    command, more, wanted = FILES[what]
+    refused(made, command, more, *wanted)
+
+
+TUNINGS: dict[str, tuple[dict[str, Any], tuple[str, ...]]] = {
+    "of a name like another": (
+        {"strategy": "taloss", "parameters": {"densty": 1}, "base": "./no", "training": {"patience": 2, "lr": -1},
+         "data": {"train": "rows.jsonl", "validation": 0}},
+        ("4 problems", "line 2: strategy: no strategy 'taloss'; did you mean 'talos'?", "talos has no 'densty'",
+          "training.lr: must be positive", "line 1: ./no")),
+    "like no other": (
+        {"strategy": "zzzz", "parameters": {"densty": 1}, "training": {"patience": 2}, "output": {"dtype": "f99"},
+         "data": {"train": "rows.jsonl", "validation": 0}},
+        ("no strategy 'zzzz'", "none has 'densty'; did you mean 'density'?", "'f99'",
+         "training.patience: needs validation rows")),
+    "and rows": (
+        {"strategy": "taloss", "data": {"train": "rows.jsonl", "text": "body", "max_length": 9}},
+        ("2 problems", "did you mean 'talos'?", "line 3: data: no row has a column 'body'")),
+    "and no rows": ({"strategy": "taloss", "data": {"train": "no.jsonl"}, "base": "./no", "head": "none"},
+                    ("4 problems", "did you mean 'talos'?", "no file", "./no", "head: no file")),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("what", TUNINGS)
+def test_an_unknown_strategy_hides_nothing(made: Path, what: str) -> None:
+    """The same of a fine-tuning: its parameters, its base and its rows are looked at all the same."""
+    more, wanted = TUNINGS[what]
+    refused(made, "finetune", {"models": None, **more}, *wanted)
+
+
+@pytest.fixture(scope="module")
+def aligned(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """An aligned model, a tuned one, pairs, and what they were made of."""
+    return refusing.family(tmp_path_factory.mktemp("aligned"))
+
+
+REALIGN = {"base": "./start", "aligned": "./aligned", "models": {"tuned": "./tuned"}}
+WAYS: dict[str, tuple[dict[str, Any], tuple[str, ...]]] = {
+    "of a name like another": (
+        {"method": "somv", "parameters": {"betta": 1, "draws": 0}, "models": {"tuned": "./no"},
+         "data": {"train": "pairs.jsonl", "chosen": "best"}},
+        ("5 problems", "did you mean 'somf'?", "somf has no 'betta'", "line 8: parameters.draws", "line 3: models.tuned",
+         "'best'")),
+    "like no other": (
+        {"method": "zzzz", "parameters": {"betta": 1}, "aligned": "./no", "fuse": "tis"},
+        ("4 problems", "no way 'zzzz'", "none has 'betta'; did you mean 'beta'?", "line 4: aligned: ./no",
+         "did you mean 'ties'?")),
+    "that contradicts itself": (
+        {"method": "somf", "parameters": {"granularity": "tensor"}, "device": 3},
+        ("3 problems", "whatever was learned", "data: missing", "device: auto")),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("what", WAYS)
+def test_an_unknown_way_to_realign_hides_nothing(aligned: Path, what: str) -> None:
+    """The same of a realignment, with the lines of what cannot be opened."""
+    more, wanted = WAYS[what]
+    refused(aligned, "realign", {**REALIGN, **more}, *wanted)
+
+
+IDLE: dict[str, tuple[dict[str, Any], str]] = {
+    "draws of a soft mask": ({"method": "somf", "parameters": {"draws": 4}}, "parameters.draws"),
+    "how many, beside a threshold": ({"method": "safelora", "parameters": {"number": 3}}, "parameters.number"),
+    "a threshold, beside how many": (
+        {"method": "safelora", "parameters": {"select": "number", "threshold": 0.1}}, "parameters.threshold"),
+    "a density beside a mask": (
+        {"method": "protect", "parameters": {"mask": "m.safetensors", "density": 0.2}}, "parameters.density"),
+    "a scope where nothing is ranked": (
+        {"method": "dare", "fuse": {"how": "average", "scope": "tensor"}}, "fuse.scope: average ranks no entries"),
+    "a density where all is kept": (
+        {"method": "dare", "fuse": {"density": 0.5}}, "fuse.density: single keeps all"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("what", IDLE)
+def test_a_parameter_that_would_do_nothing_is_refused(aligned: Path, what: str) -> None:
+    """Where one parameter of a realignment decides that another is never read."""
+    more, wanted = IDLE[what]
+    data = {"data": {"train": "pairs.jsonl"}} if more["method"] == "somf" else {}
+    refused(aligned, "realign", {**REALIGN, **data, **more}, wanted)
+
+
+def test_what_a_way_to_realign_does_not_read_is_told(aligned: Path, tmp_path: Path) -> None:
+    """Recipes for several methods share their sections, so what this one leaves alone is a note: a
+    safety model, the training of a method that does not train, a base that nothing asks. The
+    record of the run has only what was read, and is a recipe without such notes."""
+    what = {**REALIGN, "method": "magnitude", "safety": "./other", "ancestor": "trust",
+            "training": {"lr": 0.1, "epochs": 2, "batch": 4}, "utility": "utility.jsonl"}  # fmt: skip
+    plan = plan_realign({k: located(aligned, v) for k, v in what.items()}, tmp_path / "out")
+
+    assert plan.notes[:3] == (
+        "safety: magnitude reads no such model; it is left out",
+        "training: magnitude does not train, so lr, epochs have no effect",
+        "base: only the check of the ancestor would read it, and `ancestor: trust` forgoes it",
+    )
+    assert "safety" not in plan.inputs
+    assert plan.recipe.resolved()["training"] == {"batch": 4}
+    again = plan_realign({**plan.recipe.resolved(), "base": None}, tmp_path / "out")
+    assert not again.notes
+    checked = plan_realign({**plan.recipe.resolved(), "ancestor": "check"}, tmp_path / "out")
+    assert not checked.notes
+
+
+def located(where: Path, value: Any) -> Any:
+    """Paths from a folder on."""
+    if isinstance(value, str) and (where / value).exists():
+        return str(where / value)
+    return {k: located(where, v) for k, v in value.items()} if isinstance(value, dict) else value

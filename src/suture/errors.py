@@ -79,6 +79,9 @@ class Problems:
     def __bool__(self) -> bool:
         return bool(self._found)
 
+    def __len__(self) -> int:
+        return len(self._found)
+
     def raise_if_any(self) -> None:
         """Raise one error that lists every problem; its class is that of the first."""
         if not self._found:

@@ -159,7 +159,7 @@ RULES: dict[str, Rule] = {
     r.name: r
     for r in (
         Rule(magnitude, "Magnitude", "He et al. 2025, arXiv:2408.13656", weight=False),
-        Rule(random, "Random (control)", "", seeded=True),
+        Rule(random, "Random (control)", "", seeded=True, delta=False, weight=False),
         Rule(fisher, "Fisher", "Matena and Raffel 2022, arXiv:2111.09832", ("fisher",),
              weight=False),
         Rule(empirical_fisher, "Empirical Fisher", "Kunstner et al. 2019, arXiv:1905.12558",

@@ -28,6 +28,7 @@ from suture.roles import EVERYTHING, role_of, tied_to
 from suture.spec import DTYPES, dtype_named, listed
 from suture.vector import align
 from suture.views import Same
+from suture.writer import publish
 
 try:
     import torch
@@ -210,7 +211,7 @@ def _fit(
         products = [Product(p.left, p.right, p.scale * w)
                     for part, w in zip(known, factors, strict=True) for p in part]  # fmt: skip
         for part in (part for p in products for part in (p.left, p.right)):
-            _refuse_wild(name, int(np.count_nonzero(~np.isfinite(part))), (base, *models))
+            _refuse_wild(name, int((~np.isfinite(part)).sum()), (base, *models))
         left, right, fitted = _cut_product(products, how)
     else:
         delta = _dense(name, base, models, factors)
@@ -460,13 +461,11 @@ def _publish(
         save_shared(pending.tensors, partial / WEIGHTS, {"format": "pt"})
         for name, text in texts.items():
             (partial / name).write_text(text, encoding="utf-8")
-        for path in partial.iterdir():
-            with path.open("rb") as file:
-                os.fsync(file.fileno())
-        partial.rename(out)
+        publish(partial, out, overwrite=False)
     except OSError as error:
-        shutil.rmtree(partial, ignore_errors=True)
         raise OutputError(f"{out}: cannot be written: {error.strerror}") from error
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
 
 
 def _config(pending: _Pending, base: Checkpoint) -> dict[str, Any]:

@@ -9,6 +9,7 @@ they are.
 from __future__ import annotations
 
 import json
+import os
 import threading
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -20,6 +21,7 @@ from suture.checkpoint import Array, Checkpoint, read_header
 from suture.errors import CheckpointError, OutputError, SutureError, brief
 from suture.seal import BLANK, seal, unbroken
 from suture.spec import TensorSpec
+from suture.writer import sync_folder
 
 FORMAT, VERSION = "suture.mask", "2"
 _CHUNK = 1 << 20
@@ -283,8 +285,11 @@ class MaskFile:
             with self._file:
                 if kind is None:
                     seal(self._file)
+                    self._file.flush()
+                    os.fsync(self._file.fileno())
             if kind is None:
                 self._partial.replace(self.path)
+                sync_folder(self.path.parent)
         except OSError as error:
             kind = type(error)
             raise OutputError(f"{self.path}: cannot be written: {error.strerror}") from error

@@ -78,7 +78,7 @@ def _frozen(
     frozen = region.make()
     checkpoint.close()
     shutil.rmtree(where)
-    again.stats_path(recipe.region, recipe.main).unlink(missing_ok=True)
+    again.forget(recipe.region, recipe.main)
     return {"look": look, "share": frozen.density, "overlap": found}
 
 

@@ -57,7 +57,7 @@ def execute(plan: Plan, *, say: Say = lambda _: None) -> dict[str, Any]:
     try:
         prints = {label: checkpoint_fingerprint(c) for label, c in plan.inputs.items()}
         key = digest([plan.recipe.resolved(), prints, {n: q.key for n, q in plan.asked.items()},
-                      plan.material.key("probe"), _made_with()])  # fmt: skip
+                      plan.material.probe_key(), _made_with()])  # fmt: skip
         check_finished(plan, key)
         with alone(plan.out / CELLS, plan.out, "working on"):
             if plan.options.overwrite or not plan.options.resume:
@@ -223,7 +223,7 @@ class Run:
         return Atlas(
             self.recipe, self.plan.aligned, one.checkpoint, prints, self.plan.names,
             self.plan.out / "regions" / "gradients", self.plan.probes,
-            self.plan.material.key("probe"), seed, self.plan.options.threads, self.say,
+            self.plan.material.probe_key(), seed, self.plan.options.threads, self.say,
         )  # fmt: skip
 
     # -- the steps ---------------------------------------------------------------------------------

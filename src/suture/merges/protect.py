@@ -253,7 +253,8 @@ def _beside(merge: Merge[Any], how: Protection, context: Context, problems: Prob
     inner = merge.beside(context, problems)
     identity, expected = [*inner.identity], dict(inner.expected)
     marked = list(inner.restricted)
-    with problems.collecting():
+    key = "stats" if how.mask is None else "mask"
+    with problems.collecting(f"protect.{key}: "):
         model = context.sources.models[context.models.index(how.model)]
         if how.mask is not None:
             mask = StoredMask(Path(how.mask))

@@ -88,7 +88,7 @@ def _beside(files: Mapping[str, str], context: Context, problems: Problems) -> B
     expected: dict[str, str] = {}
     marked = []
     for model, checkpoint in zip(context.models, context.sources.models, strict=True):
-        with problems.collecting():
+        with problems.collecting(f"parameters.masks.{model}: "):
             mask = StoredMask(Path(files[model]))
             found.append(mask.checkpoint.identity)
             marked += [model] if mask.restricted else []

@@ -75,6 +75,8 @@ def execute(plan: Plan, *, say: Say = lambda _: None, tell: Tell | None = None) 
     began = time.perf_counter()
     need = plan.memory()
     parts = ", ".join(f"{what} {readable(n)}" for what, n in need.items())
+    for note in plan.notes:
+        say(f"note: {note}")
     say(f"needs about {readable(sum(need.values()))} of memory ({parts}), and activations")
     fingerprints = {label: checkpoint_fingerprint(c) for label, c in plan.inputs.items()}
     _check_mask(plan, fingerprints)
@@ -108,7 +110,7 @@ def execute(plan: Plan, *, say: Say = lambda _: None, tell: Tell | None = None) 
             {"realigning": took, "in all": time.perf_counter() - began}, peak_memory(plan.device),
             {**realigned.facts, "distance": dict(distances.tuned),
              "profile": profile_of(realigned.shares)},
-            (*(() if plan.rows is None else plan.rows.notes), *notes), withheld, curve_of(losses),
+            (*plan.notes, *notes), withheld, curve_of(losses),
         )  # fmt: skip
         return _written(plan, job, realigned, report, fingerprints, place)
 

@@ -165,13 +165,11 @@ def _stats(
     problems: Problems,
 ) -> dict[str, Stats]:  # fmt: skip
     found = {}
-    for name, path in recipe.stats.items() if rule is not None and base is not None else ():
-        with problems.collecting():
-            stats = Stats.load(path)
-            assert rule is not None
-            assert base is not None
-            stats.check(recipe.needs(rule), {n: base.specs[n] for n in names})
-            found[name] = stats
+    for name, path in recipe.stats.items():
+        with problems.collecting(f"stats.{name}: "):
+            found[name] = Stats.load(path)
+            if rule is not None and base is not None:
+                found[name].check(recipe.needs(rule), {n: base.specs[n] for n in names})
     return found
 
 
