@@ -124,7 +124,7 @@ class TuneResult:
     scores: tuple[tuple[int, float], ...] = ()
     """Steps and scores of every look at the validation rows."""
     best: int | None = None
-    """The step whose weights were kept, if it is not the last."""
+    """The step whose weights were kept, where ``patience`` asks for the best."""
 
 
 def tune(  # noqa: PLR0913 - who trains by hand needs each of these now and then
