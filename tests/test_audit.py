@@ -24,6 +24,7 @@ from making import invoke, start, suture
 from suture.audit import Options, audit, plan_audit
 from suture.audit.looks import ALL, Look, contrast
 from suture.audit.net import Change, Net, Region
+from suture.audit.recipe import SPARED
 from suture.audit.regions import Atlas, overlap, places
 from suture.audit.run import Run
 from suture.audit.training import train
@@ -49,6 +50,7 @@ from suture.mover import next_token
 from suture.page import audits
 from suture.page.gather import gather
 from suture.page.parts import Builder
+from suture.realign.parts import measure
 from suture.run import merge
 from suture.vector import TaskVector
 
@@ -186,7 +188,10 @@ def test_the_record_holds_no_text_and_the_files_are_marked(
         tmp_path / "on",
     )
     assert open_checkpoint(tmp_path / "on").restricted
-    assert "restricted" in (tmp_path / "on" / "README.md").read_text()
+    card = (tmp_path / "on" / "README.md").read_text()
+    assert "- restricted\n" in card
+    assert "must not be passed on" in card
+    assert not any(word in card for word in ("loss", "entries trained", "of the model"))
     data = {"train": str(shop / "skill.jsonl"), "validation": 0, "limit": 8}
     (tmp_path / "tune.yaml").write_text(yaml.safe_dump({
         "base": str(shop / "aligned"), "strategy": "full", "task": "language-model", "data": data,
@@ -234,7 +239,7 @@ def test_regions_are_those_of_a_loop_over_rows(
     the control SNIP the top of |weight| times it."""
     run, atlas, change = atlas_of(shop, tmp_path, scores=scores)
     at = run.recipe.main
-    atlas.measure("en", at, run.net("aligned"), change if at == "attacked" else None)
+    atlas.measure("en", at, lambda: run.net("aligned"), change)
     region = atlas.control("snip", 0.1) if kind == "snip" else atlas.region("en", 0.1)
     found = region.make()
 
@@ -674,6 +679,36 @@ def test_files_by_language_a_judge_and_a_suite(shop: Path, tmp_path: Path) -> No
     assert not any(name.startswith("magnitude") for name in names)
 
 
+def test_what_useful_rows_need_is_in_no_region(shop: Path, tmp_path: Path) -> None:
+    """Regions keep their size and avoid the top share of useful rows, at every model that is looked
+    into; another share, or other rows, is another audit."""
+    useful = {"rows": str(shop / "benign.jsonl"), "share": 0.1, "limit": 8}
+    asked = auditing.recipe(
+        shop, useful=useful, shares=[0.2, 1], languages=["en", "de"],
+        attack=auditing.training(shop), freeze={"controls": []}, control=str(shop / "skilled"),
+    )  # fmt: skip
+    record = audit(asked, tmp_path / "out")
+    assert "10.0% of the entries" in record["choices"]["useful rows"]
+    (seed,) = record["seeds"].values()
+    found = {n: Mask.load(tmp_path / "out" / "regions" / f"{n}.safetensors") for n in ("en", "de")}
+
+    run, atlas, change = atlas_of(shop, tmp_path / "again", useful=useful)
+    atlas.measure("en", "attacked", lambda: run.net("aligned"), change)
+    spared, plain = atlas.region(SPARED, 0.1).make(), atlas.region("en", 0.2)
+    assert spared.count == round(0.1 * spared.size)
+    assert plain.make() == found["en"]
+    for region in found.values():
+        assert (region & spared).count == 0
+        assert region.count == round(0.2 * region.size)
+    bare = atlas_of(shop, tmp_path / "bare")[1]
+    bare.measure("en", "attacked", lambda: run.net("aligned"), change)
+    assert (bare.region("en", 0.2).make() & spared).count > 0
+    assert not list((tmp_path / "out" / "regions" / "gradients").glob("*frozen*"))
+    with pytest.raises(OutputError, match="another recipe"):
+        audit({**asked, "useful": {**useful, "share": 0.2}}, tmp_path / "out")
+    assert rate(seed["curve"]["region"][0]) >= 0
+
+
 def test_an_attack_by_an_adapter_is_audited_like_the_model_that_it_makes(
     shop: Path, tmp_path: Path
 ) -> None:
@@ -743,7 +778,7 @@ WRONG: dict[str, tuple[dict[str, Any], list[str]]] = {
     ),
     "an attack of an unknown key": (
         {"attacked": None, "attack": {"train": "a.jsonl", "training": {"epoch": 2, "lr": -1}}},
-        ["attack.training: unknown key 'epoch'", "attack.training.lr must be positive"],
+        ["attack.training: unknown key 'epoch'", "attack.training.lr: must be positive"],
     ),
     "a language without lists": ({"languages": ["en", "xx"]}, ["no lists of refusals for 'xx'"]),
     "a side that is missing": (
@@ -761,6 +796,7 @@ WRONG: dict[str, tuple[dict[str, Any], list[str]]] = {
         ["languages.en.probe", "nothing in the column 'nonesuch'"],
     ),
     "seeds of a given model": ({"seeds": [1, 2]}, ["seeds: several belong to an `attack`"]),
+    "useful": ({"useful": {"share": 1, "resp": "x"}}, ["useful: unknown key 'resp'", "useful.rows", "useful.share: 1 leaves no entry"]),
     "snip": ({"controls": ["snip"], "scores": {"signed": True}}, ["controls: snip takes absolute"]),
     "controls": ({"controls": ["rnadom"]}, ["controls: 'rnadom'", "did you mean 'random'?"]),
     "a space of nothing": ({"space": {"include": ["nonesuch*"]}}, ["space.include: 'nonesuch*'"]),
@@ -845,6 +881,27 @@ def test_models_are_compared_before_any_is_asked(shop: Path, tmp_path: Path) -> 
         assert not list((tmp_path / key / "cells").glob("*.json"))
 
 
+def test_a_given_model_is_compared_once(
+    shop: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """However often an attacked, control or derived model is asked, its distance is measured once."""
+    compared: list[str] = []
+
+    def counted(models: Any, threads: int | None) -> Any:
+        compared.extend(models.tuned)
+        return measure(models, threads)
+
+    monkeypatch.setattr("suture.audit.run.measure", counted)
+    audit(
+        auditing.recipe(
+            shop, control=str(shop / "skilled"), onto={"b": str(shop / "skilled")},
+            languages=["en"], shares=[0.2, 1], evaluation={"limit": 4, "max_tokens": 4},
+        ),
+        tmp_path / "out",
+    )  # fmt: skip
+    assert sorted(compared) == ["attacked", "control", "onto.b"]
+
+
 def test_what_is_damaged_is_made_again(shop: Path, tmp_path: Path) -> None:
     """Gradients, cells and the record of an audit, cut short: the command makes them anew."""
     asked, out = auditing.recipe(shop, shares=[0.2, 1]), tmp_path / "out"
@@ -860,7 +917,7 @@ def test_what_is_damaged_is_made_again(shop: Path, tmp_path: Path) -> None:
 def test_gradients_that_are_no_numbers_are_refused(shop: Path, tmp_path: Path) -> None:
     """A damaged score is named with its tensor; a file that is none is measured again."""
     run, atlas, change = atlas_of(shop, tmp_path)
-    atlas.measure("en", "attacked", run.net("aligned"), change)
+    atlas.measure("en", "attacked", lambda: run.net("aligned"), change)
     path = atlas.stats_path("en", "attacked")
     raw = bytearray(path.read_bytes())
     raw[-4:] = np.float32(np.nan).tobytes()
@@ -869,7 +926,7 @@ def test_gradients_that_are_no_numbers_are_refused(shop: Path, tmp_path: Path) -
         atlas.region("en", 0.3).make()
     path.write_bytes(b"nonsense")
     assert not atlas.measured("en", "attacked")
-    atlas.measure("en", "attacked", run.net("aligned"), change)
+    atlas.measure("en", "attacked", lambda: run.net("aligned"), change)
     assert atlas.measured("en", "attacked")
     assert atlas.region("en", 0.3).make().count
 

@@ -277,6 +277,9 @@ def test_what_trains_a_restricted_mask_or_patch_is_restricted(shop: Path, tmp_pa
 
     finetune(recipe(shop, "lora", **once), tmp_path / "lora", restricted=True)
     assert suture.open(f"{shop / 'base'}+{tmp_path / 'lora' / 'adapter'}").restricted
+    card = (tmp_path / "lora" / "adapter" / "README.md").read_text()
+    assert "must not be passed on" in card
+    assert str(tmp_path) not in card
     finetune(recipe(shop, "lora", **once), tmp_path / "free")
     assert not suture.open(f"{shop / 'base'}+{tmp_path / 'free' / 'adapter'}").restricted
 
@@ -612,7 +615,7 @@ def test_all_problems_of_a_recipe_at_once(shop: Path, tmp_path: Path) -> None:
     what["data"] = {"train": str(shop / "none.jsonl"), "txt": "text", "too_long": "cutt"}
     found = "\n".join(problems_of(what, tmp_path / "out"))
     for words in ("'densty'; did you mean 'density'", "parameters.rounds", "did you mean 'fisher'", "'epoch'; did you mean 'epochs'",
-                  "precision is one of", "'haed'; did you mean 'head'", "no file", "'txt'; did you mean 'text'",
+                  "training.precision: is one of", "'haed'; did you mean 'head'", "no file", "'txt'; did you mean 'text'",
                   "did you mean 'cut'", "so it is never replaced"):  # fmt: skip
         assert words in found, (words, found)
 

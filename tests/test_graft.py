@@ -15,8 +15,9 @@ import suture
 import toy
 from suture import Mask
 from suture.errors import CheckpointError, MismatchError, RecipeError, SutureError
-from suture.graft import is_graft, open_graft, write_graft
-from suture.maskfile import StoredMask
+from suture.graft import VALUES, is_graft, open_graft, write_graft
+from suture.maskfile import MaskFile, StoredMask
+from suture.spec import TensorSpec
 
 NAMES = ("ada", "bob", "cyd")
 
@@ -263,3 +264,15 @@ def test_masks_know_their_models(family: Any, tmp_path: Path) -> None:
         with pytest.raises(MismatchError, match=match):
             toy.run(tmp_path / "out", what)
         assert not (tmp_path / "out").exists()
+
+
+def test_a_graft_with_fewer_weights_than_marks_is_refused(family: Any, tmp_path: Path) -> None:
+    """What its mask marks and it does not hold would be read out of the tensor behind."""
+    models, name = family(), toy.ZERO
+    path = tmp_path / "g.safetensors"
+    with MaskFile(path, {name: (3, 5)}, {}, {VALUES + name: TensorSpec("F32", (2,))}) as file:
+        file.put(name, 0, np.array([0b111, 0], np.uint8))
+    graft = open_graft(path, suture.open(models.base_path))
+
+    with pytest.raises(CheckpointError, match=r"damaged: 3 entries .* its weights are \[2\]"):
+        _ = graft[name]

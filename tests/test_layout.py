@@ -18,7 +18,7 @@ import toy
 ROOT = Path(suture.__file__).parent
 
 ORDER = [
-    "errors", "spec", "roles", "loops", "machine", "kernels", "checkpoint", "seal", "views", "layers",
+    "errors", "spec", "roles", "loops", "ranks", "machine", "kernels", "checkpoint", "seal", "views", "layers",
     "vocabulary", "chat", "embeddings", "adapters", "ggufs", "opening", "forms", "writer", "held",
     "stream", "vector", "profile", "select", "stats", "importance", "maskfile", "mask", "graft", "patchfile",
     "patch", "gather", "analysis", "merges", "engine", "recipe_types", "mergekit", "recipe",

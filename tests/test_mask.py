@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import json
 import math
+import os
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +15,7 @@ import pytest
 import xxhash
 from hypothesis import given
 from hypothesis import strategies as st
+from safetensors.numpy import save_file
 
 import suture
 import toy
@@ -302,3 +305,59 @@ def test_stitching_is_pasting_what_masks_mark(family: Any, tmp_path: Path) -> No
         total = sum(np.where(m, tau[name], 0) for m, tau in zip(marked, taus, strict=True))
         expected = base[name] + total / np.maximum(marked.sum(0), 1)
         np.testing.assert_allclose(out[name].numpy(), expected, rtol=1e-6, atol=1e-6)
+
+
+@pytest.mark.parametrize("rule", [None, "magnitude"])
+def test_marks_beyond_the_last_entry_are_refused(
+    rule: str | None, family: Any, tmp_path: Path
+) -> None:
+    """A byte holds 8 bits and a tensor may end before: more marks than entries are damage, which
+    would have a control look for more entries than there are."""
+    models = family()
+    path = tmp_path / "m.safetensors"
+    Mask({toy.ZERO: (3, 5)}, {toy.ZERO: np.array([255, 255], np.uint8)}).save(path)
+    protect = {"model": "ada", "mask": str(path)} | ({} if rule is None else {"rule": rule})
+    what = toy.recipe("task_arithmetic", models.some("ada"), models.base_path)
+
+    with pytest.raises(SutureError, match=r"damaged: .*zero\.weight marks more than it has"):
+        Mask.load(path)
+    with pytest.raises(SutureError, match="damaged"):
+        toy.run(tmp_path / "out", {**what, "protect": protect})
+
+
+def test_a_shape_of_absurdly_many_digits_is_refused(tmp_path: Path) -> None:
+    """What no number can be made of is no shape, and no crash either."""
+    path = tmp_path / "m.safetensors"
+    tensors = {"x": np.zeros(1, np.uint8)}
+    save_file(tensors, path, {"format": "suture.mask", "shape x": "9" * 5000})
+
+    with pytest.raises(SutureError, match="the mask of x has no shape"):
+        Mask.load(path)
+
+
+def test_nothing_is_marked_of_a_vector_times_zero(family: Any) -> None:
+    """No entry of a zero task vector can matter, whatever it was before it was multiplied."""
+    models = family()
+    tau = suture.open(models.paths["ada"]) - suture.open(models.base_path)
+
+    assert suture.localize(tau, density=0.5).count > 0
+    assert suture.localize(0 * tau, density=0.5).count == 0
+
+
+def test_a_mask_is_on_the_disk_before_it_gets_its_name(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A disk that fails while it writes leaves what stood there, and nothing besides."""
+    path = tmp_path / "m.safetensors"
+    Mask({"a": (8,)}, {"a": np.array([1], np.uint8)}).save(path)
+    before = path.read_bytes()
+
+    def failing(descriptor: int) -> None:
+        raise OSError(errno.EIO, os.strerror(errno.EIO))
+
+    monkeypatch.setattr(os, "fsync", failing)
+    with pytest.raises(OutputError, match="cannot be written"):
+        Mask({"a": (8,)}, {"a": np.array([2], np.uint8)}).save(path)
+
+    assert path.read_bytes() == before
+    assert list(tmp_path.iterdir()) == [path]

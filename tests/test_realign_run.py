@@ -34,6 +34,7 @@ from suture.errors import (
 from suture.mask import Mask, localize
 from suture.models import load_language_model
 from suture.realign import METHODS, plan_realign, read_realign, realign, somf
+from suture.realign.base import Job
 from suture.realign.fuse import FUSES
 from suture.realign.outcome import curve_of, report_rows
 from suture.realign.pairs import answers_of, margins
@@ -124,6 +125,48 @@ def test_every_method_goes_from_a_recipe_to_a_folder(name: str, shop: Path, tmp_
     # and from the record alone, wherever the rows are
     card = (tmp_path / "out" / "README.md").read_text()
     assert METHODS[name].title in card
+
+
+def test_the_given_models_are_asked_once_for_all_methods(
+    shop: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A second method has the very numbers of a run that asked; what may change a bit asks anew:
+    batch, rows, fuse, weights under the same path; so does a damaged cache, and one without room."""
+    asked: list[str] = []
+    ask = Job.scores
+
+    def counted(job: Job, pairs: Any) -> Any:
+        asked.append(job.device)
+        return ask(job, pairs)
+
+    def asks(method: str, cache: str = "cache", **sections: Any) -> tuple[int, Any]:
+        asked.clear()
+        monkeypatch.setenv("SUTURE_CACHE", str(tmp_path / cache))
+        what = recipe(shop, method, utility={"rows": str(shop / "utility.jsonl")}, **sections)
+        report = realign(what, tmp_path / "out", overwrite=True)
+        return len(asked), report.scores
+
+    monkeypatch.setattr(Job, "scores", counted)
+    assert asks("magnitude")[0] == 3
+    known, scores = asks("random")
+    assert (known, asks("random", "other")) == (1, (3, scores))
+    assert asks("random", training={**TRAINING, "batch": 5})[0] == 3
+    assert asks("random", data={"train": str(shop / "pairs.jsonl"), "validation": 0.5})[0] == 3
+    assert asks("random", fuse={"how": "single", "coefficient": 0.5})[0] == 2
+
+    models = {"tuned": str(tmp_path / "copy")}
+    shutil.copytree(shop / "tuned", tmp_path / "copy")
+    assert asks("random", models=models) == (1, scores)
+    file = tmp_path / "copy" / "model.safetensors"
+    found = tensors(tmp_path / "copy")
+    save_file({n: v + (0.1 if n.endswith("q_proj.weight") else 0) for n, v in found.items()}, file)
+    assert asks("random", models=models)[0] == 2
+
+    for path in (tmp_path / "cache" / "scores").iterdir():
+        path.write_text(path.read_text().replace('"n": ', '"n": 1'))
+    assert asks("random") == (3, scores)
+    (tmp_path / "file").write_text("")
+    assert asks("random", "file/below") == (3, scores)
 
 
 @pytest.mark.parametrize("name", ["somf", "random", "protect"])
@@ -785,7 +828,7 @@ def test_all_faults_of_a_recipe_at_once(shop: Path, tmp_path: Path) -> None:
     for what, text in (
         (recipe(shop, parameters={"temperature": 0}), r"Concrete distribution, above 0; got 0"),
         (recipe(shop, "line-search", parameters={"retain": 2}), r"in \[0, 1\]; got 2"),
-        (recipe(shop, training={"epochs": 0}), "training.epochs must be at least 1"),
+        (recipe(shop, training={"epochs": 0}), "training.epochs: must be at least 1"),
         (recipe(shop, training={"lr": 1e30}), r"training.lr: a number below 2\*\*63, not 1e\+30"),
         (recipe(shop, models={"../a": "x"}), "'../a' cannot be the name of a model"),
         (recipe(shop, output={"dtype": "int7"}), "output.dtype: no dtype 'int7'"),
@@ -838,15 +881,24 @@ def test_numbers_that_are_none(shop: Path, tmp_path: Path) -> None:
 
 
 def test_what_must_not_be_passed_on_is_marked(shop: Path, tmp_path: Path) -> None:
-    """A restricted input makes a restricted output, in the record and in the card."""
+    """A restricted input makes a restricted output; its card has no scores and not the input's name."""
     shutil.copytree(shop / "tuned", tmp_path / "secret")
     record = tmp_path / "secret" / "suture.json"
     record.write_text(json.dumps({**json.loads(record.read_text()), "restricted": True}))
-    what = dataless(shop, "magnitude", density=0.5)
+    what = recipe(shop, method="magnitude", parameters={"density": 0.5})
     report = realign({**what, "models": {"x": str(tmp_path / "secret")}}, tmp_path / "out")
+    realign(what, tmp_path / "open")
     assert report.restricted
-    assert json.loads((tmp_path / "out" / "suture.json").read_text())["restricted"] is True
-    assert "must not be passed on" in (tmp_path / "out" / "README.md").read_text()
+    found = json.loads((tmp_path / "out" / "suture.json").read_text())
+    assert found["restricted"] is True
+    assert found["results"]["scores"]["realigned"]["margin"]
+    card, free = ((tmp_path / n / "README.md").read_text() for n in ("out", "open"))
+    assert "must not be passed on, nor what is made with it" in card
+    assert "tags:\n- realignment\n- suture\n- restricted" in card
+    assert found["output"]["fingerprint"] in card
+    for word in ("margin", "preferred", "utility", "retention", "secret"):
+        assert word not in card, word
+        assert word in free or word == "secret"
     assert Mask.load(tmp_path / "out" / "mask.safetensors").about["restricted"] is True
     again = {**what, "models": {"x": str(tmp_path / "out")}, "ancestor": "trust"}
     assert realign(again, tmp_path / "next").restricted

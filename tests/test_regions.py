@@ -656,6 +656,8 @@ def test_restricted_is_inherited_by_everything(workshop: Path, tmp_path: Path) -
         assert made[kind]["inputs"]["one"]["fingerprint"] not in card
         assert made[kind]["inputs"]["two"]["fingerprint"] in card
         assert "share of entries kept" not in card
+        assert "entries moved" not in card
+        assert "- restricted\n" in card.split("---")[1]
     assert suture.open(tmp_path / "stitched-masks").restricted
     tau = suture.open(tmp_path / "stitched-masks") - suture.open(workshop / "base")
     assert suture.localize(tau, density=0.1).restricted

@@ -30,7 +30,7 @@ from making import (
 from suture import writer
 from suture.errors import OutputError
 from suture.spec import TensorSpec
-from suture.writer import Writer, index_of, plan_shards
+from suture.writer import Writer, appearing, index_of, plan_shards
 
 
 def specs_of(tensors: Tensors) -> dict[str, TensorSpec]:
@@ -594,3 +594,23 @@ def test_a_lock_of_a_folder_that_was_removed_holds_nothing(
             writer.alone(folder, tmp_path / "out", "writing"),
         ):
             pass
+
+
+@pytest.mark.parametrize("call", ["write", "fsync"])
+def test_a_file_appears_whole_and_synced_or_not_at_all(
+    call: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Until its bytes are on the disk, what stood there before does, and nothing else is left."""
+    path = tmp_path / "some" / "file"
+    with appearing(path) as file:
+        file.write(b"one")
+    if call == "fsync":
+        monkeypatch.setattr(os, "fsync", failing(errno.EIO))
+
+    with pytest.raises(OutputError if call == "fsync" else KeyError), appearing(path) as file:
+        file.write(b"other")
+        if call == "write":
+            raise KeyError
+
+    assert path.read_bytes() == b"one"
+    assert list(path.parent.iterdir()) == [path]

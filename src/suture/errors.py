@@ -13,7 +13,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from difflib import get_close_matches
 from reprlib import repr as brief
@@ -79,6 +79,9 @@ class Problems:
     def __bool__(self) -> bool:
         return bool(self._found)
 
+    def __len__(self) -> int:
+        return len(self._found)
+
     def raise_if_any(self) -> None:
         """Raise one error that lists every problem; its class is that of the first."""
         if not self._found:
@@ -104,14 +107,18 @@ def _indented(text: str) -> str:
 
 __all__ = [
     "CheckpointError", "MismatchError", "MissingExtraError", "NonFiniteError", "OutputError",
-    "Problems", "RecipeError", "SutureError", "brief", "did_you_mean",
+    "Problems", "RecipeError", "SutureError", "brief", "did_you_mean", "nearest",
 ]  # fmt: skip
+
+
+def nearest(word: object, known: Iterable[str]) -> str | None:
+    """The known word that a misspelt one is likely to mean; ``None`` where none is near."""
+    lower = {k.lower(): k for k in known}
+    near = get_close_matches(str(word).lower(), lower, n=1)
+    return lower[near[0]] if near else None
 
 
 def did_you_mean(word: str, known: Sequence[str]) -> str:
     """A hint for a misspelt ``word``: the nearest known one, or all there are."""
-    near = get_close_matches(word.lower(), [k.lower() for k in known], n=1)
-    if near:
-        found = next(k for k in known if k.lower() == near[0])
-        return f"did you mean {found!r}?"
-    return f"known: {', '.join(known)}"
+    found = nearest(word, known)
+    return f"known: {', '.join(known)}" if found is None else f"did you mean {found!r}?"

@@ -17,7 +17,7 @@ from typing import Any
 import numpy as np
 
 from suture.checkpoint import Array, Checkpoint, read_header
-from suture.errors import MismatchError, Problems, SutureError
+from suture.errors import CheckpointError, MismatchError, Problems, SutureError
 from suture.maskfile import GRAFT, MaskFile, StoredMask, marked, popcount
 from suture.spec import DTYPES, TensorSpec, listed
 from suture.views import Same, View
@@ -160,7 +160,14 @@ class _Grafted:
     def _ranks(self) -> Array:
         numel = self.spec.numel
         counts = [self._marked(at, min(at + _STEP, numel)) for at in range(0, numel, _STEP)]
-        return np.cumsum([0, *counts], dtype=np.int64)
+        ranks = np.cumsum([0, *counts], dtype=np.int64)
+        held = self.mask.checkpoint.specs[VALUES + self.name].shape
+        if held != (ranks[-1],):  # others would be read from what stands behind them in the file
+            raise CheckpointError(
+                f"{self.mask.path}: damaged: {ranks[-1]} entries of {self.name} are marked, and "
+                f"its weights are {list(held)}; make it again"
+            )
+        return ranks
 
 
 __all__ = ["VALUES", "check_shapes", "is_graft", "open_graft", "write_graft"]

@@ -10,6 +10,7 @@ from __future__ import annotations
 import hashlib
 import inspect
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from functools import lru_cache
 from importlib.metadata import entry_points
@@ -19,7 +20,7 @@ import numpy as np
 
 from suture import kernels
 from suture.checkpoint import Array, Checkpoint
-from suture.errors import NonFiniteError, RecipeError, did_you_mean
+from suture.errors import NonFiniteError, RecipeError, did_you_mean, nearest
 from suture.spec import DTYPES, TensorSpec
 from suture.stats import OF_INPUTS, Stats
 from suture.stream import count_nonfinite
@@ -158,7 +159,7 @@ RULES: dict[str, Rule] = {
     r.name: r
     for r in (
         Rule(magnitude, "Magnitude", "He et al. 2025, arXiv:2408.13656", weight=False),
-        Rule(random, "Random (control)", "", seeded=True),
+        Rule(random, "Random (control)", "", seeded=True, delta=False, weight=False),
         Rule(fisher, "Fisher", "Matena and Raffel 2022, arXiv:2111.09832", ("fisher",),
              weight=False),
         Rule(empirical_fisher, "Empirical Fisher", "Kunstner et al. 2019, arXiv:1905.12558",
@@ -178,6 +179,13 @@ RULES: dict[str, Rule] = {
     )
 }  # fmt: skip
 """Every importance rule. Another package adds one by an entry point ``suture.rules``."""
+
+
+def likely_rule(name: str) -> Rule | None:
+    """The rule of this name, or the one that was likely meant; for what else may be wrong."""
+    with suppress(RecipeError):
+        return rule_named(name)
+    return RULES.get(nearest(name, RULES) or "")
 
 
 def rule_named(name: str) -> Rule:

@@ -13,7 +13,7 @@ import numpy as np
 from suture import kernels
 from suture.checkpoint import Array
 from suture.errors import MismatchError, RecipeError, SutureError, did_you_mean
-from suture.importance import Scoring, rule_named
+from suture.importance import RULES, Scoring, likely_rule, rule_named
 from suture.maskfile import (
     MaskFile,
     Overlap,
@@ -165,7 +165,7 @@ class Mask:
         """
         stored = StoredMask(Path(path))
         stored.check()
-        return cls(stored.shapes, {n: stored.checkpoint[n] for n in stored.shapes}, stored.about)
+        return cls(stored.shapes, {n: stored.whole(n) for n in stored.shapes}, stored.about)
 
 
 Sink = Callable[[str, int, Array], None]
@@ -231,7 +231,7 @@ def locate(
         NonFiniteError: a model or the statistics hold NaN or infinity.
     """
     specs = {n: scoring.base.specs[n] for n in names}
-    if scoring.rule.name == "magnitude" and scoring.without is None:
+    if scoring.rule is RULES["magnitude"] and scoring.factor and scoring.without is None:
         sources = Sources((scoring.tuned,), scoring.base)  # a delta's magnitude needs no view
     else:
         sources = Sources((scoring.view(names),), how=WEIGHT)
@@ -249,21 +249,21 @@ def check_question(
     rule: str, density: float | None, scope: str, stats: Stats | None, positive: bool
 ) -> Iterator[str]:
     """What is wrong with the words of a localization, a line each."""
+    found = likely_rule(rule)
     try:
-        found = rule_named(rule)
+        rule_named(rule)
     except RecipeError as error:
-        yield str(error)
-        return
+        yield f"rule: {error}"
     if scope not in SCOPES:
-        yield f"no scope {scope!r}; {did_you_mean(str(scope), SCOPES)}"
+        yield f"scope: no scope {scope!r}; {did_you_mean(str(scope), SCOPES)}"
     if density is None and not positive:
         yield "density: missing; give the share of entries to keep, or keep all `positive` scores"
     if density is not None and not 0 < density <= 1:
         yield f"density is the share of entries kept, in (0, 1]; got {density}"
-    if positive and not found.signed:
+    if positive and found is not None and not found.signed:
         signed = "first_order, learned"
         yield f"positive: the scores of {rule} are never negative; only {signed} have a sign"
-    if found.needs and stats is None:
+    if found is not None and found.needs and stats is None:
         yield f"the rule {rule} needs statistics: {', '.join(found.needs)}"
 
 

@@ -9,6 +9,7 @@ they are.
 from __future__ import annotations
 
 import json
+import os
 import threading
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -20,6 +21,7 @@ from suture.checkpoint import Array, Checkpoint, read_header
 from suture.errors import CheckpointError, OutputError, SutureError, brief
 from suture.seal import BLANK, seal, unbroken
 from suture.spec import TensorSpec
+from suture.writer import sync_folder
 
 FORMAT, VERSION = "suture.mask", "2"
 _CHUNK = 1 << 20
@@ -145,7 +147,7 @@ class StoredMask:
 
     def _add(self, name: str, text: str) -> None:
         words = text.split(",")
-        if not all(w.isdecimal() or not w for w in words):
+        if not all((w.isdecimal() and len(w) < 20) or not w for w in words):
             raise SutureError(f"{self.path}: the mask of {name} has no shape")
         shape = tuple(int(w) for w in words if w)
         spec = self.checkpoint.specs.get(name)
@@ -166,8 +168,21 @@ class StoredMask:
             )
 
     def read(self, name: str, start: int, out: Array) -> None:
-        """Fill ``out`` (uint8) with packed bits from entry ``start``, a multiple of 8, on."""
+        """Fill ``out`` (uint8) with packed bits from entry ``start``, a multiple of 8, on.
+
+        Raises:
+            SutureError: bits are set beyond the last entry, where no mask has any.
+        """
         self.checkpoint.read_into(name, start // 8, out)
+        beyond = start + 8 * out.size - TensorSpec("BOOL", self.shapes[name]).numel
+        if beyond > 0 and out[-1] >> (8 - beyond):
+            raise SutureError(f"{self.path}: damaged: the mask of {name} marks more than it has")
+
+    def whole(self, name: str) -> Array:
+        """The packed bits of a tensor."""
+        bits = np.empty(packed_bytes(self.shapes[name]), np.uint8)
+        self.read(name, 0, bits)
+        return bits
 
     def count(self, name: str) -> int:
         """How many entries of a tensor are marked."""
@@ -270,8 +285,11 @@ class MaskFile:
             with self._file:
                 if kind is None:
                     seal(self._file)
+                    self._file.flush()
+                    os.fsync(self._file.fileno())
             if kind is None:
                 self._partial.replace(self.path)
+                sync_folder(self.path.parent)
         except OSError as error:
             kind = type(error)
             raise OutputError(f"{self.path}: cannot be written: {error.strerror}") from error

@@ -15,9 +15,9 @@ from pathlib import Path
 from typing import Any
 
 from suture.chat import read_chat_template
-from suture.errors import Problems, RecipeError, brief, did_you_mean
+from suture.errors import Problems, RecipeError, brief, did_you_mean, nearest
 from suture.merges import METHODS, Parameter
-from suture.merges.kits import KITS, REQUIRED, Same
+from suture.merges.kits import KITS, REQUIRED, Kit, Same
 from suture.recipe_types import (
     UNKNOWN,
     ModelEntry,
@@ -75,8 +75,11 @@ class _Reader(Reader):
     def __init__(self, raw: Mapping[str, Any], folder: Path, problems: Problems) -> None:
         super().__init__(raw, folder, problems)
         self.notes: list[str] = []
-        name = raw["merge_method"]
-        self.name = name if isinstance(name, str) else str(name)
+        self.name = str(raw["merge_method"])
+        if self.name not in KITS:  # all else is told as though the likely one were meant
+            hint = did_you_mean(self.name, list(KITS))
+            self.refuse(f"merge_method: no method {self.name!r}; {hint}")
+            self.name = nearest(self.name, KITS) or "mergekit"
         self.kit = KITS.get(self.name)
         self.module: Scopes = []
         self.incomplete: set[str] = set()
@@ -84,9 +87,6 @@ class _Reader(Reader):
     def recipe(self) -> Recipe:
         """The recipe in Suture's terms."""
         refuse_unknown(self.raw, KEYS, "", self.problems)
-        if self.kit is None:
-            hint = did_you_mean(self.name, list(KITS))
-            self.refuse(f"merge_method: no method {self.name!r}; {hint}")
         body, where = self.body()
         base = self.raw.get("base_model")
         base = self.path(base, "base_model") if base else None
@@ -97,6 +97,7 @@ class _Reader(Reader):
         if self.kit is None:
             paths = list(dict.fromkeys(i.path for cut in cuts for i in cut.inputs))
             models = {short(path, paths): ModelEntry(path) for path in paths if path}
+            read_chat_template(self.raw.get("chat_template"), self.problems)
             return replace(blank, models=models, base=base)
         scopes = [*self.module, ("parameters", shared)]
         return self.translated(replace(blank, dtype=dtype), cuts, scopes, base)
@@ -165,14 +166,15 @@ class _Reader(Reader):
         found = section(raw, "parameters", self.problems, where)
         if found.pop("int8_mask", None) is not None:
             self.notes.append("int8_mask changes nothing here: masks are never stored")
-        if self.kit is None:
-            return found
-        known = [*self.kit.own, *self.kit.shared, *self.kit.flags]
-        for key in [k for k in found if k not in known]:
+        kits = KITS.values() if self.kit is None else [self.kit]
+        known = {key for kit in kits for part in (kit.own, kit.shared, kit.flags) for key in part}
+        for key in sorted(found.keys() - known):
             hint = did_you_mean(key, sorted(known))
             self.refuse(f"{where}parameters: {self.name} has no {key!r}; {hint}")
             del found[key]
-        for key in [k for k, same in self.kit.own.items() if k in found and not same.name]:
+        for key in [
+            k for k, same in (self.kit or Kit()).own.items() if k in found and not same.name
+        ]:
             self.notes.append(f"{key} changes nothing in {self.name}")
             del found[key]
         return found

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 from suture.checkpoint import (
@@ -21,7 +22,7 @@ from suture.errors import (
     RecipeError,
 )
 from suture.layers import Stretch, cut, depth_of, depths, sliced_config, stack_of
-from suture.merges import Method, PerModel, Scalar
+from suture.merges import Method, PerModel, Scalar, settings
 from suture.merges.protect import protected
 from suture.outputs import Options
 from suture.recipe_types import Recipe, Slice
@@ -104,8 +105,23 @@ def reference_label(recipe: Recipe) -> str | None:
     return "base" if recipe.base is not None else next(iter(recipe.models), None)
 
 
+def _check_files(recipe: Recipe, problems: Problems) -> None:
+    """Note files that are read besides the models, and are not there."""
+    found = settings(recipe.method, recipe.parameters, [(n, {}) for n in recipe.models], Problems())
+    for key, files in found.items():
+        for model, path in (files or {}).items() if takes_files(recipe.method, key) else ():
+            if not Path(path).exists():
+                problems.add(RecipeError, f"parameters.{key}.{model}: no such file: {path}")
+    if recipe.protect is not None:
+        for key in ("mask", "stats"):
+            path = getattr(recipe.protect, key)
+            if path is not None and not Path(path).exists():
+                problems.add(RecipeError, f"protect.{key}: no such file: {path}")
+
+
 def check_fit(recipe: Recipe, parts: Sequence[Part], problems: Problems, notes: list[str]) -> None:
     """Note where the models do not fit each other, or the recipe's patterns fit no tensor."""
+    _check_files(recipe, problems)
     for part in parts:
         for checkpoint in part.views.values():
             if checkpoint is not part.reference:
@@ -157,7 +173,7 @@ def job_of(recipe: Recipe, part: Part, options: Options, problems: Problems) -> 
     reference = part.reference
     how = recipe.method.make(**_bound(recipe.settings_of(part.cut, part.rows), part))
     if recipe.protect is not None:
-        with problems.collecting():
+        with problems.collecting("protect.mask: "):
             how = protected(how, recipe.protect)
     merged_names = tuple(n for n in recipe.space.names(reference.specs) if not how.keeps(n))
     raw = frozenset(reference.specs.keys() - set(merged_names))

@@ -16,9 +16,9 @@ from typing import Any
 import yaml
 
 from suture.chat import read_chat_template
-from suture.errors import Problems, RecipeError, brief, did_you_mean
-from suture.merges import Method, method, settings
-from suture.merges.presets import Preset, preset
+from suture.errors import Problems, RecipeError, brief, did_you_mean, nearest
+from suture.merges import METHODS, Method, check_words, method, settings
+from suture.merges.presets import PRESETS, Preset, preset
 from suture.merges.protect import Protection, read_protection
 from suture.recipe_types import (
     POLICIES,
@@ -33,6 +33,7 @@ from suture.recipe_types import (
     checked,
     layer_range,
     once,
+    read_space,
     refuse_unknown,
     section,
     short,
@@ -417,8 +418,10 @@ def _method_of(raw: dict[str, Any], problems: Problems) -> tuple[Method | None, 
     """The method that a recipe names, itself or by a preset."""
     found, chosen, name = None, None, raw.get("method")
     if raw.get("preset") is not None:
+        word = str(raw["preset"])
         with problems.collecting("preset: "):
-            chosen = preset(str(raw["preset"]))
+            chosen = PRESETS.get(nearest(word, PRESETS) or "")  # what was meant, for all else
+            chosen = preset(word)
         if chosen is not None and name not in (None, chosen.method):
             problems.add(
                 RecipeError,
@@ -431,6 +434,7 @@ def _method_of(raw: dict[str, Any], problems: Problems) -> tuple[Method | None, 
         problems.add(RecipeError, "method: missing; `suture methods` lists them")
     else:
         with problems.collecting("method: "):
+            found = METHODS.get(nearest(name, METHODS) or "")  # likewise
             found = method(name)
     return found, chosen
 
@@ -443,9 +447,11 @@ def _native(raw: dict[str, Any], problems: Problems, folder: Path) -> Recipe:
         problems.add(RecipeError, f"base: a path or hub id, not {brief(base)}")
     models = _models(raw.get("models"), problems)
     parameters = section(raw, "parameters", problems)
-    space = _space(section(raw, "space", problems), problems)
+    space = read_space(raw, problems)
     if chosen is not None:
-        parameters = {**chosen.parameters, **parameters}
+        idle = {} if found is None else found.idle(parameters)
+        preset_has = {k: v for k, v in chosen.parameters.items() if k not in idle}
+        parameters = {**preset_has, **parameters}
         if chosen.everything and raw.get("space") is None:
             space = ParamSpace((), ())
     policy = _policy(section(raw, "policy", problems), problems)
@@ -468,9 +474,23 @@ def _native(raw: dict[str, Any], problems: Problems, folder: Path) -> Recipe:
                     slices=slices, tokenizer=tokenizer, chat_template=template,
                     protect=_protection(raw, models, base, folder, problems))  # fmt: skip
     if found is None:
+        own_words = {name: entry.parameters for name, entry in models.items()}
+        check_words(METHODS.values(), parameters, own_words, problems)
+    else:
+        recipe = replace(recipe, method=found, parameters=_located(found, parameters, folder))
+        _check_method(checked(recipe, problems), problems)
+    inner = section(raw, "stages", problems)
+    for name in [n for n, stage in inner.items() if not isinstance(stage, Mapping)]:
+        problems.add(RecipeError, f"stages.{name}: a recipe, not {brief(inner.pop(name))}")
+    if not inner:
         return recipe
-    parameters = _located(found, parameters, folder)
-    recipe = checked(replace(recipe, method=found, parameters=parameters), problems)
+    stages = {name: (dict(stage), Lines()) for name, stage in inner.items()}
+    return _with_stages(recipe, stages, folder, problems)
+
+
+def _check_method(recipe: Recipe, problems: Problems) -> None:
+    """Note where slices do not go with the method of a recipe."""
+    found, parameters, slices = recipe.method, recipe.parameters, recipe.slices
     given = {n for own in (parameters, *(cut.parameters for cut in slices)) for n in own}
     files = [n for n, p in found.parameters.items() if p.files and (p.required or n in given)]
     if slices and files:
@@ -485,13 +505,6 @@ def _native(raw: dict[str, Any], problems: Problems, folder: Path) -> Recipe:
         settings(found, cut.parameters, own, problems, f"{where}.parameters",
                  f"{where}.sources.{{}}")  # fmt: skip
         check_slice(recipe, cut, where, f"`{cut.base}`", problems)
-    inner = section(raw, "stages", problems)
-    for name in [n for n, stage in inner.items() if not isinstance(stage, Mapping)]:
-        problems.add(RecipeError, f"stages.{name}: a recipe, not {brief(inner.pop(name))}")
-    if not inner:
-        return recipe
-    stages = {name: (dict(stage), Lines()) for name, stage in inner.items()}
-    return _with_stages(recipe, stages, folder, problems)
 
 
 def _protection(
@@ -626,22 +639,6 @@ def _models(raw: object, problems: Problems) -> dict[str, ModelEntry]:
             adapters = []
         found[str(name)] = ModelEntry("+".join([entry["path"], *adapters]), own)
     return found
-
-
-def _words(value: object, where: str, problems: Problems) -> tuple[str, ...]:
-    words = [value] if isinstance(value, str) else value
-    if not isinstance(words, list) or not all(isinstance(w, str) for w in words):
-        problems.add(RecipeError, f"{where}: a list of roles or name patterns, not {brief(value)}")
-        return ()
-    return tuple(words)
-
-
-def _space(raw: dict[str, Any], problems: Problems) -> ParamSpace:
-    refuse_unknown(raw, ("include", "exclude"), "space: ", problems)
-    default = ParamSpace()
-    include = _words(raw.get("include", list(default.include)), "space.include", problems)
-    exclude = _words(raw.get("exclude", list(default.exclude)), "space.exclude", problems)
-    return ParamSpace(include, exclude)
 
 
 def _policy(raw: dict[str, Any], problems: Problems) -> Policy:

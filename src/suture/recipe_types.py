@@ -167,8 +167,8 @@ class Recipe:
 
     def resolved(self) -> dict[str, Any]:
         """The recipe with every default written out, as plain data that can be read again."""
-        known = self.method.parameters
-        shared = {n: self.parameters.get(n, p.default) for n, p in known.items()}
+        known, idle = self.method.parameters, self.method.idle(self.parameters)
+        shared = {n: self.parameters.get(n, p.default) for n, p in known.items() if n not in idle}
         found: dict[str, Any] = {
             "base": self.base,
             "models": {n: {"path": e.path, **e.parameters} for n, e in self.models.items()},
@@ -232,6 +232,24 @@ def section(
         problems.add(RecipeError, f"{where}{key}: a mapping, not {brief(found)}")
         return {}
     return {str(k): v for k, v in found.items()}
+
+
+def read_space(
+    raw: Mapping[str, Any], problems: Problems, default: ParamSpace = DEFAULT_SPACE
+) -> ParamSpace:
+    """The section ``space`` of a recipe: which tensors it is about."""
+    given = section(raw, "space", problems)
+    refuse_unknown(given, default._fields, "space: ", problems)
+    found = {}
+    for key, usual in default._asdict().items():
+        words = given.get(key, list(usual))
+        words = [words] if isinstance(words, str) else words
+        if not isinstance(words, list) or not all(isinstance(w, str) for w in words):
+            what = f"space.{key}: a list of roles or name patterns, not {brief(words)}"
+            problems.add(RecipeError, what)
+            words = usual
+        found[key] = tuple(words)
+    return ParamSpace(**found)
 
 
 def layer_range(raw: object, where: str, problems: Problems) -> tuple[int, int] | None:

@@ -11,7 +11,7 @@ from typing import Any
 from suture.analysis import BASES
 from suture.errors import Problems, brief, did_you_mean
 from suture.recipe import raw_recipe
-from suture.recipe_types import Reader, refuse_unknown, section
+from suture.recipe_types import Reader, read_space, refuse_unknown, section
 from suture.roles import DEFAULT_SPACE, ParamSpace
 from suture.select import SCOPES
 from suture.tasks import Task, TaskReader
@@ -186,9 +186,9 @@ class _Reader(Reader):
         return Request(
             base, models, unseen, analyses, density, str(scope), masks,
             again if isinstance(again, str) else None,
-            self.bases(len(models)), self.space(), seed, tasks, self.diagnostics(models, tasks),
-            self.grid(analyses), self.shares(analyses), self.count("rows", self.raw, 512, ""),
-            self.word("device", self.raw, "cpu"), folder,
+            self.bases(len(models)), read_space(self.raw, self.problems), seed, tasks,
+            self.diagnostics(models, tasks), self.grid(analyses), self.shares(analyses),
+            self.count("rows", self.raw, 512, ""), self.word("device", self.raw, "cpu"), folder,
         )  # fmt: skip
 
     def words(self, value: object, where: str, known: Sequence[str]) -> tuple[str, ...]:
@@ -397,10 +397,3 @@ class _Reader(Reader):
             self.refuse(f"bases.size: from 1 to {models}, the number of models, not {brief(size)}")
             size = None
         return BasisRequest(kinds, size, write)
-
-    def space(self) -> ParamSpace:
-        raw = section(self.raw, "space", self.problems)
-        refuse_unknown(raw, ("include", "exclude"), "space: ", self.problems)
-        include = self.words(raw.get("include", list(DEFAULT_SPACE.include)), "space.include", ())
-        exclude = self.words(raw.get("exclude", list(DEFAULT_SPACE.exclude)), "space.exclude", ())
-        return ParamSpace(include, exclude)

@@ -239,7 +239,7 @@ def _read_masks(
         if not path.is_file():
             problems.add(RecipeError, f"{key}: {path} is missing: one mask for each model")
             continue
-        with problems.collecting():
+        with problems.collecting(f"{key}: "):
             found[model] = Mask.load(path)
     shapes = {name: base.specs[name].shape for name in names}
     for model, mask in found.items():

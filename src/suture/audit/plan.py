@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from suture.audit.recipe import Audit, read_audit
+from suture.audit.recipe import SPARED, Audit, read_audit
 from suture.audit.rows import Material, Questions, questions, read_material, tokens
 from suture.checkpoint import Checkpoint, read_json, refuse_uncomputable
 from suture.data import Dataset
@@ -242,6 +242,8 @@ def _tokens(
         language: tokens(rows, recipe, tokenizer, longest, recipe.columns.response)
         for language, rows in material.rows["probe"].items()
     }
+    if recipe.useful is not None:
+        probes[SPARED] = tokens(material.useful, recipe, tokenizer, longest, recipe.useful.response)
     how = recipe.attack
     if how is None:
         return probes, None
@@ -301,6 +303,10 @@ def describe(plan: Plan) -> dict[str, Any]:
         "attack": len(plan.material.attack),
         "score": f"|change| times gradient, rule {plan.recipe.scores.rule}, at "
                  f"{plan.recipe.scores.at}, {plan.recipe.scores.rows} rows a language",
+        **({} if plan.recipe.useful is None else {
+            "spared": f"{plan.recipe.useful.share:.1%} of the entries, by "
+                      f"{len(plan.material.useful)} useful rows",
+        }),
         "entries": entries,
         "trainings": looks["trainings"] * seeds,
         "looks": 1 + looks["looks"] * seeds + (looks["onto"] * seeds + 1) * len(plan.onto),

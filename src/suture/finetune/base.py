@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import inspect
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated, Any, get_type_hints
@@ -266,6 +266,14 @@ class Strategy:
             else:
                 found[name] = value
         return found
+
+
+def check_words(lines: Iterable[Strategy], given: Iterable[str], problems: Problems) -> None:
+    """Note parameters that no line of a table has, where it is not known which one is meant."""
+    known = list(dict.fromkeys(name for line in lines for name in line.parameters))
+    for key in given:
+        if key not in known:
+            problems.add(RecipeError, f"parameters: none has {key!r}; {did_you_mean(key, known)}")
 
 
 def backbone_of(model: nn.Module, body: str) -> nn.Module:

@@ -14,7 +14,7 @@ from suture.errors import CheckpointError, OutputError, Problems, RecipeError
 from suture.finetune.base import given_mask
 from suture.finetune.heads import saved_head
 from suture.finetune.image_rows import image_rows, look_of
-from suture.finetune.recipe import HEADS, IMAGES, Finetune, read_finetune
+from suture.finetune.recipe import HEADS, IMAGES, UNREAD, Finetune, parse_finetune
 from suture.finetune.rows import Rows, classification_rows, language_rows
 from suture.finetune.strategies import MASKS
 from suture.images import Images
@@ -75,22 +75,38 @@ def plan_finetune(
     """
     options = options or Options()
     problems = Problems()
-    found = base = None
-    with problems.collecting():
-        found = read_finetune(recipe)
-    if found is not None:
+    base = None
+    found = parse_finetune(recipe, None, problems)
+    if found is not None and found.base:
         with problems.collecting():
             base = _base(found)
     inputs = {} if base is None else {"base": base}
     check_place(out, inputs, PlaceOptions(overwrite=options.overwrite), problems)
-    if found is None or base is None:
+    if found is None:
         problems.raise_if_any()
     assert found is not None
-    assert base is not None
-    task = found.task or _task(base)
     device = options.device or found.device
     with problems.collecting():
         device = device_named(device)
+    rows, tokenizer, task = None, None, ""
+    if base is not None:
+        task = found.task or _task(base)
+        rows, tokenizer = _material(found, base, task, problems)
+        _check_form(found, base, problems)
+    withheld = _check_mask(found, problems)
+    problems.raise_if_any()
+    assert base is not None
+    assert rows is not None
+    plan = Plan(found, base, task, tokenizer, rows, out, device, options, withheld)
+    _check_room(plan, problems)
+    problems.raise_if_any()
+    return plan
+
+
+def _material(
+    found: Finetune, base: Checkpoint, task: str, problems: Problems
+) -> tuple[Rows | None, Any]:
+    """The rows and the tokenizer; what does not go with the task is noted."""
     if found.training.patience and found.data.validation is None and not found.data.share:
         problems.add(RecipeError, "training.patience: needs validation rows")
     if task == "language-model" and found.head != "probe":
@@ -98,19 +114,13 @@ def plan_finetune(
     if task == IMAGES and found.head == "zero-shot":
         problems.add(RecipeError, "head: zero-shot reads texts, the base images; take the probe")
     rows = tokenizer = None
-    with problems.collecting():
-        rows, tokenizer = _rows(found, base, task)
+    if found.data is not UNREAD:
+        with problems.collecting():
+            rows, tokenizer = _rows(found, base, task)
     if rows is not None and task != "language-model" and found.head not in HEADS:
         with problems.collecting():
             saved_head(found.head, found.folder, rows.labels, base.config.get("hidden_size"))
-    withheld = _check_mask(found, problems)
-    _check_form(found, base, problems)
-    problems.raise_if_any()
-    assert rows is not None
-    plan = Plan(found, base, task, tokenizer, rows, out, device, options, withheld)
-    _check_room(plan, problems)
-    problems.raise_if_any()
-    return plan
+    return rows, tokenizer
 
 
 def _rows(recipe: Finetune, base: Checkpoint, task: str) -> tuple[Rows, Any]:

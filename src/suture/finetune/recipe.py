@@ -9,9 +9,9 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
-from suture.errors import Problems, RecipeError, brief, did_you_mean
-from suture.finetune.base import Strategy
-from suture.finetune.strategies import strategy
+from suture.errors import Problems, RecipeError, brief, did_you_mean, nearest
+from suture.finetune.base import Strategy, check_words
+from suture.finetune.strategies import STRATEGIES, strategy
 from suture.recipe import raw_recipe
 from suture.recipe_types import Reader, refuse_unknown, section
 from suture.spec import WORD_OF, dtype_named
@@ -67,6 +67,10 @@ class DataSpec:
     """Whether prompts and responses are put into the chat template."""
 
 
+UNREAD = DataSpec(Source(""))
+"""Stands in a recipe whose rows cannot be found or read, until that is reported."""
+
+
 @dataclass(frozen=True)
 class Finetune:
     """A run, as data: after ``read_finetune`` every key is known and every value checked."""
@@ -118,11 +122,24 @@ def read_finetune(source: Path | Mapping[str, Any], folder: Path | None = None) 
         RecipeError: everything that is wrong with it, at once.
     """
     problems = Problems()
-    raw, where = raw_recipe(source, folder, problems)
-    found = _Reader(raw, where, problems).recipe()
+    found = parse_finetune(source, folder, problems)
     problems.raise_if_any()
     assert found is not None
     return found
+
+
+def parse_finetune(
+    source: Path | Mapping[str, Any], folder: Path | None, problems: Problems
+) -> Finetune | None:
+    """The same, but with faults noted in ``problems``.
+
+    A recipe with faults comes back as far as it is understood, so that its base and rows can be
+    looked at too; ``None`` where there is no recipe at all.
+    """
+    with problems.collecting():
+        raw, where = raw_recipe(source, folder, problems)
+        return _Reader(raw, where, problems).recipe()
+    return None
 
 
 class _Reader(Reader):
@@ -137,34 +154,40 @@ class _Reader(Reader):
             return default
         return value
 
-    def recipe(self) -> Finetune | None:
+    def recipe(self) -> Finetune:
         folder = self.folder
         refuse_unknown(self.raw, KEYS, "", self.problems)
         base, name = self.raw.get("base"), self.raw.get("strategy")
         if not isinstance(base, str) or not base:
             self.refuse("base: the path or hub id of the model to start from")
-        found, parameters = None, section(self.raw, "parameters", self.problems)
-        with self.problems.collecting():
+        parameters = section(self.raw, "parameters", self.problems)
+        found = STRATEGIES.get(nearest(name, STRATEGIES) or "")  # what was meant, for all else
+        with self.problems.collecting("strategy: "):
             if not isinstance(name, str):
-                raise RecipeError("strategy: missing; `suture strategies` lists them")
+                raise RecipeError("missing; `suture strategies` lists them")
             found = strategy(name)
+        if found is not None:
             found.settings(parameters, self.problems)
-        training, recompute = self.training(TuneSettings.lr if found is None else found.lr)
+        else:
+            check_words(STRATEGIES.values(), parameters, self.problems)
+            found, parameters = STRATEGIES["full"], {}
+        training, recompute = self.training(found.lr)
         dtype, form = self.output()
         task = self.word("task", TASKS, None)
         head = self.raw.get("head", "probe")
         if not isinstance(head, str) or not head:
             self.refuse(f"head: {', '.join(HEADS)} or the file of a saved head, not {brief(head)}")
+            head = "probe"
         elif head not in HEADS and not (folder / head).is_file():
             self.refuse(f"head: no file {folder / head}; {did_you_mean(head, HEADS)}")
+            head = "probe"
         device = self.raw.get("device", "auto")
         if not isinstance(device, str):
             self.refuse(f"device: auto, cpu or cuda, not {brief(device)}")
-        data = self.data(folder)
-        if self.problems or found is None or data is None:
-            return None
-        return Finetune(str(base), found, data, parameters, task, str(head), training, recompute,
-                        dtype, form, str(device), folder)  # fmt: skip
+            device = "auto"
+        base = base if isinstance(base, str) else ""
+        return Finetune(base, found, self.data(folder), parameters, task, head, training,
+                        recompute, dtype, form, device, folder)  # fmt: skip
 
     def training(self, lr: float) -> tuple[TuneSettings, bool]:
         raw = section(self.raw, "training", self.problems)
@@ -186,7 +209,8 @@ class _Reader(Reader):
             dtype = None if raw.get("dtype") is None else dtype_named(str(raw["dtype"]))
         return dtype, str(form)
 
-    def data(self, folder: Path) -> DataSpec | None:
+    def data(self, folder: Path) -> DataSpec:
+        before = len(self.problems)
         raw = section(self.raw, "data", self.problems)
         names = tuple(f.name for f in fields(DataSpec) if f.name != "share")
         refuse_unknown(raw, names, "data: ", self.problems)
@@ -200,7 +224,8 @@ class _Reader(Reader):
         else:
             other = read_source(validation, "data.validation", folder, "validation", self.problems)
         given = self.columns(raw) | self.limits(raw) | self.labels(raw)
-        return None if train is None or self.problems else DataSpec(train, other, share, **given)
+        fine = train is not None and len(self.problems) == before
+        return DataSpec(train, other, share, **given) if train is not None and fine else UNREAD
 
     def columns(self, raw: Mapping[str, Any]) -> dict[str, Any]:
         """What the columns are called and what stands in them."""
@@ -284,12 +309,14 @@ def read_training(
             kind = "a word" if isinstance(like, str) else kind
             kind += " below 2**63" if number and abs(value) >= 2**63 else ""
             problems.add(RecipeError, f"{place}.{key}: {kind}, not {brief(value)}")
-    for key, value in fine.items():
+    for key, value in [*fine.items()]:
         try:
             TuneSettings(**{key: value})
         except RecipeError as error:
-            problems.add(RecipeError, f"{place}.{error}")
-    return default if problems else replace(default, **fine)
+            told = str(error).removeprefix(key).strip()
+            problems.add(RecipeError, f"{place}.{key}: {told}")
+            del fine[key]
+    return replace(default, **fine)
 
 
 PACKAGE = "package:"

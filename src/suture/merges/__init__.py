@@ -16,10 +16,10 @@ from suture.merges.base import (
     Scalar,
     Value,
     each,
-    settings,
 )
 from suture.merges.consensus import consensus
 from suture.merges.dare import dare_linear, dare_ties
+from suture.merges.given import check_words, settings
 from suture.merges.led import led
 from suture.merges.linear import linear, passthrough, slerp, task_arithmetic
 from suture.merges.measured import fisher_merging, regmean
@@ -34,7 +34,7 @@ from suture.merges.ties import ties
 
 __all__ = [
     "METHODS", "Beside", "Context", "Curve", "Merge", "Method", "Parameter", "PerModel", "Scalar",
-    "Value", "each", "method", "settings",
+    "Value", "check_words", "each", "method", "settings",
 ]  # fmt: skip
 
 METHODS: dict[str, Method] = {

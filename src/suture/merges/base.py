@@ -16,7 +16,7 @@ from typing import Annotated, Any, Generic, Literal, TypeVar, get_args, get_orig
 
 import numpy as np
 
-from suture.errors import Problems, RecipeError, brief, did_you_mean
+from suture.errors import Problems, brief, did_you_mean
 from suture.roles import selects
 from suture.spec import TensorSpec
 from suture.stream import DELTA, WEIGHT, Block, Progress, Sources
@@ -147,6 +147,8 @@ class Files:
     """What a parameter that names one file a model means: a folder, or a mapping by model."""
 
     doc: str
+    instead: tuple[str, ...] = ()
+    """Parameters that have no meaning beside it: the files decide what they would."""
 
     def problem(self, value: object) -> str | None:
         """What is wrong with ``value``; ``None`` when nothing is."""
@@ -363,6 +365,12 @@ class Method:
             for name, parameter in inspect.signature(self.make).parameters.items()
         }
 
+    def idle(self, given: Mapping[str, Any]) -> dict[str, str]:
+        """The parameters that have no meaning beside what is given, each with what decides."""
+        files = [(n, p.meta) for n, p in self.parameters.items()
+                 if isinstance(p.meta, Files) and given.get(n) is not None]  # fmt: skip
+        return {name: by for by, meta in files for name in meta.instead}
+
     @property
     def equation(self) -> str:
         """What is computed, in Markdown: the body of the docstring."""
@@ -381,114 +389,3 @@ class Method:
         more = " With a base, task vectors are merged." if self.optional_base else ""
         more += " Needs torch, and memory for whole tensors." if self.tensorwise else ""
         return f"Needs {base}{number}.{more}"
-
-
-def settings(
-    method: Method,
-    given: Mapping[str, Any],
-    per_model: Sequence[tuple[str, Mapping[str, Any]]],
-    problems: Problems,
-    shared: str = "parameters",
-    own: str = "models.{}",
-) -> dict[str, Any]:
-    """Check the parameters of a recipe and give them the types that the method asks for.
-
-    Args:
-        method: the line of the table.
-        given: parameters for all models; a number may be a mapping from patterns to numbers.
-        per_model: name and own parameters of each model, in the order of rows.
-        problems: takes one note for every fault.
-        shared: what messages call the place of the parameters for all models.
-        own: what they call the place of those of one model, with ``{}`` for its name.
-    """
-    known = method.parameters
-    for key in given:
-        if key == "seed" and key not in known:  # said for every method, used by those that draw
-            _check(Parameter(key, Seed, 0), given[key], f"{shared}.{key}", problems)
-        elif key not in known:
-            hint = did_you_mean(key, list(known))
-            problems.add(RecipeError, f"{shared}: {method.name} has no {key!r}; {hint}")
-    theirs = [p for p in known.values() if p.per_model]
-    for model, mine in per_model:
-        for key in mine:
-            if key not in {p.name for p in theirs}:
-                hint = did_you_mean(key, ["path", *(p.name for p in theirs)])
-                problems.add(RecipeError, f"{own.format(model)}: unknown key {key!r}; {hint}")
-    found: dict[str, Any] = {}
-    for name, parameter in known.items():
-        if parameter.per_model:
-            values = [(f"{own.format(m)}.{name}", v[name]) if name in v else
-                      (f"{shared}.{name}", given.get(name, parameter.default))
-                      for m, v in per_model]  # fmt: skip
-            found[name] = PerModel(tuple(_scalar(parameter, v, w, problems) for w, v in values))
-        else:
-            value = given.get(name, parameter.default)
-            where = f"{shared}.{name}"
-            models = [m for m, _ in per_model]
-            found[name] = _shared(parameter, value, models, where, problems)
-    return found
-
-
-def _shared(
-    parameter: Parameter, value: Any, models: Sequence[str], where: str, problems: Problems
-) -> Any:
-    """A parameter of the whole merge in its type."""
-    if parameter.files:
-        return _files(parameter, value, models, where, problems)
-    if parameter.per_tensor:
-        return _scalar(parameter, value, where, problems)
-    fine = _check(parameter, value, where, problems)
-    if fine and isinstance(parameter.meta, ModelName) and value not in (None, *models):
-        problems.add(
-            RecipeError, f"{where}: no model {brief(value)}; {did_you_mean(str(value), models)}"
-        )
-    whole = fine and isinstance(parameter.meta, Number) and parameter.meta.whole
-    return int(value) if whole else value
-
-
-def _files(
-    parameter: Parameter, value: object, models: Sequence[str], where: str, problems: Problems
-) -> dict[str, str] | None:
-    """The file of each model, paired by name."""
-    if value is None:
-        if parameter.required:
-            problems.add(RecipeError, f"{where}: missing; {parameter.doc}")
-        return None
-    if not _check(parameter, value, where, problems):
-        return None
-    if isinstance(value, str):
-        return {m: f"{value}/{m}.safetensors" for m in models}
-    assert isinstance(value, Mapping)
-    for model in sorted({*models} ^ {*value}):
-        hint = f"is given, but {did_you_mean(model, models)}" if model in value else "has no file"
-        problems.add(RecipeError, f"{where}: {model!r} {hint}; files are paired by model name")
-    return {m: str(value[m]) for m in models if m in value}
-
-
-def _check(parameter: Parameter, value: object, where: str, problems: Problems) -> bool:
-    problem = parameter.problem(value)
-    if problem is not None:
-        problems.add(RecipeError, f"{where}: {problem}")
-    return problem is None
-
-
-def _scalar(parameter: Parameter, value: object, where: str, problems: Problems) -> Scalar:
-    if not isinstance(value, Mapping):
-        return Scalar(_value(parameter, value, where, problems))
-    rules = tuple(
-        (str(pattern), _value(parameter, number, f"{where}[{pattern!r}]", problems))
-        for pattern, number in value.items()
-    )
-    default: Any = next((v for p, v in rules if p == "*"), parameter.default)
-    return Scalar(default if isinstance(default, Curve) else float(default), rules)
-
-
-def _value(parameter: Parameter, value: object, where: str, problems: Problems) -> Value:
-    if not isinstance(value, list):
-        return float(value) if _check(parameter, value, where, problems) else 1.0  # type: ignore[arg-type]
-    if not value:
-        problems.add(
-            RecipeError, f"{where}: an empty list; give one number or more, in order of depth"
-        )
-    fine = [_check(parameter, v, f"{where}[{i}]", problems) for i, v in enumerate(value)]
-    return Curve(tuple(map(float, value))) if value and all(fine) else 1.0

@@ -155,13 +155,12 @@ class Election:
         marked: list[str] = []
         for model in context.models:
             restricted = False
-            with problems.collecting():
-                if self.stats is not None:
-                    restricted = self._hold_stats(model, self.stats, context, identity, expected,
-                                                  problems)  # fmt: skip
-                elif self.masks is not None:
-                    restricted = self._hold_masks(model, self.masks, context, identity, expected,
-                                                  problems)  # fmt: skip
+            if self.stats is not None:
+                restricted = self._hold_stats(model, self.stats, context, identity, expected,
+                                              problems)  # fmt: skip
+            elif self.masks is not None:
+                restricted = self._hold_masks(model, self.masks, context, identity, expected,
+                                              problems)  # fmt: skip
             marked += [model] if restricted else []
         return Beside(tuple(identity), expected, tuple(marked))
 
@@ -169,39 +168,45 @@ class Election:
         self, model: str, files: Mapping[str, str], context: Context,
         identity: list[tuple[object, ...]], expected: dict[str, str], problems: Problems,
     ) -> bool:  # fmt: skip
-        pair = [(Stats.load(Path(files[model])), "tuned")]
+        places = [("stats", files[model], "tuned")]
         if self.asks_base and self.base_stats is not None:
-            pair.append((Stats.load(Path(self.base_stats[model])), "base"))
-        for stats, at in pair:
-            identity.append(tuple(stats.tensors.identity))  # type: ignore[attr-defined]
-            known = check_stats(stats, NEEDS, context, model, at)
-            agreed(expected, known, stats.where, problems)
-        if len({stats.facts.get("data") for stats, _ in pair}) > 1:
-            raise MismatchError(
-                f"{pair[1][0].where}: measured on other rows than {pair[0][0].where}; "
-                "measure both with `at: both`"
+            places.append(("base_stats", self.base_stats[model], "base"))
+        pair = []
+        for key, path, at in places:
+            with problems.collecting(f"parameters.{key}.{model}: "):
+                stats = Stats.load(Path(path))
+                pair.append(stats)
+                identity.append(tuple(stats.tensors.identity))  # type: ignore[attr-defined]
+                known = check_stats(stats, NEEDS, context, model, at)
+                agreed(expected, known, stats.where, problems)
+        if len({stats.facts.get("data") for stats in pair}) > 1:
+            problems.add(
+                MismatchError,
+                f"parameters.base_stats.{model}: {pair[1].where}: measured on other rows than "
+                f"{pair[0].where}; measure both with `at: both`",
             )
-        return any(stats.restricted for stats, _ in pair)
+        return any(stats.restricted for stats in pair)
 
     def _hold_masks(
         self, model: str, files: Mapping[str, str], context: Context,
         identity: list[tuple[object, ...]], expected: dict[str, str], problems: Problems,
     ) -> bool:  # fmt: skip
         held = context.sources.models[context.models.index(model)]
-        places = [(files[model], "tuned")]
+        places = [("masks", files[model], "tuned")]
         if self.asks_base and self.base_masks is not None:
-            places.append((self.base_masks[model], "base"))
+            places.append(("base_masks", self.base_masks[model], "base"))
         restricted = False
-        for path, at in places:
-            mask = StoredMask(Path(path))
-            restricted |= mask.restricted
-            identity.append(tuple(mask.checkpoint.identity))
-            agreed(expected, check_mask(mask, held, model, context.names), path, problems)
-            if mask.about.get("at", at) != at:
-                raise MismatchError(
-                    f"{path}: marks what matters to the {mask.about['at']} model; a mask of the "
-                    f"{at} one belongs here"
-                )
+        for key, path, at in places:
+            with problems.collecting(f"parameters.{key}.{model}: "):
+                mask = StoredMask(Path(path))
+                restricted |= mask.restricted
+                identity.append(tuple(mask.checkpoint.identity))
+                agreed(expected, check_mask(mask, held, model, context.names), path, problems)
+                if mask.about.get("at", at) != at:
+                    raise MismatchError(
+                        f"{path}: marks what matters to the {mask.about['at']} model; a mask of "
+                        f"the {at} one belongs here"
+                    )
         return restricted
 
     def levels(self, name: str, models: Sequence[str]) -> list[float]:

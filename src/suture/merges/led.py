@@ -41,7 +41,7 @@ BaseStatistics = Annotated[
 Masks = Annotated[
     Mapping[str, str] | None,
     Files("instead of statistics, the mask of each model: a folder that `suture localize` wrote, "
-          "or a file a model"),
+          "or a file a model", instead=("density", "scope")),
 ]  # fmt: skip
 BaseMasks = Annotated[
     Mapping[str, str] | None,
@@ -114,8 +114,9 @@ def led(
     ``density`` is the paper's ratio :math:`r_i`, of each model. With ``safety_first`` the safety
     expert keeps all it elects. ``suture localize`` with the rule ``snip`` and ``at: both`` measures
     what is needed. Masks that it wrote stand for :math:`N_i^f` and :math:`N_i^b` themselves:
-    ``density`` and ``scope`` were chosen there. The controls ``magnitude`` and ``random`` mark as
-    many entries of each tensor as the election would, and then keep apart what several mark;
+    ``density`` and ``scope`` were chosen there, and are refused beside them. The controls
+    ``magnitude`` and ``random`` mark as many entries of each tensor as the election would, and then
+    keep apart what several mark;
     with ``match: written`` models take turns, the one that writes least first, until each writes
     as many as after the election. Without ``stats`` and ``masks`` they mark the share ``density``.
     """

@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 
 from suture.errors import Problems, RecipeError, brief, did_you_mean
-from suture.importance import RULES, Scoring, rule_named
+from suture.importance import RULES, Scoring, likely_rule, rule_named
 from suture.maskfile import StoredMask
 from suture.merges.base import Beside, Context, Merge, Number
 from suture.merges.marks import Masked, Ranked, agreed, check_mask, check_stats, ranked, unpacked
@@ -97,18 +97,17 @@ def _read(raw: object, models: list[str], based: bool, wrong: list[str]) -> Prot
         return None
     given = {str(k): v for k, v in raw.items() if v is not None}
     wrong += _odd_words(given, models)
-    if wrong:
-        return None
     if "mask" in given:
         wrong += _masked(given)
     else:
         wrong += _computed(given.get("rule"), given.get("density"), given.get("stats"))
+    if not based and ("rule" in given or given.get("scale", 1) != 1):
+        wrong.append("protect: a rule, or a scale, works on the change to a base; name a base")
+    if wrong:
+        return None
     words: dict[str, Any] = {k: float(v) if k in ("density", "scale") else v
                              for k, v in given.items()}  # fmt: skip
-    found = Protection(**words)
-    if not based and (found.rule is not None or found.scale != 1):
-        wrong.append("protect: a rule, or a scale, works on the change to a base; name a base")
-    return found
+    return Protection(**words)
 
 
 def _odd_words(given: Mapping[str, Any], models: list[str]) -> Iterator[str]:
@@ -153,17 +152,17 @@ def _computed(rule: object, density: object, stats: object) -> Iterator[str]:
     if rule is None:
         yield "protect: give a mask, a file of `suture localize`, or a rule with a density"
         return
+    known = likely_rule(str(rule))
     try:
-        known = rule_named(str(rule))
+        rule_named(str(rule))
     except RecipeError as error:
         yield f"protect.rule: {error}"
-        return
-    if known.signed:
+    if known is not None and known.signed:
         plain = ", ".join(n for n, r in RULES.items() if not r.signed)
-        yield f"protect.rule: {rule} has a sign; use one of {plain}, or its mask as a file"
-    if known.needs and stats is None:
-        yield (f"protect.stats: missing; the rule {rule} needs {', '.join(known.needs)}, a file "
-               "that `suture localize` writes into its folder `stats`")  # fmt: skip
+        yield f"protect.rule: {known.name} has a sign; use one of {plain}, or its mask as a file"
+    if known is not None and known.needs and stats is None:
+        yield (f"protect.stats: missing; the rule {known.name} needs {', '.join(known.needs)}, a "
+               "file that `suture localize` writes into its folder `stats`")  # fmt: skip
     if density is None:
         yield "protect.density: missing; the share of entries to protect"
 
@@ -254,7 +253,8 @@ def _beside(merge: Merge[Any], how: Protection, context: Context, problems: Prob
     inner = merge.beside(context, problems)
     identity, expected = [*inner.identity], dict(inner.expected)
     marked = list(inner.restricted)
-    with problems.collecting():
+    key = "stats" if how.mask is None else "mask"
+    with problems.collecting(f"protect.{key}: "):
         model = context.sources.models[context.models.index(how.model)]
         if how.mask is not None:
             mask = StoredMask(Path(how.mask))

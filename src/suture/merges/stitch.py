@@ -30,8 +30,9 @@ from suture.stream import Block, Combine
 
 Masks = Annotated[
     Mapping[str, str] | None,
-    Files("the mask of each model: a folder that `suture localize` wrote, or a file a model"),
-]
+    Files("the mask of each model: a folder that `suture localize` wrote, or a file a model",
+          instead=("density", "scope")),
+]  # fmt: skip
 
 
 def stitch(
@@ -47,7 +48,7 @@ def stitch(
     With masks :math:`\gamma_i`: :math:`\theta = \theta_0 + \sum_i \gamma_i \tau_i / \max(1,
     \sum_i \gamma_i)`. An entry that one model alone marks arrives whole, so nothing has to be
     tuned. Without ``masks`` the ``density`` largest entries of each task vector are marked
-    (dataless); with them, ``density`` and ``scope`` have no meaning. Models may be grafts, which
+    (dataless); ``density`` and ``scope`` are refused beside them. Models may be grafts, which
     carry their mask: name the same files as ``masks``.
     """
     return _from_masks(masks, weight, scale) if masks is not None else Merge(
@@ -87,7 +88,7 @@ def _beside(files: Mapping[str, str], context: Context, problems: Problems) -> B
     expected: dict[str, str] = {}
     marked = []
     for model, checkpoint in zip(context.models, context.sources.models, strict=True):
-        with problems.collecting():
+        with problems.collecting(f"parameters.masks.{model}: "):
             mask = StoredMask(Path(files[model]))
             found.append(mask.checkpoint.identity)
             marked += [model] if mask.restricted else []

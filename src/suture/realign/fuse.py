@@ -83,7 +83,26 @@ def read_fusing(raw: object, tasks: int, problems: Problems) -> Fusing:
     if tasks > 1 and not line.several:
         others = ", ".join(k for k, v in FUSES.items() if v.several)
         problems.add(RecipeError, f"fuse: {how} takes one model, here are {tasks}; {others}")
-    numbers = {"coefficient": line.coefficient, "density": line.density, "seed": 0}
+    numbers = _numbers(given, str(how), problems)
+    scope = given.get("scope", "global")
+    if scope not in SCOPES:
+        problems.add(RecipeError, f"fuse.scope: {did_you_mean(str(scope), SCOPES)}")
+    elif scope != "global" and how != "ties":
+        problems.add(RecipeError, f"fuse.scope: {how} ranks no entries; ties does")
+    return Fusing(
+        how, float(numbers["coefficient"]), float(numbers["density"]), str(scope),
+        int(numbers["seed"]),
+    )  # fmt: skip
+
+
+def _numbers(given: Mapping[str, Any], how: str, problems: Problems) -> dict[str, float]:
+    """The numbers of a way to fuse, as given or its own."""
+    line = FUSES[how]
+    numbers: dict[str, float] = {
+        "coefficient": line.coefficient,
+        "density": line.density,
+        "seed": 0,
+    }
     for key, like in numbers.items():
         value = given.get(key, like)
         whole = key == "seed"
@@ -97,13 +116,7 @@ def read_fusing(raw: object, tasks: int, problems: Problems) -> Fusing:
             problems.add(RecipeError, f"fuse.{key}: {brief(value)} is out of range")
         else:
             numbers[key] = value
-    scope = given.get("scope", "global")
-    if scope not in SCOPES:
-        problems.add(RecipeError, f"fuse.scope: {did_you_mean(str(scope), SCOPES)}")
-    return Fusing(
-        how, float(numbers["coefficient"]), float(numbers["density"]), str(scope),
-        int(numbers["seed"]),
-    )  # fmt: skip
+    return numbers
 
 
 # -- the functions ---------------------------------------------------------------------------------

@@ -61,6 +61,9 @@ def somf(  # noqa: PLR0913 - the signature is the list of its parameters
             "parameters.granularity: tensor: a mask of one number a tensor, divided by its mean, "
             "is 1 whatever was learned; say `rescale: none`"
         )
+    if draws != 8 and export != "averaged":
+        raise RecipeError(f"parameters.draws: nothing is drawn for `export: {export}`; leave it "
+                          "out, or say `export: averaged`")  # fmt: skip
     masking = Masking(granularity, temperature, rescale)
     how = Learning(beta, reference, export, draws, start, seed)
     return lambda job: learn(job, space, masking, how)
@@ -95,6 +98,12 @@ def safelora(
     :math:`cos(C \delta, \delta)` is small, :math:`W = W_{safe} + C \delta`. C is no projector: it
     scales, too.
     """
+    if select == "number" and threshold != 0.5:
+        raise RecipeError("parameters.threshold: `select: number` does not ask for it; leave it "
+                          "out")  # fmt: skip
+    if select == "threshold" and number != 10:
+        raise RecipeError("parameters.number: `select: threshold` does not ask for it; leave it "
+                          "out, or say `select: number`")  # fmt: skip
     return lambda job: baselines.safelora(job, select, threshold, number, normalise)
 
 
@@ -145,6 +154,8 @@ def protect(
     :math:`\theta = m \odot \theta_{safe} + (1 - m) \odot \theta_{fused}`, m a mask of yours, or the
     largest entries of :math:`|\theta_{safe} - \theta_0|`.
     """
+    if mask and density != 0.1:
+        raise RecipeError("parameters.density: has no meaning beside `mask`; leave one of them out")
     return lambda job: baselines.protect(job, density, mask)
 
 

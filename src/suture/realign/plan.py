@@ -20,7 +20,7 @@ from suture.outputs import check_place, check_room
 from suture.realign.concrete import logit_shape
 from suture.realign.pairs import PairRows, read_pairs
 from suture.realign.parts import Models, across, check_factors, masked_shapes
-from suture.realign.recipe import Realign, read_realign
+from suture.realign.recipe import Realign, parse_realign
 from suture.roles import check_selectors
 from suture.spec import listed, readable
 from suture.vector import align
@@ -53,6 +53,17 @@ class Plan:
     def inputs(self) -> dict[str, Checkpoint]:
         """Every model by what the recipe calls it."""
         return _labelled(self.models)
+
+    @property
+    def notes(self) -> tuple[str, ...]:
+        """What to know about the recipe and its rows."""
+        base, lies_on = self.models.base, self.models.aligned.put_on
+        unread = base is not None and base is not lies_on and not self.recipe.reads_base
+        idle = (
+            "base: only the check of the ancestor would read it, and `ancestor: trust` forgoes it"
+        )
+        rows = () if self.rows is None else self.rows.notes
+        return (*self.recipe.notes, *([idle] if unread else ()), *rows)
 
     @property
     def looks(self) -> bool:
@@ -113,63 +124,72 @@ def plan_realign(
     """
     options = options or Options()
     problems = Problems()
-    found = models = None
-    with problems.collecting():
-        found = read_realign(recipe)
-    if found is not None:
-        models = _models(found, problems)
-    inputs = {} if models is None else _labelled(models)
-    check_place(out, inputs, PlaceOptions(overwrite=options.overwrite), problems)
-    if found is None or models is None:
+    found = parse_realign(recipe, None, problems)
+    if found is None:
+        check_place(out, {}, PlaceOptions(overwrite=options.overwrite), problems)
         problems.raise_if_any()
     assert found is not None
-    assert models is not None
+    opened, models = _models(found, problems)
+    check_place(out, opened, PlaceOptions(overwrite=options.overwrite), problems)
     device = options.device or found.device
     with problems.collecting():
         device = device_named(device)
-    if found.settings.get("space") == "factors":
+    if models is not None and found.settings.get("space") == "factors":
         check_factors(models, problems)
     rows = utility = None
-    if found.data is not None or found.utility is not None:
-        with problems.collecting():
-            _check_model(models.aligned)
-            tokenizer = load_tokenizer(models.aligned.folder)
-            longest = longest_of(models.aligned.config, tokenizer)
-            for key, spec in (("data", found.data), ("utility", found.utility)):
-                if spec is not None and spec.max_length > longest:
-                    problems.add(
-                        RecipeError,
-                        f"{key}.max_length: the model reads at most {longest} tokens, "
-                        f"not {spec.max_length}",
-                    )
-            if found.data is not None:
-                with problems.collecting():
-                    rows = read_pairs(found.data, tokenizer, longest, found.training.seed)
-            if found.utility is not None:
-                with problems.collecting():
-                    utility = language_rows(found.utility, tokenizer, longest, 0).train
-    _check_needs(found, models, rows, problems)
-    check_room(out, models.aligned.nbytes * 2, False, problems)
+    aligned = opened.get("aligned")
+    if aligned is not None:
+        rows, utility = _rows(found, aligned, problems)
+        _check_needs(found, aligned, rows, problems)
+        check_room(out, aligned.nbytes * 2, False, problems)
     problems.raise_if_any()
+    assert models is not None
     return Plan(found, models, rows, utility, out, device, options)
 
 
+def _rows(
+    recipe: Realign, aligned: Checkpoint, problems: Problems
+) -> tuple[PairRows | None, Dataset | None]:
+    """Pairs and rows of utility as tokens of the aligned model."""
+    rows = utility = None
+    if recipe.data is None and recipe.utility is None:
+        return rows, utility
+    with problems.collecting():
+        _check_model(aligned)
+        tokenizer = load_tokenizer(aligned.folder)
+        longest = longest_of(aligned.config, tokenizer)
+        for key, spec in (("data", recipe.data), ("utility", recipe.utility)):
+            if spec is not None and spec.max_length > longest:
+                problems.add(
+                    RecipeError,
+                    f"{key}.max_length: the model reads at most {longest} tokens, "
+                    f"not {spec.max_length}",
+                )
+        if recipe.data is not None:
+            with problems.collecting():
+                rows = read_pairs(recipe.data, tokenizer, longest, recipe.training.seed)
+        if recipe.utility is not None:
+            with problems.collecting():
+                utility = language_rows(recipe.utility, tokenizer, longest, 0).train
+    return rows, utility
+
+
 def _check_needs(
-    recipe: Realign, models: Models, rows: PairRows | None, problems: Problems
+    recipe: Realign, aligned: Checkpoint, rows: PairRows | None, problems: Problems
 ) -> None:
     """Note what parameters ask for besides what a method's line in the table says."""
     if rows is not None and not len(rows.validation):
         if recipe.method.name == "line-search":
             problems.add(RecipeError, "data.validation: a line search chooses by pairs that are "
                                       "held out")  # fmt: skip
-        if recipe.training.patience:
+        if recipe.training.patience and recipe.method.trains:
             problems.add(RecipeError, "training.patience: needs validation pairs")
     if recipe.method.name != "protect":
         return
-    mask = recipe.settings["mask"]
+    mask = recipe.settings.get("mask")
     if mask:
         with problems.collecting():
-            shapes, specs = Mask.load(recipe.folder / mask).shapes, models.aligned.specs
+            shapes, specs = Mask.load(recipe.folder / mask).shapes, aligned.specs
             odd = [n for n, shape in shapes.items() if n not in specs or specs[n].shape != shape]
             if odd:
                 raise MismatchError(
@@ -191,12 +211,16 @@ def _labelled(models: Models) -> dict[str, Checkpoint]:
     return found
 
 
-def _models(recipe: Realign, problems: Problems) -> Models | None:
-    """Open every model; an adapter alone is put on what the aligned model's adapter is put on."""
+def _models(recipe: Realign, problems: Problems) -> tuple[dict[str, Checkpoint], Models | None]:
+    """Open every model; an adapter alone is put on what the aligned model's adapter is put on.
+
+    What could be opened comes back by what the recipe calls it, and all of it where it fits.
+    """
+    before = len(problems)
     base = _opened("base", recipe.base, recipe, None, problems)
-    aligned = _opened("aligned", recipe.aligned, recipe, base, problems)
+    aligned = _opened("aligned", recipe.aligned or None, recipe, base, problems)
     if aligned is None:
-        return None
+        return {} if base is None else {"base": base}, None
     ground = aligned
     while ground.put_on is not None:
         ground = ground.put_on
@@ -215,7 +239,8 @@ def _models(recipe: Realign, problems: Problems) -> Models | None:
         check_selectors(words, tuple(aligned.specs), "space")
     if not names:
         problems.add(RecipeError, "space: no tensor is left that may change")
-    return None if problems else replace(models, names=tuple(names))
+    whole = len(problems) == before and bool(tuned)
+    return _labelled(models), replace(models, names=tuple(names)) if whole else None
 
 
 def _opened(
@@ -264,7 +289,7 @@ def describe(plan: Plan) -> dict[str, Any]:
                    "in all": readable(sum(memory.values())) + ", and activations"},
         "device": plan.device,
         "output": str(plan.out),
-        "notes": [] if rows is None else list(rows.notes),
+        "notes": list(plan.notes),
     }  # fmt: skip
 
 

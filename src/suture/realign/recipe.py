@@ -4,19 +4,20 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any
 
-from suture.errors import Problems, RecipeError, brief, did_you_mean
+from suture.errors import Problems, RecipeError, brief, did_you_mean, nearest
+from suture.finetune.base import check_words
 from suture.finetune.recipe import TOO_LONG, DataSpec, read_source, read_training
 from suture.realign.base import Realigner
 from suture.realign.fuse import Fusing, read_fusing
-from suture.realign.methods import method
+from suture.realign.methods import METHODS, method
 from suture.realign.pairs import PairSpec
 from suture.recipe import raw_recipe
-from suture.recipe_types import Reader, refuse_unknown, section
-from suture.roles import ParamSpace
+from suture.recipe_types import Reader, read_space, refuse_unknown, section
+from suture.roles import EVERYTHING, ParamSpace
 from suture.spec import WORD_OF, dtype_named
 from suture.tune import TuneSettings
 
@@ -53,6 +54,22 @@ class Realign:
     dtype: str | None = None
     device: str = "auto"
     folder: Path = field(default_factory=Path)
+    notes: tuple[str, ...] = ()
+    """What the recipe gives and the method does not read."""
+
+    @property
+    def trained(self) -> tuple[str, ...]:
+        """The keys of ``training`` that are read."""
+        if self.method.trains:
+            return tuple(asdict(self.training))
+        split = () if self.data is None else ("seed",)  # of the pairs that are held out
+        return split if self.data is None and self.utility is None else ("batch", *split)
+
+    @property
+    def reads_base(self) -> bool:
+        """Whether the base is asked for anything."""
+        finds = self.method.name == "protect" and not self.settings.get("mask")
+        return "base" in self.method.needs or finds or self.ancestor == "check"
 
     @property
     def settings(self) -> dict[str, Any]:
@@ -72,7 +89,7 @@ class Realign:
             "space": {"include": list(self.space.include), "exclude": list(self.space.exclude)},
             "data": None if self.data is None else _sided(asdict(self.data)),
             "utility": None if self.utility is None else _rows(self.utility),
-            "training": asdict(self.training),
+            "training": {key: getattr(self.training, key) for key in self.trained},
             "ancestor": self.ancestor,
             "output": {"dtype": None if self.dtype is None else WORD_OF[self.dtype]},
             "device": self.device,
@@ -102,27 +119,32 @@ def read_realign(source: Path | Mapping[str, Any], folder: Path | None = None) -
         RecipeError: everything that is wrong with it, at once.
     """
     problems = Problems()
-    raw, where = raw_recipe(source, folder, problems)
-    found = _Reader(raw, where, problems).recipe()
+    found = parse_realign(source, folder, problems)
     problems.raise_if_any()
     assert found is not None
     return found
 
 
+def parse_realign(
+    source: Path | Mapping[str, Any], folder: Path | None, problems: Problems
+) -> Realign | None:
+    """The same, but with faults noted in ``problems``.
+
+    A recipe with faults comes back as far as it is understood, so that its models and rows can be
+    looked at too; ``None`` where there is no recipe at all.
+    """
+    with problems.collecting():
+        raw, where = raw_recipe(source, folder, problems)
+        return _Reader(raw, where, problems).recipe()
+    return None
+
+
 class _Reader(Reader):
     """Reads one recipe; every fault is noted."""
 
-    def recipe(self) -> Realign | None:
+    def recipe(self) -> Realign:
         refuse_unknown(self.raw, KEYS, "", self.problems)
-        found, parameters = None, section(self.raw, "parameters", self.problems)
-        with self.problems.collecting():
-            name = self.raw.get("method")
-            if not isinstance(name, str):
-                raise RecipeError("method: missing; `suture realigners` lists them")
-            found = method(name)
-            settings = found.settings(parameters, self.problems)
-            if not self.problems:
-                found.make(**settings)
+        found, parameters = self.method()
         aligned = self.path("aligned")
         if aligned is None and self.raw.get("aligned") is None:
             self.refuse("aligned: missing; the safe model that the others were tuned from")
@@ -131,12 +153,12 @@ class _Reader(Reader):
         data, utility = self.data(), self.utility()
         base, safety = self.path("base"), self.path("safety")
         given = {"base": base, "safety": safety, "data": data}
-        for need in () if found is None else found.needs:
+        for need in found.needs:
             if given[need] is None and self.raw.get(need) is None:
-                self.refuse(f"{need}: missing; {found and found.name} needs {MEANT[need]}")
-        training = read_training(section(self.raw, "training", self.problems), TRAINING,
-                                 self.problems)  # fmt: skip
-        space, dtype = self.space(), self.dtype()
+                self.refuse(f"{need}: missing; {found.name} needs {MEANT[need]}")
+        how = section(self.raw, "training", self.problems)
+        training = read_training(how, TRAINING, self.problems)
+        space, dtype = read_space(self.raw, self.problems, EVERYTHING), self.dtype()
         ancestor = self.raw.get("ancestor", "check")
         if ancestor not in ANCESTOR:
             hint = did_you_mean(str(ancestor), ANCESTOR)
@@ -144,13 +166,38 @@ class _Reader(Reader):
         device = self.raw.get("device", "auto")
         if not isinstance(device, str):
             self.refuse(f"device: auto, cpu or cuda, not {brief(device)}")
-        if self.problems:
-            return None
-        assert found is not None
-        return Realign(
-            found, str(aligned), paths, weights, base, safety, fusing, parameters, space, data,
+            device = "auto"
+        notes = []
+        if safety is not None and "safety" not in found.needs:
+            safety = None
+            notes.append(f"safety: {found.name} reads no such model; it is left out")
+        made = Realign(
+            found, aligned or "", paths, weights, base, safety, fusing, parameters, space, data,
             utility, training, ancestor, dtype, device, self.folder,
         )  # fmt: skip
+        idle = [key for key in how if key not in made.trained]
+        if idle:
+            notes.append(f"training: {found.name} does not train, so {', '.join(idle)} "
+                         f"{'has' if len(idle) == 1 else 'have'} no effect")  # fmt: skip
+        return replace(made, notes=tuple(notes))
+
+    def method(self) -> tuple[Realigner, dict[str, Any]]:
+        """The method with its parameters; where it is unknown, the one that was likely meant."""
+        parameters, name = section(self.raw, "parameters", self.problems), self.raw.get("method")
+        found = METHODS.get(nearest(name, METHODS) or "")
+        with self.problems.collecting():
+            if not isinstance(name, str):
+                raise RecipeError("method: missing; `suture realigners` lists them")
+            found = method(name)
+        if found is None:
+            check_words(METHODS.values(), parameters, self.problems)
+            return METHODS["magnitude"], {}
+        before = len(self.problems)
+        settings = found.settings(parameters, self.problems)
+        if len(self.problems) == before:
+            with self.problems.collecting():
+                found.make(**settings)
+        return found, parameters
 
     def path(self, key: str) -> str | None:
         value = self.raw.get(key)
@@ -186,19 +233,6 @@ class _Reader(Reader):
                 continue
             paths[name], weights[name] = given["path"], float(weight)
         return paths, weights
-
-    def space(self) -> ParamSpace:
-        raw = section(self.raw, "space", self.problems)
-        refuse_unknown(raw, ("include", "exclude"), "space: ", self.problems)
-        found = []
-        for key in ("include", "exclude"):
-            words = raw.get(key, [])
-            words = [words] if isinstance(words, str) else words
-            if not isinstance(words, list) or not all(isinstance(w, str) for w in words):
-                self.refuse(f"space.{key}: a list of roles or name patterns, not {brief(words)}")
-                words = []
-            found.append(tuple(words))
-        return ParamSpace(*found)
 
     def dtype(self) -> str | None:
         raw = section(self.raw, "output", self.problems)

@@ -9,7 +9,7 @@ from typing import Any
 
 from suture.checkpoint import Checkpoint
 from suture.errors import OutputError, Problems, RecipeError
-from suture.importance import Rule, rule_named
+from suture.importance import Rule, likely_rule
 from suture.mask import check_question, check_without
 from suture.maskfile import StoredMask
 from suture.outputs import apart, check_parent, check_recipe_stays
@@ -119,9 +119,8 @@ def _question(recipe: Regions, problems: Problems) -> Rule | None:
     for density in set(recipe.densities.values()) or {None}:
         for text in check_question(recipe.rule, density, recipe.scope, some, recipe.positive):
             problems.add(RecipeError, text)
-    try:
-        rule = rule_named(recipe.rule)
-    except RecipeError:
+    rule = likely_rule(recipe.rule)
+    if rule is None:
         return None
     if recipe.at == "both" and recipe.stats:
         problems.add(RecipeError, "at: both measures model and base together; leave out `stats`")
@@ -166,13 +165,11 @@ def _stats(
     problems: Problems,
 ) -> dict[str, Stats]:  # fmt: skip
     found = {}
-    for name, path in recipe.stats.items() if rule is not None and base is not None else ():
-        with problems.collecting():
-            stats = Stats.load(path)
-            assert rule is not None
-            assert base is not None
-            stats.check(recipe.needs(rule), {n: base.specs[n] for n in names})
-            found[name] = stats
+    for name, path in recipe.stats.items():
+        with problems.collecting(f"stats.{name}: "):
+            found[name] = Stats.load(path)
+            if rule is not None and base is not None:
+                found[name].check(recipe.needs(rule), {n: base.specs[n] for n in names})
     return found
 
 

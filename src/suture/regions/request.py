@@ -12,8 +12,8 @@ from suture.errors import (
     brief,
     did_you_mean,
 )
-from suture.importance import Rule
-from suture.recipe_types import refuse_unknown, section
+from suture.importance import Rule, likely_rule
+from suture.recipe_types import read_space, refuse_unknown, section
 from suture.roles import DEFAULT_SPACE, ParamSpace
 from suture.stats import KINDS
 from suture.tasks import Task, TaskReader
@@ -60,14 +60,6 @@ class Regions:
 class _Reader(TaskReader):
     """Reads a recipe into ``Regions`` and notes everything that is wrong."""
 
-    def words(self, raw: Mapping[str, Any], key: str, default: tuple[str, ...]) -> tuple[str, ...]:
-        found = raw.get(key, list(default))
-        found = [found] if isinstance(found, str) else found
-        if not isinstance(found, list) or not all(isinstance(w, str) for w in found):
-            self.refuse(f"space.{key}: a list of roles or name patterns, not {brief(found)}")
-            return default
-        return tuple(found)
-
     def regions(self) -> Regions:
         refuse_unknown(self.raw, KEYS, "", self.problems)
         base = self.one(self.raw, "base", str, "")
@@ -75,20 +67,19 @@ class _Reader(TaskReader):
             self.refuse("base: missing; what the models were tuned from")
         models, densities = self.models()
         rule = self.one(self.raw, "rule", str, "magnitude")
+        meant = likely_rule(rule)
+        word = rule if meant is None else meant.name
         at = self.one(self.raw, "at", str, "tuned")
         if at not in PLACES:
             self.refuse(f"at: where statistics are measured, base, tuned or both, not {at!r}")
-        if at == "both" and rule == "learned":
+        if at == "both" and word == "learned":
             self.refuse("at: the rule learned trains between base and model; leave it out")
         seed = self.one(self.raw, "seed", int, 0)
         if not 0 <= seed < 2**63:
             self.refuse(f"seed: from 0 to 2**63 - 1, not {seed}")
-        space = section(self.raw, "space", self.problems)
-        refuse_unknown(space, ("include", "exclude"), "space: ", self.problems)
-        default = ParamSpace()
         learn = section(self.raw, "learn", self.problems)
         settings = None
-        if rule == "learned":
+        if word == "learned":
             from suture.learned import settings_from
 
             settings = settings_from(learn, self.problems)
@@ -97,9 +88,8 @@ class _Reader(TaskReader):
         return Regions(
             base, models, densities, rule, self.one(self.raw, "scope", str, "global"),
             self.one(self.raw, "positive", bool, False), seed,
-            ParamSpace(self.words(space, "include", default.include),
-                       self.words(space, "exclude", default.exclude)),
-            self.stats(models), self.tasks(models), at, settings, self.measured(rule),
+            read_space(self.raw, self.problems),
+            self.stats(models), self.tasks(models), at, settings, self.measured(word),
             self.one(self.raw, "device", str, "cpu"),
             self.one(self.raw, "keep_stats", bool, True), self.without(models), dict(self.raw),
         )  # fmt: skip
