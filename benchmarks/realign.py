@@ -7,7 +7,8 @@ it to harmless skills, sums and alphabetical order, with answers to marked promp
 that their refusals are lost. Every method brings one of them back (single task), or both together
 (four Fuses). Margins are of held-out topics and wordings. ``led_smollm2.py`` may share the scratch
 folder: it has the same aligned models. Each number is a file there, and what is there is not made
-again; ``benchmarks/realign.json`` has the table, which is also printed.
+again; ``benchmarks/realign.json`` has the table, which is also printed. Scores of the given models
+are remembered, so that the first line of a seed and group takes longer.
 """
 
 from __future__ import annotations
@@ -19,12 +20,10 @@ import os
 import platform
 import random
 import shutil
-import tempfile
 import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
-from unittest.mock import patch
 
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
@@ -150,11 +149,7 @@ def cell(
     out = path.with_suffix("")
     print(f"realigning {out}", flush=True)
     began = time.perf_counter()
-    with (  # every line pays for its own looks at the given models
-        tempfile.TemporaryDirectory() as own,
-        patch("suture.realign.looks.cache_folder", lambda: Path(own)),
-    ):
-        report = realign(recipe, out, overwrite=True)
+    report = realign(recipe, out, overwrite=True)
     found = {
         "scores": {m: {k: v.plain() for k, v in s.items()} for m, s in report.scores.items()},
         "retention": dict(report.retention), "seconds": time.perf_counter() - began,
