@@ -38,7 +38,7 @@ from suture.finetune.calibrate import Calibration
 from suture.finetune.heads import zero_shot
 from suture.mask import Mask
 from suture.models import Head, embed, load_encoder
-from suture.tune import fit_head
+from suture.probe import fit_head
 from suture.writer import alone
 
 FEW = 16
