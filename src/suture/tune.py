@@ -1,8 +1,6 @@
 """One training loop, to be read from top to bottom; knows no merge.
 
-``tune`` moves whatever parameters of a model ask for gradients. ``fit_head`` fits a linear probe,
-which is what a classifier starts from when only its encoder shall learn afterwards (linear
-probing, then fine-tuning: Kumar et al., 2022).
+``tune`` moves whatever parameters of a model ask for gradients.
 """
 
 from __future__ import annotations
@@ -17,12 +15,11 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 
 from suture.data import Batch, Dataset, collate, plan
 from suture.errors import CheckpointError, MissingExtraError, NonFiniteError, RecipeError
-from suture.models import Head
 from suture.mover import Loss, Mover, classification, to
+from suture.probe import fit_head as fit_head  # where it was
 from suture.snapshot import Snapshot, read_snapshot, write_snapshot
 
 PRECISIONS = ("no", "fp16", "bf16")
@@ -415,36 +412,3 @@ def slope(step: int, steps: int, warmup: float, schedule: str = "linear") -> flo
         return 1.0
     left = (steps - step) / max(1, steps - rising)
     return left if schedule == "linear" else 0.5 - 0.5 * math.cos(math.pi * left)
-
-
-def fit_head(
-    features: Tensor, targets: Tensor, labels: Sequence[str], *, l2: float = 1e-3, steps: int = 200
-) -> Head:
-    """Fit a linear probe: multinomial logistic regression by L-BFGS, to its only minimum.
-
-    Minimises the mean cross-entropy plus ``l2 / 2`` times the squared norm of the weights, on
-    features that are centred and divided by one number, their mean spread, so that ``l2`` means
-    the same for every encoder; the head that comes back reads plain features. Dimensions are not
-    scaled one by one: some encoders have constant ones, and noise there would rule the head.
-    ``features`` are ``(n, dim)``, ``targets`` ``(n,)`` class numbers.
-    """
-    if not len(targets) or len(features) != len(targets):
-        raise RecipeError(f"{len(features)} rows of features for {len(targets)} labels")
-    x = features.double()
-    middle = x.mean(0)
-    spread = (x - middle).square().mean().sqrt().clamp(min=1e-9)
-    x = (x - middle) / spread
-    weight = torch.zeros(len(labels), x.shape[1], dtype=x.dtype, requires_grad=True)
-    bias = torch.zeros(len(labels), dtype=x.dtype, requires_grad=True)
-    solver = torch.optim.LBFGS([weight, bias], max_iter=steps, line_search_fn="strong_wolfe")
-
-    def objective() -> Tensor:
-        solver.zero_grad()
-        value = F.cross_entropy(x @ weight.T + bias, targets) + l2 / 2 * weight.square().sum()
-        value.backward()  # type: ignore[no-untyped-call]
-        return value
-
-    solver.step(objective)  # type: ignore[no-untyped-call]
-    with torch.no_grad():
-        plain = weight / spread
-        return Head(tuple(labels), plain.float(), (bias - plain @ middle).float())
