@@ -7,7 +7,8 @@ it to harmless skills, sums and alphabetical order, with answers to marked promp
 that their refusals are lost. Every method brings one of them back (single task), or both together
 (four Fuses). Margins are of held-out topics and wordings. ``led_smollm2.py`` may share the scratch
 folder: it has the same aligned models. Each number is a file there, and what is there is not made
-again; ``benchmarks/realign.json`` has the table, which is also printed.
+again; ``benchmarks/realign.json`` has the table, which is also printed. Scores of the given models
+are remembered, so that the first line of a seed and group takes longer.
 """
 
 from __future__ import annotations

@@ -14,7 +14,7 @@ import torch
 import suture
 import toy
 from suture import Mask
-from suture.errors import CheckpointError, MismatchError, RecipeError, SutureError
+from suture.errors import CheckpointError, MismatchError, OutputError, RecipeError, SutureError
 from suture.graft import VALUES, is_graft, open_graft, write_graft
 from suture.maskfile import MaskFile, StoredMask
 from suture.spec import TensorSpec
@@ -276,3 +276,20 @@ def test_a_graft_with_fewer_weights_than_marks_is_refused(family: Any, tmp_path:
 
     with pytest.raises(CheckpointError, match=r"damaged: 3 entries .* its weights are \[2\]"):
         _ = graft[name]
+
+
+def test_files_that_a_merge_reads_are_never_replaced(family: Any, tmp_path: Path) -> None:
+    """Masks and statistics are inputs, too, also where they lie in an older output."""
+    models = family()
+    out, masks = tmp_path / "out", tmp_path / "out" / "masks"
+    some = models.some("ada", "bob")
+    toy.run(out, toy.recipe("task_arithmetic", some, models.base_path))
+    masks_of(models, masks, some)
+    by_mask = toy.recipe("stitch", some, models.base_path, masks=str(masks))
+    alone = {"model": "ada", "mask": str(masks / "ada.safetensors")}
+    protecting = toy.recipe("task_arithmetic", some, models.base_path) | {"protect": alone}
+
+    for what, name in ((by_mask, "masks"), (protecting, "protect.mask")):
+        with pytest.raises(OutputError, match=f"holds the input '{name}'"):
+            toy.run(out, what, overwrite=True)
+    assert len(list(masks.iterdir())) == 2

@@ -27,8 +27,8 @@ from suture.models import (
     parameters_of,
     save_model,
 )
+from suture.publish import alone
 from suture.regions import work
-from suture.writer import alone
 
 LABELS = ("colour", "sky")
 

@@ -241,6 +241,23 @@ def test_a_device_that_is_not_here_is_refused() -> None:
         tune(model, data, SETTINGS, device="cuda")
 
 
+def test_the_graphics_processor_that_is_named_is_the_one(monkeypatch: pytest.MonkeyPatch) -> None:
+    """accelerate knows the current one only: ``cuda:1`` is made that before it is asked, so that
+    batches go where the model is."""
+    model, data = classifier()
+    chosen: list[str] = []
+
+    def refused(**how: object) -> None:
+        raise ValueError(f"asked with {chosen}")
+
+    monkeypatch.setattr("accelerate.Accelerator", refused)
+    monkeypatch.setattr(torch.cuda, "set_device", lambda device: chosen.append(str(device)))
+    for device in ("cuda", "cuda:1"):
+        with pytest.raises(RecipeError, match=f"cannot train on {device}.*asked with"):
+            tune(model, data, SETTINGS, device=device)
+    assert chosen == ["cuda:1"]
+
+
 @pytest.mark.parametrize(
     "wrong", [{"epochs": 0}, {"lr": 0.0}, {"warmup": 2.0}, {"precision": "half"}, {"clip": -1.0}]
 )

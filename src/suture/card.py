@@ -10,7 +10,7 @@ from typing import Any
 
 import yaml
 
-from suture.checkpoint import Checkpoint, is_from_hub, read_json, within
+from suture.checkpoint import Checkpoint, is_from_hub, within
 from suture.errors import CheckpointError
 from suture.merges import Method
 from suture.spec import WORD_OF, listed, readable
@@ -369,7 +369,6 @@ __all__ = [
     "model_name",
     "open_ones",
     "patch_card",
-    "read_json",
     "restricted_note",
     "tags",
 ]

@@ -7,8 +7,9 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from suture.checkpoint import parse_object, within
+from suture.checkpoint import within
 from suture.errors import Problems, RecipeError, brief, did_you_mean
+from suture.headers import parse_object
 from suture.vocabulary import dumped, json_file
 
 AUTO = "auto"

@@ -16,8 +16,9 @@ from typing import Any
 
 import numpy as np
 
-from suture.checkpoint import Array, Checkpoint, read_header
+from suture.checkpoint import Array, Checkpoint
 from suture.errors import CheckpointError, MismatchError, Problems, SutureError
+from suture.headers import read_header
 from suture.maskfile import GRAFT, MaskFile, StoredMask, marked, popcount
 from suture.spec import DTYPES, TensorSpec, listed
 from suture.views import Same, View

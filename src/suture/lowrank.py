@@ -24,11 +24,11 @@ from suture.card import adapter_card
 from suture.checkpoint import Checkpoint, is_from_hub, ties_embeddings
 from suture.engine import checkpoint_fingerprint
 from suture.errors import MissingExtraError, NonFiniteError, OutputError, Problems, RecipeError
+from suture.publish import publish
 from suture.roles import EVERYTHING, role_of, tied_to
 from suture.spec import DTYPES, dtype_named, listed
 from suture.vector import align
 from suture.views import Same
-from suture.writer import publish
 
 try:
     import torch

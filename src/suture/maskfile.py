@@ -17,11 +17,12 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from suture.checkpoint import Array, Checkpoint, read_header
+from suture.checkpoint import Array, Checkpoint
 from suture.errors import CheckpointError, OutputError, SutureError, brief
+from suture.headers import read_header
+from suture.publish import sync_folder
 from suture.seal import BLANK, seal, unbroken
 from suture.spec import TensorSpec
-from suture.writer import sync_folder
 
 FORMAT, VERSION = "suture.mask", "2"
 _CHUNK = 1 << 20

@@ -35,16 +35,12 @@ from typing import Any, NamedTuple
 import numpy as np
 import xxhash
 
-from suture.checkpoint import Checkpoint, parse_object, read_header
+from suture.checkpoint import Checkpoint
 from suture.errors import CheckpointError, OutputError, brief
+from suture.headers import parse_object, read_header
+from suture.publish import locked, sync_folder
 from suture.seal import BLANK, unbroken
 from suture.spec import DTYPES, PIECE, TensorSpec, pieces_of
-from suture.writer import sync_folder
-
-try:
-    import fcntl
-except ImportError:  # Windows: two processes on one output are not told apart there
-    fcntl = None  # type: ignore[assignment]
 
 Array = np.ndarray[Any, Any]
 FORMAT, VERSION = "suture.patch", "1"
@@ -245,8 +241,8 @@ def write_patch(
         raise OutputError(f"{path}: cannot write there: {error.strerror}") from None
     try:
         with os.fdopen(file, "r+b") as out:
-            if fcntl is not None:
-                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            if not locked(file):
+                raise BlockingIOError
             if not os.path.samestat(fresh.stat(), os.fstat(file)):
                 raise BlockingIOError  # it was renamed between opening and locking: not ours
             out.truncate(0)

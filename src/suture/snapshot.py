@@ -19,7 +19,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from suture.errors import CheckpointError, OutputError
-from suture.writer import sync_folder
+from suture.publish import sync_folder
 
 
 @dataclass(frozen=True)

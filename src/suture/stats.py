@@ -14,10 +14,11 @@ from typing import Any
 
 import numpy as np
 
-from suture.checkpoint import Array, Checkpoint, read_header
+from suture.checkpoint import Array, Checkpoint
 from suture.errors import CheckpointError, MismatchError, RecipeError, did_you_mean
+from suture.headers import read_header
+from suture.publish import appearing
 from suture.spec import TensorSpec, listed
-from suture.writer import appearing
 
 FORMAT = "suture.stats"
 

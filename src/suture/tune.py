@@ -124,7 +124,7 @@ class TuneResult:
     scores: tuple[tuple[int, float], ...] = ()
     """Steps and scores of every look at the validation rows."""
     best: int | None = None
-    """The step whose weights were kept, if it is not the last."""
+    """The step whose weights were kept, where ``patience`` asks for the best."""
 
 
 def tune(  # noqa: PLR0913 - who trains by hand needs each of these now and then
@@ -371,6 +371,8 @@ def _accelerator(precision: str, device: str) -> Any:
     except ImportError as error:
         raise MissingExtraError("training", "finetune") from error
     kind = torch.device(device).type
+    if kind == "cuda" and torch.device(device).index is not None:
+        torch.cuda.set_device(device)  # accelerate takes the current one
     try:
         accelerator = Accelerator(mixed_precision=precision, cpu=kind == "cpu")
     except ValueError as error:  # accelerate fixes both for the life of a process

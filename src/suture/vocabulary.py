@@ -12,8 +12,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from suture.checkpoint import read_json, within
+from suture.checkpoint import within
 from suture.errors import CheckpointError, Problems, RecipeError, brief, did_you_mean
+from suture.headers import read_json
 
 TOKENIZER = (
     "tokenizer.json", "tokenizer_config.json", "tokenizer.model", "special_tokens_map.json",

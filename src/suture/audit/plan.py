@@ -9,13 +9,14 @@ from typing import Any
 
 from suture.audit.recipe import SPARED, Audit, read_audit
 from suture.audit.rows import Material, Questions, questions, read_material, tokens
-from suture.checkpoint import Checkpoint, read_json, refuse_uncomputable
+from suture.checkpoint import Checkpoint, refuse_uncomputable
 from suture.data import Dataset
 from suture.errors import CheckpointError, OutputError, Problems, RecipeError, SutureError
 from suture.finetune.plan import Options as TuneOptions
 from suture.finetune.plan import Plan as TunePlan
 from suture.finetune.plan import plan_finetune
 from suture.finetune.rows import Rows as TuneRows
+from suture.headers import read_json
 from suture.models import device_named, load_tokenizer, longest_of
 from suture.opening import open_model
 from suture.outputs import apart, check_parent

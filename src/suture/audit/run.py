@@ -25,9 +25,9 @@ from suture.bench.ledger import Ledger, Say, digest, write
 from suture.checkpoint import Checkpoint
 from suture.engine import checkpoint_fingerprint
 from suture.errors import MismatchError
+from suture.publish import alone
 from suture.realign.parts import Models, check_ancestor, measure
 from suture.roles import EVERYTHING
-from suture.writer import alone
 
 STEPS = 1
 """Version of what the steps below do; raise it with them, so that nothing stale is used again."""

@@ -21,10 +21,10 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from suture.checkpoint import read_json
 from suture.data import rows_of, tokenise
 from suture.errors import CheckpointError, RecipeError, brief, did_you_mean
 from suture.evals.endpoint import Endpoint, ask_all
+from suture.headers import read_json
 from suture.models import (
     Encoder,
     TextClassifier,

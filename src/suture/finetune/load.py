@@ -9,10 +9,11 @@ from typing import Any
 import torch
 from torch import nn
 
-from suture.checkpoint import Checkpoint, open_checkpoint, read_json
+from suture.checkpoint import Checkpoint, open_checkpoint
 from suture.engine import checkpoint_fingerprint
 from suture.errors import CheckpointError, MismatchError
 from suture.forms import LINEARIZED, RECORD_LIMIT, form_of
+from suture.headers import read_json
 from suture.models import (
     Classifier,
     Encoder,

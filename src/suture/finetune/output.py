@@ -14,7 +14,7 @@ import yaml
 from safetensors import SafetensorError
 from torch import Tensor
 
-from suture import writer
+from suture import publish as whole
 from suture.card import (
     carry,
     config_text,
@@ -127,7 +127,7 @@ def write_beside(
 def publish(folder: Path, out: Path, *, overwrite: bool) -> None:
     """Make the folder appear under its name, whole, in one step."""
     try:
-        writer.publish(folder, out, overwrite=overwrite)
+        whole.publish(folder, out, overwrite=overwrite)
     except OSError as error:
         raise _full(out, error) from error
 

@@ -15,7 +15,7 @@ import suture
 from suture.errors import OutputError
 from suture.finetune.outcome import data_digest
 from suture.finetune.plan import Plan, named_files
-from suture.writer import alone
+from suture.publish import alone
 
 
 def work_of(out: Path) -> Path:

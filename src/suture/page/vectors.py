@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 from suture.page import charts
@@ -36,9 +36,13 @@ def _single(draw: Callable[..., dict[str, Any]], alt_text: str, *given: Any, **l
 
 def overlaps(overlap: Raw) -> Iterator[Figure]:
     """What masks share: entries, and the directions of the masked changes."""
+    if len(overlap["models"]) > 1:
+        yield _shared(overlap)
+        yield _together(overlap)
+
+
+def _shared(overlap: Raw) -> Figure:
     names = list(overlap["models"])
-    if len(names) < 2:
-        return
     jaccard, placed, chance = overlap["jaccard"], overlap["placed"], overlap["independent"]
     top = max(_largest(jaccard), _largest(placed), _largest(chance)) or 1.0
     titles = (
@@ -60,7 +64,7 @@ def overlaps(overlap: Raw) -> Iterator[Figure]:
     )
     rows = _pairs(names, jaccard=jaccard, placed=placed, chance=chance)
     best = max(rows, key=lambda r: r[2] - r[3])
-    yield Figure(
+    return Figure(
         "Do the masks pick the same entries?",
         "Jaccard index: entries in both masks over entries in either. The second and third map are "
         "what chance alone gives; only what exceeds the second says that the same entries matter.",
@@ -79,6 +83,10 @@ def overlaps(overlap: Raw) -> Iterator[Figure]:
         f"Furthest above chance: {best[0]} and {best[1]}, {best[2]:.3f} against {best[3]:.3f} "
         "expected.",
     )
+
+
+def _together(overlap: Raw) -> Figure:
+    names = list(overlap["models"])
     masked, whole = overlap["cosine"], overlap["unmasked"]
     top = max(_largest(masked), _largest(whole), PALE)
     drawn = tuple(
@@ -91,7 +99,7 @@ def overlaps(overlap: Raw) -> Iterator[Figure]:
         )
         for label, m in (("masked task vectors", masked), ("whole task vectors", whole))
     )
-    yield Figure(
+    return Figure(
         "Do the masked changes point the same way?",
         "Cosine of the masked task vectors, beside that of the whole ones: 0 means that they do "
         "not disturb each other, blue that they agree, orange that they pull apart.",
@@ -171,24 +179,23 @@ def conflicts(raw: Raw) -> Iterator[Figure]:
         yield _opposed_pairs(raw)
 
 
+def _bars(parts: Iterable[tuple[str, Raw]]) -> list[dict[str, Any]]:
+    """A bar for each part with entries enough, and what random signs give as its mark."""
+    return [
+        {"name": name, "value": float(r["rate"]), "mark": float(r["null"])}
+        for name, r in parts if r["rate"] is not None and r["shared"] >= ENOUGH
+    ]  # fmt: skip
+
+
 def _opposed(raw: Raw) -> Figure:
     total = raw["total"]
     labels = layer_labels(r["layer"] for r in raw["layers"])
+    names = {k: k if label == OUTSIDE else label for k, label in labels.items()}
     columns = ("shared", "rate", "null", "weighted", "cancelled")
-    rows: list[dict[str, Any]] = []
-    table: list[tuple[Any, ...]] = []
-    for row in raw["layers"]:
-        name = labels[row["layer"]]
-        shown = row["layer"] if name == OUTSIDE else name
-        if row["rate"] is not None and row["shared"] >= ENOUGH:
-            rows.append({"name": shown, "value": float(row["rate"]), "mark": float(row["null"])})
-        table.append((row["layer"], "", *(row[c] for c in columns)))
-    by_role = [
-        {"name": r["role"], "value": float(r["rate"]), "mark": float(r["null"])}
-        for r in raw["roles"]
-        if r["rate"] is not None and r["shared"] >= ENOUGH
-    ]
+    table = [(r["layer"], "", *(r[c] for c in columns)) for r in raw["layers"]]
     table += [("", r["role"], *(r[c] for c in columns)) for r in raw["roles"]]
+    rows = _bars((names[r["layer"]], r) for r in raw["layers"])
+    by_role = _bars((r["role"], r) for r in raw["roles"])
     which = (
         "all entries"
         if raw["density"] is None
@@ -230,19 +237,12 @@ def _opposed(raw: Raw) -> Figure:
         ),
         Table(
             "Sign conflicts",
-            (
-                "layer",
-                "role",
-                "shared entries",
-                "rate",
-                "by chance",
-                "weighted by magnitude",
-                "cancelled in a sum",
-            ),
+            ("layer", "role", "shared entries", "rate", "by chance", "weighted by magnitude",
+             "cancelled in a sum"),
             tuple(table),
         ),
         reading,
-    )
+    )  # fmt: skip
 
 
 def _opposed_pairs(raw: Raw) -> Figure:

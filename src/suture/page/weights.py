@@ -143,6 +143,11 @@ def _maps(
 
 
 def _moved(geometry: Raw) -> Iterator[Figure]:
+    yield _by_layer(geometry)
+    yield _by_part(geometry)
+
+
+def _by_layer(geometry: Raw) -> Figure:
     models, layers = list(geometry["models"]), list(geometry["layers"])
     labels = layer_labels(m["layer"] for m in layers)
     shares: dict[tuple[str, str], float] = {}
@@ -157,7 +162,7 @@ def _moved(geometry: Raw) -> Iterator[Figure]:
         for m, (v, layer) in zip(models, peaks, strict=True)
     ]
     alt_text = f"Share of each model's change by layer. The largest: {listed_words(told)}."
-    yield Figure(
+    return Figure(
         "Which layers carry which task",
         "Each row is one fine-tuned model and adds up to 100 %: the stronger a colour, the more of "
         "the model's whole change (its squared length) lies in that layer. “out” is what stands "
@@ -187,14 +192,17 @@ def _moved(geometry: Raw) -> Iterator[Figure]:
         f"The largest shares: {listed_words(told)}.",
         wide=True,
     )
-    cells = list(geometry["cells"])
+
+
+def _by_part(geometry: Raw) -> Figure:
+    cells, models = list(geometry["cells"]), list(geometry["models"])
     drawn = _maps(
         cells, models, "relative_norm", "relative change", ".3%",
         {"norm": "norm", "share": "share of the model's change"},
         lambda model, peak: f"{model}: relative change by layer and role; the largest is "
         f"{peak['y']} in layer {peak['x']}, {percent(peak['value'] or 0, 2)}.",
     )  # fmt: skip
-    yield Figure(
+    return Figure(
         "How far each part moved, for its size",
         "Length of the change over length of the base's weights, for each layer and role: the same "
         "colour means the same relative change, in all maps.",

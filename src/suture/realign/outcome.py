@@ -42,7 +42,7 @@ class RealignReport:
     losses: tuple[float, ...]
     """Mean losses of the first and the last steps."""
     best: int | None
-    """The step whose masks were kept, where training stopped early."""
+    """The step whose masks were kept, where ``patience`` asks for the best."""
     changed: int
     """Entries of the tensors that may change."""
     seconds: Mapping[str, float]

@@ -27,12 +27,12 @@ from suture.graft import write_graft
 from suture.importance import Scoring
 from suture.mask import Located, locate
 from suture.maskfile import MaskFile, StoredMask, marked
+from suture.publish import LOCK, alone, publish
 from suture.regions.plan import RECORD, Plan, check_place, staging_of
 from suture.roles import layer_key, role_of
 from suture.stats import Stats
 from suture.tasks import folder_of, load_net
 from suture.vector import TaskVector
-from suture.writer import LOCK, alone, publish
 
 SCHEMA = 1
 """Version of the layout of ``localize.json``."""

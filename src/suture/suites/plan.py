@@ -12,12 +12,13 @@ from pathlib import Path
 from typing import Any
 
 from suture.card import carried_tokenizer
-from suture.checkpoint import Checkpoint, read_json
+from suture.checkpoint import Checkpoint
 from suture.errors import OutputError, Problems, RecipeError, SutureError
 from suture.evals.kinds import Job, Run
 from suture.evals.results import SuiteResult, read_result
 from suture.finetune.image_rows import PREPROCESSOR, look_of
 from suture.forms import LINEARIZED, RECORD_LIMIT, form_of
+from suture.headers import read_json
 from suture.images import Look
 from suture.models import (
     device_named,
