@@ -141,7 +141,7 @@ RULES: dict[str, tuple[dict[str, Any], tuple[str, ...]]] = {
     "on no device": (
         {"rule": "snip", "density": 0.1, "models": {"one": "one"}, "device": "gpu",
          "tasks": {"one": {"data": "rows.jsonl", "head": "head.safetensors"}}},
-        ("line 4: device: 'gpu' is none; auto, cpu or cuda",)),
+        ("line 6: device: 'gpu' is none; auto, cpu or cuda",)),
     "like no other": ({"rule": "zzzz", "scope": "globe", "density": 3}, ("'zzzz'", "'globe'", "in (0, 1]; got 3")),
 }  # fmt: skip
 
