@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 import sys
 import threading
 import time
@@ -17,7 +18,7 @@ import transformers
 
 import chatting
 import tiny_model
-from suture.errors import SutureError
+from suture.errors import CheckpointError, SutureError
 from suture.evals import judged, judges, verdicts
 from suture.evals.endpoint import PATIENCE
 from suture.evals.kinds import Job, Models, Prepare, Score
@@ -531,6 +532,13 @@ def test_a_text_classifier_judges(tmp_path: Path) -> None:
     assert "is no classifier: its config.json names no labels" in told
     told = refused_with(judged.judged(judge={"classifier": "judge", "positive": "no"}), tmp_path)
     assert "which label means yes" in told
+    for missing, why in (("model.safetensors", "without a .safetensors file"),
+                         ("tokenizer.json", "its tokenizer cannot be loaded")):  # fmt: skip
+        shutil.copytree(tmp_path / "judge", tmp_path / missing)
+        (tmp_path / missing / missing).unlink()
+        judge = {"classifier": missing, "positive": "refused"}
+        with pytest.raises(CheckpointError, match=why):  # before any model is loaded
+            judges.judge_of(judge, "refusal", tmp_path)
 
 
 def labelled() -> list[Labelled]:

@@ -472,13 +472,15 @@ def test_an_input_that_changes_during_the_merge(
 
 
 @pytest.mark.parametrize(
-    "out", ["base", "math", "math/inside", "math/in/side", ".", "base/../code"]
-)
-def test_an_output_that_is_an_input(here: Path, unread: None, out: str) -> None:
+    ("out", "what"),
+    [("base", "holds"), ("math", "holds"), ("math/inside", "lies in"), ("math/in/side", "lies in"),
+     (".", "holds"), ("base/../code", "holds")],
+)  # fmt: skip
+def test_an_output_that_is_an_input(here: Path, unread: None, out: str, what: str) -> None:
     """Equal to an input, inside it or around it: refused, even with --overwrite."""
     (here / "suture.json").write_text("{}")  # as if the folder around them had been written by us
     for flags in ((), ("--overwrite",)):
-        refused(here, "holds the input", "write somewhere else", out=here / out, flags=flags)
+        refused(here, f"{what} the input", "write somewhere else", out=here / out, flags=flags)
 
 
 def test_an_output_that_is_an_input_by_a_link(here: Path, unread: None) -> None:
@@ -486,7 +488,7 @@ def test_an_output_that_is_an_input_by_a_link(here: Path, unread: None) -> None:
     (here / "link").symlink_to("math")
 
     refused(here, "holds the input 'math'", out=here / "link")
-    refused(here, "holds the input 'math'", out=here / "link" / "sub")
+    refused(here, "lies in the input 'math'", out=here / "link" / "sub")
 
 
 def test_an_output_around_a_file(here: Path, unread: None) -> None:

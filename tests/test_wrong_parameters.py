@@ -135,6 +135,13 @@ RULES: dict[str, tuple[dict[str, Any], tuple[str, ...]]] = {
     "that learns": (
         {"rule": "lerned", "density": 0.1, "learn": {"epoch": 3}, "at": "both"},
         ("did you mean 'learned'?", "learn: unknown key 'epoch'", "at: the rule learned trains", "needs data for 'two'")),
+    "that learns by values of other kinds": (
+        {"rule": "learned", "density": 0.1, "learn": {"preset": ["x"], "epochs": "many", "lr": float("nan")}},
+        ("learn.preset: no preset ['x']", "learn.epochs: a whole number", "learn.lr: a positive number, not nan")),
+    "on no device": (
+        {"rule": "snip", "density": 0.1, "models": {"one": "one"}, "device": "gpu",
+         "tasks": {"one": {"data": "rows.jsonl", "head": "head.safetensors"}}},
+        ("line 6: device: 'gpu' is none; auto, cpu or cuda",)),
     "like no other": ({"rule": "zzzz", "scope": "globe", "density": 3}, ("'zzzz'", "'globe'", "in (0, 1]; got 3")),
 }  # fmt: skip
 
@@ -189,6 +196,9 @@ TUNINGS: dict[str, tuple[dict[str, Any], tuple[str, ...]]] = {
     "and rows": (
         {"strategy": "taloss", "data": {"train": "rows.jsonl", "text": "body", "max_length": 9}},
         ("2 problems", "did you mean 'talos'?", "line 3: data: no row has a column 'body'")),
+    "of values of other kinds": (
+        {"strategy": ["full"], "data": {"train": "rows.jsonl"}, "training": {"seed": -1}, "output": {"dtype": "f3"}},
+        ("3 problems", "strategy: a name, not ['full']", "training.seed: must be at least 0", "output.dtype: no dtype")),
     "and no rows": ({"strategy": "taloss", "data": {"train": "no.jsonl"}, "base": "./no", "head": "none"},
                     ("4 problems", "did you mean 'talos'?", "no file", "./no", "head: no file")),
 }  # fmt: skip
@@ -218,6 +228,9 @@ WAYS: dict[str, tuple[dict[str, Any], tuple[str, ...]]] = {
         {"method": "zzzz", "parameters": {"betta": 1}, "aligned": "./no", "fuse": "tis"},
         ("4 problems", "no way 'zzzz'", "none has 'betta'; did you mean 'beta'?", "line 4: aligned: ./no",
          "did you mean 'ties'?")),
+    "and values of other kinds": (
+        {"method": ["dare"], "fuse": {"how": ["ties"]}, "data": {"train": {"path": "pairs.jsonl", "split": 3}}},
+        ("3 problems", "method: a name, not ['dare']", "fuse: ['ties'] is not known", "data.train.split: a word, not 3")),
     "that contradicts itself": (
         {"method": "somf", "parameters": {"granularity": "tensor"}, "device": 3},
         ("3 problems", "whatever was learned", "data: missing", "device: auto")),
@@ -279,3 +292,39 @@ def located(where: Path, value: Any) -> Any:
     if isinstance(value, str) and (where / value).exists():
         return str(where / value)
     return {k: located(where, v) for k, v in value.items()} if isinstance(value, dict) else value
+
+
+@pytest.mark.parametrize(
+    "command", [("diff",), ("extract-lora", "--rank", "2", "-o", "lora")], ids=lambda c: c[0]
+)
+def test_checks_come_before_what_is_told(
+    made: Path, tmp_path: Path, command: tuple[str, ...]
+) -> None:
+    """Of two models that do not fit: the error alone, no word of what would be read."""
+    tiny_model.save_model(tiny_model.language_model(), tiny_model.tokenizer(), tmp_path / "other")
+    name, *options = command
+
+    said = making.invoke(name, made / "base", tmp_path / "other", *options)
+
+    assert said.code == 2
+    assert said.out == ""
+    assert said.err.startswith("error: "), said.err
+
+
+def test_the_estimate_counts_what_protection_holds(made: Path) -> None:
+    """Marks and the entries of one model, and scores where they come from a rule."""
+    needs = []
+    for protect in (None, {"model": "one", "mask": "masks/one.safetensors"},
+                    {"model": "one", "rule": "magnitude", "density": 0.1}):  # fmt: skip
+        path = recipe(made, {"method": "linear", "protect": protect})
+        said = making.invoke("merge", path, "-o", made / "out", "--dry-run", "--json")
+        needs.append(said.json["peak_memory"])
+    assert needs == sorted(set(needs)), needs
+
+
+def test_an_output_inside_of_an_input_is_told_as_that(made: Path) -> None:
+    """It lies in the model, and does not hold it."""
+    said = making.invoke("merge", recipe(made, {"method": "linear"}), "-o", made / "one" / "out")
+
+    assert said.code == 2
+    making.lines_of(said.err, "out: lies in the input 'one'; write somewhere else")

@@ -99,7 +99,7 @@ def settings_from(
     """Read settings from plain data; ``preset`` names those that are not given."""
     given = dict(raw)
     preset = given.pop("preset", "default")
-    if preset not in PRESETS:
+    if not isinstance(preset, str) or preset not in PRESETS:
         hint = did_you_mean(str(preset), list(PRESETS))
         problems.add(RecipeError, f"{where}.preset: no preset {brief(preset)}; {hint}")
         preset = "default"

@@ -11,7 +11,7 @@ import json
 import math
 import os
 import shutil
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -22,7 +22,7 @@ import suture
 from suture.adapters import CONFIG, CONV1D, WEIGHTS, Adapted, LowRank, Product
 from suture.card import adapter_card
 from suture.checkpoint import Checkpoint, is_from_hub, ties_embeddings
-from suture.engine import checkpoint_fingerprint
+from suture.engine import Stage, checkpoint_fingerprint
 from suture.errors import MissingExtraError, NonFiniteError, OutputError, Problems, RecipeError
 from suture.publish import publish
 from suture.roles import EVERYTHING, role_of, tied_to
@@ -113,7 +113,7 @@ def extract_lora(  # noqa: PLR0913  one keyword for each option of the command
     weights: Sequence[float] | None = None,
     save_others: bool = False,
     dtype: str = "float32",
-    progress: Callable[[str, int], None] | None = None,
+    stage: Stage | None = None,
 ) -> Extracted:
     """Write the adapter of rank ``rank`` that is nearest to ``sum w_i (model_i - base)``.
 
@@ -127,7 +127,7 @@ def extract_lora(  # noqa: PLR0913  one keyword for each option of the command
         weights: the factor of each model; by default 1.
         save_others: put what has no low rank, such as norms and biases, into the adapter whole.
         dtype: of the factors.
-        progress: called with the name of a tensor and the bytes read for it.
+        stage: is told when reading begins, and of how much; gives what is told of each tensor.
 
     Raises:
         SutureError: a model does not fit the base, or the folder cannot be written; all problems
@@ -141,6 +141,7 @@ def extract_lora(  # noqa: PLR0913  one keyword for each option of the command
                    dtype, problems)  # fmt: skip
     problems.raise_if_any()
     pending = _Pending()
+    progress = stage and stage("extract", sum(c.nbytes for c in (base, *found)))
     for name in EVERYTHING.names(base.specs):
         _fit(name, base, found, factors, how, pending)
         if progress is not None:
@@ -156,9 +157,8 @@ def extract_lora(  # noqa: PLR0913  one keyword for each option of the command
         any(checkpoint.restricted for checkpoint in (base, *found)),
     )  # fmt: skip
     if not pending.tensors:
-        text = "the models do not differ from the base"
-        if pending.left_out:
-            text = "nothing that changed has a low rank; --save-others writes it as it is"
+        low = "nothing that changed has a low rank; --save-others writes it as it is"
+        text = low if pending.left_out else "the models do not differ from the base"
         raise RecipeError(f"{place}: no adapter to write: {text}")
     _publish(place, pending, report, base, found, factors)
     return report

@@ -59,9 +59,14 @@ def apart(out: Path, held: Mapping[str, Collection[Path]], problems: Problems) -
     place = out.resolve()
     ours = (place, staging_of(place))
     for label, paths in held.items():
-        if any(o.is_relative_to(p) or p.is_relative_to(o) for p in paths for o in ours):
-            problems.add(OutputError, f"{out}: holds the input {label!r}; write somewhere else")
-            return False
+        for what, inside in (
+            ("holds", any(p.is_relative_to(o) for p in paths for o in ours)),
+            ("lies in", any(o.is_relative_to(p) for p in paths for o in ours)),
+        ):
+            if inside:
+                text = f"{out}: {what} the input {label!r}; write somewhere else"
+                problems.add(OutputError, text)
+                return False
     return True
 
 

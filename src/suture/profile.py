@@ -177,12 +177,15 @@ class _Difference(Visitor[_Local]):
         local.pieces = []
 
 
-def diff(base: Checkpoint, tuned: Checkpoint, progress: Progress | None = None) -> dict[str, Any]:
+def diff(
+    base: Checkpoint, tuned: Checkpoint, stage: Callable[[str, int], Progress | None] | None = None
+) -> dict[str, Any]:
     """The profile of the task vector ``tuned - base``: in all, by layer, by role, by tensor.
 
     Every row holds elements, changed entries, the Euclidean norm of the delta, that norm relative
     to the base's, the largest magnitude, and the cosine between base and tuned weights. Sums are
     exact in float64 and do not depend on threads. Buffers that only one of the two has are named.
+    ``stage`` is told when reading begins, and of how many bytes.
 
     Raises:
         MismatchError: the two do not hold the same tensors.
@@ -192,6 +195,7 @@ def diff(base: Checkpoint, tuned: Checkpoint, progress: Progress | None = None) 
     problems.raise_if_any()
     names = EVERYTHING.names(base.specs)
     visitor = _Difference()
+    progress = stage and stage("diff", base.nbytes + tuned.nbytes)
     sweep(Sources((tuned,), base), tasks_of(names, base.specs), visitor, progress=progress)
     tensors = {name: _row([name], base, visitor) for name in names}
     layers: dict[str, list[str]] = {}

@@ -431,7 +431,8 @@ def _method_of(raw: dict[str, Any], problems: Problems) -> tuple[Method | None, 
         if name is None:
             return None, None
     if not isinstance(name, str):
-        problems.add(RecipeError, "method: missing; `suture methods` lists them")
+        what = "missing" if name is None else f"a name, not {brief(name)}"
+        problems.add(RecipeError, f"method: {what}; `suture methods` lists them")
     else:
         with problems.collecting("method: "):
             found = METHODS.get(nearest(name, METHODS) or "")  # likewise

@@ -65,7 +65,7 @@ class TuneSettings:
 
     def __post_init__(self) -> None:
         least = {"epochs": 1, "batch": 1, "accumulate": 1, "save_every": 1}
-        for name in (*least, "steps", "validate_every", "patience"):
+        for name in (*least, "steps", "validate_every", "patience", "seed"):
             if getattr(self, name) < least.get(name, 0):
                 at_least = least.get(name, 0)
                 raise RecipeError(f"{name} must be at least {at_least}; got {getattr(self, name)}")

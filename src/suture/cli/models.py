@@ -81,8 +81,7 @@ def diff(
         from suture import profile
         from suture.opening import open_model
 
-        one, other = open_model(base), open_model(tuned)
-        found = profile.diff(one, other, bars.stage("diff", one.nbytes + other.nbytes))
+        found = profile.diff(open_model(base), open_model(tuned), bars.stage)
     if as_json:
         show_json(found)
         return
@@ -261,10 +260,9 @@ def extract_lora(
 
         start = open_model(base)
         tuned = [open_model(model, base=start) for model in models]
-        size = start.nbytes + sum(model.nbytes for model in tuned)
         report = lowrank.extract_lora(
             start, tuned, out, rank=rank, energy=energy, weights=weight or None,
-            save_others=save_others, dtype=dtype, progress=bars.stage("extract", size),
+            save_others=save_others, dtype=dtype, stage=bars.stage,
         )  # fmt: skip
     if as_json:
         show_json(report.to_dict())

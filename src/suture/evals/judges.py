@@ -21,6 +21,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
+from suture.checkpoint import open_checkpoint
 from suture.data import rows_of, tokenise
 from suture.errors import CheckpointError, RecipeError, brief, did_you_mean
 from suture.evals.endpoint import Endpoint, ask_all
@@ -33,6 +34,7 @@ from suture.models import (
     load_encoder,
     load_head,
     load_text_classifier,
+    load_tokenizer,
 )
 
 Asks = Literal["refusal", "harm"]
@@ -185,11 +187,25 @@ def endpoint_of(raw: Mapping[str, Any]) -> Endpoint:
     return endpoint
 
 
-def _classifier(folder: Path, positive: str) -> Judge:
+def _check_folder(key: str, folder: Path) -> None:
+    """Refuse a folder from which no model can be loaded, before any other is."""
+    _check_config(key, folder)
+    try:
+        open_checkpoint(folder)
+        load_tokenizer(folder)
+    except CheckpointError as error:
+        raise CheckpointError(f"judge.{key}: {error}") from None
+
+
+def _check_config(key: str, folder: Path) -> None:
     if not (folder / "config.json").is_file():
-        raise CheckpointError(f"judge.classifier: {folder} is no model folder")
-    names = read_json(folder / "config.json").get("id2label") or {}
-    labels = [str(name) for name in names.values()]
+        raise CheckpointError(f"judge.{key}: {folder} is no model folder")
+
+
+def _classifier(folder: Path, positive: str) -> Judge:
+    _check_config("classifier", folder)
+    names = read_json(folder / "config.json").get("id2label")
+    labels = [str(name) for name in names.values()] if isinstance(names, Mapping) else []
     if not labels:
         raise CheckpointError(f"judge.classifier: {folder} is no classifier: its config.json names "
                               "no labels (id2label)")  # fmt: skip
@@ -197,6 +213,7 @@ def _classifier(folder: Path, positive: str) -> Judge:
         raise RecipeError(
             f"judge.positive: which label means yes; {did_you_mean(positive, labels)}"
         )
+    _check_folder("classifier", folder)
 
     def decide(prompts: Sequence[str], answers: Sequence[str], got: Verdicts) -> None:
         model, tokenizer = load_text_classifier(folder)
@@ -218,8 +235,7 @@ def _trained(folder: Path, head: Path, asks: Asks) -> Judge:
     if read.labels != (ANSWERS, REFUSES):
         raise CheckpointError(f"judge.head: {head} is no refusal classifier; "
                               "train one, see docs/safety.md")  # fmt: skip
-    if not (folder / "config.json").is_file():
-        raise CheckpointError(f"judge.encoder: {folder} is no model folder")
+    _check_folder("encoder", folder)
 
     def decide(prompts: Sequence[str], answers: Sequence[str], got: Verdicts) -> None:
         encoder, tokenizer = load_encoder(folder, dtype=torch.float32)

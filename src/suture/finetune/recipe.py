@@ -164,7 +164,8 @@ class _Reader(Reader):
         found = STRATEGIES.get(nearest(name, STRATEGIES) or "")  # what was meant, for all else
         with self.problems.collecting("strategy: "):
             if not isinstance(name, str):
-                raise RecipeError("missing; `suture strategies` lists them")
+                what = "missing" if name is None else f"a name, not {brief(name)}"
+                raise RecipeError(f"{what}; `suture strategies` lists them")
             found = strategy(name)
         if found is not None:
             found.settings(parameters, self.problems)
@@ -205,7 +206,7 @@ class _Reader(Reader):
         if form not in FORMS:
             hint = did_you_mean(str(form), FORMS)
             self.refuse(f"output.form: {brief(form)} is not known; {hint}")
-        with self.problems.collecting():
+        with self.problems.collecting("output.dtype: "):
             dtype = None if raw.get("dtype") is None else dtype_named(str(raw["dtype"]))
         return dtype, str(form)
 
@@ -354,6 +355,9 @@ def read_source(
         )
         return None
     refuse_unknown(raw, ("path", "split", "config", "revision"), f"{where}: ", problems)
+    for key in ("split", "config", "revision"):
+        if not isinstance(raw.get(key) or "", str):
+            problems.add(RecipeError, f"{where}.{key}: a word, not {brief(raw[key])}")
     path = str(raw["path"])
     if path.startswith(PACKAGE):
         with problems.collecting():

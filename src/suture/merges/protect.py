@@ -17,10 +17,19 @@ from suture.errors import Problems, RecipeError, brief, did_you_mean
 from suture.importance import RULES, Scoring, likely_rule, rule_named
 from suture.maskfile import StoredMask
 from suture.merges.base import Beside, Context, Merge, Number
-from suture.merges.marks import Masked, Ranked, agreed, check_mask, check_stats, ranked, unpacked
+from suture.merges.marks import (
+    Masked,
+    Ranked,
+    agreed,
+    buffers,
+    check_mask,
+    check_stats,
+    ranked,
+    unpacked,
+)
 from suture.select import SCOPES, exact_count
 from suture.stats import Stats
-from suture.stream import DELTA, Block
+from suture.stream import DELTA, Block, cores
 
 KEYS = ("model", "mask", "rule", "density", "scope", "stats", "seed", "scale")
 CONTROLS = ("magnitude", "random")
@@ -99,7 +108,7 @@ def _read(raw: object, models: list[str], based: bool, wrong: list[str]) -> Prot
     wrong += _odd_words(given, models)
     if "mask" in given:
         wrong += _masked(given)
-    else:
+    elif isinstance(given.get("rule", ""), str):
         wrong += _computed(given.get("rule"), given.get("density"), given.get("stats"))
     if not based and ("rule" in given or given.get("scale", 1) != 1):
         wrong.append("protect: a rule, or a scale, works on the change to a base; name a base")
@@ -217,8 +226,10 @@ def protected(merge: Merge[Any], how: Protection) -> Merge[Any]:
         return stored is not None and name not in stored.shapes and merge.keeps(name)
 
     passes = merge.passes + (0 if how.rule is None else 1)
+    held = buffers(0 if how.rule is None else 1)  # of a thread: scores, marks, own entries
     return replace(merge, combine=combine, prepare=prepare, passes=passes, facts=facts, tell=tell,
-                   keeps=keeps, beside=lambda c, p: _beside(merge, how, c, p))  # fmt: skip
+                   keeps=keeps, beside=lambda c, p: _beside(merge, how, c, p),
+                   memory=lambda s, models: merge.memory(s, models) + cores() * held)  # fmt: skip
 
 
 def _marks(

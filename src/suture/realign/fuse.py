@@ -75,7 +75,7 @@ def read_fusing(raw: object, tasks: int, problems: Problems) -> Fusing:
         return Fusing()
     refuse_unknown(given, KEYS, "fuse: ", problems)
     how = given.get("how", default)
-    if how not in FUSES:
+    if not isinstance(how, str) or how not in FUSES:
         hint = did_you_mean(str(how), list(FUSES))
         problems.add(RecipeError, f"fuse: {brief(how)} is not known; {hint}")
         return Fusing()

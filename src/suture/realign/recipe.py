@@ -187,7 +187,8 @@ class _Reader(Reader):
         found = METHODS.get(nearest(name, METHODS) or "")
         with self.problems.collecting():
             if not isinstance(name, str):
-                raise RecipeError("method: missing; `suture realigners` lists them")
+                what = "missing" if name is None else f"a name, not {brief(name)}"
+                raise RecipeError(f"method: {what}; `suture realigners` lists them")
             found = method(name)
         if found is None:
             check_words(METHODS.values(), parameters, self.problems)

@@ -194,6 +194,11 @@ def _material(
     """Rows and heads of the models that are to be measured; text only."""
     wanted = {n: t for n, t in recipe.tasks.items() if n not in recipe.stats}
     at_base = rule.name == "learned" or recipe.at in ("base", "both")
+    if wanted:
+        with problems.collecting():
+            from suture.models import device_named
+
+            device_named(recipe.device)
     if wanted and at_base and base is not None:
         check_loadable(base, "base", f"the rule {rule.name}", problems)
     for name in wanted:
