@@ -199,16 +199,18 @@ def test_pairs_the_wrong_way_round_are_told(shop: Path, tmp_path: Path) -> None:
     """Where the tuned model lost no margin there is no retention, and it is said why."""
     data = {"train": str(shop / "pairs.jsonl"), "validation": 0.3, "chosen": "rejected",
             "rejected": "chosen"}  # fmt: skip
+    what = dataless(shop, "magnitude", density=0.5)
     told: list[str] = []
-    report = realign(recipe(shop, "magnitude", data=data), tmp_path / "out", say=told.append)
+    report = realign({**what, "data": data}, tmp_path / "out", say=told.append)
     assert report.retention["safety"] is None
     (note,) = report.notes
     assert "nothing to bring back; are the columns of `chosen` and `rejected` exchanged?" in note
     assert note in told
+    what["data"] = recipe(shop)["data"]
     utility = {"rows": str(shop / "utility.jsonl")}
-    assert not realign(recipe(shop, "magnitude", utility=utility), tmp_path / "right").notes
+    assert not realign({**what, "utility": utility}, tmp_path / "right").notes
     utility = {"rows": str(shop / "safe.jsonl")}  # what the aligned model was taught
-    worse = realign(recipe(shop, "magnitude", utility=utility), tmp_path / "worse")
+    worse = realign({**what, "utility": utility}, tmp_path / "worse")
     assert worse.retention["utility"] is None
     assert "is no better than the aligned one on the utility rows" in worse.notes[0]
 
