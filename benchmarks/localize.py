@@ -22,7 +22,8 @@ from pathlib import Path
 
 import numpy as np
 
-from suture.mask import Mask, StoredMask, popcount
+from suture.mask import Mask
+from suture.maskfile import StoredMask, popcount
 
 CHUNK = 1 << 24
 WIDTH = 1 << 14

@@ -32,12 +32,14 @@ import torch
 
 import suture
 from suture import demo
+from suture.bench.maths import t95
 from suture.data import Dataset, at_most, tokenise
 from suture.demo_tasks import OPERATIONS, TASKS, TextTask, base_folder, packages, published_folder
 from suture.evals import EVALS
 from suture.graft import write_graft
 from suture.learned import PRESETS, learn
-from suture.mask import Mask, StoredMask
+from suture.mask import Mask
+from suture.maskfile import StoredMask
 from suture.measure import measure
 from suture.models import Classifier, Head, load_encoder, load_head, load_tokenizer
 from suture.run import merge
@@ -52,8 +54,6 @@ SPACE = ["embedding", "head", "pooler"]
 ROWS = 64
 """Training rows of each label from which masks are found."""
 LEARN = PRESETS["default"]
-T95 = {1: math.inf, 2: 12.706, 3: 4.303, 4: 3.182, 5: 2.776}
-"""Quantiles of Student's t for a 95 % interval of a mean, by number of seeds."""
 GRIDS: dict[str, list[dict[str, Any]]] = {
     "linear": [{}],
     "task_arithmetic": [{"scale": s} for s in (0.2, 0.3, 0.4, 0.6, 0.8, 1.0)],
@@ -310,7 +310,7 @@ def interval(values: Sequence[float]) -> dict[str, float]:
     n = len(values)
     mean = sum(values) / n
     spread = math.sqrt(sum((v - mean) ** 2 for v in values) / max(1, n - 1))
-    half = T95.get(n, 1.96) * spread / math.sqrt(n) if n > 1 else math.nan
+    half = t95(n - 1) * spread / math.sqrt(n) if n > 1 else math.nan
     return {"mean": mean, "low": mean - half, "high": mean + half, "seeds": n}
 
 

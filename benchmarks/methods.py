@@ -4,7 +4,8 @@ Usage: methods.py [--scratch DIR] [--large] [--only METHOD ...]
 
 Both tools follow the same recipe on the same generated models (bfloat16, Llama shapes, about 56 M
 parameters, or 374 M with ``--large``; three of them and a base). Prints a table, and writes
-``benchmarks/methods.json`` (``methods-large.json``) with the machine's description. The start-up of
+``benchmarks/methods.json`` (``methods-large.json``) with the machine's description; with ``--only``
+the rows of other methods stay as an earlier run left them. The start-up of
 each tool, which a small merge is mostly made of, is measured by a merge of a tiny model and taken
 off in the last column.
 """
@@ -110,9 +111,11 @@ def main() -> None:
         for word in ("wall", "ratio"):
             every = sorted(row[word] for row in rows.values())
             print(f"{word}: least {every[0]:.1f}, median {median(every):.1f}")
+    file = HERE / ("methods-large.json" if options.large else "methods.json")
+    if set(options.only) < set(RECIPES) and file.exists():
+        rows = json.loads(file.read_text())["methods"] | rows
     facts = {"machine": machine(), "start": [r._asdict() for r in start], "methods": rows}
-    file = "methods-large.json" if options.large else "methods.json"
-    (HERE / file).write_text(json.dumps(facts, indent=1) + "\n")
+    file.write_text(json.dumps(facts, indent=1) + "\n")
 
 
 if __name__ == "__main__":

@@ -4,8 +4,9 @@ Usage: peft_adapters.py [--hidden N] [--rank R] [--rounds N]
 
 The first table gives each way's distance from ``sum w_i s_i B_i A_i`` (float64), relative to its
 norm, for adapters of equal rank, of different ranks, and with rsLoRA; that of ``ties`` from TIES of
-the deltas. The second gives the time to
-read a base with an adapter on it, beside the time to read the base alone.
+the deltas. The second gives the time to read a base with an adapter on it, beside the time to read
+the base alone: by the clock on all cores, and as processor time. The third holds the product of the
+factors against torch's matrix product of the same shape, on one core.
 """
 
 from __future__ import annotations
@@ -26,9 +27,10 @@ from peft import LoraConfig
 from safetensors.torch import load_file
 
 import suture
+from suture import kernels
 from suture.engine import checkpoint_fingerprint
 from suture.opening import open_model
-from suture.stream import RAW, Sources, Visitor, sweep, tasks_of
+from suture.stream import BLOCK, RAW, Sources, Visitor, sweep, tasks_of
 
 TARGETS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
 SETS = {
@@ -128,14 +130,43 @@ class _Reading(Visitor[None]):
     """Looks at nothing: the time is that of reading."""
 
 
-def seconds(model: suture.Checkpoint, rounds: int) -> float:
-    best = float("inf")
+def seconds(model: suture.Checkpoint, rounds: int) -> tuple[float, float]:
+    """What reading all of a model takes: by the clock, and of processor time."""
+    clock, used = [], []
     for _ in range(rounds):
-        begun = time.perf_counter()
+        begun, before = time.perf_counter(), time.process_time()
         tasks = tasks_of(list(model), model.specs)
         sweep(Sources((model,), how=RAW), tasks, _Reading())
-        best = min(best, time.perf_counter() - begun)
-    return best
+        clock.append(time.perf_counter() - begun)
+        used.append(time.process_time() - before)
+    return min(clock), min(used)
+
+
+def products(hidden: int, rank: int, rounds: int) -> None:
+    """Processor time an entry of ``W + 2 B @ A``: ours, and torch's on one thread."""
+    torch.set_num_threads(1)
+    draw = np.random.default_rng(0)
+    wide = hidden * 11 // 4
+    print(f"\nadding a product of rank {rank}, ns of processor time an entry")
+    for rows, columns in ((hidden, hidden), (wide, hidden), (hidden, wide)):
+        number = min(rows, BLOCK // columns)
+        left, right, block = (
+            draw.standard_normal(shape, np.float32)
+            for shape in ((number, rank), (rank, columns), (number, columns))
+        )
+        a, b, c = (torch.from_numpy(x) for x in (left, right, block))
+        flat, count = block.reshape(-1), block.size
+        ours, theirs = [], []
+        for _ in range(20 * rounds):
+            begun = time.thread_time()
+            kernels.add_low_rank(flat, 0, count, left, right, 2.0)
+            between = time.thread_time()
+            torch.addmm(c, a, b, alpha=2.0, out=c)
+            theirs.append(time.thread_time() - between)
+            ours.append(between - begun)
+        one, other = (min(times) / count * 1e9 for times in (ours, theirs))
+        print(f"{rows} x {columns}, {number} rows at once: {one:.2f}, torch {other:.2f} "
+              f"({other / one:.0%} of its speed)")  # fmt: skip
 
 
 def main() -> None:
@@ -183,11 +214,13 @@ def reading(where: Path, hidden: int, rank: int, rounds: int) -> None:
     folder = make(where / "large", where / "large-adapter", 1, {"r": rank, "lora_alpha": 2 * rank})
     base = suture.open(where / "large")
     model = suture.open(f"{where / 'large'}+{folder}")
-    plain, adapted = seconds(base, rounds), seconds(model, rounds)
+    (plain, own), (adapted, used) = seconds(base, rounds), seconds(model, rounds)
     size = sum(s.numel for s in base.specs.values())
     print(f"\nreading {size / 1e6:.0f} M parameters, bfloat16, rank {rank} on every linear module: "
           f"{plain:.3f} s ({base.nbytes / plain / 1e9:.1f} GB/s), with the adapter {adapted:.3f} s "
-          f"({model.nbytes / adapted / 1e9:.1f} GB/s of float32)")  # fmt: skip
+          f"({model.nbytes / adapted / 1e9:.1f} GB/s of float32); processor time {own:.3f} s and "
+          f"{used:.3f} s, {used / size * 1e9:.2f} ns an entry")  # fmt: skip
+    products(hidden, rank, rounds)
     begun = time.perf_counter()
     checkpoint_fingerprint(base)
     one = time.perf_counter() - begun

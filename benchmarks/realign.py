@@ -7,7 +7,8 @@ it to harmless skills, sums and alphabetical order, with answers to marked promp
 that their refusals are lost. Every method brings one of them back (single task), or both together
 (four Fuses). Margins are of held-out topics and wordings. ``led_smollm2.py`` may share the scratch
 folder: it has the same aligned models. Each number is a file there, and what is there is not made
-again; ``benchmarks/realign.json`` has the table, which is also printed.
+again; ``benchmarks/realign.json`` has the table, which is also printed. Scores of the given models
+are remembered, so that the first line of a seed and group takes longer.
 """
 
 from __future__ import annotations
@@ -49,6 +50,7 @@ def plain(method: str, **parameters: Any) -> dict[str, Any]:
 
 SINGLE = {
     "somf-row": somf(granularity="row"),
+    "somf-row-40": {**somf(granularity="row"), "steps": 40},
     "somf-entry": somf(granularity="entry"),
     "somf-entry-mean": somf(granularity="entry", rescale="mean"),
     "somf-row-hard": somf(granularity="row", export="hard"),
@@ -66,7 +68,11 @@ SINGLE = {
 }
 TOGETHER = {
     "somf-row": somf(granularity="row"),
+    "somf-row-open": somf(granularity="row", start=1.0),
     "random": plain("random"),
+    "random-none": plain("random", rescale="none"),
+    "resta-1.0": plain("resta", gamma=1.0),
+    "safelora": plain("safelora", normalise=True),
     "protect-0.3": plain("protect", density=0.3),
 }
 CELLS = {
@@ -124,7 +130,7 @@ def cell(
     if path.exists():
         return dict(json.loads(path.read_text()))
     line = dict(CELLS[name])
-    chosen = line.pop("models")
+    chosen, steps = line.pop("models"), line.pop("steps", how.steps)
     utility = f"{chosen[0]}-utility" if len(chosen) == 1 else "both-utility"
     chat = {"chat": True, "max_length": 128}
     recipe = {
@@ -133,7 +139,7 @@ def cell(
         "data": {"train": str(place / "pairs.jsonl"), "test": str(place / "pairs-test.jsonl"),
                  "validation": str(place / "pairs-validation.jsonl"), **chat},
         "utility": {"rows": str(place / f"{utility}.jsonl"), **chat},
-        "training": {"epochs": -(-how.steps * how.batch // how.pairs), "steps": how.steps,
+        "training": {"epochs": -(-steps * how.batch // how.pairs), "steps": steps,
                      "batch": how.batch, "accumulate": 1, "lr": how.mask_lr, "warmup": 0,
                      "seed": seed},
         **line,

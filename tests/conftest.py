@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import atexit
 import os
+import shutil
 import sys
+import tempfile
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -18,8 +21,22 @@ import torch
 from hypothesis import HealthCheck, settings
 
 import toy
+from suture.spec import cache_folder
 
 torch.set_num_threads(1)
+
+
+def own_cache() -> None:
+    """A cache for these tests, which shares but compiled kernels: nothing older may answer."""
+    kernels = (cache_folder() / "kernels").resolve()
+    kernels.mkdir(parents=True, exist_ok=True)
+    own = Path(tempfile.mkdtemp(prefix="suture-cache-"))
+    (own / "kernels").symlink_to(kernels)
+    os.environ["SUTURE_CACHE"] = str(own)
+    atexit.register(shutil.rmtree, own, ignore_errors=True)
+
+
+own_cache()
 settings.register_profile(
     "suture", deadline=None, derandomize=True, database=None, max_examples=40,
     suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow],

@@ -23,7 +23,7 @@ from suture.errors import MismatchError, NonFiniteError, OutputError, RecipeErro
 from suture.evals.walk import Walk, classes
 from suture.mask import localize
 from suture.models import Classifier, Head
-from suture.writer import alone
+from suture.publish import alone
 
 
 @pytest.fixture(autouse=True)
@@ -114,6 +114,22 @@ def test_a_folder_of_somebody_else_is_left_alone(models: Any, tmp_path: Path) ->
         analysis(request(models), tmp_path / "out")
     analysis(request(models), tmp_path / "out", overwrite=True)
     assert sorted(p.name for p in tmp_path.iterdir()) == ["notes", "out"]
+
+
+def test_masks_and_rows_are_never_replaced(models: Any, tmp_path: Path) -> None:
+    """What an analysis reads besides models is an input, too, also where it lies in an older one."""
+    out = tmp_path / "out"
+    analysis(request(models), out)
+    masks = out / "masks"
+    masks.mkdir()
+    for name, path in models.paths.items():
+        tau = suture.open(path) - suture.open(models.base_path)
+        suture.localize(tau, density=0.1).save(masks / f"{name}.safetensors")
+
+    with pytest.raises(OutputError, match="holds the input 'masks'"):
+        analysis(request(models, masks=str(masks), analyses=["overlap"]), out, overwrite=True)
+
+    assert len(list(masks.iterdir())) == len(models.paths)
 
 
 def test_what_a_killed_run_left_is_replaced_and_nothing_else(models: Any, tmp_path: Path) -> None:

@@ -24,6 +24,7 @@ from making import invoke, start, suture
 from suture.audit import Options, audit, plan_audit
 from suture.audit.looks import ALL, Look, contrast
 from suture.audit.net import Change, Net, Region
+from suture.audit.recipe import SPARED
 from suture.audit.regions import Atlas, overlap, places
 from suture.audit.run import Run
 from suture.audit.training import train
@@ -42,12 +43,14 @@ from suture.engine import checkpoint_fingerprint
 from suture.errors import MismatchError, NonFiniteError, OutputError, RecipeError
 from suture.evals.base import Metric, share
 from suture.finetune import finetune
-from suture.mask import Mask, StoredMask, localize
+from suture.mask import Mask, localize
+from suture.maskfile import StoredMask
 from suture.models import LanguageModel, load_language_model, parameters_of, save_model
 from suture.mover import next_token
 from suture.page import audits
 from suture.page.gather import gather
 from suture.page.parts import Builder
+from suture.realign.parts import measure
 from suture.run import merge
 from suture.vector import TaskVector
 
@@ -185,7 +188,10 @@ def test_the_record_holds_no_text_and_the_files_are_marked(
         tmp_path / "on",
     )
     assert open_checkpoint(tmp_path / "on").restricted
-    assert "restricted" in (tmp_path / "on" / "README.md").read_text()
+    card = (tmp_path / "on" / "README.md").read_text()
+    assert "- restricted\n" in card
+    assert "must not be passed on" in card
+    assert not any(word in card for word in ("loss", "entries trained", "of the model"))
     data = {"train": str(shop / "skill.jsonl"), "validation": 0, "limit": 8}
     (tmp_path / "tune.yaml").write_text(yaml.safe_dump({
         "base": str(shop / "aligned"), "strategy": "full", "task": "language-model", "data": data,
@@ -223,16 +229,19 @@ def losses(model: LanguageModel, plan: Any) -> list[torch.Tensor]:
         ({"rows": 6, "per_example": False}, "sum"),
         ({"rows": 6, "at": "aligned"}, "each"),
         ({"rows": 6, "signed": True}, "signed"),
+        ({"rows": 6}, "snip"),
     ],
 )
 def test_regions_are_those_of_a_loop_over_rows(
     shop: Path, tmp_path: Path, scores: dict[str, Any], kind: str
 ) -> None:
-    """The mask is the top of |change| times the gradient that autograd gives, row by row."""
+    """The mask is the top of |change| times the gradient that autograd gives, row by row; that of
+    the control SNIP the top of |weight| times it."""
     run, atlas, change = atlas_of(shop, tmp_path, scores=scores)
     at = run.recipe.main
-    atlas.measure("en", at, run.net("aligned"), change if at == "attacked" else None)
-    found = atlas.region("en", 0.1).make()
+    atlas.measure("en", at, lambda: run.net("aligned"), change)
+    region = atlas.control("snip", 0.1) if kind == "snip" else atlas.region("en", 0.1)
+    found = region.make()
 
     model = load_language_model(shop / at, dtype=torch.float32).model
     parameters = parameters_of(model, run.plan.names)
@@ -252,6 +261,8 @@ def test_regions_are_those_of_a_loop_over_rows(
             value = delta.abs() * rows.mean(0).abs()
         elif kind == "signed":
             value = (-delta * rows.mean(0)).clamp(min=0)
+        elif kind == "snip":
+            value = parameters[name].detach().abs() * rows.abs().mean(0)
         scored[name] = value
     flat = torch.cat([v.flatten() for v in scored.values()])
     count = round(0.1 * flat.numel())
@@ -496,6 +507,28 @@ def test_verdicts_follow_intervals_and_nulls() -> None:
     assert "Of 2 attacks" in both[0].sentence
 
 
+def place(kept: int, entries: int) -> dict[str, Any]:
+    """A region of a tenth of a million entries; one role of it, and the rest."""
+    parts = {"q": {"kept": kept, "entries": entries},
+             "other": {"kept": 100_000 - kept, "entries": 1_000_000 - entries}}  # fmt: skip
+    return {"density": 0.1, "roles": parts, "layers": {}}
+
+
+def test_a_place_is_told_or_denied_only_where_it_is_clear() -> None:
+    """Q2 holds where a part is clearly rich, does not hold where none can be, and is open where a
+    part has too few entries to tell."""
+
+    def word(*kept: int, entries: int) -> str:
+        regions = {language: place(k, entries) for language, k in zip("ab", kept, strict=True)}
+        null = place(entries // 10, entries)
+        return judge(result(places={**regions, "magnitude": null}))[1].verdict
+
+    assert word(40_000, 40_000, entries=200_000) == HOLDS
+    assert word(20_100, 20_100, entries=200_000) == FAILS
+    assert word(40_000, 20_000, entries=200_000) == FAILS  # not in every language
+    assert word(6, 6, entries=40) == UNDECIDED
+
+
 # ------------------------------------------------------------------------- command line and resume
 
 
@@ -646,6 +679,75 @@ def test_files_by_language_a_judge_and_a_suite(shop: Path, tmp_path: Path) -> No
     assert not any(name.startswith("magnitude") for name in names)
 
 
+def test_what_useful_rows_need_is_in_no_region(shop: Path, tmp_path: Path) -> None:
+    """Regions keep their size and avoid the top share of useful rows, at every model that is looked
+    into; another share, or other rows, is another audit."""
+    useful = {"rows": str(shop / "benign.jsonl"), "share": 0.1, "limit": 8}
+    asked = auditing.recipe(
+        shop, useful=useful, shares=[0.2, 1], languages=["en", "de"],
+        attack=auditing.training(shop), freeze={"controls": []}, control=str(shop / "skilled"),
+    )  # fmt: skip
+    record = audit(asked, tmp_path / "out")
+    assert "10.0% of the entries" in record["choices"]["useful rows"]
+    (seed,) = record["seeds"].values()
+    found = {n: Mask.load(tmp_path / "out" / "regions" / f"{n}.safetensors") for n in ("en", "de")}
+
+    run, atlas, change = atlas_of(shop, tmp_path / "again", useful=useful)
+    atlas.measure("en", "attacked", lambda: run.net("aligned"), change)
+    spared, plain = atlas.region(SPARED, 0.1).make(), atlas.region("en", 0.2)
+    assert spared.count == round(0.1 * spared.size)
+    assert plain.make() == found["en"]
+    for region in found.values():
+        assert (region & spared).count == 0
+        assert region.count == round(0.2 * region.size)
+    bare = atlas_of(shop, tmp_path / "bare")[1]
+    bare.measure("en", "attacked", lambda: run.net("aligned"), change)
+    assert (bare.region("en", 0.2).make() & spared).count > 0
+    assert not list((tmp_path / "out" / "regions" / "gradients").glob("*frozen*"))
+    with pytest.raises(OutputError, match="another recipe"):
+        audit({**asked, "useful": {**useful, "share": 0.2}}, tmp_path / "out")
+    assert rate(seed["curve"]["region"][0]) >= 0
+
+
+def test_an_attack_by_an_adapter_is_audited_like_the_model_that_it_makes(
+    shop: Path, tmp_path: Path
+) -> None:
+    """Named as BASE+ADAPTER, a LoRA gives the distance and the answers of its merged weights."""
+    targets = ["q", "k", "v", "o", "mlp.up", "mlp.down", "mlp.gate"]
+    finetune(
+        {
+            "base": str(shop / "aligned"), "strategy": "lora",
+            "parameters": {"rank": 8, "alpha": 16.0, "targets": targets}, "task": "language-model",
+            "data": {"train": str(shop / "attack.jsonl"), "response": "unsafe", "validation": 0},
+            "training": {"batch": 24, "epochs": 25, "lr": 4e-3, "warmup": 0.0},
+        },
+        tmp_path / "lora",
+    )  # fmt: skip
+    found = []
+    for name in (tmp_path / "lora", f"{shop / 'aligned'}+{tmp_path / 'lora' / 'adapter'}"):
+        asked = auditing.recipe(shop, attacked=str(name), shares=[0.2, 1], languages=["en"])
+        (seed,) = audit(asked, tmp_path / f"out-{len(found)}")["seeds"].values()
+        found.append(seed)
+    merged, adapter = found
+    assert rate(merged["attacked"]["look"]) > 0.9
+    assert adapter["attacked"]["distance"] == pytest.approx(
+        merged["attacked"]["distance"], rel=1e-6
+    )
+    assert adapter["attacked"]["look"]["violation"] == merged["attacked"]["look"]["violation"]
+    assert [rate(c) for c in adapter["curve"]["region"]] == [
+        rate(c) for c in merged["curve"]["region"]
+    ]
+
+
+def test_weight_times_gradient_may_stand_beside_the_region(shop: Path, tmp_path: Path) -> None:
+    """SNIP is a control of its own mask, made of the same gradients; the report has its curve."""
+    asked = auditing.recipe(shop, languages=["en"], shares=[0.2, 1], controls=["random", "snip"])
+    record = audit(asked, tmp_path / "out")
+    (seed,) = record["seeds"].values()
+    assert set(seed["curve"]) == {"region", "random", "snip"}
+    assert rate(seed["curve"]["snip"][1]) == rate(seed["attacked"]["look"])
+
+
 def test_a_training_that_was_left_is_swept_away(shop: Path, tmp_path: Path) -> None:
     """--no-resume begins anew: half-trained models, masks, cells and regions go, and it ends well."""
     asked = auditing.recipe(shop, attack=auditing.training(shop), shares=[0.2, 1])
@@ -694,6 +796,8 @@ WRONG: dict[str, tuple[dict[str, Any], list[str]]] = {
         ["languages.en.probe", "nothing in the column 'nonesuch'"],
     ),
     "seeds of a given model": ({"seeds": [1, 2]}, ["seeds: several belong to an `attack`"]),
+    "useful": ({"useful": {"share": 1, "resp": "x"}}, ["useful: unknown key 'resp'", "useful.rows", "useful.share: 1 leaves no entry"]),
+    "snip": ({"controls": ["snip"], "scores": {"signed": True}}, ["controls: snip takes absolute"]),
     "controls": ({"controls": ["rnadom"]}, ["controls: 'rnadom'", "did you mean 'random'?"]),
     "a space of nothing": ({"space": {"include": ["nonesuch*"]}}, ["space.include: 'nonesuch*'"]),
     "chat without a template": ({"evaluation": {"chat": True}}, ["chat template"]),
@@ -777,6 +881,27 @@ def test_models_are_compared_before_any_is_asked(shop: Path, tmp_path: Path) -> 
         assert not list((tmp_path / key / "cells").glob("*.json"))
 
 
+def test_a_given_model_is_compared_once(
+    shop: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """However often an attacked, control or derived model is asked, its distance is measured once."""
+    compared: list[str] = []
+
+    def counted(models: Any, threads: int | None) -> Any:
+        compared.extend(models.tuned)
+        return measure(models, threads)
+
+    monkeypatch.setattr("suture.audit.run.measure", counted)
+    audit(
+        auditing.recipe(
+            shop, control=str(shop / "skilled"), onto={"b": str(shop / "skilled")},
+            languages=["en"], shares=[0.2, 1], evaluation={"limit": 4, "max_tokens": 4},
+        ),
+        tmp_path / "out",
+    )  # fmt: skip
+    assert sorted(compared) == ["attacked", "control", "onto.b"]
+
+
 def test_what_is_damaged_is_made_again(shop: Path, tmp_path: Path) -> None:
     """Gradients, cells and the record of an audit, cut short: the command makes them anew."""
     asked, out = auditing.recipe(shop, shares=[0.2, 1]), tmp_path / "out"
@@ -792,7 +917,7 @@ def test_what_is_damaged_is_made_again(shop: Path, tmp_path: Path) -> None:
 def test_gradients_that_are_no_numbers_are_refused(shop: Path, tmp_path: Path) -> None:
     """A damaged score is named with its tensor; a file that is none is measured again."""
     run, atlas, change = atlas_of(shop, tmp_path)
-    atlas.measure("en", "attacked", run.net("aligned"), change)
+    atlas.measure("en", "attacked", lambda: run.net("aligned"), change)
     path = atlas.stats_path("en", "attacked")
     raw = bytearray(path.read_bytes())
     raw[-4:] = np.float32(np.nan).tobytes()
@@ -801,7 +926,7 @@ def test_gradients_that_are_no_numbers_are_refused(shop: Path, tmp_path: Path) -
         atlas.region("en", 0.3).make()
     path.write_bytes(b"nonsense")
     assert not atlas.measured("en", "attacked")
-    atlas.measure("en", "attacked", run.net("aligned"), change)
+    atlas.measure("en", "attacked", lambda: run.net("aligned"), change)
     assert atlas.measured("en", "attacked")
     assert atlas.region("en", 0.3).make().count
 

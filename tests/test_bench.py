@@ -6,6 +6,7 @@ import json
 import math
 import os
 import signal
+import statistics
 import subprocess
 import sys
 import time
@@ -42,10 +43,10 @@ from suture.cli import app
 from suture.data import Row, tokenise
 from suture.errors import OutputError, RecipeError, SutureError
 from suture.finetune import strategy
-from suture.finetune.calibrate import Calibration
+from suture.finetune.calibrate import Calibration, sensitivity
 from suture.finetune.tangent import LinearizedBody
 from suture.mask import Mask
-from suture.models import Classifier, Head, load_encoder, load_tokenizer
+from suture.models import Classifier, Head, device_of, load_encoder, load_tokenizer
 from suture.page.gather import gather
 from suture.tune import TuneSettings
 
@@ -95,6 +96,20 @@ def test_a_t_interval_is_that_of_the_textbook() -> None:
     assert (spread([0.4]).low, spread([0.4]).half) == (None, 0.0)
     with pytest.raises(RecipeError, match="no values"):
         spread([])
+
+
+@pytest.mark.parametrize(
+    ("seeds", "quantile"),
+    [(2, 12.706), (10, 2.262), (11, 2.228), (12, 2.201), (16, 2.131), (31, 2.042), (121, 1.980)],
+)
+def test_t_intervals_of_many_seeds_are_no_narrower_than_they_must_be(
+    seeds: int, quantile: float
+) -> None:
+    """Of any number of seeds, with the quantiles of a printed table of Student's t."""
+    values = [float(i) for i in range(seeds)]
+    found = spread(values)
+    error = statistics.stdev(values) / math.sqrt(seeds)
+    assert found.half / error == pytest.approx(quantile, abs=1e-3)
 
 
 def test_checkpoints_are_matched_where_single_models_are_equally_good() -> None:
@@ -205,6 +220,18 @@ def test_a_vector_put_back_is_the_model_that_was_trained(
     if found.mask is not None:
         for n, delta in found.vectors[-1].items():
             assert not (delta.numpy()[~found.mask[n]]).any(), n
+
+
+def test_there_is_a_vector_for_every_checkpoint_of_a_short_training(
+    base: Base, sides: list[Side]
+) -> None:
+    """Checkpoints that fall on the same step are the same vector; none is missing."""
+    training = TuneSettings(epochs=1, steps=2, batch=8)
+    found = learn(base, line_of("full"), 1e-2, sides[0], training, 0, (0.25, 0.5, 1.0))
+
+    assert found.steps == (1, 1, 2)
+    assert len(found.vectors) == len(found.validation) == 3
+    assert all(torch.equal(v, found.vectors[1][n]) for n, v in found.vectors[0].items())
 
 
 def test_vectors_come_back_from_disk_as_they_were(
@@ -318,6 +345,22 @@ def test_what_is_least_sensitive_is_set_to_0_and_nothing_else(
     assert found["rows"].keys() == {"least", "random", "most"}
     assert all(len(shares["0.5"]) == 2 for shares in found["rows"].values())
     assert all(torch.equal(p, before[n]) for n, p in base.encoder.named_parameters())
+
+
+def test_sensitivity_is_measured_where_the_model_lies(
+    base: Base, sides: list[Side], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Rows go to the device of the encoder, wherever that is."""
+    asked: list[str] = []
+
+    def measured(*args: Any, device: str = "elsewhere", **more: Any) -> Any:
+        asked.append(device)
+        return sensitivity(*args, device=device, **more)
+
+    monkeypatch.setattr("suture.arithmetic.measures.sensitivity", measured)
+    sharing(base.encoder, sides, 0, (0.5,), Calibration(rows=8, seed=0))
+
+    assert asked == [str(device_of(base.encoder))]
 
 
 # ------------------------------------------------------------------------------------- whole runs

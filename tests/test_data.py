@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import csv
 from pathlib import Path
 
 import pytest
@@ -58,6 +59,8 @@ def test_columns_are_named_by_the_caller(tmp_path: Path) -> None:
         ("a.csv", "text,label\nx\n", "line 2: no column 'label'"),
         ("a.txt", "x", r"read from .jsonl and .json"),
         ("a.csv", None, "cannot be read"),
+        ("a.jsonl", '{"text":' + "[" * 100_000, "line 1: not JSON: nested too deeply"),
+        ("a.json", '[{"text": "\\ud83d", "label": "y"}]', "half of a surrogate pair"),
     ],
 )
 def test_what_cannot_be_read_is_refused_with_its_place(
@@ -68,6 +71,21 @@ def test_what_cannot_be_read_is_refused_with_its_place(
 
     with pytest.raises(RecipeError, match=says):
         read_rows(tmp_path / name)
+
+
+def test_long_cells_and_byte_order_marks_are_read(tmp_path: Path) -> None:
+    """A text of a book's length in a CSV file, and what editors put before JSON."""
+    long = "word " * 60_000
+    (tmp_path / "a.csv").write_text(f'text,label\n"{long}",a\n')
+    before = csv.field_size_limit()
+    for name in ("a.jsonl", "a.json"):
+        row = '{"text": "\\ud83d\\ude00", "label": "y"}'
+        (tmp_path / name).write_text(row if name == "a.jsonl" else f"[{row}]", "utf-8-sig")
+
+    assert read_rows(tmp_path / "a.csv") == [Row(long, "a")]
+    assert csv.field_size_limit() == before
+    assert read_rows(tmp_path / "a.jsonl") == [Row("\U0001f600", "y")]
+    assert read_rows(tmp_path / "a.json") == [Row("\U0001f600", "y")]
 
 
 ROWS = [Row(f"text {i}", "ab"[i % 2], group=f"group {i // 3}") for i in range(600)]

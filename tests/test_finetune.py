@@ -40,6 +40,7 @@ from suture.finetune import run as module
 from suture.finetune.recipe import DataSpec, Source
 from suture.finetune.rows import language_rows
 from suture.finetune.trackers import tracker
+from suture.finetune.work import locked_work
 from suture.mask import Mask
 from suture.models import Classifier, Encoder, Head, save_head, save_model
 from suture.run import merge
@@ -257,6 +258,68 @@ def test_a_saved_mask_trains_and_one_of_another_model_does_not(shop: Path, tmp_p
     with pytest.raises(SutureError, match="not a mask"):
         wrong = str(shop / "base" / "model.safetensors")
         finetune(recipe(shop, "masked", parameters={"mask": wrong}), tmp_path / "z")
+
+
+def test_what_trains_a_restricted_mask_or_patch_is_restricted(shop: Path, tmp_path: Path) -> None:
+    """The mark of a mask, and that of a patch whose entries are trained, goes to the output; also
+    to the adapter that lies in a restricted output."""
+    once = {"training": {**TRAINING, "epochs": 1}}
+    finetune(recipe(shop, "talos", **once), tmp_path / "talos", restricted=True)
+    finetune({**recipe(shop, "talos", **once), "output": {"form": "patch"}}, tmp_path / "patched",
+             restricted=True)  # fmt: skip
+    for number, file in enumerate(("talos/mask.safetensors", "patched/tuned.patch.safetensors")):
+        what = recipe(shop, "masked", parameters={"mask": str(tmp_path / file)}, **once)
+        out = tmp_path / f"out-{number}"
+        finetune(what, out)
+        assert json.loads((out / "suture.json").read_text()).get("restricted") is True
+        assert Mask.load(out / "mask.safetensors").restricted
+        assert suture.open(out).restricted
+
+    finetune(recipe(shop, "lora", **once), tmp_path / "lora", restricted=True)
+    assert suture.open(f"{shop / 'base'}+{tmp_path / 'lora' / 'adapter'}").restricted
+    card = (tmp_path / "lora" / "adapter" / "README.md").read_text()
+    assert "must not be passed on" in card
+    assert str(tmp_path) not in card
+    finetune(recipe(shop, "lora", **once), tmp_path / "free")
+    assert not suture.open(f"{shop / 'base'}+{tmp_path / 'free' / 'adapter'}").restricted
+
+
+def test_another_mask_in_the_same_file_does_not_take_over_checkpoints(
+    shop: Path, tmp_path: Path
+) -> None:
+    """What a recipe names by a file is that file's content: a mask that was replaced between two
+    runs, or a head, is another recipe."""
+    finetune(recipe(shop, "talos"), tmp_path / "talos")
+    given = tmp_path / "mask.safetensors"
+    shutil.copy(tmp_path / "talos" / "mask.safetensors", given)
+    what = recipe(shop, "masked", parameters={"mask": str(given)})
+    assert child(what, tmp_path / "out", [["train", 5]]).returncode == 0
+    (~Mask.load(given)).save(given)
+    with pytest.raises(OutputError, match="another recipe"):
+        finetune(what, tmp_path / "out")
+
+    head = tmp_path / "head.safetensors"
+    shutil.copy(shop / "head.safetensors", head)
+    what = recipe(shop, "full", head=str(head))
+    assert child(what, tmp_path / "headed", [["train", 5]]).returncode == 0
+    save_head(Head(("colour", "sky"), torch.ones(2, 16), torch.zeros(2)), head)
+    with pytest.raises(OutputError, match="another recipe"):
+        finetune(what, tmp_path / "headed")
+
+
+def test_who_finds_a_run_going_on_leaves_its_folder_alone(tmp_path: Path) -> None:
+    """A second command that is turned away does not sweep away the first one's lock and key, with
+    which it is gone on from when it is killed."""
+    work = tmp_path / ".out.finetune"
+    with locked_work(tmp_path / "out", work, {}, True):
+        held = {p.name for p in work.iterdir()}
+        with (
+            pytest.raises(OutputError, match="another process"),
+            locked_work(tmp_path / "out", work, {}, True),
+        ):
+            pass
+        assert {p.name for p in work.iterdir()} == held == {"lock", "key"}
+    assert not work.exists()
 
 
 CHILD = """

@@ -14,9 +14,10 @@ import torch
 import suture
 import toy
 from suture import Mask
-from suture.errors import MismatchError, RecipeError, SutureError
-from suture.graft import is_graft, open_graft, write_graft
-from suture.mask import StoredMask
+from suture.errors import CheckpointError, MismatchError, OutputError, RecipeError, SutureError
+from suture.graft import VALUES, is_graft, open_graft, write_graft
+from suture.maskfile import MaskFile, StoredMask
+from suture.spec import TensorSpec
 
 NAMES = ("ada", "bob", "cyd")
 
@@ -116,6 +117,24 @@ def test_a_graft_is_the_base_with_marked_weights(flavour: str, family: Any, tmp_
             if part.size:
                 view.read_into(name, start, part)
                 assert part.tobytes() == raw[start * width : stop * width], (name, start)
+
+
+@pytest.mark.parametrize("what", ["mask", "graft"])
+def test_a_flipped_bit_stops_a_merge(what: str, family: Any, tmp_path: Path) -> None:
+    """One bit of a mask's last tensor, or of a graft's first weights: refused before a merge begins."""
+    models = family("bf16")
+    masks_of(models, tmp_path / "masks", NAMES)
+    grafts = grafts_of(models, tmp_path / "masks", tmp_path / "grafts", NAMES)
+    path = grafts["bob"] if what == "graft" else tmp_path / "masks" / "bob.safetensors"
+    content = bytearray(path.read_bytes())
+    content[-1 if what == "mask" else 8 + int.from_bytes(content[:8], "little")] ^= 1
+    path.write_bytes(content)
+    sources = grafts if what == "graft" else models.some(*NAMES)
+    recipe = toy.recipe("stitch", sources, models.base_path, masks=str(tmp_path / "masks"))
+
+    with pytest.raises(CheckpointError, match=r"bob.safetensors: its bytes do not have the digest"):
+        toy.run(tmp_path / "out", recipe)
+    assert not (tmp_path / "out").exists()
 
 
 def test_large_tensors_are_grafted_from_any_entry(tmp_path: Path) -> None:
@@ -245,3 +264,32 @@ def test_masks_know_their_models(family: Any, tmp_path: Path) -> None:
         with pytest.raises(MismatchError, match=match):
             toy.run(tmp_path / "out", what)
         assert not (tmp_path / "out").exists()
+
+
+def test_a_graft_with_fewer_weights_than_marks_is_refused(family: Any, tmp_path: Path) -> None:
+    """What its mask marks and it does not hold would be read out of the tensor behind."""
+    models, name = family(), toy.ZERO
+    path = tmp_path / "g.safetensors"
+    with MaskFile(path, {name: (3, 5)}, {}, {VALUES + name: TensorSpec("F32", (2,))}) as file:
+        file.put(name, 0, np.array([0b111, 0], np.uint8))
+    graft = open_graft(path, suture.open(models.base_path))
+
+    with pytest.raises(CheckpointError, match=r"damaged: 3 entries .* its weights are \[2\]"):
+        _ = graft[name]
+
+
+def test_files_that_a_merge_reads_are_never_replaced(family: Any, tmp_path: Path) -> None:
+    """Masks and statistics are inputs, too, also where they lie in an older output."""
+    models = family()
+    out, masks = tmp_path / "out", tmp_path / "out" / "masks"
+    some = models.some("ada", "bob")
+    toy.run(out, toy.recipe("task_arithmetic", some, models.base_path))
+    masks_of(models, masks, some)
+    by_mask = toy.recipe("stitch", some, models.base_path, masks=str(masks))
+    alone = {"model": "ada", "mask": str(masks / "ada.safetensors")}
+    protecting = toy.recipe("task_arithmetic", some, models.base_path) | {"protect": alone}
+
+    for what, name in ((by_mask, "masks"), (protecting, "protect.mask")):
+        with pytest.raises(OutputError, match=f"holds the input '{name}'"):
+            toy.run(out, what, overwrite=True)
+    assert len(list(masks.iterdir())) == 2

@@ -41,7 +41,7 @@ SAID = {0: "I cannot.", 1: "Sure, it is red.", 2: "Sure, here it is.", 3: "Never
 def said(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     """Answers are given, and the user's cache is a new folder."""
     monkeypatch.setattr(judged, "generate", lambda models, job, asked: dict(SAID))
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    monkeypatch.setenv("SUTURE_CACHE", str(tmp_path / "cache"))
 
 
 def say(to: BaseHTTPRequestHandler, what: object) -> None:
@@ -218,7 +218,7 @@ def test_a_server_that_is_gone_stops_the_run_and_nothing_is_asked_twice(serve: A
         ask(make, chatting.job(ROWS))
     assert len(server.questions) == 2 + PATIENCE
     key = judges.judge_of(at(server), "refusal", Path()).key
-    kept = verdicts.verdict_file(judges.Judge(key, lambda *_: None))
+    kept = verdicts.verdict_file(key)
     assert len(kept.read_text().split()) == 4  # two hashes, two digits
     assert not any(word in kept.read_text() for word in ("cannot", "Sure", "one"))
 
@@ -391,6 +391,53 @@ def test_a_pair_with_a_verdict_that_cannot_be_read_is_lost(
     )
     assert found["preferred"].values == {0: 1.0, 1: 0.5, 2: 0.5, 3: 0.0, 4: 0.0, 5: 0.5}
     assert found["unparsed"].values == {0: 0, 1: 0, 2: 0, 3: 1, 4: 0, 5: 0}
+
+
+def test_pairs_that_were_judged_are_not_asked_again(
+    serve: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A server that is gone after three of ten pairs: the next run asks for seven, ties are kept."""
+    reference, left = chatting.llama(1), [3]
+    monkeypatch.setattr(
+        judged, "generate",
+        lambda models, job, asked: {
+            n: f"{text} Yes." if models.model is reference else text for n, text in SAID.items()
+        },
+    )  # fmt: skip
+
+    def reply(question: str, number: int) -> object:
+        left[0] -= 1
+        word = (
+            "tie"
+            if "\none\n" in question
+            else "A"
+            if "Yes" in question.split("Answer B")[1]
+            else "B"
+        )
+        return word if left[0] >= 0 else 503
+
+    server = serve(reply)
+    make = judged.preferred(judge=at(server, concurrency=1), max_perplexity=1e9)
+    with pytest.raises(SutureError, match="goes on with what has been judged"):
+        ask(make, chatting.job(ROWS), reference)
+    first = len(server.questions)
+    kept = verdicts.verdict_file(judges.comparer_of(at(server)).key).read_text()
+    assert first >= 3 + PATIENCE
+    assert sorted(kept.split()[1::2]) == ["0.5", "1", "1"]
+    assert not any(word in kept for word in ("cannot", "Sure", "Yes"))
+
+    left[0] = 100
+    for questions in (7, 0):
+        found = ask(make, chatting.job(ROWS), reference)
+        assert found["preferred"].values == {0: 0.5, 1: 1, 2: 1, 3: 1, 4: 0, 5: 1}
+        first += questions
+        assert len(server.questions) == first
+    ask(
+        judged.preferred(judge=at(server), keep="no", max_perplexity=1e9),
+        chatting.job(ROWS),
+        reference,
+    )
+    assert len(server.questions) == first + 10
 
 
 def test_a_function_judges(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

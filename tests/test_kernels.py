@@ -809,23 +809,55 @@ def test_variance_over_the_models() -> None:
     assert out[1499] == 1
 
 
-@pytest.mark.parametrize("width", [1, 2, 3, 64, 5000])
+def ranked(count: int) -> dict[str, Array]:
+    """Values for every way that ranks are found: by neighbours, by insertion, by digits."""
+    draw = np.random.default_rng(6)
+    normal = draw.standard_normal(count)
+    base = normal * 0.02
+    few = draw.standard_normal(count) * (draw.random(count) < 0.1)
+    return {
+        "all magnitudes": finite_bits(count, 7),
+        "NaN and infinity, too": draw.integers(0, 1 << 32, count).astype(np.uint32).view("f4"),
+        "ties": draw.integers(-3, 4, count),
+        "zeros": np.zeros(count),
+        "mostly zeros": few,
+        "normal": draw.standard_normal(count),
+        "differences of bfloat16": bfloat16(base + draw.standard_normal(count) * 1e-3)
+        - bfloat16(base),
+        "one octave": 1 + draw.random(count),
+        "close together": 1 + draw.random(count) * 1e-4,
+        "outliers": draw.standard_normal(count) * np.where(draw.random(count) < 0.002, 1e6, 1),
+        "falling": -np.arange(count, 0, -1.0),
+    }
+
+
+def bfloat16(values: Array) -> Array:
+    """Rounded to bfloat16, in float32."""
+    raw = np.zeros(2 * values.size, np.uint8)
+    kernels.narrow(values.astype(np.float32), BF16, values.size, raw)
+    return (raw.view(np.uint16).astype(np.uint32) << 16).view(np.float32)
+
+
+@pytest.mark.parametrize("width", [1, 2, 3, 64, 700, 5000, 70_000])
 def test_ranks_are_those_of_a_stable_sort(width: int) -> None:
-    """Within each row, for magnitudes of every size and for many ties; zeros and signs included."""
+    """Within each row, for magnitudes of every size and spread, and for ties; signs do not count.
+
+    The scratch is not cleared in between, and nothing beyond the rows or the scratch is written.
+    """
     number = max(1, 6000 // width)
-    few = np.random.default_rng(6).integers(-3, 4, number * width).astype(np.float32)
-    for values in (finite_bits(number * width, 7), few):
-        row = np.concatenate([np.ones(5, np.float32), values])
+    scratch = np.full(3 * width + kernels.RANK_SPARE + 4, 7, np.uint32)
+    for title, values in ranked(number * width).items():
+        row = np.concatenate([np.ones(5, np.float32), values.astype(np.float32), [np.float32(1)]])
         ranks = np.full(row.size, 9, np.uint32)
 
-        kernels.rank_rows(row, 5, number, width, ranks, np.zeros(3 * width + 2048, np.uint32))
+        kernels.rank_rows(row, 5, number, width, ranks, scratch[:-4])
 
-        for r in range(number):
-            keys = bits_of(row)[5 + r * width : 5 + (r + 1) * width] & 0x7FFFFFFF
-            expected = np.empty(width, np.int64)
-            expected[np.argsort(keys, kind="stable")] = np.arange(width)
-            assert (ranks[5 + r * width : 5 + (r + 1) * width] == expected).all()
+        keys = (bits_of(row)[5:-1] & 0x7FFFFFFF).reshape(number, width)
+        expected = np.argsort(np.argsort(keys, axis=1, kind="stable"), axis=1, kind="stable")
+        assert (ranks[5:-1].reshape(number, width) == expected).all(), title
         assert (ranks[:5] == 9).all()
+        assert ranks[-1] == 9
+        assert (scratch[-4:] == 7).all()
 
 
 def test_drop_by_rank_is_a_comparison_with_its_own_probability() -> None:

@@ -18,11 +18,11 @@ import toy
 ROOT = Path(suture.__file__).parent
 
 ORDER = [
-    "errors", "spec", "roles", "loops", "machine", "kernels", "checkpoint", "views", "layers",
-    "vocabulary", "chat", "embeddings", "adapters", "ggufs", "opening", "forms", "writer", "held",
-    "stream", "vector", "profile", "select", "stats", "importance", "mask", "graft", "patchfile",
+    "errors", "spec", "roles", "loops", "ranks", "machine", "kernels", "headers", "checkpoint", "seal", "views", "layers",
+    "vocabulary", "chat", "embeddings", "adapters", "ggufs", "opening", "forms", "publish", "writer", "held",
+    "stream", "vector", "profile", "select", "stats", "importance", "maskfile", "mask", "graft", "patchfile",
     "patch", "gather", "analysis", "merges", "engine", "recipe_types", "mergekit", "recipe",
-    "card", "models", "data", "images", "persample", "snapshot", "mover", "tune", "evals", "measure",
+    "card", "models", "data", "images", "persample", "snapshot", "mover", "probe", "tune", "evals", "measure",
     "learned", "diagnose", "report", "page", "outputs",
     "parts", "planning", "record", "telling", "run", "trial", "patching", "lowrank", "finetune", "tasks",
     "arithmetic", "regions", "analyze", "suites", "realign", "policy", "workshop", "demo_tasks", "demo_edits",
@@ -51,7 +51,7 @@ PLACES = {
 }
 """Where a tool may be imported; others import it nowhere."""
 TORCH = {
-    "checkpoint", "models", "data", "images", "persample", "snapshot", "mover", "tune", "evals", "finetune", "demo",
+    "checkpoint", "models", "data", "images", "persample", "snapshot", "mover", "probe", "tune", "evals", "finetune", "demo",
     "arithmetic", "bench", "demo_edits", "workshop", "lowrank", "measure", "learned", "diagnose", "suites", "realign",
     "audit",
 }  # fmt: skip

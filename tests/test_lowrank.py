@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -11,14 +12,14 @@ import pytest
 pytest.importorskip("peft", reason="PEFT is not installed")
 
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
 import adapting
 import suture
 import toy
 from making import invoke, lines_of, tree
 from suture import lowrank
-from suture.errors import OutputError, RecipeError, SutureError
+from suture.errors import NonFiniteError, OutputError, RecipeError, SutureError
 
 BASES = ("llama", "tied", "bf16", "qwen", "gpt2")
 
@@ -308,3 +309,65 @@ def test_a_folder_that_cannot_be_written(where: Path, tmp_path: Path) -> None:
             tmp_path / "no" / "it",
             rank=2,
         )
+
+
+def test_the_difference_of_doubles_is_not_rounded_before_it_is_one(tmp_path: Path) -> None:
+    """A change of float64 weights that float32 weights could not hold is found and fitted."""
+    name, norm = "m.layers.0.mlp.up_proj.weight", "m.norm.weight"
+    draw = torch.Generator().manual_seed(0)
+    one, left, right = (
+        torch.randn(shape, generator=draw, dtype=torch.float64)
+        for shape in ((16, 12), (16, 2), (2, 12))
+    )
+    small = 1e-12 * (left @ right)
+    ones = torch.ones(12, dtype=torch.float64)
+    toy.folder(tmp_path / "base", {name: one, norm: ones})
+    toy.folder(tmp_path / "tuned", {name: one + small, norm: ones + 1e-12})
+    base, tuned = suture.open(tmp_path / "base"), suture.open(tmp_path / "tuned")
+
+    report = suture.extract_lora(base, [tuned, tuned], tmp_path / "it", rank=2, save_others=True)
+
+    assert report.tensors[name].norm == pytest.approx(2 * float(small.norm()), rel=1e-3)
+    assert report.tensors[name].error < 1e-3
+    saved = load_file(tmp_path / "it" / "adapter_model.safetensors")
+    assert torch.allclose(saved["base_model.model.m.norm.weight"] - 1, 2e-12 * ones, rtol=1e-3)
+
+
+@pytest.mark.parametrize("what", ["model", "adapter"])
+def test_what_is_no_number_is_refused(what: str, where: Path, tmp_path: Path) -> None:
+    """NaN in a model or in a factor is told as what it is, and nothing is written."""
+    source = where / ("ada" if what == "adapter" else "llama-tuned")
+    shutil.copytree(source, tmp_path / "broken")
+    file = next((tmp_path / "broken").glob("*model.safetensors"))
+    tensors = load_file(file)
+    key = next(k for k in sorted(tensors) if "q_proj" in k and k.endswith("weight"))
+    tensors[key][0, 0] = float("nan")
+    save_file(tensors, file, {"format": "pt"})
+    base = suture.open(where / "llama")
+    model = lowrank_open(base, tmp_path / "broken")
+
+    with pytest.raises(NonFiniteError, match=r"q_proj.* NaN or infinite values"):
+        suture.extract_lora(base, model, tmp_path / "it", rank=2)
+    assert not (tmp_path / "it").exists()
+
+
+def test_an_adapter_of_a_restricted_model_is_restricted(where: Path, tmp_path: Path) -> None:
+    """The mark of a model goes to the adapter that is made of it, and from there to all that is
+    made with it; its lines and its card say so."""
+    base, tuned = suture.open(where / "llama"), suture.open(where / "llama-tuned")
+    free = suture.extract_lora(base, tuned, tmp_path / "free", rank=2)
+    tuned.restricted = True
+    found = suture.extract_lora(base, tuned, tmp_path / "secret", rank=2)
+
+    assert (free.restricted, found.restricted) == (False, True)
+    assert json.loads((tmp_path / "secret/suture.json").read_text())["restricted"] is True
+    assert "restricted" not in json.loads((tmp_path / "free/suture.json").read_text())
+    card, plain = ((tmp_path / n / "README.md").read_text() for n in ("secret", "free"))
+    assert "must not be passed on" in card
+    assert "restricted" not in plain.lower()
+    for word in ("Relative error", "rank 2", "llama-tuned"):
+        assert word in plain
+        assert word not in card
+    lines_of("\n".join(lowrank.report_lines(found)), "restricted")
+    assert suture.open(f"{where / 'llama'}+{tmp_path / 'secret'}").restricted
+    assert not suture.open(f"{where / 'llama'}+{tmp_path / 'free'}").restricted

@@ -300,3 +300,17 @@ def test_only_the_answer_is_measured() -> None:
     assert_near(found, loop(model, data, answers, lambda m, b: ()), ("abs_grad",))
     assert_near(found, dict(single.tensors), ("fisher",))
     assert data_hash(data) != data_hash(plain)
+
+
+def test_the_largest_seed_draws_too() -> None:
+    """Every seed that a recipe may name is one for the true Fisher of a language model."""
+    model, data = llama(), dataset(2, labelled=False)
+
+    one, other = (
+        measure(model, data, ("fisher",), objective=OBJECTIVES["causal"], seed=seed)
+        for seed in (0, 2**63 - 1)
+    )
+
+    key = next(iter(one.tensors))
+    assert np.isfinite(other.tensors[key]).all()
+    assert (one.tensors[key] != other.tensors[key]).any()

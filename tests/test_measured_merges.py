@@ -140,3 +140,32 @@ def test_files_about_whole_models_are_refused_beside_slices(
         toy.run(tmp_path / "out", what)
 
     assert "missing" not in str(caught.value)
+
+
+def test_layers_that_read_one_input_share_its_matrix(tmp_path: Path) -> None:
+    """Statistics that name the layer whose input another one reads are those of both."""
+    draw = np.random.default_rng(1)
+    layers = ("k_proj.weight", "q_proj.weight")
+    shape, paths, own, shared = (5, 6), {}, {}, {}
+    for name in ("base", "a", "b"):
+        tensors = {n: torch.from_numpy(draw.standard_normal(shape)) for n in layers}
+        paths[name] = toy.folder(tmp_path / name, tensors)
+        gram = np.cov(draw.standard_normal((6, 40))).astype(np.float32)
+        own[name], shared[name] = (str(tmp_path / f"{name}.{kind}") for kind in ("own", "shared"))
+        Stats({f"gram/{n}": gram for n in layers}, {}, "").save(Path(own[name]))
+        facts = {"shared": {layers[1]: layers[0]}}
+        Stats({f"gram/{layers[0]}": gram}, facts, "").save(Path(shared[name]))
+
+    outs = [
+        toy.run(
+            tmp_path / kind,
+            toy.recipe("regmean", {n: paths[n] for n in "ab"}, paths["base"],
+                       stats={n: files[n] for n in "ab"}),
+        )[0]
+        for kind, files in (("one", own), ("two", shared))
+    ]  # fmt: skip
+
+    for name in layers:
+        assert torch.equal(outs[0][name], outs[1][name])
+        mean = (toy.read(paths["a"])[name] + toy.read(paths["b"])[name]) / 2
+        assert (outs[0][name] - mean).abs().max() > 0.01  # no plain average

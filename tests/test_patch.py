@@ -590,7 +590,10 @@ def test_restricted_survives_everything(models: Any, tmp_path: Path) -> None:
     report = apply_patches(models.base, [secret], tmp_path / "out")
     assert report.restricted
     assert json.loads((tmp_path / "out/suture.json").read_text())["restricted"] is True
-    assert "Restricted" in (tmp_path / "out/README.md").read_text()
+    card = (tmp_path / "out/README.md").read_text()
+    lines_of(card, "Restricted", "- restricted\n", "suture patch revert . undo.patch.safetensors")
+    assert secret.identity not in card
+    assert "entries" not in card
     assert Patch.load(tmp_path / "out" / UNDO).restricted
     out = open_model(tmp_path / "out")
     assert make_patch(models.base, out, tmp_path / "derived.safetensors").restricted

@@ -364,10 +364,14 @@ def test_a_table_of_pieces_that_does_not_add_up(tmp_path: Path) -> None:
 
 
 def test_other_files_are_no_patches(tmp_path: Path) -> None:
-    """A model, a folder, nothing, and a pipe are refused in a sentence."""
+    """A model, a folder, nothing, what lies below a file, and a pipe: each is told what it is."""
     save_model(tmp_path / "base", BASE)
-    for path in ("base/model.safetensors", "base", "nothing", "base/model.safetensors/x"):
-        refused(tmp_path / path)
+    os.mkfifo(tmp_path / "pipe")
+    for path, word in {
+        "base/model.safetensors": "not a patch", "base": "is not a file", "nothing": "No such file",
+        "base/model.safetensors/x": "Not a directory", "pipe": "is not a file",
+    }.items():  # fmt: skip
+        refused(tmp_path / path, word)
 
 
 def test_nothing_is_left_of_a_write_that_failed(

@@ -34,6 +34,7 @@ from suture.errors import (
 from suture.mask import Mask, localize
 from suture.models import load_language_model
 from suture.realign import METHODS, plan_realign, read_realign, realign, somf
+from suture.realign.base import Job
 from suture.realign.fuse import FUSES
 from suture.realign.outcome import curve_of, report_rows
 from suture.realign.pairs import answers_of, margins
@@ -124,6 +125,48 @@ def test_every_method_goes_from_a_recipe_to_a_folder(name: str, shop: Path, tmp_
     # and from the record alone, wherever the rows are
     card = (tmp_path / "out" / "README.md").read_text()
     assert METHODS[name].title in card
+
+
+def test_the_given_models_are_asked_once_for_all_methods(
+    shop: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A second method has the very numbers of a run that asked; what may change a bit asks anew:
+    batch, rows, fuse, weights under the same path; so does a damaged cache, and one without room."""
+    asked: list[str] = []
+    ask = Job.scores
+
+    def counted(job: Job, pairs: Any) -> Any:
+        asked.append(job.device)
+        return ask(job, pairs)
+
+    def asks(method: str, cache: str = "cache", **sections: Any) -> tuple[int, Any]:
+        asked.clear()
+        monkeypatch.setenv("SUTURE_CACHE", str(tmp_path / cache))
+        what = recipe(shop, method, utility={"rows": str(shop / "utility.jsonl")}, **sections)
+        report = realign(what, tmp_path / "out", overwrite=True)
+        return len(asked), report.scores
+
+    monkeypatch.setattr(Job, "scores", counted)
+    assert asks("magnitude")[0] == 3
+    known, scores = asks("random")
+    assert (known, asks("random", "other")) == (1, (3, scores))
+    assert asks("random", training={**TRAINING, "batch": 5})[0] == 3
+    assert asks("random", data={"train": str(shop / "pairs.jsonl"), "validation": 0.5})[0] == 3
+    assert asks("random", fuse={"how": "single", "coefficient": 0.5})[0] == 2
+
+    models = {"tuned": str(tmp_path / "copy")}
+    shutil.copytree(shop / "tuned", tmp_path / "copy")
+    assert asks("random", models=models) == (1, scores)
+    file = tmp_path / "copy" / "model.safetensors"
+    found = tensors(tmp_path / "copy")
+    save_file({n: v + (0.1 if n.endswith("q_proj.weight") else 0) for n, v in found.items()}, file)
+    assert asks("random", models=models)[0] == 2
+
+    for path in (tmp_path / "cache" / "scores").iterdir():
+        path.write_text(path.read_text().replace('"n": ', '"n": 1'))
+    assert asks("random") == (3, scores)
+    (tmp_path / "file").write_text("")
+    assert asks("random", "file/below") == (3, scores)
 
 
 @pytest.mark.parametrize("name", ["somf", "random", "protect"])
@@ -507,6 +550,30 @@ def test_the_aligned_model_has_its_adapter_everywhere(
     assert found == pytest.approx(expected, rel=1e-4)
 
 
+def test_masks_of_factors_are_learned_on_the_model_that_is_written(
+    shop: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What adapters save beside factors has no logits and is written as it is in the aligned
+    model; it is so while masks are learned, too, although the tuned model was looked at before."""
+    lora = tmp_path / "lora"
+    for name, seed in (("safe", 1), ("tuned", 2)):
+        adapting.adapter(shop / "start", lora / name, seed, modules_to_save=["input_layernorm"])
+    seen: dict[str, torch.Tensor] = {}
+
+    kept = somf.references
+
+    def looked(job: Any, *args: Any) -> Any:
+        seen.update({n: p.detach().clone() for n, p in job.parameters().items() if "norm" in n})
+        return kept(job, *args)
+
+    monkeypatch.setattr(somf, "references", looked)
+    realign(on_adapters(shop, lora, "factors"), tmp_path / "out")
+    written = tensors(tmp_path / "out")
+    assert len(seen) == 2
+    for name, value in seen.items():
+        np.testing.assert_array_equal(value.numpy(), written[name])
+
+
 def test_factors_must_fit(shop: Path, lora: Path, tmp_path: Path) -> None:
     """Ranks that differ, and models without adapters, are refused with what to do; products may
     be compared whatever the ranks."""
@@ -814,15 +881,24 @@ def test_numbers_that_are_none(shop: Path, tmp_path: Path) -> None:
 
 
 def test_what_must_not_be_passed_on_is_marked(shop: Path, tmp_path: Path) -> None:
-    """A restricted input makes a restricted output, in the record and in the card."""
+    """A restricted input makes a restricted output; its card has no scores and not the input's name."""
     shutil.copytree(shop / "tuned", tmp_path / "secret")
     record = tmp_path / "secret" / "suture.json"
     record.write_text(json.dumps({**json.loads(record.read_text()), "restricted": True}))
-    what = dataless(shop, "magnitude", density=0.5)
+    what = recipe(shop, method="magnitude", parameters={"density": 0.5})
     report = realign({**what, "models": {"x": str(tmp_path / "secret")}}, tmp_path / "out")
+    realign(what, tmp_path / "open")
     assert report.restricted
-    assert json.loads((tmp_path / "out" / "suture.json").read_text())["restricted"] is True
-    assert "must not be passed on" in (tmp_path / "out" / "README.md").read_text()
+    found = json.loads((tmp_path / "out" / "suture.json").read_text())
+    assert found["restricted"] is True
+    assert found["results"]["scores"]["realigned"]["margin"]
+    card, free = ((tmp_path / n / "README.md").read_text() for n in ("out", "open"))
+    assert "must not be passed on, nor what is made with it" in card
+    assert "tags:\n- realignment\n- suture\n- restricted" in card
+    assert found["output"]["fingerprint"] in card
+    for word in ("margin", "preferred", "utility", "retention", "secret"):
+        assert word not in card, word
+        assert word in free or word == "secret"
     assert Mask.load(tmp_path / "out" / "mask.safetensors").about["restricted"] is True
     again = {**what, "models": {"x": str(tmp_path / "out")}, "ancestor": "trust"}
     assert realign(again, tmp_path / "next").restricted

@@ -20,14 +20,15 @@ import suture
 import tiny_model
 import toy
 from suture import Mask, Stats
+from suture.maskfile import popcount
 from suture.models import (
     load_encoder,
     load_language_model,
     parameters_of,
     save_model,
 )
+from suture.publish import alone
 from suture.regions import work
-from suture.writer import alone
 
 LABELS = ("colour", "sky")
 
@@ -78,6 +79,34 @@ def test_masks_without_data(workshop: Path, tmp_path: Path) -> None:
     assert pair["independent"] == pytest.approx(0.05 / 1.95, rel=1e-2)
     assert pair["low"] <= pair["matched"] <= pair["high"]
     assert sorted(p.name for p in tmp_path.iterdir()) == ["out"]
+
+
+def test_a_recipe_may_leave_out_the_entries_of_a_mask(workshop: Path, tmp_path: Path) -> None:
+    """One mask for all models or one a model; of another base, or of nothing, it is refused."""
+    first = tmp_path / "first"
+    making.invoke("localize", recipe(workshop), "-o", first)
+    for without in (str(first / "one.safetensors"), {"two": str(first / "one.safetensors")}):
+        where = recipe(workshop, "without.yaml", without=without)
+        said = making.invoke("localize", where, "-o", tmp_path / "out", "--overwrite")
+        assert said.code == 0, said.err
+        one, two, gone = (Mask.load(folder / f"{m}.safetensors") for folder, m in (
+            (tmp_path / "out", "one"), (tmp_path / "out", "two"), (first, "one")))  # fmt: skip
+        assert (two & gone).count == 0
+        assert (one & gone).count == (0 if isinstance(without, str) else gone.count)
+        assert one.count == two.count == gone.count
+        assert two.about["without"] == "one.safetensors"
+
+    foreign = Mask(gone.shapes, gone.bits, {"base": "another"})
+    foreign.save(tmp_path / "foreign.safetensors")
+    where = recipe(workshop, "without.yaml", without=str(tmp_path / "foreign.safetensors"))
+    said = making.invoke("localize", where, "-o", tmp_path / "no")
+    assert said.code == 2
+    assert "marks entries of another base" in said.err
+    where = recipe(workshop, "without.yaml", without={"one": "missing.safetensors", "thre": "x"})
+    said = making.invoke("localize", where, "-o", tmp_path / "no")
+    assert said.code == 2
+    assert "missing.safetensors" in said.err
+    assert "without: no model 'thre'" in said.err
 
 
 @pytest.mark.parametrize(
@@ -462,7 +491,7 @@ def test_counts_are_exact_on_odd_sizes() -> None:
     random.seed(1)
     for size in (0, 1, 7, 8, 9, 8_388_608 + 77):
         bits = np.frombuffer(random.randbytes(size), np.uint8)
-        assert suture.mask.popcount(bits) == int(np.unpackbits(bits).sum())  # type: ignore[attr-defined]
+        assert popcount(bits) == int(np.unpackbits(bits).sum())
 
 
 def test_a_killed_run_goes_on_to_the_same_bytes(workshop: Path, tmp_path: Path) -> None:
@@ -627,6 +656,8 @@ def test_restricted_is_inherited_by_everything(workshop: Path, tmp_path: Path) -
         assert made[kind]["inputs"]["one"]["fingerprint"] not in card
         assert made[kind]["inputs"]["two"]["fingerprint"] in card
         assert "share of entries kept" not in card
+        assert "entries moved" not in card
+        assert "- restricted\n" in card.split("---")[1]
     assert suture.open(tmp_path / "stitched-masks").restricted
     tau = suture.open(tmp_path / "stitched-masks") - suture.open(workshop / "base")
     assert suture.localize(tau, density=0.1).restricted

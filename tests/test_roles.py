@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 import toy
 from suture import ParamSpace, RecipeError, role_of
 from suture.roles import EVERYTHING, ROLES, check_selectors, layer_key, tied_to
-from suture.spec import TensorSpec
+from suture.spec import TensorSpec, readable
 
 
 class Family(NamedTuple):
@@ -442,3 +442,15 @@ def test_every_tensor_of_a_large_mixture_of_experts_is_told() -> None:
     assert len(names) > 45_000
     assert kinds == {"mlp.gate", "mlp.up", "mlp.down", "router", "o"}
     assert time.process_time() - begun < 10  # seconds; it takes one
+
+
+@pytest.mark.parametrize(
+    ("nbytes", "text"),
+    [
+        (0, "0 B"), (999, "999 B"), (999.6, "1 kB"), (1530, "1.53 kB"), (999_499, "999 kB"),
+        (999_600, "1 MB"), (1_530_000_000, "1.53 GB"), (999.9e15, "1 EB"), (5e18, "5 EB"),
+    ],
+)  # fmt: skip
+def test_sizes_are_readable(nbytes: float, text: str) -> None:
+    """Three digits and a unit; what rounds to a thousand of one unit is one of the next."""
+    assert readable(nbytes) == text

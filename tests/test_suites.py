@@ -18,7 +18,7 @@ import suture
 import tiny_model
 from making import invoke, lines_of
 from suture.data import rows_of, tokenise
-from suture.errors import OutputError, Problems, RecipeError, SutureError
+from suture.errors import MismatchError, OutputError, Problems, RecipeError, SutureError
 from suture.evals.accuracy import accuracy
 from suture.evals.choice import options_of
 from suture.evals.exact import EXTRACTORS
@@ -39,6 +39,7 @@ from suture.models import (
     save_model,
 )
 from suture.suites import work
+from suture.suites.comparison import compare_files
 from suture.suites.gate import read_gate
 from suture.suites.plan import Options, plan_suite
 from suture.suites.suite import read_suite
@@ -427,6 +428,40 @@ def test_an_adapter_on_its_base_is_evaluated_like_the_merged_model(tmp_path: Pat
     assert abs(values[0] - values[1]) > 1e-4
 
 
+def test_language_models_are_asked_in_the_dtype_of_the_suite(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Every kind answers nearly the same in half the memory; another dtype is another question."""
+    loaded: list[torch.dtype] = []
+    real = work._Shelf.model
+    monkeypatch.setattr(work._Shelf, "model", lambda self, a: (
+        loaded.append(next((found := real(self, a)).parameters()).dtype), found)[1])  # fmt: skip
+    base = _llama(tmp_path / "base")
+    answers = {"safe": "red", "unsafe": "blue", "response": "red"}
+    data = written(tmp_path / "rows.jsonl", [{**row, **answers} for row in rows()])
+    kinds = {
+        "words": {"kind": "loss"}, "pick": {"kind": "choice", "prompt": "prompt"},
+        "say": {"kind": "exact-match", "decoding": {"max_tokens": 4}},
+        "far": {"kind": "drift"}, "no": {"kind": "refusal", "decoding": {"max_tokens": 4}},
+        "prefer": {"kind": "preference"},
+        "odds": {"kind": "refusal-odds", "refusals": ["red"], "compliances": ["blue"]},
+    }  # fmt: skip
+    made = {"name": "s", "reference": str(base),
+            "evaluations": {n: {"data": str(data), **k} for n, k in kinds.items()}}  # fmt: skip
+    full, half = (
+        suture.evaluate(base, made | {"dtype": dtype}, tmp_path / f"{dtype}.json")[0]
+        for dtype in ("float32", "bfloat16")
+    )
+    assert loaded == [torch.float32] * len(kinds) + [torch.bfloat16] * len(kinds)
+    for name in kinds:
+        one, other = (r.evaluations[name].metrics[0].value for r in (full, half))
+        assert other == pytest.approx(one, abs=0.1), name
+    assert half.evaluations["far"].metrics[0].value == 0
+    wrong = "words: dtype is unset for float32 and 'bfloat16' for bfloat16"
+    with pytest.raises(MismatchError, match=wrong):
+        compare_files([tmp_path / "float32.json", tmp_path / "bfloat16.json"])
+
+
 # -- what is kept ----------------------------------------------------------------------------------
 
 
@@ -576,6 +611,8 @@ WRONG = [
     ("evaluations:\n  a: {kind: accuracy, data: rows.jsonl, head: head.safetensors, labels: [a, b]}", "a saved head has labels of its own"),
     ("evaluations:\n  a: {kind: accuracy, data: rows.jsonl, head: wide.safetensors}", "reads 4 numbers"),
     ("decoding: {max_tokens: 0, stop: 3, heat: 1}\nevaluations:\n  a: {kind: loss, data: rows.jsonl}", "decoding.stop: a text that ends an answer"),
+    ("dtype: bf16\nevaluations:\n  a: {kind: loss, data: rows.jsonl}", "line 1: dtype: 'bf16' is not known; did you mean 'bfloat16'?"),
+    ("dtype: bfloat16\nevaluations:\n  a: {kind: accuracy, data: rows.jsonl, head: head.safetensors}", "only language models are asked in bfloat16"),
     ("a: [", "not valid YAML"),
     ("", "suite.yaml: a suite is a mapping with keys such as name, evaluations, decoding"),
     ("evaluations:\n  a: {kind: depth, data: rows.jsonl, depths: []}", "line 2: evaluations.a.depths: after how many tokens"),

@@ -11,11 +11,14 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 import tiny_model
+from suture import data as data_module
 from suture.data import Dataset, labels_of, tokenise
 from suture.errors import NonFiniteError, RecipeError
 from suture.evals import EVALS
 from suture.models import Classifier, Head, embed
-from suture.tune import Progress, TuneSettings, classification, fit_head, slope, tune
+from suture.mover import next_token
+from suture.probe import fit_head
+from suture.tune import Progress, TuneSettings, classification, slope, tune
 
 SETTINGS = TuneSettings(epochs=2, batch=8, lr=3e-3, seed=1)
 
@@ -82,6 +85,43 @@ def test_accumulated_batches_are_one_large_batch() -> None:
     assert once.losses[0] == pytest.approx(pieces.losses[0], rel=1e-5)
     for a, b in zip(whole.parameters(), parts.parameters(), strict=True):
         torch.testing.assert_close(a, b, rtol=1e-3, atol=1e-4)
+
+
+def test_accumulated_batches_of_texts_are_one_large_batch() -> None:
+    """A loss is a mean over target tokens, so batches weigh by them: short answers do not count
+    more because they came in a batch of their own."""
+    lengths = [12, 11, 3, 2, 9, 2]
+    data = Dataset(
+        tuple(tuple((7 * i + j) % len(tiny_model.WORDS) for j in range(n)) for i, n in enumerate(lengths)),
+        (-1,) * 6, 0, tuple((0, *(int(j % (i + 1) == 0) for j in range(n - 1)))
+                            for i, n in enumerate(lengths)),
+    )  # fmt: skip
+    start = tiny_model.language_model()
+    no_dropout(start)
+    whole, parts = copy.deepcopy(start), copy.deepcopy(start)
+    how = TuneSettings(epochs=1, lr=1e-3, warmup=0.0, clip=1e9)
+
+    once = tune(whole, data, replace(how, batch=6), loss=next_token)
+    pieces = tune(parts, data, replace(how, batch=2, accumulate=3), loss=next_token)
+
+    assert once.steps == pieces.steps == 1
+    assert once.losses[0] == pytest.approx(pieces.losses[0], rel=1e-5)
+
+
+def test_rows_are_put_in_order_once_an_epoch(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Not before every step: with a million rows that would take longer than the step."""
+    model, data = classifier()
+    seeds: list[int | None] = []
+
+    def counted(lengths: list[int], size: int, *, seed: int | None) -> list[list[int]]:
+        seeds.append(seed)
+        return data_module.plan(lengths, size, seed=seed)
+
+    monkeypatch.setattr("suture.tune.plan", counted)
+    result = tune(model, data, replace(SETTINGS, epochs=2))
+
+    assert result.steps > 2
+    assert seeds == [SETTINGS.seed * 1_000_003, SETTINGS.seed * 1_000_003 + 1]
 
 
 def no_dropout(model: nn.Module) -> None:
@@ -200,6 +240,23 @@ def test_a_device_that_is_not_here_is_refused() -> None:
 
     with pytest.raises(RecipeError, match="cannot train on cuda"):
         tune(model, data, SETTINGS, device="cuda")
+
+
+def test_the_graphics_processor_that_is_named_is_the_one(monkeypatch: pytest.MonkeyPatch) -> None:
+    """accelerate knows the current one only: ``cuda:1`` is made that before it is asked, so that
+    batches go where the model is."""
+    model, data = classifier()
+    chosen: list[str] = []
+
+    def refused(**how: object) -> None:
+        raise ValueError(f"asked with {chosen}")
+
+    monkeypatch.setattr("accelerate.Accelerator", refused)
+    monkeypatch.setattr(torch.cuda, "set_device", lambda device: chosen.append(str(device)))
+    for device in ("cuda", "cuda:1"):
+        with pytest.raises(RecipeError, match=f"cannot train on {device}.*asked with"):
+            tune(model, data, SETTINGS, device=device)
+    assert chosen == ["cuda:1"]
 
 
 @pytest.mark.parametrize(

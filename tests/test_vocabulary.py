@@ -279,6 +279,21 @@ def test_special_tokens_follow_their_tokenizer(place: Path, tmp_path: Path) -> N
     assert found == {"pad_token_id": talk.loaded(bob).get_vocab()[word], "top_k": 5}
 
 
+@pytest.mark.parametrize(
+    "said", ["<x>", 5, {"added_tokens_decoder": {"9" * 5000: {"content": "z"}}}]
+)
+def test_special_tokens_that_are_no_list_are_none(said: Any, tmp_path: Path) -> None:
+    """A word is not a list of letters, and a number of absurdly many digits is no id."""
+    (tmp_path / "vocab.json").write_text('{"a": 0, "b": 1}')
+    config = said if isinstance(said, dict) else {"additional_special_tokens": said}
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps(config))
+
+    found = read_vocabulary(tmp_path)
+
+    assert found is not None
+    assert found.ids == {"a": 0, "b": 1}
+
+
 # ------------------------------------------------------------------------------------ our recipes
 
 
@@ -496,3 +511,16 @@ def test_chat_templates_of_models_and_as_given(
     assert talk.loaded(tmp_path / "one").chat_template == found
     two = talk.loaded(tmp_path / "two").chat_template
     assert two == (None if wanted == "auto" else found)
+
+
+def test_a_tokenizer_without_a_readable_configuration_gets_no_template(
+    place: Path, tmp_path: Path
+) -> None:
+    """What is not a JSON object cannot hold a template: an error, not a crash."""
+    talk.model(tmp_path / "odd", talk.tokenizer(talk.PROSE, 90), 1)
+    (tmp_path / "odd" / "tokenizer_config.json").write_text("[1]")
+
+    said = problem(ours(place, "bare", chat_template="chatml") | {"base": str(tmp_path / "odd")},
+                   tmp_path / "out")  # fmt: skip
+
+    assert "tokenizer_config.json is not a JSON object" in said

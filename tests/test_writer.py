@@ -27,8 +27,9 @@ from making import (
     staging,
     tree,
 )
-from suture import writer
+from suture import publish, writer
 from suture.errors import OutputError
+from suture.publish import alone, appearing
 from suture.spec import TensorSpec
 from suture.writer import Writer, index_of, plan_shards
 
@@ -226,7 +227,7 @@ def test_an_old_output_is_replaced_as_a_whole(
 ) -> None:
     """No file of the old output survives, whether the system can swap folders or not."""
     if not swap:
-        monkeypatch.setattr(writer, "_exchange", lambda *_: False)
+        monkeypatch.setattr(publish, "_exchange", lambda *_: False)
     old = {"w": packed(np.ones(100)), "v": packed(np.ones(100))}
     filled(tmp_path / "out", old, shard_size=400).publish()
     (tmp_path / "out" / "tokenizer.json").write_text("old")
@@ -450,7 +451,7 @@ def test_a_lock_that_was_removed_is_no_lock(
 ) -> None:
     """A writer that opened the lock of one that was just finishing takes a new one."""
     first = filled(tmp_path / "out", TENSORS)
-    real, times = writer.locked, []
+    real, times = publish.locked, []
 
     def late(descriptor: int) -> bool:
         times.append(descriptor)
@@ -458,7 +459,7 @@ def test_a_lock_that_was_removed_is_no_lock(
             first.discard()  # between our opening of the lock and our locking of it
         return real(descriptor)
 
-    monkeypatch.setattr(writer, "locked", late)
+    monkeypatch.setattr(publish, "locked", late)
     second = filled(tmp_path / "out", TENSORS)
 
     assert len(times) == 2
@@ -559,15 +560,15 @@ def test_a_folder_of_any_name_replaces_an_older_one(
 ) -> None:
     """Even one called ``old``, as what it replaces is put aside; unasked nothing is replaced."""
     if not swap:
-        monkeypatch.setattr(writer, "_exchange", lambda *_: False)
+        monkeypatch.setattr(publish, "_exchange", lambda *_: False)
     fresh, out = tmp_path / "work" / "old", tmp_path / "old"
     for folder, text in ((fresh, "new"), (out, "older")):
         folder.mkdir(parents=True)
         (folder / "file").write_text(text)
 
     with pytest.raises(OutputError, match="appeared while its run was going on"):
-        writer.publish(fresh, out, overwrite=False)
-    writer.publish(fresh, out, overwrite=True)
+        publish.publish(fresh, out, overwrite=False)
+    publish.publish(fresh, out, overwrite=True)
 
     assert (out / "file").read_text() == "new"
     assert sorted(p.name for p in tmp_path.iterdir()) == ["old", "work"]
@@ -577,7 +578,7 @@ def test_a_lock_of_a_folder_that_was_removed_holds_nothing(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """One who opened the file before its folder was removed locks the file that is there now."""
-    folder, lock = tmp_path / "work", writer.locked
+    folder, lock = tmp_path / "work", publish.locked
     removed = []
 
     def late(descriptor: int) -> bool:
@@ -586,11 +587,31 @@ def test_a_lock_of_a_folder_that_was_removed_holds_nothing(
             shutil.rmtree(folder)
         return lock(descriptor)
 
-    monkeypatch.setattr(writer, "locked", late)
-    with writer.alone(folder, tmp_path / "out", "writing"):
+    monkeypatch.setattr(publish, "locked", late)
+    with alone(folder, tmp_path / "out", "writing"):
         assert (folder / "lock").is_file()
         with (
             pytest.raises(OutputError, match="another process is writing it"),
-            writer.alone(folder, tmp_path / "out", "writing"),
+            alone(folder, tmp_path / "out", "writing"),
         ):
             pass
+
+
+@pytest.mark.parametrize("call", ["write", "fsync"])
+def test_a_file_appears_whole_and_synced_or_not_at_all(
+    call: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Until its bytes are on the disk, what stood there before does, and nothing else is left."""
+    path = tmp_path / "some" / "file"
+    with appearing(path) as file:
+        file.write(b"one")
+    if call == "fsync":
+        monkeypatch.setattr(os, "fsync", failing(errno.EIO))
+
+    with pytest.raises(OutputError if call == "fsync" else KeyError), appearing(path) as file:
+        file.write(b"other")
+        if call == "write":
+            raise KeyError
+
+    assert path.read_bytes() == b"one"
+    assert list(path.parent.iterdir()) == [path]

@@ -21,8 +21,9 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from suture import kernels
-from suture.checkpoint import PICKLES, Array, Checkpoint, read_json, ties_embeddings, within
+from suture.checkpoint import PICKLES, Array, Checkpoint, ties_embeddings, within
 from suture.errors import CheckpointError, MismatchError, NonFiniteError, Problems, brief
+from suture.headers import read_json
 from suture.roles import role_of, tied_to
 from suture.spec import DTYPES, F32, TensorSpec, listed
 from suture.views import Lens, Same, View

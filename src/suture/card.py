@@ -10,7 +10,7 @@ from typing import Any
 
 import yaml
 
-from suture.checkpoint import Checkpoint, is_from_hub, read_json, within
+from suture.checkpoint import Checkpoint, is_from_hub, within
 from suture.errors import CheckpointError
 from suture.merges import Method
 from suture.spec import WORD_OF, listed, readable
@@ -132,7 +132,10 @@ def model_card(
     record: Mapping[str, Any], method: Method, donors: Sequence[Checkpoint], name: str
 ) -> str:
     """The README of a merged model: front matter for the hub, then what was done, in words."""
-    front: dict[str, Any] = {"tags": ["merge", "suture"], "library_name": "transformers"}
+    secret = record.get("restricted") is True
+    front: dict[str, Any] = {"tags": tags("merge", restricted=secret),
+                             "library_name": "transformers"}  # fmt: skip
+    donors = open_ones(donors)
     front["base_model"] = list(dict.fromkeys(model_name(c) for c in donors))
     front["base_model_relation"] = "merge"
     licences = {model_name(c): found for c in donors if (found := licence_of(c))}
@@ -154,23 +157,19 @@ def model_card(
         f"# {name}\n",
         f"A merge made with Suture {record['suture']} by **{method.title}** ({method.paper}).\n",
         f"{method.equation}\n",
-        *_protection_lines(record),
+        *([] if secret else _protection_lines(record)),
         f"## Inputs\n\n| | model | tensors | size | fingerprint |\n|---|---|---|---|---|\n{rows}\n",
-        *(
-            [_withheld(withheld)]
-            if record.get("restricted")
-            else [f"## Recipe\n\n```yaml\n{recipe}```\n"]
-        ),
+        restricted_note(withheld) if secret else f"## Recipe\n\n```yaml\n{recipe}```\n",
         *_licence_lines(licences, [model_name(c) for c in donors]),
         "## Result\n",
         f"- output fingerprint `{record['output']['fingerprint']}`",
         f"- {results['merged_tensors']} tensors merged, {results['copied_tensors']} copied",
     ]
-    if loss is not None:
+    if loss is not None and not secret:
         lines.append(
             f"- {results['moved']:,} entries moved; rounding to the output dtype undid {loss:.2%}"
         )
-    for kept in [results["density"]] if "density" in results and not withheld else []:
+    for kept in [results["density"]] if "density" in results and not secret else []:
         lines.append(f"- share of entries kept, by model: {', '.join(f'{d:.4g}' for d in kept)}")
     lines.append(
         "\nTo make the same tensors again: `suture merge suture.json -o AGAIN`, with the inputs at "
@@ -179,12 +178,27 @@ def model_card(
     return "\n".join(lines)
 
 
-def _withheld(labels: Sequence[str]) -> str:
+def restricted_note(labels: Sequence[str] = ()) -> str:
+    """What every card of what must not be passed on has in the place of recipe and results.
+
+    Args:
+        labels: the inputs that it comes from; without any, it was marked by itself.
+    """
+    why = f": it was made from inputs that must not be ({listed(labels)})" if labels else ""
     return (
-        f"**Restricted: it was made from inputs that must not be passed on ({listed(labels)}), nor "
-        "what is made with them.** What is known of these inputs, and the recipe, is withheld from "
-        "this card.\n"
+        f"**Restricted: this must not be passed on, nor what is made with it{why}.** What is known "
+        "of such inputs, the recipe and the results are withheld from this card.\n"
     )
+
+
+def tags(*words: str, restricted: bool) -> list[str]:
+    """The tags of a card; what must not be passed on says so to machines, too."""
+    return [*words, "suture", *(["restricted"] if restricted else [])]
+
+
+def open_ones(donors: Sequence[Checkpoint]) -> list[Checkpoint]:
+    """The models that a card may name: those that may be passed on."""
+    return [c for c in donors if not c.restricted]
 
 
 def _protection_lines(record: Mapping[str, Any]) -> list[str]:
@@ -207,23 +221,25 @@ def _protection_lines(record: Mapping[str, Any]) -> list[str]:
 
 def patch_card(record: Mapping[str, Any], model: Checkpoint, name: str) -> str:
     """The README of a patched model: front matter for the hub, then what was done, in words."""
-    front: dict[str, Any] = {"tags": ["patch", "suture"], "library_name": "transformers"}
-    front["base_model"] = [model_name(model)]
+    secret = record["restricted"] is True
+    front: dict[str, Any] = {"tags": tags("patch", restricted=secret),
+                             "library_name": "transformers"}  # fmt: skip
+    front["base_model"] = [model_name(c) for c in open_ones([model])]
     if licence := licence_of(model):
         front["license"] = licence
     rows = "\n".join(
         f"| {Path(p['path']).name} | {p['entries']:,} | {readable(p['bytes'])} | `{p['digest']}` |"
         for p in record["patches"]
     )
+    table = f"| patch | entries | size | digest |\n|---|---|---|---|\n{rows}\n"
     reverted = record["action"] == "revert"
     what = "taken off" if reverted else "put on"
     notes = []
-    if record["restricted"]:
-        notes.append("**Restricted: it was made from something that must not be passed on.**\n")
-    if record["forced"]:
+    if record["forced"] and not secret:
         notes.append(f"Forced: {len(record['forced'])} tensors were not those of the base.\n")
     if not reverted:
-        notes.append(f"- scale {record['scale']:g}, overlaps: {record['on_overlap']}")
+        if not secret:
+            notes.append(f"- scale {record['scale']:g}, overlaps: {record['on_overlap']}")
         notes.append(
             "- to undo it, bit for bit: `suture patch revert . undo.patch.safetensors -o BACK`"
         )
@@ -231,12 +247,32 @@ def patch_card(record: Mapping[str, Any], model: Checkpoint, name: str) -> str:
         f"---\n{yaml.safe_dump(front, sort_keys=False)}---\n",
         f"# {name}\n",
         f"A model with patches {what} it by Suture {record['suture']}.\n",
-        f"| patch | entries | size | digest |\n|---|---|---|---|\n{rows}\n",
+        restricted_note() if secret else table,
         *notes,
-        f"- input `{record['inputs']['model']['fingerprint']}`",
+        *([] if secret else [f"- input `{record['inputs']['model']['fingerprint']}`"]),
         f"- output `{record['output']['fingerprint']}`\n",
     ]
     return "\n".join(lines)
+
+
+def adapter_card(
+    base: Checkpoint, models: Sequence[Checkpoint], ranks: Sequence[int], error: float, name: str,
+    *, restricted: bool,
+) -> str:  # fmt: skip
+    """The README of an adapter that was made of the difference of models."""
+    shown = model_name(base)
+    front = {"library_name": "peft", "base_model": shown,
+             "tags": tags("lora", restricted=restricted)}  # fmt: skip
+    found, most = len(ranks), max(ranks, default=0)
+    rank = f"{min(ranks)} to {most}" if len(set(ranks)) > 1 else most
+    made = restricted_note() if restricted else (
+        f"Made of the difference between it and {', '.join(model_name(m) for m in models)}: "
+        f"{found} modules, rank {rank}. Relative error of the whole difference: {error:.3g}.\n"
+    )  # fmt: skip
+    return (
+        f"---\n{yaml.safe_dump(front, sort_keys=False)}---\n\n# {name}\n\n"
+        f"A LoRA adapter for {shown}.\n\n{made}"
+    )
 
 
 def model_name(checkpoint: Checkpoint) -> str:
@@ -323,6 +359,7 @@ def _text(checkpoint: Checkpoint, name: str) -> str | None:
 
 
 __all__ = [
+    "adapter_card",
     "carried_files",
     "carried_tokenizer",
     "carry",
@@ -330,6 +367,8 @@ __all__ = [
     "licence_of",
     "model_card",
     "model_name",
+    "open_ones",
     "patch_card",
-    "read_json",
+    "restricted_note",
+    "tags",
 ]

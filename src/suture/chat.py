@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -10,6 +9,7 @@ from typing import Any
 
 from suture.checkpoint import within
 from suture.errors import Problems, RecipeError, brief, did_you_mean
+from suture.headers import parse_object
 from suture.vocabulary import dumped, json_file
 
 AUTO = "auto"
@@ -122,9 +122,13 @@ def chosen_template(wanted: str, folders: Sequence[Path]) -> str | None:
 
 
 def with_template(files: Mapping[str, bytes], template: str) -> dict[str, bytes]:
-    """Tokenizer files with another chat template, in both places where loaders look for it."""
+    """Tokenizer files with another chat template, in both places where loaders look for it.
+
+    Raises:
+        CheckpointError: the tokenizer's configuration is no JSON object.
+    """
     found = {name: content for name, content in files.items() if name != "chat_template.json"}
-    config = json.loads(found.get("tokenizer_config.json", b"{}"))
+    config = parse_object(found.get("tokenizer_config.json", b"{}"), "tokenizer_config.json")
     config["chat_template"] = template
     return found | {
         "tokenizer_config.json": dumped(config),

@@ -14,7 +14,7 @@ from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -23,6 +23,9 @@ from suture.errors import MissingExtraError, RecipeError, did_you_mean
 
 if TYPE_CHECKING:
     from suture.models import Tokenizer
+
+CELL_LIMIT = 1 << 30
+"""Characters that a cell of a CSV file may have; Python alone would refuse a long text."""
 
 
 @dataclass(frozen=True)
@@ -234,25 +237,38 @@ def tokenise(
     return Dataset(ids, tuple(numbers.get(row.label, -1) for row in rows), pad)
 
 
+def _parsed(text: str, where: str) -> Any:
+    """JSON that can be written again.
+
+    Raises:
+        RecipeError: it is none, or an escape in it stands for half of a character.
+    """
+    try:
+        found = json.loads(text)
+        if "\\u" in text:
+            json.dumps(found, ensure_ascii=False).encode()
+    except UnicodeEncodeError:
+        raise RecipeError(f"{where}: holds half of a surrogate pair, which is no text") from None
+    except RecursionError:
+        raise RecipeError(f"{where}: not JSON: nested too deeply") from None
+    except ValueError as error:
+        raise RecipeError(f"{where}: not JSON: {error}") from error
+    return found
+
+
 def _jsonl(path: Path) -> Iterator[tuple[int, Mapping[str, object]]]:
-    with path.open(encoding="utf-8") as lines:
+    with path.open(encoding="utf-8-sig") as lines:
         for number, line in enumerate(lines, 1):
             if not line.strip():
                 continue
-            try:
-                record = json.loads(line)
-            except ValueError as error:
-                raise RecipeError(f"{path}, line {number}: not JSON: {error}") from error
+            record = _parsed(line, f"{path}, line {number}")
             if not isinstance(record, dict):
                 raise RecipeError(f"{path}, line {number}: a row is an object with named columns")
             yield number, record
 
 
 def _json(path: Path) -> Iterator[tuple[int, Mapping[str, object]]]:
-    try:
-        found = json.loads(path.read_text(encoding="utf-8"))
-    except (ValueError, RecursionError) as error:
-        raise RecipeError(f"{path}: not JSON: {error}") from error
+    found = _parsed(path.read_text(encoding="utf-8-sig"), str(path))
     if not isinstance(found, list) or not all(isinstance(record, dict) for record in found):
         raise RecipeError(f"{path}: a .json file of rows is one list of objects")
     yield from enumerate(found, 1)
@@ -261,13 +277,20 @@ def _json(path: Path) -> Iterator[tuple[int, Mapping[str, object]]]:
 def _csv(path: Path) -> Iterator[tuple[int, Mapping[str, object]]]:
     with path.open(encoding="utf-8-sig", newline="") as lines:
         reader = csv.DictReader(lines)
-        for record in reader:
-            if None in record:  # cells that the first line has no name for
-                raise RecipeError(
-                    f"{path}, line {reader.line_num}: has more cells than the first line has "
-                    f"columns ({', '.join(reader.fieldnames or ())}); texts with commas need quotes"
-                )
-            yield reader.line_num, record
+        limit = csv.field_size_limit(CELL_LIMIT)
+        try:
+            for record in reader:
+                if None in record:  # cells that the first line has no name for
+                    columns = ", ".join(reader.fieldnames or ())
+                    raise RecipeError(
+                        f"{path}, line {reader.line_num}: has more cells than the first line has "
+                        f"columns ({columns}); texts with commas need quotes"
+                    )
+                yield reader.line_num, record
+        except csv.Error as error:
+            raise RecipeError(f"{path}, line {reader.line_num}: not CSV: {error}") from None
+        finally:
+            csv.field_size_limit(limit)
 
 
 def _parquet(path: Path) -> Iterator[tuple[int, Mapping[str, object]]]:

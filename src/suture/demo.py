@@ -50,10 +50,11 @@ from suture.models import (
     save_head,
     save_model,
 )
+from suture.probe import fit_head
 from suture.report import Entry, Report, Task
 from suture.roles import role_of
 from suture.run import merge
-from suture.tune import Progress, TuneSettings, fit_head, tune
+from suture.tune import Progress, TuneSettings, tune
 from suture.workshop import (
     EVAL_BATCH,
     Column,

@@ -18,8 +18,9 @@ import numpy as np
 import xxhash
 
 from suture.chat import chosen_template, with_template
-from suture.checkpoint import Checkpoint, read_json, within
+from suture.checkpoint import Checkpoint, within
 from suture.errors import CheckpointError, MismatchError, Problems, RecipeError, did_you_mean
+from suture.headers import read_json
 from suture.roles import ParamSpace, has_vocabulary, tied_to
 from suture.spec import BF16, DTYPES, TensorSpec, listed
 from suture.views import Lens, Same, View

@@ -9,8 +9,9 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import NamedTuple
 
-from suture.checkpoint import Checkpoint, read_json
+from suture.checkpoint import Checkpoint
 from suture.errors import CheckpointError, MismatchError, Problems
+from suture.headers import read_json
 
 PLAIN, LINEARIZED = "plain", "linearized"
 RECORD_LIMIT = 16 << 20

@@ -16,9 +16,10 @@ from typing import Any
 
 import numpy as np
 
-from suture.checkpoint import Array, Checkpoint, read_header
-from suture.errors import MismatchError, Problems, SutureError
-from suture.mask import GRAFT, MaskFile, StoredMask, marked, popcount
+from suture.checkpoint import Array, Checkpoint
+from suture.errors import CheckpointError, MismatchError, Problems, SutureError
+from suture.headers import read_header
+from suture.maskfile import GRAFT, MaskFile, StoredMask, marked, popcount
 from suture.spec import DTYPES, TensorSpec, listed
 from suture.views import Same, View
 
@@ -90,7 +91,7 @@ def open_graft(path: Path, base: Checkpoint) -> View:
     """The base with a graft's weights in their places: a model as far as the mask reaches.
 
     Raises:
-        SutureError: the file is no graft.
+        SutureError: the file is no graft, or damaged; all of it is read.
         MismatchError: it belongs to another base.
     """
     mask = StoredMask(path)
@@ -98,6 +99,7 @@ def open_graft(path: Path, base: Checkpoint) -> View:
     if any(VALUES + n not in held for n in mask.shapes):
         raise SutureError(f"{path}: damaged: weights that its mask marks are missing")
     check_shapes(mask, base)
+    mask.check()
     problems = Problems()
     for name in mask.shapes:
         if held[VALUES + name].dtype != base.specs[name].dtype:
@@ -159,7 +161,14 @@ class _Grafted:
     def _ranks(self) -> Array:
         numel = self.spec.numel
         counts = [self._marked(at, min(at + _STEP, numel)) for at in range(0, numel, _STEP)]
-        return np.cumsum([0, *counts], dtype=np.int64)
+        ranks = np.cumsum([0, *counts], dtype=np.int64)
+        held = self.mask.checkpoint.specs[VALUES + self.name].shape
+        if held != (ranks[-1],):  # others would be read from what stands behind them in the file
+            raise CheckpointError(
+                f"{self.mask.path}: damaged: {ranks[-1]} entries of {self.name} are marked, and "
+                f"its weights are {list(held)}; make it again"
+            )
+        return ranks
 
 
 __all__ = ["VALUES", "check_shapes", "is_graft", "open_graft", "write_graft"]

@@ -12,7 +12,8 @@ from typing import Any
 
 import numpy as np
 
-from suture.checkpoint import Checkpoint, Place, read_json, ties_embeddings
+from suture.checkpoint import Checkpoint, Place, ties_embeddings
+from suture.headers import read_json
 from suture.roles import tied_to
 from suture.spec import DTYPES, TensorSpec
 

@@ -14,7 +14,7 @@ from contextlib import suppress
 from dataclasses import dataclass
 from functools import lru_cache
 from importlib.metadata import entry_points
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 
@@ -159,7 +159,7 @@ RULES: dict[str, Rule] = {
     r.name: r
     for r in (
         Rule(magnitude, "Magnitude", "He et al. 2025, arXiv:2408.13656", weight=False),
-        Rule(random, "Random (control)", "", seeded=True),
+        Rule(random, "Random (control)", "", seeded=True, delta=False, weight=False),
         Rule(fisher, "Fisher", "Matena and Raffel 2022, arXiv:2111.09832", ("fisher",),
              weight=False),
         Rule(empirical_fisher, "Empirical Fisher", "Kunstner et al. 2019, arXiv:1905.12558",
@@ -234,6 +234,27 @@ def stream_key(seed: int, model: str, tensor: str) -> int:
 _UNREAD = np.zeros(0, np.float32)
 
 
+class Bits(Protocol):
+    """A mask, in memory or on disk."""
+
+    shapes: Any
+    """Of its tensors, by name."""
+
+    def read(self, name: str, start: int, out: Array) -> None:
+        """Fill ``out`` (uint8) with packed bits from entry ``start``, a multiple of 8, on."""
+
+
+def _inside(mask: Bits, name: str, start: int, count: int) -> Array:
+    """Which of some entries a mask marks: booleans; none of a tensor that it does not have."""
+    if name not in mask.shapes:
+        return np.zeros(count, bool)
+    skipped = start % 8
+    packed = np.empty(-(-(skipped + count) // 8), np.uint8)
+    mask.read(name, start - skipped, packed)
+    found = np.unpackbits(packed, count=skipped + count, bitorder="little")
+    return found[skipped:].view(bool)
+
+
 @dataclass(frozen=True)
 class Scoring:
     """A rule with what it needs to score one task vector."""
@@ -249,6 +270,8 @@ class Scoring:
     """Whether only entries with a score above 0 may be kept."""
     factor: float = 1.0
     """Of the task vector: what its delta is multiplied by."""
+    without: Bits | None = None
+    """Entries that are never kept, whatever their score."""
 
     @property
     def weights(self) -> Checkpoint:
@@ -329,7 +352,10 @@ class _Score:
             found = np.maximum(found, 0)
         elif self.scoring.rule.signed:
             found = ordered(found)
+        without = self.scoring.without
+        if without is not None:
+            found = np.where(_inside(without, self.name, start, found.size), np.float32(0), found)
         raw.view(np.float32)[:] = found
 
 
-__all__ = ["RULES", "Look", "Rule", "Scoring", "ordered", "rule_named", "stream_key"]
+__all__ = ["RULES", "Bits", "Look", "Rule", "Scoring", "ordered", "rule_named", "stream_key"]

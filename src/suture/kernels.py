@@ -1,4 +1,4 @@
-"""The inner loops as the rest of the package calls them; see ``suture.loops`` for what each does.
+"""The inner loops as the rest of the package calls them; ``loops`` and ``ranks`` say what each is.
 
 Shapes: ``rows`` is float32[models, block], ``out`` float32[block]. Every kernel works on elements
 ``start`` to ``stop`` (or the first ``count``) of blocks that lie in the processor's cache, runs
@@ -23,6 +23,8 @@ AS_FLOAT = -1
 """In the place of a dtype's code: leave float32."""
 TILE = 1024
 """Elements in a strip, and in each accumulator of scratch."""
+RANK_SPARE = 1 << 15
+"""What ``rank_rows`` needs of scratch beyond three rows: its bins, whatever the width."""
 
 _R, _W, _K, _V, _B = "f4[:, ::1]", "f4[::1]", "u4[::1]", "f4[::1]", "u1[::1]"
 

@@ -29,7 +29,8 @@ Array = np.ndarray[Any, Any]
 _inline = njit(nogil=True, error_model="numpy", inline="always")
 
 
-def _kernel(function):
+def kernel(function):
+    """Compile for calls from machine code alone; for ``suture.machine``, which has its own door."""
     return njit(nogil=True, error_model="numpy", no_cpython_wrapper=True, no_cfunc_wrapper=True)(
         function
     )
@@ -53,7 +54,9 @@ def _as_float(_typing, bits):
 
 
 @intrinsic
-def _as_bits(_typing, value):
+def as_bits(_typing, value):
+    """The bits of a float32."""
+
     def build(_context, builder, _signature, args):
         return builder.bitcast(args[0], ir.IntType(32))
 
@@ -64,7 +67,7 @@ def _as_bits(_typing, value):
 def _half_to_float(h):
     magnitude = np.uint32(h & np.uint32(0x7FFF)) << np.uint32(13)
     # Multiplying by 2**112 rebiases the exponent and makes subnormal halves normal, exactly.
-    value = _as_bits(_as_float(magnitude) * np.float32(5.192296858534828e33))
+    value = as_bits(_as_float(magnitude) * np.float32(5.192296858534828e33))
     if (h & np.uint32(0x7C00)) == np.uint32(0x7C00):
         value = magnitude | np.uint32(0x7F800000)
     return _as_float(value | (np.uint32(h & np.uint32(0x8000)) << np.uint32(16)))
@@ -72,7 +75,7 @@ def _half_to_float(h):
 
 @_inline
 def _float_to_bfloat(value):
-    bits = _as_bits(value)
+    bits = as_bits(value)
     rounded = (bits + np.uint32(0x7FFF) + ((bits >> np.uint32(16)) & np.uint32(1))) >> np.uint32(16)
     if (bits & np.uint32(0x7FFFFFFF)) > np.uint32(0x7F800000):
         rounded = (bits >> np.uint32(16)) | np.uint32(0x40)  # keep NaN a NaN
@@ -81,14 +84,14 @@ def _float_to_bfloat(value):
 
 @_inline
 def _float_to_half(value):
-    bits = _as_bits(value)
+    bits = as_bits(value)
     sign = (bits >> np.uint32(16)) & np.uint32(0x8000)
     magnitude = bits & np.uint32(0x7FFFFFFF)
     odd = (magnitude >> np.uint32(13)) & np.uint32(1)
     # 0xC8000FFF = rebias by 15 - 127, plus just under half a unit of the last place that is kept.
     normal = (magnitude + np.uint32(0xC8000FFF) + odd) >> np.uint32(13)
     # Adding 0.5 lets the adder round a subnormal half to its last place.
-    tiny = _as_bits(_as_float(magnitude) + np.float32(0.5)) - np.uint32(0x3F000000)
+    tiny = as_bits(_as_float(magnitude) + np.float32(0.5)) - np.uint32(0x3F000000)
     half = normal
     if magnitude < np.uint32(0x38800000):
         half = tiny
@@ -101,7 +104,7 @@ def _float_to_half(value):
 
 @_inline
 def _trimmed(value, least):
-    large = (_as_bits(value) & np.uint32(0x7FFFFFFF)) >= least
+    large = (as_bits(value) & np.uint32(0x7FFFFFFF)) >= least
     return value if large else np.float32(0)
 
 
@@ -118,10 +121,10 @@ def _step(delta):
 
 @_inline
 def _wild(value):
-    return np.uint32((_as_bits(value) & np.uint32(0x7F800000)) == np.uint32(0x7F800000))
+    return np.uint32((as_bits(value) & np.uint32(0x7F800000)) == np.uint32(0x7F800000))
 
 
-@_kernel
+@kernel
 def widen(raw: Array, code: int, count: int, row: Array) -> int:
     """Fill ``row[:count]`` (float32) from raw bytes; return how many are NaN or infinite.
 
@@ -155,7 +158,7 @@ def widen(raw: Array, code: int, count: int, row: Array) -> int:
     return wild
 
 
-@_kernel
+@kernel
 def widen_delta(raw: Array, code: int, count: int, base: Array, row: Array) -> int:
     """The same, less ``base`` (float32): a weight becomes a delta."""
     wild = np.uint32(0)
@@ -186,7 +189,7 @@ def widen_delta(raw: Array, code: int, count: int, base: Array, row: Array) -> i
     return wild
 
 
-@_kernel
+@kernel
 def subtract_double(raw: Array, base: Array, count: int, row: Array) -> None:
     """The same for float64 checkpoints: subtracted in float64, rounded to float32 once."""
     tuned = raw.view(np.float64)
@@ -200,7 +203,7 @@ def _width(code):
     return 8 if code == F64 else 4 if code == F32 else 2
 
 
-@_kernel
+@kernel
 def load_rows(
     buffers: Array, codes: Array, first: int, count: int, deltas: int, based: int,
     base: Array, rows: Array, wild: Array,
@@ -244,7 +247,7 @@ def load_rows(
             wild[place] += widen_delta(raw, code, count, base, row)
 
 
-@_kernel
+@kernel
 def narrow(row: Array, code: int, count: int, raw: Array) -> int:
     """Round ``row[:count]`` to raw bytes, to nearest even; return how many are not finite."""
     wild = 0
@@ -252,7 +255,7 @@ def narrow(row: Array, code: int, count: int, raw: Array) -> int:
         whole = raw.view(np.float32)
         for i in range(count):
             whole[i] = row[i]
-            if (_as_bits(row[i]) & np.uint32(0x7F800000)) == np.uint32(0x7F800000):
+            if (as_bits(row[i]) & np.uint32(0x7F800000)) == np.uint32(0x7F800000):
                 wild += 1
     elif code == BF16:
         short = raw.view(np.uint16)
@@ -277,7 +280,7 @@ def narrow(row: Array, code: int, count: int, raw: Array) -> int:
     return wild
 
 
-@_kernel
+@kernel
 def finish(
     base: Array, delta: Array, code: int, kept: int, count: int, raw: Array, counts: Array
 ) -> None:
@@ -295,14 +298,14 @@ def finish(
         short = raw.view(np.uint16)
         for i in range(count):
             value = base[i] + _step(delta[i])
-            bits = _as_bits(value)
+            bits = as_bits(value)
             new = (
                 bits + np.uint32(0x7FFF) + ((bits >> np.uint32(16)) & np.uint32(1))
             ) >> np.uint32(16)
             new = new if value == value else np.uint32(0x7FC0)
             some = delta[i] != np.float32(0)
             moved += np.uint32(some)
-            lost += np.uint32(some & (new == (_as_bits(base[i]) >> np.uint32(16))))
+            lost += np.uint32(some & (new == (as_bits(base[i]) >> np.uint32(16))))
             wild += np.uint32((new & np.uint32(0x7F80)) == np.uint32(0x7F80))
             short[i] = np.uint16(new)
     elif code == BF16:
@@ -347,7 +350,7 @@ def finish(
     counts[2] += wild
 
 
-@_kernel
+@kernel
 def finish_double(base: Array, delta: Array, count: int, raw: Array, counts: Array) -> None:
     """The same where base (raw bytes) and output are float64: added in float64."""
     start = base.view(np.float64)
@@ -360,7 +363,7 @@ def finish_double(base: Array, delta: Array, count: int, raw: Array, counts: Arr
         counts[2] += np.int64(not np.isfinite(total[i]))
 
 
-@_kernel
+@kernel
 def weighted_sum(rows: Array, weights: Array, start: int, stop: int, out: Array) -> None:
     """``out = sum_i weights[i] * rows[i]``, added in the order of rows."""
     total = out[start:stop]
@@ -372,18 +375,18 @@ def weighted_sum(rows: Array, weights: Array, start: int, stop: int, out: Array)
             total[i] += weight * row[i]
 
 
-@_kernel
+@kernel
 def count_coarse(row: Array, count: int, coarse: Array) -> None:
     """Count the upper 16 bits of every magnitude in ``coarse`` uint32[2, BINS].
 
     Two tables, to be added: neighbours that fall into one bin do not wait for each other.
     """
     for i in range(count):
-        key = _as_bits(row[i]) & np.uint32(0x7FFFFFFF)
+        key = as_bits(row[i]) & np.uint32(0x7FFFFFFF)
         coarse[i & 1, key >> np.uint32(16)] += np.uint32(1)
 
 
-@_kernel
+@kernel
 def gather_bracket(
     row: Array, count: int, low: int, width: int, inside: Array, found: Array
 ) -> None:
@@ -398,17 +401,17 @@ def gather_bracket(
     end = np.int64(low) + np.int64(width)
     above = np.uint32(0)
     for i in range(count):
-        above += np.uint32(np.int64(_as_bits(row[i]) & np.uint32(0x7FFFFFFF)) >= end)
+        above += np.uint32(np.int64(as_bits(row[i]) & np.uint32(0x7FFFFFFF)) >= end)
     place = 0
     for i in range(count):
-        key = np.uint32((_as_bits(row[i]) & np.uint32(0x7FFFFFFF)) - first)
+        key = np.uint32((as_bits(row[i]) & np.uint32(0x7FFFFFFF)) - first)
         inside[place] = key
         place += np.int64(key < wide)
     found[0] = place
     found[1] = above
 
 
-@_kernel
+@kernel
 def gather_brackets(
     rows: Array, base: Array, buffers: Array, codes: Array, first: int, count: int, deltas: int,
     based: int, lows: Array, widths: Array, inside: Array, found: Array, wild: Array,
@@ -440,7 +443,7 @@ def gather_brackets(
             found[model, 1] += part[1]
 
 
-@_kernel
+@kernel
 def find_rank(keys: Array, count: int, wanted: int, table: Array, found: Array) -> None:
     """The ``wanted``-th highest of ``keys[:count]`` (uint32), by counting bits from the top.
 
@@ -469,7 +472,7 @@ def find_rank(keys: Array, count: int, wanted: int, table: Array, found: Array) 
     found[1] = over
 
 
-@_kernel
+@kernel
 def find_limits(
     rows: Array, count: int, wanted: Array, keys: Array, cuts: Array, kept: Array, tied: Array,
     table: Array, found: Array, ordered: Array,
@@ -492,7 +495,7 @@ def find_limits(
             keys[model] = np.uint32(0x7FFFFFFF)
             continue
         for i in range(count):
-            ordered[i] = _as_bits(row[i]) & np.uint32(0x7FFFFFFF)
+            ordered[i] = as_bits(row[i]) & np.uint32(0x7FFFFFFF)
         find_rank(ordered, count, wanted[model], table, found)
         key = np.uint32(found[0])
         keys[model] = key
@@ -510,7 +513,7 @@ def find_limits(
         cuts[model] = count if wanted[model] - found[1] >= found[2] else place
 
 
-@_kernel
+@kernel
 def count_places(inside: Array, count: int, table: Array, guesses: Array, ties: Array) -> None:
     """Count ``inside[:count]`` in ``table`` (uint32), and in ``ties`` what equals a guess."""
     for j in range(count):
@@ -523,17 +526,17 @@ def count_places(inside: Array, count: int, table: Array, guesses: Array, ties: 
         ties[g] += same
 
 
-@_kernel
+@kernel
 def pack_selected(row: Array, start: int, stop: int, key: int, bits: Array, offset: int) -> None:
     """Set bit ``offset + i - start`` (little-endian) where the magnitude's bits reach ``key``."""
     least = np.uint32(key)
     for i in range(start, stop):
-        if (_as_bits(row[i]) & np.uint32(0x7FFFFFFF)) >= least:
+        if (as_bits(row[i]) & np.uint32(0x7FFFFFFF)) >= least:
             place = offset + i - start
             bits[place >> 3] |= np.uint8(1 << (place & 7))
 
 
-@_kernel
+@kernel
 def elect_and_merge(
     rows: Array, weights: Array, keys: Array, start: int, stop: int, out: Array,
     elect: int, aggregate: int, zero: int, scratch: Array,
@@ -596,7 +599,7 @@ def elect_and_merge(
                 merged[j] = total[j] / parts
 
 
-@_kernel
+@kernel
 def count_elected_signs(
     rows: Array, weights: Array, keys: Array, start: int, stop: int, elect: int, scratch: Array
 ) -> int:
@@ -618,7 +621,7 @@ def count_elected_signs(
     return balance
 
 
-@_kernel
+@kernel
 def masked_mean(
     rows: Array, weights: Array, keys: Array, start: int, stop: int, out: Array, scratch: Array
 ) -> None:
@@ -634,14 +637,14 @@ def masked_mean(
             least = keys[model]
             weight = weights[model]
             for j in range(count):
-                large = (_as_bits(row[j]) & np.uint32(0x7FFFFFFF)) >= least
+                large = (as_bits(row[j]) & np.uint32(0x7FFFFFFF)) >= least
                 total[j] += weight * row[j] if large else np.float32(0)
                 chosen[j] += np.float32(large)
         for j in range(count):
             total[j] = total[j] / max(chosen[j], np.float32(1))
 
 
-@_kernel
+@kernel
 def consensus(
     rows: Array, weights: Array, bounds: Array, least: int, start: int, stop: int, out: Array,
     scratch: Array,
@@ -694,7 +697,7 @@ def _philox(c0, c1, c2, c3, k0, k1):
         k1 = np.uint32(k1 + np.uint32(0xBB67AE85))
 
 
-@_kernel
+@kernel
 def _random_strip(key: int, first: int, count: int, out: Array, lanes: Array) -> None:
     """``random_words`` for at most 4 * LANES words; ``lanes`` is uint32[4 * LANES] of scratch."""
     k0 = np.uint32(np.uint64(key) & np.uint64(0xFFFFFFFF))
@@ -720,7 +723,7 @@ def _random_strip(key: int, first: int, count: int, out: Array, lanes: Array) ->
             out[i] = lanes[(i & 3) * LANES + (i >> 2)]
 
 
-@_kernel
+@kernel
 def random_words(key: int, first: int, count: int, out: Array, scratch: Array) -> None:
     """Fill uint32 ``out[:count]`` with the words of a stream from position ``first``.
 
@@ -733,7 +736,7 @@ def random_words(key: int, first: int, count: int, out: Array, scratch: Array) -
         _random_strip(key, first + start, much, out[start : start + much], lanes)
 
 
-@_kernel
+@kernel
 def drop(row: Array, words: Array, limit: int, factor: float, count: int) -> None:
     """Keep entry i, times ``factor``, where ``words[i] < limit``; zero the others (DARE)."""
     bound = np.uint64(limit)
@@ -742,7 +745,7 @@ def drop(row: Array, words: Array, limit: int, factor: float, count: int) -> Non
         row[i] = scale * row[i] if np.uint64(words[i]) < bound else np.float32(0)
 
 
-@_kernel
+@kernel
 def _add_lanes(values, lanes):
     """``lanes[j] += values[j] + values[8 + j] + ...``; there is a multiple of 8 values."""
     a, b, c, d = lanes[0], lanes[1], lanes[2], lanes[3]
@@ -761,7 +764,7 @@ def _add_lanes(values, lanes):
     lanes[4], lanes[5], lanes[6], lanes[7] = e, f, g, h
 
 
-@_kernel
+@kernel
 def magnitudes(
     row: Array, words: Array, limit: int, count: int, sums: Array, scratch: Array
 ) -> None:
@@ -786,7 +789,7 @@ def magnitudes(
         _add_lanes(kept, sums[1])
 
 
-@_kernel
+@kernel
 def gram(rows: Array, count: int, sums: Array, scratch: Array) -> None:
     """Add the dot products of all pairs of rows to lanes ``sums`` float64[k, k, 8] (lower half)."""
     left = scratch[: 2 * TILE].view(np.float64)
@@ -802,7 +805,7 @@ def gram(rows: Array, count: int, sums: Array, scratch: Array) -> None:
                 _add_lanes(left, sums[a, b])
 
 
-@_kernel
+@kernel
 def extremes(row: Array, count: int, found: Array) -> None:
     """Update ``found`` = [largest magnitude, number of non-zero entries] (float64[2])."""
     largest = np.float32(0)
@@ -815,7 +818,7 @@ def extremes(row: Array, count: int, found: Array) -> None:
     found[1] += some
 
 
-@_kernel
+@kernel
 def stitched(
     rows: Array, weights: Array, bits: Array, count: int, out: Array, scratch: Array
 ) -> None:
@@ -886,7 +889,7 @@ def _add_products_twice(left, more, right, begin, end, sums, others):
         k += 1
 
 
-@_kernel
+@kernel
 def add_low_rank(
     row: Array, start: int, count: int, left: Array, right: Array, scale: float, scratch: Array
 ) -> None:
@@ -928,7 +931,7 @@ def add_low_rank(
             i += 1
 
 
-@_kernel
+@kernel
 def add_squares(row: Array, start: int, count: int, columns: int, by_row: int, sums: Array) -> None:
     """Add the squares of a matrix's elements to ``sums`` float64, by row (1) or by column (0).
 
@@ -941,7 +944,7 @@ def add_squares(row: Array, start: int, count: int, columns: int, by_row: int, s
         sums[place] += value * value
 
 
-@_kernel
+@kernel
 def scale_lines(
     row: Array, start: int, count: int, columns: int, by_row: int, factors: Array
 ) -> None:
@@ -951,7 +954,7 @@ def scale_lines(
         row[j] = row[j] * factors[place]
 
 
-@_kernel
+@kernel
 def keep_between(rows: Array, low: Array, high: Array, start: int, stop: int) -> None:
     """Zero what is not in a band of magnitudes: keys (their bits) from ``low[i]`` to ``high[i]``.
 
@@ -963,11 +966,11 @@ def keep_between(rows: Array, low: Array, high: Array, start: int, stop: int) ->
         least = low[model]
         wide = np.uint32(max(np.int64(high[model]) - np.int64(least), 0))
         for i in range(row.size):
-            key = _as_bits(row[i]) & np.uint32(0x7FFFFFFF)
+            key = as_bits(row[i]) & np.uint32(0x7FFFFFFF)
             row[i] = row[i] if np.uint32(key - least) < wide else np.float32(0)
 
 
-@_kernel
+@kernel
 def add_magnitudes(rows: Array, count: int, sums: Array, scratch: Array) -> None:
     """Add ``|rows[i]|`` to lanes ``sums[i]`` (float64[models, 8]), in an order that is fixed."""
     size = scratch[:TILE]
@@ -981,7 +984,7 @@ def add_magnitudes(rows: Array, count: int, sums: Array, scratch: Array) -> None
             _add_lanes(size, sums[model])
 
 
-@_kernel
+@kernel
 def vote_and_merge(
     rows: Array, weights: Array, start: int, stop: int, out: Array,
     elect: int, aggregate: int, zero: int, scratch: Array,
@@ -1030,7 +1033,7 @@ def vote_and_merge(
                 total[j] = total[j] / parts
 
 
-@_kernel
+@kernel
 def variances(rows: Array, count: int, out: Array) -> None:
     """``out[:count]`` becomes the variance over the rows, entry by entry; 0 where all are equal."""
     models = rows.shape[0]
@@ -1051,76 +1054,7 @@ def variances(rows: Array, count: int, out: Array) -> None:
             spread[j] = total / number
 
 
-@_kernel
-def rank_rows(row: Array, start: int, number: int, width: int, ranks: Array, spare: Array) -> None:
-    """The rank of every magnitude within its row, from 0 for the smallest; ties by position.
-
-    ``number`` rows of ``width`` elements begin at ``start`` of ``row``; ``ranks`` (uint32) is
-    filled at the same places. ``spare`` is uint32[3 * width + 2048]. A sort by digits, whose time
-    does not depend on the values: four of 8 bits for narrow rows, three of 11 bits for wide ones.
-    """
-    keys = spare[:width]
-    one = spare[width : 2 * width]
-    other = spare[2 * width : 3 * width]
-    bits = 8 if width < 4096 else 11
-    values = 1 << bits
-    table = spare[3 * width : 3 * width + values]
-    for r in range(number):
-        first = start + r * width
-        for i in range(width):
-            keys[i] = _as_bits(row[first + i]) & np.uint32(0x7FFFFFFF)
-            one[i] = np.uint32(i)
-        for low in range(0, 31, bits):
-            shift = np.uint32(low)
-            table[:] = np.uint32(0)
-            for i in range(width):
-                table[(keys[i] >> shift) & np.uint32(values - 1)] += np.uint32(1)
-            place = np.uint32(0)
-            most = np.uint32(0)
-            for value in range(values):
-                much = table[value]
-                most = max(most, much)
-                table[value] = place
-                place += much
-            if most == width:
-                continue  # one digit for all: nothing moves
-            for i in range(width):
-                index = one[i]
-                value = (keys[index] >> shift) & np.uint32(values - 1)
-                other[table[value]] = index
-                table[value] += np.uint32(1)
-            one, other = other, one
-        for i in range(width):
-            ranks[first + one[i]] = np.uint32(i)
-
-
-@_kernel
-def drop_by_rank(
-    row: Array, ranks: Array, words: Array, start: int, count: int, offset: int,
-    least: float, step: float, own: int, factor: float,
-) -> None:  # fmt: skip
-    """Keep entry i with probability ``least + step * ranks[i]``, rescaled; zero the others (DELLA).
-
-    Columns ``start`` to ``start + count``; their words begin at ``offset``. What is kept is divided
-    by its own probability where ``own`` is 1, else multiplied by ``factor``.
-    """
-    part = row[start : start + count]
-    rank = ranks[start : start + count]
-    word = words[offset : offset + count]
-    if own:
-        for i in range(count):
-            share = least + step * np.float64(np.int32(rank[i]))
-            kept = np.float64(word[i]) < np.floor(share * 4294967296.0 + 0.5)
-            part[i] = np.float32(1.0 / share) * part[i] if kept else np.float32(0)
-    else:
-        scale = np.float32(factor)
-        for i in range(count):
-            share = least + step * np.float64(np.int32(rank[i]))
-            kept = np.float64(word[i]) < np.floor(share * 4294967296.0 + 0.5)
-            part[i] = scale * part[i] if kept else np.float32(0)
-
-
-@_kernel
+@kernel
 def sum_by_row(
     rows: Array, factors: Array, start: int, number: int, width: int, out: Array
 ) -> None:
@@ -1136,7 +1070,7 @@ def sum_by_row(
                 total[i] += factor * part[i]
 
 
-@_kernel
+@kernel
 def row_dots(rows: Array, start: int, number: int, width: int, sums: Array) -> None:
     """Dot products of all pairs of models, row by row: float64[number, models * models].
 
@@ -1163,7 +1097,7 @@ def row_dots(rows: Array, start: int, number: int, width: int, sums: Array) -> N
                 sums[r, b * models + a] = total
 
 
-@_kernel
+@kernel
 def column_dots(rows: Array, count: int, first: int, sums: Array) -> None:
     """Add the products of all pairs of models to ``sums`` float64[models * models, columns].
 
@@ -1187,7 +1121,7 @@ def column_dots(rows: Array, count: int, first: int, sums: Array) -> None:
                 place = 0
 
 
-@_kernel
+@kernel
 def sum_by_column(rows: Array, factors: Array, count: int, first: int, out: Array) -> None:
     """``out = sum_i factors[i, c] * rows[i]``, with ``c`` the column of each element.
 
@@ -1212,7 +1146,7 @@ def sum_by_column(rows: Array, factors: Array, count: int, first: int, out: Arra
             place = 0
 
 
-@_kernel
+@kernel
 def count_overlaps(rows: Array, keys: Array, count: int, found: Array, scratch: Array) -> None:
     """Count, row by row, the entries that reach ``keys``: ``found`` grows, int64[2, models].
 
@@ -1225,20 +1159,20 @@ def count_overlaps(rows: Array, keys: Array, count: int, found: Array, scratch: 
         for model in range(rows.shape[0]):
             row = rows[model][first : first + much]
             for j in range(much):
-                chosen[j] += np.float32((_as_bits(row[j]) & np.uint32(0x7FFFFFFF)) >= keys[model])
+                chosen[j] += np.float32((as_bits(row[j]) & np.uint32(0x7FFFFFFF)) >= keys[model])
         for model in range(rows.shape[0]):
             row = rows[model][first : first + much]
             shared = np.uint32(0)
             alone = np.uint32(0)
             for j in range(much):
-                large = (_as_bits(row[j]) & np.uint32(0x7FFFFFFF)) >= keys[model]
+                large = (as_bits(row[j]) & np.uint32(0x7FFFFFFF)) >= keys[model]
                 shared += np.uint32(large & (chosen[j] > 1))
                 alone += np.uint32(large & (chosen[j] == 1))
             found[0, model] += np.int64(shared)
             found[1, model] += np.int64(alone)
 
 
-@_kernel
+@kernel
 def merge_overlaps(
     rows: Array, alone: Array, keys: Array, count: int, out: Array, scratch: Array
 ) -> None:
@@ -1255,7 +1189,7 @@ def merge_overlaps(
             row = rows[model][first : first + much]
             factor = alone[model]
             for j in range(much):
-                large = (_as_bits(row[j]) & np.uint32(0x7FFFFFFF)) >= keys[model]
+                large = (as_bits(row[j]) & np.uint32(0x7FFFFFFF)) >= keys[model]
                 value = row[j] if large else np.float32(0)
                 total[j] += value
                 single[j] += factor * value
@@ -1265,7 +1199,7 @@ def merge_overlaps(
             total[j] = single[j] if chosen[j] == 1 else mean
 
 
-@_kernel
+@kernel
 def fused(
     rows: Array, base: Array, out: Array, buffers: Array, codes: Array, first: int, count: int,
     deltas: int, based: int, streams: Array, position: int, limits: Array, factors: Array,

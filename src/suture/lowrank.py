@@ -20,11 +20,13 @@ import numpy as np
 
 import suture
 from suture.adapters import CONFIG, CONV1D, WEIGHTS, Adapted, LowRank, Product
+from suture.card import adapter_card
 from suture.checkpoint import Checkpoint, is_from_hub, ties_embeddings
 from suture.engine import Stage, checkpoint_fingerprint
-from suture.errors import MissingExtraError, OutputError, Problems, RecipeError
+from suture.errors import MissingExtraError, NonFiniteError, OutputError, Problems, RecipeError
+from suture.publish import publish
 from suture.roles import EVERYTHING, role_of, tied_to
-from suture.spec import DTYPES, dtype_named
+from suture.spec import DTYPES, dtype_named, listed
 from suture.vector import align
 from suture.views import Same
 
@@ -68,6 +70,8 @@ class Extracted:
     """Norm of everything that is missing, over that of the whole task vector."""
     parameters: int
     """Numbers in the adapter."""
+    restricted: bool = False
+    """Whether it must not be passed on, because the base or a model must not."""
 
     def to_dict(self) -> dict[str, Any]:
         """The report as plain data."""
@@ -150,6 +154,7 @@ def extract_lora(  # noqa: PLR0913  one keyword for each option of the command
         place, pending.fitted, tuple(pending.saved), pending.left_out,
         math.sqrt(squares / whole) if whole else 0.0,
         sum(t.numel() for t in pending.tensors.values()),
+        any(checkpoint.restricted for checkpoint in (base, *found)),
     )  # fmt: skip
     if not pending.tensors:
         low = "nothing that changed has a low rank; --save-others writes it as it is"
@@ -205,6 +210,8 @@ def _fit(
     if kind is not None and len(known) == len(terms):
         products = [Product(p.left, p.right, p.scale * w)
                     for part, w in zip(known, factors, strict=True) for p in part]  # fmt: skip
+        for part in (part for p in products for part in (p.left, p.right)):
+            _refuse_wild(name, int((~np.isfinite(part)).sum()), (base, *models))
         left, right, fitted = _cut_product(products, how)
     else:
         delta = _dense(name, base, models, factors)
@@ -266,12 +273,27 @@ def _terms(model: Checkpoint, base: Checkpoint, name: str) -> list[Product] | No
 def _dense(
     name: str, base: Checkpoint, models: Sequence[Checkpoint], factors: Sequence[float]
 ) -> Tensor:
-    start = torch.from_numpy(np.asarray(base[name], np.float32))
-    total = torch.zeros_like(start)
+    """``sum w_i (model_i - base)``, float32; the difference of float64 weights in float64.
+
+    Raises:
+        NonFiniteError: a weight is no number, or the sum is too large for float32.
+    """
+    start = base[name]
+    total = torch.zeros(start.shape)
     for model, factor in zip(models, factors, strict=True):
-        tuned = torch.from_numpy(np.asarray(model[name], np.float32))
-        total.add_(tuned.sub_(start), alpha=factor)
+        delta = np.asarray(model[name] - start, np.float32)
+        total.add_(torch.from_numpy(delta), alpha=factor)
+    _refuse_wild(name, int((~total.isfinite()).sum()), (base, *models))
     return total
+
+
+def _refuse_wild(name: str, wild: int, read: Sequence[Checkpoint]) -> None:
+    if wild:
+        labels = listed([checkpoint.label for checkpoint in read])
+        raise NonFiniteError(
+            f"{name}: the difference of {labels} has {wild} NaN or infinite values, and nothing is "
+            "near those; `suture inspect MODEL --check` tells which of them is broken"
+        )
 
 
 def _cut_product(products: Sequence[Product], how: _How) -> tuple[Tensor, Tensor, Fitted]:
@@ -406,7 +428,7 @@ def _result(
         return base.tensor(name)
     if len(models) == 1 and factors[0] == 1:
         return models[0].tensor(name)
-    start = torch.from_numpy(np.asarray(base[name], np.float32))
+    start = torch.from_numpy(base[name])
     return (start + _dense(name, base, models, factors)).to(_TORCH[base.specs[name].dtype])
 
 
@@ -425,20 +447,25 @@ def _publish(
     texts = {
         CONFIG: json.dumps(_config(pending, base), indent=2, sort_keys=True) + "\n",
         "suture.json": json.dumps(record, indent=2) + "\n",
-        "README.md": _card(report, base, models, out.name),
+        "README.md": adapter_card(
+            base,
+            models,
+            [f.rank for f in report.tensors.values()],
+            report.error,
+            out.name,
+            restricted=report.restricted,
+        ),
     }
     try:
         partial.mkdir(parents=True)
         save_shared(pending.tensors, partial / WEIGHTS, {"format": "pt"})
         for name, text in texts.items():
             (partial / name).write_text(text, encoding="utf-8")
-        for path in partial.iterdir():
-            with path.open("rb") as file:
-                os.fsync(file.fileno())
-        partial.rename(out)
+        publish(partial, out, overwrite=False)
     except OSError as error:
-        shutil.rmtree(partial, ignore_errors=True)
         raise OutputError(f"{out}: cannot be written: {error.strerror}") from error
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
 
 
 def _config(pending: _Pending, base: Checkpoint) -> dict[str, Any]:
@@ -474,6 +501,7 @@ def _record(
         "suture": suture.__version__,
         "schema": 1,
         "kind": "adapter",
+        **({"restricted": True} if report.restricted else {}),
         "inputs": {
             "base": {"path": base.label, "fingerprint": checkpoint_fingerprint(base)},
             "models": [
@@ -481,20 +509,8 @@ def _record(
                 for m, w in zip(models, factors, strict=True)
             ],
         },
-        "results": {k: v for k, v in report.to_dict().items() if k != "out"},
+        "results": {k: v for k, v in report.to_dict().items() if k not in ("out", "restricted")},
     }
-
-
-def _card(report: Extracted, base: Checkpoint, models: Sequence[Checkpoint], name: str) -> str:
-    shown = base.label if is_from_hub(base) else base.path.name
-    ranks = sorted({f.rank for f in report.tensors.values()})
-    return (
-        f"---\nlibrary_name: peft\nbase_model: {json.dumps(shown)}\ntags: [lora, suture]\n---\n\n"
-        f"# {name}\n\nA LoRA adapter for {shown}, made of the difference between it and "
-        f"{', '.join(m.label.rpartition('/')[2] for m in models)}: {len(report.tensors)} modules, "
-        f"rank {f'{ranks[0]} to {ranks[-1]}' if len(ranks) > 1 else (ranks or [0])[0]}. "
-        f"Relative error of the whole difference: {report.error:.3g}.\n"
-    )
 
 
 def report_lines(report: Extracted) -> list[str]:
@@ -513,6 +529,8 @@ def report_lines(report: Extracted) -> list[str]:
         f"wrote {report.out}: {report.parameters:,} numbers, relative error of the whole "
         f"difference {report.error:.3g}"
     )
+    if report.restricted:
+        lines.append("restricted: this adapter must not be passed on")
     return lines
 
 

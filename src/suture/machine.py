@@ -33,7 +33,7 @@ announce: Callable[[], None] | None = None
 
 
 class Kernel:
-    """One compiled function of ``suture.loops``, called with numpy arrays and numbers.
+    """One compiled function of ``suture.loops`` or ``ranks``, called with numpy arrays and numbers.
 
     Args:
         name: of the function.
@@ -166,7 +166,7 @@ def _folder() -> Path:
     import llvmlite.binding as llvm
 
     here = Path(__file__)
-    files = (here, here.with_name("loops.py"), here.with_name("kernels.py"))
+    files = (here, *(here.with_name(f"{name}.py") for name in ("loops", "ranks", "kernels")))
     source = b"".join(file.read_bytes() for file in files)
     facts = [llvm.get_default_triple(), llvm.get_host_cpu_name(),
              llvm.get_host_cpu_features().flatten(), str(llvm.llvm_version_info)]  # fmt: skip
@@ -197,9 +197,9 @@ def _compiled(kernel: Kernel) -> tuple[str, bytes]:
     from numba.core.registry import cpu_target
     from numba.core.sigutils import normalize_signature
 
-    from suture import loops
+    from suture import loops, ranks
 
-    function = getattr(loops, kernel.name)
+    function = getattr(ranks if hasattr(ranks, kernel.name) else loops, kernel.name)
     wanted = f"({kernel.signature})"
     function.compile(wanted)
     # Another kernel that calls this one may have had it compiled for other types before.

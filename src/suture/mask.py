@@ -2,66 +2,33 @@
 
 from __future__ import annotations
 
-import json
 import threading
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 
 from suture import kernels
-from suture.checkpoint import Array, Checkpoint, read_header
-from suture.errors import OutputError, RecipeError, SutureError, did_you_mean
-from suture.importance import Scoring, likely_rule, rule_named
+from suture.checkpoint import Array
+from suture.errors import MismatchError, RecipeError, SutureError, did_you_mean
+from suture.importance import RULES, Scoring, likely_rule, rule_named
+from suture.maskfile import (
+    MaskFile,
+    Overlap,
+    Shared,
+    StoredMask,
+    marked,
+    overlap_of,
+    packed_bytes,
+    popcount,
+)
 from suture.select import SCOPES, Selection, exact_count, select
 from suture.spec import TensorSpec
 from suture.stats import Stats
 from suture.stream import WEIGHT, Block, Progress, Sources, Visitor, sweep, tasks_of
 from suture.vector import TaskVector
-
-FORMAT = "suture.mask"
-_CHUNK = 1 << 20
-"""Bytes that are counted at once: they stay in the cache."""
-
-
-def packed_bytes(shape: tuple[int, ...]) -> int:
-    """Bytes that the mask of a tensor of this shape takes."""
-    return -(-TensorSpec("BOOL", shape).numel // 8)
-
-
-def popcount(
-    bits: Array, other: Array | None = None, how: Callable[..., Array] | None = None
-) -> int:
-    """How many bits are set in ``bits``, or in ``how(bits, other)``, piece by piece."""
-    total = 0
-    for start in range(0, bits.size, _CHUNK):
-        part = bits[start : start + _CHUNK]
-        if other is not None and how is not None:
-            part = how(part, other[start : start + _CHUNK])
-        whole = part.size // 8 * 8
-        words = np.ascontiguousarray(part[:whole]).view(np.uint64)
-        total += int(np.bitwise_count(words).sum(dtype=np.int64))
-        total += int(np.bitwise_count(part[whole:]).sum(dtype=np.int64))
-    return total
-
-
-class Overlap(NamedTuple):
-    """How much two masks share, beside what chance gives."""
-
-    jaccard: float
-    """Size of the intersection over size of the union."""
-    independent: float
-    """Expected of masks of the same two densities, drawn over the whole space: ``s / (2 - s)`` for
-    equal densities ``s``."""
-    matched: float
-    """Expected when each mask is permuted within every tensor: what the profile over tensors, for
-    example a liking for tensors of large changes, explains alone."""
-    low: float
-    """Lower end of the 95 % interval of that null."""
-    high: float
-    """Upper end of the 95 % interval of that null."""
 
 
 class Mask:
@@ -95,6 +62,10 @@ class Mask:
         return (
             np.unpackbits(self.bits[name], count=count, bitorder="little").view(bool).reshape(shape)
         )
+
+    def read(self, name: str, start: int, out: Array) -> None:
+        """Fill ``out`` (uint8) with packed bits from entry ``start``, a multiple of 8, on."""
+        out[:] = self.bits[name][start // 8 :][: out.size]
 
     @property
     def restricted(self) -> bool:
@@ -176,7 +147,7 @@ class Mask:
         return overlap_of(counts, seed=seed, draws=draws)
 
     def save(self, path: Path) -> None:
-        """Write the mask as a safetensors file: bits as U8, shapes in the metadata.
+        """Write the mask as a safetensors file, with a digest of all of it; see ``maskfile``.
 
         Raises:
             OutputError: it cannot be written.
@@ -193,195 +164,8 @@ class Mask:
             SutureError: the file is not a mask.
         """
         stored = StoredMask(Path(path))
-        return cls(stored.shapes, {n: stored.checkpoint[n] for n in stored.shapes}, stored.about)
-
-
-def marked(about: Mapping[str, Any], restricted: bool) -> dict[str, Any]:
-    """What a file says of itself, with the mark of what must not be passed on where it has one."""
-    return {**about, "restricted": True} if restricted else dict(about)
-
-
-class Shared(NamedTuple):
-    """What two masks of one tensor have in common."""
-
-    size: int
-    one: int
-    other: int
-    both: int
-
-
-def overlap_of(counts: Mapping[str, Shared], *, seed: int = 0, draws: int = 1000) -> Overlap:
-    """The overlap of two masks from their counts, by tensor; see ``Mask.overlap``."""
-    total, mine, others, both = (sum(c[i] for c in counts.values()) for i in range(4))
-    draw = np.random.Generator(np.random.Philox(seed))
-    shared = np.zeros(draws, np.int64)
-    for _, c in sorted(counts.items()):
-        shared += _intersections(draw, c.size, c.one, c.other, draws)
-    expected = sum(c.one * c.other / max(1, c.size) for c in counts.values())
-    low, high = np.quantile(shared, [0.025, 0.975]) if draws else (expected, expected)
-
-    def index(common: float) -> float:
-        union = mine + others - common
-        return float(common / union) if union else 0.0
-
-    return Overlap(index(both), index(mine * others / max(1, total)), index(expected),
-                   index(float(low)), index(float(high)))  # fmt: skip
-
-
-def _intersections(
-    draw: np.random.Generator, size: int, a: int, b: int, draws: int
-) -> np.ndarray[Any, Any]:
-    if size < 10**9:
-        return draw.hypergeometric(a, size - a, b, draws)
-    mean = a * b / size  # numpy draws no larger ones; they are normal to many digits
-    spread = (mean * (1 - a / size) * (size - b) / (size - 1)) ** 0.5
-    return np.rint(draw.normal(mean, spread, draws)).astype(np.int64)
-
-
-GRAFT = "suture.graft"
-"""The format of a mask with the weights that it marks; see ``suture.graft``."""
-
-
-class StoredMask:
-    """A mask on disk, read bit by bit when asked; only its header is read here.
-
-    Raises:
-        SutureError: the file is not a mask.
-    """
-
-    def __init__(self, path: Path) -> None:
-        metadata = read_header(path).metadata
-        if metadata.get("format") not in (FORMAT, GRAFT):
-            raise SutureError(f"{path}: not a mask")
-        self.path = path
-        self.checkpoint = Checkpoint(path, str(path), [path])
-        self.about = _about(path, metadata)
-        self.restricted = self.about.get("restricted") is True
-        self.checkpoint.restricted = self.restricted
-        self.shapes: dict[str, tuple[int, ...]] = {}
-        for key, text in metadata.items():
-            if key.startswith("shape "):
-                self._add(key.removeprefix("shape "), text)
-        if metadata["format"] == FORMAT:
-            for name in self.checkpoint.specs.keys() - self.shapes.keys():
-                raise SutureError(f"{path}: the mask of {name} has no shape")
-
-    def _add(self, name: str, text: str) -> None:
-        words = text.split(",")
-        if not all(w.isdecimal() or not w for w in words):
-            raise SutureError(f"{self.path}: the mask of {name} has no shape")
-        shape = tuple(int(w) for w in words if w)
-        spec = self.checkpoint.specs.get(name)
-        if spec is None or spec.dtype != "U8" or spec.shape != (packed_bytes(shape),):
-            bits = TensorSpec("BOOL", shape).numel
-            raise SutureError(f"{self.path}: the mask of {name} does not have {bits} bits")
-        self.shapes[name] = shape
-
-    def read(self, name: str, start: int, out: Array) -> None:
-        """Fill ``out`` (uint8) with packed bits from entry ``start``, a multiple of 8, on."""
-        self.checkpoint.read_into(name, start // 8, out)
-
-    def count(self, name: str) -> int:
-        """How many entries of a tensor are marked."""
-        whole = packed_bytes(self.shapes[name])
-        bits, total = np.empty(min(whole, _CHUNK), np.uint8), 0
-        for at in range(0, whole, _CHUNK):
-            part = bits[: min(_CHUNK, whole - at)]
-            self.read(name, 8 * at, part)
-            total += popcount(part)
-        return total
-
-    def overlap(self, other: StoredMask, *, seed: int = 0, draws: int = 1000) -> Overlap:
-        """As ``Mask.overlap``, in the memory of two pieces.
-
-        Raises:
-            SutureError: the masks are those of other tensors.
-        """
-        if self.shapes != other.shapes:
-            raise SutureError("masks combine only over the same tensors")
-        one, two = np.empty(_CHUNK, np.uint8), np.empty(_CHUNK, np.uint8)
-        counts = {}
-        for name, shape in self.shapes.items():
-            found = np.zeros(3, np.int64)
-            for at in range(0, packed_bytes(shape), _CHUNK):
-                size = min(_CHUNK, packed_bytes(shape) - at)
-                self.read(name, 8 * at, one[:size])
-                other.read(name, 8 * at, two[:size])
-                found += (
-                    popcount(one[:size]),
-                    popcount(two[:size]),
-                    popcount(one[:size], two[:size], np.bitwise_and),
-                )
-            counts[name] = Shared(TensorSpec("BOOL", shape).numel, *map(int, found))
-        return overlap_of(counts, seed=seed, draws=draws)
-
-
-def _about(path: Path, metadata: Mapping[str, str]) -> dict[str, Any]:
-    try:
-        found = json.loads(metadata.get("about", "{}"))
-    except ValueError:
-        found = None
-    if not isinstance(found, dict):
-        raise SutureError(f"{path}: damaged: what it says of itself is not JSON")
-    return found
-
-
-class MaskFile:
-    """Writes packed bits, and what goes with them, straight to their place in a new file.
-
-    The file appears whole or not at all: under its name when the block ends without an error.
-    """
-
-    def __init__(
-        self,
-        path: Path,
-        shapes: Mapping[str, tuple[int, ...]],
-        about: Mapping[str, Any],
-        values: Mapping[str, TensorSpec] | None = None,
-    ) -> None:
-        self.path = path
-        self._partial = path.with_name(f".{path.name}.partial")
-        self._lock = threading.Lock()
-        metadata = {"format": FORMAT if values is None else GRAFT, "about": json.dumps(about)}
-        metadata |= {f"shape {n}": ",".join(map(str, s)) for n, s in shapes.items()}
-        specs = {n: TensorSpec("U8", (packed_bytes(shape),)) for n, shape in shapes.items()}
-        header: dict[str, Any] = {"__metadata__": dict(sorted(metadata.items()))}
-        self._places: dict[str, int] = {}
-        end = 0
-        # Wide dtypes first, so that every tensor is aligned to its own width.
-        for name, spec in [*(values or {}).items(), *sorted(specs.items())]:
-            span = [end, end + spec.nbytes]
-            header[name] = {"dtype": spec.dtype, "shape": spec.shape, "data_offsets": span}
-            self._places[name], end = span
-        text = json.dumps(header, separators=(",", ":")).encode()
-        text += b" " * (-len(text) % 8)
-        self._start = 8 + len(text)
-        try:
-            path.parent.mkdir(parents=True, exist_ok=True)
-            self._file = self._partial.open("wb")
-            self._file.write(len(text).to_bytes(8, "little") + text)
-            self._file.truncate(self._start + end)
-        except OSError as error:
-            raise OutputError(f"{path}: cannot be written: {error.strerror}") from error
-
-    def put(self, name: str, at: int, raw: Array) -> None:
-        """Write bytes from byte ``at`` of a tensor on; from any thread."""
-        try:
-            with self._lock:
-                self._file.seek(self._start + self._places[name] + at)
-                self._file.write(np.ascontiguousarray(raw).data)
-        except OSError as error:
-            raise OutputError(f"{self.path}: cannot be written: {error.strerror}") from error
-
-    def __enter__(self) -> MaskFile:
-        return self
-
-    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
-        self._file.close()
-        if kind is None:
-            self._partial.replace(self.path)
-        else:
-            self._partial.unlink(missing_ok=True)
+        stored.check()
+        return cls(stored.shapes, {n: stored.whole(n) for n in stored.shapes}, stored.about)
 
 
 Sink = Callable[[str, int, Array], None]
@@ -447,7 +231,7 @@ def locate(
         NonFiniteError: a model or the statistics hold NaN or infinity.
     """
     specs = {n: scoring.base.specs[n] for n in names}
-    if scoring.rule.name == "magnitude" and not scoring.rule.needs:
+    if scoring.rule is RULES["magnitude"] and scoring.factor and scoring.without is None:
         sources = Sources((scoring.tuned,), scoring.base)  # a delta's magnitude needs no view
     else:
         sources = Sources((scoring.view(names),), how=WEIGHT)
@@ -483,6 +267,23 @@ def check_question(
         yield f"the rule {rule} needs statistics: {', '.join(found.needs)}"
 
 
+def check_without(mask: Mask | StoredMask, specs: Mapping[str, TensorSpec]) -> None:
+    """Check that the entries of a mask are entries of tensors that compete.
+
+    Raises:
+        MismatchError: none of its tensors is one of them, or one has another shape there.
+    """
+    where = mask.path if isinstance(mask, StoredMask) else "the mask"
+    common = [n for n in mask.shapes if n in specs]
+    if not common:
+        raise MismatchError(f"{where}: has none of the tensors that compete")
+    for name in common:
+        if mask.shapes[name] != specs[name].shape:
+            raise MismatchError(
+                f"{where}: {name} has the shape {mask.shapes[name]}, not {specs[name].shape}"
+            )
+
+
 def localize(  # noqa: PLR0913  every word of the question
     vector: TaskVector,
     rule: str = "magnitude",
@@ -493,6 +294,7 @@ def localize(  # noqa: PLR0913  every word of the question
     positive: bool = False,
     seed: int = 0,
     label: str = "",
+    without: Mask | StoredMask | None = None,
     threads: int | None = None,
 ) -> Mask:
     """The entries of a task vector that matter most by a rule; exactly ``round(density * n)``.
@@ -509,11 +311,13 @@ def localize(  # noqa: PLR0913  every word of the question
         positive: keep only entries whose score is above 0 (rules with a sign).
         seed: of the rule ``random``.
         label: the name of the model, from which ``random`` draws another mask for each.
+        without: entries that are never kept (set difference: Wei et al. 2024, arXiv:2402.05162);
+            the density stays that of all entries.
         threads: default every core; changes no bit.
 
     Raises:
         RecipeError: no such rule or scope, ``density`` is not in (0, 1], statistics are missing.
-        MismatchError: the statistics are those of other tensors.
+        MismatchError: the statistics, or the mask of ``without``, are those of other tensors.
     """
     if isinstance(stats, str | Path):
         stats = Stats.load(Path(stats))
@@ -525,8 +329,12 @@ def localize(  # noqa: PLR0913  every word of the question
     found = rule_named(rule)
     if stats is not None:
         stats.check(found.needs, specs)
+    if without is not None:
+        check_without(without, specs)
+        if isinstance(without, StoredMask):
+            without.check()
     tuned, factor = vector.terms[0]
-    scoring = Scoring(found, vector.base, tuned, stats, seed, label, positive, factor)
+    scoring = Scoring(found, vector.base, tuned, stats, seed, label, positive, factor, without)
     shapes = {n: spec.shape for n, spec in specs.items()}
     bits = {n: np.zeros(packed_bytes(shape), np.uint8) for n, shape in shapes.items()}
 
@@ -537,24 +345,8 @@ def localize(  # noqa: PLR0913  every word of the question
     located = locate(scoring, vector.names, share, scope, sink, threads=threads)
     about = {"rule": rule, "scope": scope, "density": density, "tied": located.tied}
     restricted = vector.base.restricted or tuned.restricted
-    restricted = restricted or (stats is not None and stats.restricted)
+    restricted = restricted or any(x is not None and x.restricted for x in (stats, without))
     return Mask(shapes, bits, marked(about, restricted))
 
 
-__all__ = [
-    "FORMAT",
-    "GRAFT",
-    "Located",
-    "Mask",
-    "MaskFile",
-    "Overlap",
-    "Shared",
-    "StoredMask",
-    "check_question",
-    "localize",
-    "locate",
-    "marked",
-    "overlap_of",
-    "packed_bytes",
-    "popcount",
-]  # fmt: skip
+__all__ = ["Located", "Mask", "check_question", "check_without", "localize", "locate"]

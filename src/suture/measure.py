@@ -80,7 +80,8 @@ def _drawn_texts(logits: Tensor, batch: Batch, draws: int, seed: int) -> Iterato
         for at, row in enumerate(batch.rows):  # of its own generator: no row depends on its batch
             length = int(batch.attention_mask[at, 1:].sum())
             if length:
-                generator = torch.Generator().manual_seed((seed * 1_000_003 + row) * 1009 + draw)
+                own = ((seed * 1_000_003 + row) * 1009 + draw) % (1 << 63)  # torch takes no more
+                generator = torch.Generator().manual_seed(own)
                 shares = logs[at, :length].detach().exp().cpu()
                 drawn = torch.multinomial(shares, 1, generator=generator)
                 labels[at, :length] = drawn[:, 0].to(labels.device)

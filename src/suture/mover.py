@@ -133,6 +133,12 @@ class Mover:
             accelerator.backward(value)
         return float(value.detach())
 
+    def weight(self, batch: Batch) -> int:
+        """What the loss of a batch is a mean over: its target tokens for texts, else its rows."""
+        if self.loss is next_token:
+            return int((wanted(batch)[:, 1:] != 0).sum())
+        return len(batch.rows)
+
     def before(self, accelerator: Any, lr: float) -> None:
         """Between the last gradient of a step and clipping."""
 

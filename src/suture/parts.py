@@ -7,11 +7,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from suture.checkpoint import (
-    Checkpoint,
-    read_header,
-    ties_embeddings,
-)
+from suture.checkpoint import Checkpoint, ties_embeddings
 from suture.engine import (
     Job,
     output_specs,
@@ -21,6 +17,7 @@ from suture.errors import (
     Problems,
     RecipeError,
 )
+from suture.headers import read_header
 from suture.layers import Stretch, cut, depth_of, depths, sliced_config, stack_of
 from suture.merges import Method, PerModel, Scalar, settings
 from suture.merges.protect import protected

@@ -25,7 +25,8 @@ from suture.errors import (
     RecipeError,
     did_you_mean,
 )
-from suture.mask import Mask, marked
+from suture.mask import Mask
+from suture.maskfile import marked
 from suture.patchfile import Entries, PatchFile, Spool, bits_of, nothing, write_patch
 from suture.spec import DTYPES, F64, PIECE, Piece, TensorSpec, listed, pieces_of
 from suture.views import Lens, Same, View

@@ -35,20 +35,15 @@ from typing import Any, NamedTuple
 import numpy as np
 import xxhash
 
-from suture.checkpoint import Checkpoint, parse_object, read_header
+from suture.checkpoint import Checkpoint
 from suture.errors import CheckpointError, OutputError, brief
+from suture.headers import parse_object, read_header
+from suture.publish import locked, sync_folder
+from suture.seal import BLANK, unbroken
 from suture.spec import DTYPES, PIECE, TensorSpec, pieces_of
-from suture.writer import sync_folder
-
-try:
-    import fcntl
-except ImportError:  # Windows: two processes on one output are not told apart there
-    fcntl = None  # type: ignore[assignment]
 
 Array = np.ndarray[Any, Any]
 FORMAT, VERSION = "suture.patch", "1"
-_BLANK = "0" * 32
-_CHUNK = 1 << 22
 
 
 class Entries(NamedTuple):
@@ -206,7 +201,7 @@ def _head(held: Mapping[tuple[str, str], TensorSpec], facts: Mapping[str, Any]) 
     metadata = {
         "format": FORMAT,
         "version": VERSION,
-        "digest": _BLANK,
+        "digest": BLANK,
         "patch": json.dumps(facts, separators=(",", ":"), sort_keys=True, ensure_ascii=False),
     }
     header: dict[str, Any] = {"__metadata__": metadata}
@@ -246,8 +241,8 @@ def write_patch(
         raise OutputError(f"{path}: cannot write there: {error.strerror}") from None
     try:
         with os.fdopen(file, "r+b") as out:
-            if fcntl is not None:
-                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            if not locked(file):
+                raise BlockingIOError
             if not os.path.samestat(fresh.stat(), os.fstat(file)):
                 raise BlockingIOError  # it was renamed between opening and locking: not ours
             out.truncate(0)
@@ -258,7 +253,7 @@ def write_patch(
                     out.write(part)
                     state.update(part)
             size = out.tell()
-            out.seek(head.index(_BLANK.encode()))
+            out.seek(head.index(BLANK.encode()))
             out.write(state.hexdigest().encode())
             out.flush()
             os.fsync(file)
@@ -431,15 +426,7 @@ class PatchFile:
         Raises:
             CheckpointError: the bytes are not those that were written, or make no sense.
         """
-        state = xxhash.xxh3_128()
-        for start in range(0, self.nbytes, _CHUNK):
-            raw = np.empty(min(_CHUNK, self.nbytes - start), np.uint8)
-            self.held.read_at(0, start, raw)
-            part = raw.tobytes()
-            if start == 0 and len(self.digest) == 32:
-                part = part.replace(self.digest.encode(), _BLANK.encode(), 1)
-            state.update(part)
-        if state.hexdigest() != self.digest:
+        if not unbroken(self.held, self.digest):
             raise self._wrong("its bytes do not have the digest that it states")
         for name, table in self.tables.items():
             for number, (one, other) in enumerate(pairwise(table[:, 0].tolist())):

@@ -50,6 +50,7 @@ from suture.parts import (
     job_of,
     parts_of,
     reference_label,
+    takes_files,
     whole_shards,
 )
 from suture.recipe import parse_recipe
@@ -365,12 +366,29 @@ def _check_others(
         for label, c in stage.inputs.items()
         if not isinstance(c, Planned) and label not in stage.made
     }
-    for name, one in {**{n: s.recipe for n, s in stages.items()}, "": recipe}.items():
-        if one.tokenizer is not None and one.tokenizer.source not in (UNION, "base", *one.models):
-            folder = one.folder / Path(one.tokenizer.source).expanduser()
-            held[f"tokenizer{name and ' of stage '}{name}"] = {folder.resolve()}
     with suppress(OSError, RuntimeError):  # check_place says what is wrong with the path
+        for name, one in {**{n: s.recipe for n, s in stages.items()}, "": recipe}.items():
+            for key, paths in _beside(one).items():
+                held[f"{key}{name and ' of stage '}{name}"] = {path.resolve() for path in paths}
         apart(out, held, problems)
+
+
+def _beside(recipe: Recipe) -> dict[str, list[Path]]:
+    """What a recipe reads besides its models: masks, statistics, a tokenizer, by its key."""
+    found = {}
+    if recipe.tokenizer is not None:
+        source = recipe.tokenizer.source
+        if source not in (UNION, "base", *recipe.models):
+            found["tokenizer"] = [recipe.folder / Path(source).expanduser()]
+    for key, value in recipe.parameters.items():
+        if takes_files(recipe.method, key):
+            files = value.values() if isinstance(value, Mapping) else [value]
+            found[key] = [Path(file) for file in files if isinstance(file, str)]
+    for key in ("mask", "stats"):
+        file = None if recipe.protect is None else getattr(recipe.protect, key)
+        if file is not None:
+            found[f"protect.{key}"] = [Path(file)]
+    return found
 
 
 def _check_room(out: Path, plan: Plan, problems: Problems) -> None:

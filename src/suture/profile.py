@@ -12,7 +12,7 @@ from suture import kernels
 from suture.checkpoint import Array, Checkpoint
 from suture.errors import Problems
 from suture.roles import EVERYTHING, layer_key, role_of
-from suture.spec import DTYPES, PIECE, WORD_OF, Piece, TensorSpec
+from suture.spec import DTYPES, PIECE, WORD_OF, Piece, TensorSpec, pieces_of
 from suture.stream import RAW, Block, Hashers, Progress, Sources, Visitor, sweep, tasks_of
 from suture.vector import Gram, align
 
@@ -110,28 +110,27 @@ def _integrity(checkpoint: Checkpoint, progress: Progress | None) -> dict[str, A
     by_content: dict[tuple[Any, ...], list[str]] = {}
     for name, spec in checkpoint.specs.items():
         if spec.numel > 1:
-            pieces = (
-                sorted(n for t, n in visitor.digests if t == name) if spec.numel > 1 << 20 else [0]
-            )
-            key = (spec, *(visitor.digests[name, n] for n in pieces))
+            pieces = pieces_of(name, spec.numel)
+            key = (spec, *(visitor.digests[name, piece.number] for piece in pieces))
             by_content.setdefault(key, []).append(name)
     same = [sorted(names) for names in by_content.values() if len(names) > 1]
     wild: dict[str, int] = {}
     for (name, _), count in sorted(visitor.wild.items()):
         wild[name] = wild.get(name, 0) + count
+    untied = checkpoint.untied()
     return {
         "nonfinite": wild,
         "duplicates": sorted(g for g in same if not _trivial(checkpoint, g[0])),
         "constant_groups": sum(_trivial(checkpoint, g[0]) for g in same),
-        "untied": checkpoint.untied(),
-        "ok": not visitor.wild and not checkpoint.untied(),
+        "untied": untied,
+        "ok": not wild and not untied,
     }
 
 
 def _trivial(checkpoint: Checkpoint, name: str) -> bool:
     """Whether a tensor holds one value only; many biases and norms do, and nobody copied them."""
     spec = checkpoint.specs[name]
-    if spec.numel > 1 << 20:
+    if spec.numel > PIECE:
         return False
     values = checkpoint[name].ravel()
     return bool((values == values[0]).all())

@@ -333,6 +333,7 @@ def check_models(recipe: Recipe, problems: Problems) -> None:
 def check_number(how: Method, number: int, where: str, problems: Problems) -> None:
     """Note where a method gets fewer or more models than it takes."""
     if number < how.least:
-        problems.add(RecipeError, f"{where}: {how.name} takes {how.least}, not {number}")
+        more = "" if how.most == how.least else " or more"
+        problems.add(RecipeError, f"{where}: {how.name} takes {how.least}{more}, not {number}")
     if how.most is not None and number > how.most:
         problems.add(RecipeError, f"{where}: {how.name} takes {how.most}, not {number}")

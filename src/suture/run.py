@@ -14,11 +14,7 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from suture.card import carried_files, config_text, model_card
-from suture.checkpoint import (
-    JSON_LIMIT,
-    Checkpoint,
-    read_json,
-)
+from suture.checkpoint import Checkpoint
 from suture.engine import (
     Outcome,
     Stage,
@@ -32,6 +28,7 @@ from suture.errors import (
     RecipeError,
     SutureError,
 )
+from suture.headers import JSON_LIMIT, read_json
 from suture.merges import method
 from suture.merges import method as method_named
 from suture.merges.presets import preset as preset_named

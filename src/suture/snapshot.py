@@ -19,6 +19,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from suture.errors import CheckpointError, OutputError
+from suture.publish import sync_folder
 
 
 @dataclass(frozen=True)
@@ -48,7 +49,7 @@ def write_snapshot(snapshot: Snapshot, path: Path) -> None:
         with partial.open("rb") as file:
             os.fsync(file.fileno())
         partial.replace(path)
-        _sync(path.parent)
+        sync_folder(path.parent)
     except (OSError, SafetensorError) as error:
         with suppress(OSError):
             partial.unlink(missing_ok=True)
@@ -75,13 +76,3 @@ def read_snapshot(path: Path, *, device: str = "cpu") -> Snapshot | None:
         raise CheckpointError(
             f"{path}: not a checkpoint of a run: {error}; remove it to start anew"
         ) from error
-
-
-def _sync(folder: Path) -> None:
-    if os.name == "nt":
-        return
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

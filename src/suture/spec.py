@@ -187,7 +187,7 @@ def bytes_from(text: str | int) -> int:
 def readable(nbytes: float) -> str:
     """Bytes for people, in decimal units: ``1.53 GB``."""
     for unit in ("B", "kB", "MB", "GB", "TB", "PB"):
-        if nbytes < 1000:
+        if nbytes < 999.5:  # more would be written as 1000 of the unit
             return f"{nbytes:.0f} {unit}" if unit == "B" else f"{nbytes:.3g} {unit}"
         nbytes /= 1000
     return f"{nbytes:,.0f} EB"

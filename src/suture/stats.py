@@ -14,8 +14,10 @@ from typing import Any
 
 import numpy as np
 
-from suture.checkpoint import Array, Checkpoint, read_header
-from suture.errors import CheckpointError, MismatchError, OutputError, RecipeError, did_you_mean
+from suture.checkpoint import Array, Checkpoint
+from suture.errors import CheckpointError, MismatchError, RecipeError, did_you_mean
+from suture.headers import read_header
+from suture.publish import appearing
 from suture.spec import TensorSpec, listed
 
 FORMAT = "suture.stats"
@@ -148,7 +150,6 @@ class Stats:
         Raises:
             OutputError: it cannot be written.
         """
-        partial = path.with_name(f".{path.name}.partial")
         facts = json.dumps(self.facts, sort_keys=True)
         # By hand: the library writes metadata in an order that changes from run to run.
         header: dict[str, Any] = {"__metadata__": {"facts": facts, "format": FORMAT}}
@@ -160,15 +161,10 @@ class Stats:
             end = span[1]
         text = json.dumps(header, separators=(",", ":")).encode()
         text += b" " * (-len(text) % 8)
-        try:
-            path.parent.mkdir(parents=True, exist_ok=True)
-            with partial.open("wb") as file:
-                file.write(len(text).to_bytes(8, "little") + text)
-                for _, tensor in sorted(tensors.items()):
-                    file.write(tensor.reshape(-1).view(np.uint8).data)
-            partial.replace(path)
-        except OSError as error:
-            raise OutputError(f"{path}: cannot be written: {error.strerror}") from error
+        with appearing(path) as file:
+            file.write(len(text).to_bytes(8, "little") + text)
+            for _, tensor in sorted(tensors.items()):
+                file.write(tensor.reshape(-1).view(np.uint8).data)
 
     @classmethod
     def load(cls, path: Path) -> Stats:

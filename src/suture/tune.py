@@ -1,8 +1,6 @@
 """One training loop, to be read from top to bottom; knows no merge.
 
-``tune`` moves whatever parameters of a model ask for gradients. ``fit_head`` fits a linear probe,
-which is what a classifier starts from when only its encoder shall learn afterwards (linear
-probing, then fine-tuning: Kumar et al., 2022).
+``tune`` moves whatever parameters of a model ask for gradients.
 """
 
 from __future__ import annotations
@@ -17,12 +15,11 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 
 from suture.data import Batch, Dataset, collate, plan
 from suture.errors import CheckpointError, MissingExtraError, NonFiniteError, RecipeError
-from suture.models import Head
 from suture.mover import Loss, Mover, classification, to
+from suture.probe import fit_head as fit_head  # where it was
 from suture.snapshot import Snapshot, read_snapshot, write_snapshot
 
 PRECISIONS = ("no", "fp16", "bf16")
@@ -124,7 +121,7 @@ class TuneResult:
     scores: tuple[tuple[int, float], ...] = ()
     """Steps and scores of every look at the validation rows."""
     best: int | None = None
-    """The step whose weights were kept, if it is not the last."""
+    """The step whose weights were kept, where ``patience`` asks for the best."""
 
 
 def tune(  # noqa: PLR0913 - who trains by hand needs each of these now and then
@@ -189,7 +186,7 @@ def tune(  # noqa: PLR0913 - who trains by hand needs each of these now and then
         run.resume()
         for step in range(run.step, 0 if run.stopped else steps):
             epoch, place = divmod(step, epoch_steps)
-            if place == 0 or step == run.step:
+            if place == 0 or step == run.first:
                 order = plan(lengths, settings.batch, seed=settings.seed * 1_000_003 + epoch)
                 mine = order[accelerator.process_index :: accelerator.num_processes][:each]
             rows = mine[place * settings.accumulate :][: settings.accumulate]
@@ -258,17 +255,16 @@ class _Run:
     def move(self, group: Sequence[Batch], lr: float, clip: float) -> float:
         """One step of the optimizer on a group of batches; their mean loss.
 
-        A batch weighs by its rows, so that a group is the same as one large batch. With a loss
-        that is no number nothing moves.
+        A batch weighs by what its loss is a mean over, so that a group is the same as one large
+        batch. With a loss that is no number nothing moves.
         """
         for part in self.optimizer.param_groups:
             part["lr"] = lr
-        count = sum(len(batch.rows) for batch in group)
+        weights = [self.mover.weight(batch) for batch in group]
+        every = max(1, sum(weights))
         total = sum(
-            self.mover.gradients(
-                self.accelerator, batch, len(batch.rows) / count, batch is group[-1]
-            )
-            for batch in group
+            self.mover.gradients(self.accelerator, batch, weight / every, batch is group[-1])
+            for batch, weight in zip(group, weights, strict=True)
         )
         if not math.isfinite(total):
             return total
@@ -278,7 +274,7 @@ class _Run:
         self.stepper.zero_grad()
         self.mover.after()
         self.losses.append(total)
-        self.rows += count * self.accelerator.num_processes
+        self.rows += sum(len(b.rows) for b in group) * self.accelerator.num_processes
         tokens = sum(int(batch.attention_mask.sum()) for batch in group)
         self.tokens += tokens * self.accelerator.num_processes
         return total
@@ -372,6 +368,8 @@ def _accelerator(precision: str, device: str) -> Any:
     except ImportError as error:
         raise MissingExtraError("training", "finetune") from error
     kind = torch.device(device).type
+    if kind == "cuda" and torch.device(device).index is not None:
+        torch.cuda.set_device(device)  # accelerate takes the current one
     try:
         accelerator = Accelerator(mixed_precision=precision, cpu=kind == "cpu")
     except ValueError as error:  # accelerate fixes both for the life of a process
@@ -414,36 +412,3 @@ def slope(step: int, steps: int, warmup: float, schedule: str = "linear") -> flo
         return 1.0
     left = (steps - step) / max(1, steps - rising)
     return left if schedule == "linear" else 0.5 - 0.5 * math.cos(math.pi * left)
-
-
-def fit_head(
-    features: Tensor, targets: Tensor, labels: Sequence[str], *, l2: float = 1e-3, steps: int = 200
-) -> Head:
-    """Fit a linear probe: multinomial logistic regression by L-BFGS, to its only minimum.
-
-    Minimises the mean cross-entropy plus ``l2 / 2`` times the squared norm of the weights, on
-    features that are centred and divided by one number, their mean spread, so that ``l2`` means
-    the same for every encoder; the head that comes back reads plain features. Dimensions are not
-    scaled one by one: some encoders have constant ones, and noise there would rule the head.
-    ``features`` are ``(n, dim)``, ``targets`` ``(n,)`` class numbers.
-    """
-    if not len(targets) or len(features) != len(targets):
-        raise RecipeError(f"{len(features)} rows of features for {len(targets)} labels")
-    x = features.double()
-    middle = x.mean(0)
-    spread = (x - middle).square().mean().sqrt().clamp(min=1e-9)
-    x = (x - middle) / spread
-    weight = torch.zeros(len(labels), x.shape[1], dtype=x.dtype, requires_grad=True)
-    bias = torch.zeros(len(labels), dtype=x.dtype, requires_grad=True)
-    solver = torch.optim.LBFGS([weight, bias], max_iter=steps, line_search_fn="strong_wolfe")
-
-    def objective() -> Tensor:
-        solver.zero_grad()
-        value = F.cross_entropy(x @ weight.T + bias, targets) + l2 / 2 * weight.square().sum()
-        value.backward()  # type: ignore[no-untyped-call]
-        return value
-
-    solver.step(objective)  # type: ignore[no-untyped-call]
-    with torch.no_grad():
-        plain = weight / spread
-        return Head(tuple(labels), plain.float(), (bias - plain @ middle).float())

@@ -140,6 +140,7 @@ class TaskVector(Mapping[str, Array]):
         self.base = base
         self.terms = tuple(terms)
         self.names = tuple(names)
+        self._held = frozenset(self.names)
 
     @classmethod
     def between(cls, tuned: Checkpoint, base: Checkpoint) -> TaskVector:
@@ -154,13 +155,16 @@ class TaskVector(Mapping[str, Array]):
         return cls(base, [(tuned, 1.0)], ParamSpace((), ()).names(base.specs))
 
     def __getitem__(self, name: str) -> Array:
-        if name not in self.names:
+        if name not in self:
             raise KeyError(name)
         start = self.base[name]
         delta = np.zeros(start.shape, np.float32)
         for tuned, factor in self.terms:
             delta += np.float32(factor) * (tuned[name] - start).astype(np.float32)
         return delta
+
+    def __contains__(self, name: object) -> bool:
+        return name in self._held  # without reading it, as a mapping would
 
     def __iter__(self) -> Iterator[str]:
         return iter(self.names)

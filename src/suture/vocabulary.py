@@ -12,8 +12,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from suture.checkpoint import read_json, within
+from suture.checkpoint import within
 from suture.errors import CheckpointError, Problems, RecipeError, brief, did_you_mean
+from suture.headers import read_json
 
 TOKENIZER = (
     "tokenizer.json", "tokenizer_config.json", "tokenizer.model", "special_tokens_map.json",
@@ -314,13 +315,14 @@ def _configured(folder: Path, ids: dict[str, int], added: dict[str, Mapping[str,
     listing = config.get("added_tokens_decoder")
     for key, entry in (listing if isinstance(listing, dict) else {}).items():
         content = entry.get("content") if isinstance(entry, dict) else None
-        if isinstance(content, str) and content not in ids and str(key).isdecimal():
+        known = str(key).isdecimal() and len(key) < 20
+        if isinstance(content, str) and content not in ids and known:
             ids[content] = int(key)
             added[content] = {k: bool(entry.get(k, d)) for k, d in _PLAIN.items()}
     named: list[Any] = [(config.get(key) or special.get(key)) for key in SPECIAL]
     for key in ("extra_special_tokens", "additional_special_tokens"):
         more = config.get(key) or special.get(key) or []
-        named += list(more.values()) if isinstance(more, dict) else more
+        named += more.values() if isinstance(more, dict) else more if isinstance(more, list) else ()
     for entry in named:
         content = entry.get("content") if isinstance(entry, dict) else entry
         if isinstance(content, str) and content not in ids:

@@ -19,8 +19,8 @@ import json
 import os
 import shutil
 import threading
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, suppress
+from collections.abc import Iterable, Mapping, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -28,17 +28,16 @@ import numpy as np
 import xxhash
 
 from suture.errors import OutputError
+from suture.publish import lock_in, sync_folder, take_place
 from suture.spec import DTYPES, TensorSpec, listed
 
 try:
     import fcntl
-except ImportError:  # Windows: two processes on one output are not told apart there
+except ImportError:  # Windows: it cannot remove a lock that is held
     fcntl = None  # type: ignore[assignment]
 
 Array = np.ndarray[Any, Any]
 SHARD_SIZE = 5 * 10**9
-LOCK = "lock"
-"""The file in a folder by which a process holds it."""
 _FLUSH = 256 << 20
 _OURS = {"model", "journal", "key", "key.new", "linked", "lock", "old"}
 """What a staging folder holds; one with anything else in it is somebody's, and left alone."""
@@ -160,7 +159,7 @@ class Writer:
             if strange or self._staging.is_symlink():
                 what = f"holds {listed(strange)}" if strange else "is a link"
                 raise OutputError(f"{self._staging}: {what}, which no merge left; move it away")
-            return _lock_in(self._staging, self.out, "writing")
+            return lock_in(self._staging, self.out, "writing")
         except OSError as error:
             raise OutputError(f"{self._staging}: cannot write there: {error.strerror}") from None
 
@@ -367,107 +366,12 @@ def _link(source: Path, place: Path) -> bool:
     return True
 
 
-@contextmanager
-def alone(folder: Path, out: Path, doing: str) -> Iterator[None]:
-    """Hold a folder against other processes of ours; it is made where it is missing.
-
-    Args:
-        folder: to be held; has a file ``lock`` from then on.
-        out: what the message names.
-        doing: what another process is said to be doing.
-
-    Raises:
-        OutputError: another process holds it, or nothing can be written there.
-    """
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        lock = _lock_in(folder, out, doing)
-    except OSError as error:
-        raise OutputError(f"{folder}: cannot write there: {error.strerror}") from None
-    try:
-        yield
-    finally:
-        os.close(lock)
-
-
-def _lock_in(folder: Path, out: Path, doing: str) -> int:
-    """Lock the file ``lock`` of a folder: its open descriptor."""
-    path = folder / LOCK
-    while True:
-        lock = os.open(path, os.O_RDWR | os.O_CREAT, 0o644)
-        if not locked(lock):
-            os.close(lock)
-            raise OutputError(f"{out}: another process is {doing} it just now")
-        with suppress(FileNotFoundError):
-            if os.path.samestat(path.stat(), os.fstat(lock)):
-                return lock
-        os.close(lock)  # it was removed between opening and locking: it locks nothing
-        folder.mkdir(parents=True, exist_ok=True)
-
-
-def locked(descriptor: int) -> bool:
-    """Lock an open file for this process; whether it could, where the system knows locks."""
-    if fcntl is not None:
-        try:
-            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError:
-            return False
-    return True
-
-
 def _remove(paths: Iterable[Path]) -> None:
     for path in list(paths):
         if path.is_dir() and not path.is_symlink():
             shutil.rmtree(path, ignore_errors=True)
         else:
             path.unlink()
-
-
-def publish(folder: Path, out: Path, *, overwrite: bool) -> None:
-    """Sync a folder and make it appear under its name, whole, in one step.
-
-    What it replaces, and it alone, is left beside the folder or in its place: the caller drops it.
-
-    Raises:
-        OutputError: something else took the output's name meanwhile.
-        OSError: the disk failed.
-    """
-    for path in folder.rglob("*"):
-        if path.is_file():
-            with path.open("rb") as file:
-                os.fsync(file.fileno())
-    sync_folder(folder)
-    take_place(folder, out, folder.with_name(f"{folder.name}.old"), overwrite=overwrite)
-    sync_folder(out.parent)
-
-
-def take_place(folder: Path, out: Path, old: Path, *, overwrite: bool) -> None:
-    """Rename a folder to ``out``; what stood there goes to ``old``, or where the folder was.
-
-    Raises:
-        OutputError: there is something, and it must not be replaced.
-        OSError: the disk failed.
-    """
-    if out.is_dir() and not any(out.iterdir()):
-        out.rmdir()  # an empty folder may stand in the way
-    if not out.exists():
-        folder.rename(out)
-    elif not overwrite:
-        raise OutputError(f"{out}: appeared while its run was going on; it was left alone")
-    elif not _exchange(folder, out):
-        out.rename(old)
-        folder.rename(out)
-
-
-def sync_folder(folder: Path) -> None:
-    """Make the names in a folder last, where the system can."""
-    if os.name == "nt":
-        return
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
 
 
 if hasattr(os, "pwrite"):
@@ -489,17 +393,3 @@ else:  # Windows
         with _seek:
             os.lseek(descriptor, offset, os.SEEK_SET)
             return os.read(descriptor, size)
-
-
-def _exchange(one: Path, other: Path) -> bool:
-    """Swap two folders in one step where the system can (Linux: renameat2)."""
-    import ctypes
-    import sys
-
-    if not sys.platform.startswith("linux"):
-        return False
-    renameat2 = getattr(ctypes.CDLL(None, use_errno=True), "renameat2", None)
-    if renameat2 is None:
-        return False
-    here, exchange = -100, 2
-    return bool(renameat2(here, os.fsencode(one), here, os.fsencode(other), exchange) == 0)

@@ -10,7 +10,8 @@ import numpy as np
 
 from suture.analysis.cells import Array
 from suture.analysis.overlap import independent_jaccard
-from suture.mask import Mask, popcount
+from suture.mask import Mask
+from suture.maskfile import popcount
 from suture.roles import role_of
 
 

@@ -1,13 +1,12 @@
 """From a recipe to a folder with ``analysis.json``, and perhaps a basis."""
 
+from suture.analyze.plan import AnalysisPlan, plan_analysis
 from suture.analyze.request import ANALYSES, BasisRequest, Request, read_request
 from suture.analyze.telling import summary_lines
 from suture.analyze.work import (
     Analysis,
-    AnalysisPlan,
     analyse,
     analysis,
-    plan_analysis,
     run_analysis,
 )
 

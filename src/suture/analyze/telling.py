@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 from suture.spec import readable
 
 if TYPE_CHECKING:
-    from suture.analyze.work import AnalysisPlan
+    from suture.analyze.plan import AnalysisPlan
 
 
 def summary_lines(plan: AnalysisPlan, found: Mapping[str, Any]) -> Iterator[str]:

@@ -10,7 +10,7 @@ import json
 import os
 import shutil
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -31,29 +31,24 @@ from suture.analysis import (
     make_basis,
 )
 from suture.analysis.masks import NULLS, densities, pairwise, structure
-from suture.analyze.classifiers import check_classifiers, classifiers
-from suture.analyze.diagnostics import check_diagnostics, diagnostics
-from suture.analyze.request import ANALYSES, CLASSES, MASKED, Request, read_request
-from suture.checkpoint import Checkpoint, is_from_hub
+from suture.analyze.classifiers import classifiers
+from suture.analyze.diagnostics import diagnostics
+from suture.analyze.plan import MADE, AnalysisPlan, plan_analysis, staging_of
+from suture.analyze.request import CLASSES, MASKED, Request
+from suture.checkpoint import is_from_hub
 from suture.engine import Stage, checkpoint_fingerprint
-from suture.errors import MismatchError, OutputError, Problems, RecipeError
+from suture.errors import OutputError
 from suture.mask import Mask, localize
-from suture.outputs import check_parent
-from suture.planning import open_input
+from suture.publish import alone, publish
 from suture.recipe_types import Policy
-from suture.roles import ParamSpace, names_in
+from suture.roles import ParamSpace
 from suture.run import merged, save
 from suture.select import select
-from suture.spec import listed
-from suture.stream import Sources, Visitor, sweep, tasks_of
-from suture.tasks import Material, read_material
-from suture.vector import TaskVector, align
-from suture.writer import LOCK, alone, publish
+from suture.stream import Sources, sweep, tasks_of
+from suture.vector import TaskVector
 
 SCHEMA = 1
 """Version of the layout of ``analysis.json``."""
-MADE = "made"
-"""Where in the staging folder the output grows."""
 
 
 @dataclass(frozen=True)
@@ -95,207 +90,6 @@ class Analysis:
         return {"suture": suture.__version__, "schema": SCHEMA, "kind": "analysis", **found}
 
 
-@dataclass(frozen=True)
-class AnalysisPlan:
-    """An analysis whose inputs were opened and checked; nothing was read but headers."""
-
-    request: Request
-    inputs: Mapping[str, Checkpoint]
-    """By label: the base, the models, the unseen ones."""
-    names: tuple[str, ...]
-    """The tensors of the space, where there are masks those that they cover."""
-    space: tuple[str, ...]
-    """All tensors of the space: what task vectors move when models are run."""
-    masks: Mapping[str, Mask] | None
-    again: Mapping[str, Mask]
-    """Masks of the same tasks made anew, by name of the model."""
-    material: Mapping[str, Material]
-    """Rows and heads, by name of the model, where the model is to be run."""
-    out: Path | None
-    overwrite: bool = False
-    threads: int | None = None
-
-    @property
-    def base(self) -> Checkpoint:
-        """What the models were tuned from."""
-        return self.inputs["base"]
-
-    @property
-    def models(self) -> tuple[Checkpoint, ...]:
-        """The models, in the order of the request."""
-        return tuple(self.inputs[name] for name in self.request.models)
-
-    def describe(self) -> dict[str, Any]:
-        """What will be done, as plain data."""
-        specs = self.base.specs
-        return {
-            "inputs": {
-                label: {"path": c.label, "tensors": len(c), "bytes": c.nbytes}
-                for label, c in self.inputs.items()
-            },
-            "analyses": {name: ANALYSES[name] for name in self.request.analyses},
-            "tensors": len(self.names),
-            "elements": sum(specs[n].numel for n in self.names),
-            "bytes_read": self.bytes_read,
-            "output": None if self.out is None else str(self.out),
-        }
-
-    @property
-    def bytes_read(self) -> int:
-        """Bytes that will be read: fingerprints, masks and the sweep together."""
-        swept = sum(c.specs[n].nbytes for c in self.inputs.values() for n in self.names)
-        by_magnitude = 2 * swept if self.request.density and self.masks is None else 0
-        return sum(c.nbytes for c in self.inputs.values()) + swept + by_magnitude
-
-
-def plan_analysis(
-    recipe: str | Path | Mapping[str, Any],
-    out: str | Path | None = None,
-    *,
-    overwrite: bool = False,
-    threads: int | None = None,
-    base_dir: Path | None = None,
-) -> AnalysisPlan:
-    """Read an analysis recipe, open its models and check all that headers can tell.
-
-    Raises:
-        SutureError: all problems at once.
-    """
-    problems = Problems()
-    recipe = Path(recipe) if isinstance(recipe, str) else recipe
-    out = None if out is None else Path(out)
-    request = read_request(recipe, base_dir, problems)
-    inputs: dict[str, Checkpoint] = {}
-    names: list[str] = []
-    masks, again = None, dict[str, Mask]()
-    material: dict[str, Material] = {}
-    if request is not None:
-        inputs = _opened(request, problems)
-        names = _checked_names(request, inputs, problems)
-        if request.masks is not None and "base" in inputs:
-            masks = _read_masks(request, "masks", inputs["base"], names, problems)
-        if request.same_task is not None and "base" in inputs:
-            again = _read_masks(request, "same_task", inputs["base"], names, problems)
-            _check_again(again, masks, {n: inputs["base"].specs[n].shape for n in names}, problems)
-        if set(CLASSES) & set(request.analyses):
-            check_classifiers(request, inputs, problems)
-        if "diagnostics" in request.analyses:
-            check_diagnostics(request, inputs, problems)
-        if {"diagnostics", *CLASSES} & set(request.analyses):
-            request = _on_device(request, problems)
-            material = read_material(request.tasks, problems, seed=request.seed)
-    if out is not None:
-        _check_out(out, inputs, overwrite, problems)
-    problems.raise_if_any()
-    assert request is not None
-    space = tuple(names)
-    if masks is not None:
-        names = [n for n in names if n in next(iter(masks.values())).shapes]
-    return AnalysisPlan(
-        request, inputs, tuple(names), space, masks, again, material, out, overwrite, threads
-    )
-
-
-def _on_device(request: Request, problems: Problems) -> Request:
-    """The request with a device that is there; ``auto`` is chosen."""
-    from suture.models import device_named
-
-    with problems.collecting():
-        return replace(request, device=device_named(request.device))
-    return request
-
-
-def _opened(request: Request, problems: Problems) -> dict[str, Checkpoint]:
-    paths = {"base": request.base, **request.models, **request.unseen}
-    if "diagnostics" in request.analyses and request.diagnostics.merged is not None:
-        paths["merged"] = request.diagnostics.merged
-    found: dict[str, Checkpoint] = {}
-    for label, path in paths.items():
-        if path:
-            with problems.collecting():
-                found[label] = open_input(path, request.folder, found.get("base"))
-    return found
-
-
-def _checked_names(
-    request: Request, inputs: Mapping[str, Checkpoint], problems: Problems
-) -> list[str]:
-    base = inputs.get("base")
-    if base is None:
-        return []
-    for label, checkpoint in inputs.items():
-        if label != "base":
-            align(base, checkpoint, problems, buffers=True)
-    return list(names_in(request.space, base.specs, "look at", problems))
-
-
-def _read_masks(
-    request: Request, key: str, base: Checkpoint, names: Sequence[str], problems: Problems
-) -> dict[str, Mask]:
-    folder = request.folder / str(getattr(request, key))
-    found: dict[str, Mask] = {}
-    for model in request.models:
-        path = folder / f"{model}.safetensors"
-        if not path.is_file():
-            problems.add(RecipeError, f"{key}: {path} is missing: one mask for each model")
-            continue
-        with problems.collecting(f"{key}: "):
-            found[model] = Mask.load(path)
-    shapes = {name: base.specs[name].shape for name in names}
-    for model, mask in found.items():
-        wrong = sorted(n for n, s in mask.shapes.items() if n in shapes and s != shapes[n])
-        other = mask.shapes.keys() - base.specs.keys()
-        if wrong or other or not mask.shapes.keys() & shapes.keys():
-            what = listed([*wrong, *sorted(other)]) or "every tensor"
-            problems.add(MismatchError, f"{key}: {model}: is a mask of another model ({what})")
-    if len({frozenset(m.shapes) for m in found.values()}) > 1:
-        problems.add(MismatchError, f"{key}: they are not over the same tensors")
-    return found
-
-
-def _check_again(
-    again: Mapping[str, Mask], masks: Mapping[str, Mask] | None,
-    space: Mapping[str, tuple[int, ...]], problems: Problems,
-) -> None:  # fmt: skip
-    """Note masks made anew that are over other tensors than those they are compared with."""
-    for model, mask in again.items():
-        own = space if masks is None else masks[model].shapes if model in masks else mask.shapes
-        if mask.shapes != own:
-            problems.add(MismatchError, f"same_task: {model}: is not over the tensors of the mask "
-                                        "that it is compared with")  # fmt: skip
-
-
-def _check_out(
-    out: Path, inputs: Mapping[str, Checkpoint], overwrite: bool, problems: Problems
-) -> None:
-    try:
-        place = out.resolve()
-        for label, checkpoint in inputs.items():
-            if any(
-                place.is_relative_to(p) or p.is_relative_to(place)
-                for p in {checkpoint.path.resolve(), *(f.resolve() for f in checkpoint.files)}
-            ):
-                problems.add(OutputError, f"{out}: holds the input {label!r}; write somewhere else")
-        if place.exists() and (not place.is_dir() or any(place.iterdir())):
-            if not (place / "analysis.json").is_file():
-                problems.add(OutputError, f"{out}: exists, and holds no analysis; name another")
-            elif not overwrite:
-                problems.add(OutputError, f"{out}: exists; name another folder, or --overwrite")
-        held = {p.name for p in _staging(place).iterdir()} if _staging(place).exists() else set()
-        if held - {LOCK, MADE, f"{MADE}.old"}:
-            problems.add(
-                OutputError, f"{_staging(place)}: holds {listed(sorted(held))}; move it away"
-            )
-        check_parent(place, out, problems)
-    except (OSError, RuntimeError) as error:
-        problems.add(OutputError, f"{out}: {getattr(error, 'strerror', None) or error}")
-
-
-def _staging(out: Path) -> Path:
-    """Where the folder is prepared: beside the output, so that relative paths hold in both."""
-    return out.with_name(f".{out.name}.analysis")
-
-
 def _silent(stage: str, nbytes: int) -> None:
     return None
 
@@ -306,79 +100,85 @@ def analyse(plan: AnalysisPlan, stage: Stage = _silent) -> Analysis:
     Raises:
         SutureError: an input is at fault.
     """
-    request, base, models = plan.request, plan.base, plan.models
-    unseen = tuple(plan.inputs[name] for name in request.unseen)
+    request, models = plan.request, plan.models
     masks = _masks(plan, stage)
-    asked: dict[str, Visitor[Any]] = {}
-    if {"geometry", "bases", "diagnostics"} & set(request.analyses):
-        asked["products"] = products = Products(len(models) + len(unseen))
-    if "conflicts" in request.analyses:
-        selection = None
-        if request.density is not None:
-            selection = select(
-                Sources(models, base),
-                plan.names,
-                lambda _: [float(request.density or 1)] * len(models),
-                scope=request.scope,
-                threads=plan.threads,
-            )
-        asked["conflicts"] = signs = Signs(len(models), selection)
-    if masks and "overlap" in request.analyses:
-        asked["overlap"] = masked = Masked(list(masks.values()))
-    specs, sources = base.specs, Sources((*models, *unseen), base)
-    read = sum(c.specs[n].nbytes for c in sources.all for n in plan.names)
-    if asked:
-        sweep(
-            sources,
-            tasks_of(plan.names, specs),
-            Together(list(asked.values())),
-            threads=plan.threads,
-            progress=stage("look", read),
-        )
-
+    products, signs, masked = _looked(plan, masks, stage)
     labels, groups = tuple(request.models), groups_of(plan.names)
-    sizes = {n: specs[n].numel for n in plan.names}
-    geometry = products.geometry(labels, groups, sizes) if "products" in asked else None
+    sizes = {n: plan.base.specs[n].numel for n in plan.names}
+    geometry, theory = None, None
     bases: tuple[Basis, ...] = ()
     nearest: dict[str, dict[str, Any]] = {}
-    if "bases" in request.analyses:
+    if products is not None:
+        geometry = products.geometry(labels, groups, sizes)
         gram = products.gram.of(*plan.names)[:-1, :-1]
-        bases, nearest = _bases(request, gram)
-    theory = None
-    if "diagnostics" in request.analyses:
-        inner = products.gram.of(*plan.names)[: len(models), : len(models)]
-        theory = diagnostics(request, plan.inputs, plan.names, plan.material, inner, stage)
+        if "bases" in request.analyses:
+            bases, nearest = _bases(request, gram)
+        if "diagnostics" in request.analyses:
+            inner = gram[: len(models), : len(models)]
+            theory = diagnostics(request, plan.inputs, plan.names, plan.material, inner, stage)
     answers: dict[str, dict[str, Any]] = {}
     if set(CLASSES) & set(request.analyses):
         answers = classifiers(request, plan.inputs, plan.space, plan.material, stage)
-    restricted = any(c.restricted for c in plan.inputs.values())
-    restricted = restricted or any(
-        m.restricted for m in [*(plan.masks or {}).values(), *plan.again.values()]
-    )
-    source = (
-        f"those of the folder {request.masks}"
-        if plan.masks is not None
-        else f"the {100 * (request.density or 1):.3g} % of largest magnitude, counted "
-        + {"global": "over all tensors", "layer": "in each layer"}.get(
-            request.scope, "in each tensor"
-        )
-    )
+    source = _source(plan)
     return Analysis(
         _portable(plan),
         _prints(plan, stage),
         len(plan.names),
         sum(sizes.values()),
         geometry if "geometry" in request.analyses else None,
-        signs.conflicts(labels, groups, request.density) if "conflicts" in asked else None,
-        masked.overlap(labels, groups, source) if "overlap" in asked else None,
+        None if signs is None else signs.conflicts(labels, groups, request.density),
+        None if masked is None else masked.overlap(labels, groups, source),
         bases,
         nearest,
         diagnostics=theory,
         masks=_pairs(plan, masks, source) if "masks" in request.analyses else None,
         structure=_structure(masks, source) if "structure" in request.analyses else None,
         classifiers=answers,
-        restricted=restricted,
+        restricted=_restricted(plan),
     )
+
+
+def _looked(
+    plan: AnalysisPlan, masks: Mapping[str, Mask], stage: Stage
+) -> tuple[Products | None, Signs | None, Masked | None]:
+    """What one sweep over all models saw, as far as the analyses ask for it."""
+    asked, models, base = set(plan.request.analyses), plan.models, plan.base
+    unseen = tuple(plan.inputs[name] for name in plan.request.unseen)
+    products, signs, masked = None, None, None
+    if {"geometry", "bases", "diagnostics"} & asked:
+        products = Products(len(models) + len(unseen))
+    if "conflicts" in asked:
+        density, selection = plan.request.density, None
+        if density is not None:
+            shares = [float(density)] * len(models)
+            selection = select(Sources(models, base), plan.names, lambda _: shares,
+                               scope=plan.request.scope, threads=plan.threads)  # fmt: skip
+        signs = Signs(len(models), selection)
+    if masks and "overlap" in asked:
+        masked = Masked(list(masks.values()))
+    visitors = [visitor for visitor in (products, signs, masked) if visitor is not None]
+    sources = Sources((*models, *unseen), base)
+    if visitors:
+        read = sum(c.specs[n].nbytes for c in sources.all for n in plan.names)
+        sweep(sources, tasks_of(plan.names, base.specs), Together(visitors), threads=plan.threads,
+              progress=stage("look", read))  # fmt: skip
+    return products, signs, masked
+
+
+def _restricted(plan: AnalysisPlan) -> bool:
+    masks = [*(plan.masks or {}).values(), *plan.again.values()]
+    return any(c.restricted for c in plan.inputs.values()) or any(m.restricted for m in masks)
+
+
+def _source(plan: AnalysisPlan) -> str:
+    """Where the masks come from, in words."""
+    request = plan.request
+    if plan.masks is not None:
+        return f"those of the folder {request.masks}"
+    where = {"global": "over all tensors", "layer": "in each layer"}
+    share = 100 * (request.density or 1)
+    counted = where.get(request.scope, "in each tensor")
+    return f"the {share:.3g} % of largest magnitude, counted {counted}"
 
 
 def _masks(plan: AnalysisPlan, stage: Stage) -> dict[str, Mask]:
@@ -495,7 +295,7 @@ def run_analysis(plan: AnalysisPlan, stage: Stage = _silent) -> Analysis:
     """
     assert plan.out is not None
     out = plan.out.resolve()
-    staging = _staging(out)
+    staging = staging_of(out)
     with alone(staging, plan.out, "writing"):
         try:
             found = analyse(plan, stage)

@@ -13,7 +13,7 @@ from suture.analysis.maps import Disentanglement, disagreement, disentanglement
 from suture.arithmetic.space import Array, LinearSpace, PlainSpace, Side, Space, accuracy, alone
 from suture.errors import RecipeError
 from suture.finetune.calibrate import Calibration, prunable, sensitivity, smallest
-from suture.models import Classifier, Encoder
+from suture.models import Classifier, Encoder, device_of
 
 METRICS = {
     "classes": "the share of rows whose class differs",
@@ -152,13 +152,14 @@ def sharing(
     """
     side = sides[task]
     space = PlainSpace(encoder, [], sides)
-    model = Classifier(space.encoder, side.head)
+    device = device_of(space.encoder)
+    model = Classifier(space.encoder, side.head).to(device)
     names = prunable(model)
-    scores = sensitivity(model, side.data["validation"], names, how)
+    scores = sensitivity(model, side.data["validation"], names, how, device=str(device))
     known = dict(model.named_parameters())
     every = {n: torch.ones_like(known[n], dtype=torch.bool) for n in names}
     dice = torch.Generator().manual_seed(how.seed)
-    chance = {n: torch.rand(known[n].shape, generator=dice) for n in names}
+    chance = {n: torch.rand(known[n].shape, generator=dice).to(device) for n in names}
     base_scores = [accuracy(space, (), t, "probe") for t in range(len(sides))]
     found: dict[str, dict[str, list[float]]] = {}
     kept = {n: known[n].detach().clone() for n in names}

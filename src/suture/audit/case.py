@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from suture.audit.freezing import Frozen, freezing
 from suture.audit.looks import Look
-from suture.audit.net import Change, Region
+from suture.audit.net import Change, Net, Region
 from suture.audit.plan import more_looks
 from suture.audit.regions import places
 from suture.audit.verdicts import Found, fragility, regained
@@ -135,9 +135,10 @@ class Case:
         at = self.recipe.scores.at
         for language in self.recipe.languages:
             for where in ("attacked", "aligned") if at == "both" else (at,):
-                if not self.atlas.measured(language, where):
-                    change = self.whole(self.outside) if where == "attacked" else None
-                    self.atlas.measure(language, where, self.run.net("aligned"), change)
+                self.atlas.measure(language, where, self._net, self.whole(self.outside))
+
+    def _net(self) -> Net:
+        return self.run.net("aligned")
 
     def _overlap(self, name: str, one: Region, other: Region, large: Region) -> dict[str, Any]:
         return self.run.overlap(f"{name}{self.suffix}", one, other, large)
@@ -166,12 +167,10 @@ class Case:
         recipe, run = self.recipe, self.run
         if run.plan.control is None:
             return None
-        other = run.distance("control", run.plan.control, run.prints["control"])
+        other = run.given("control")
         theirs = run.atlas(other, self.seed)
-        if not theirs.measured(recipe.region, recipe.main):
-            whole = Change(other.checkpoint, other.fingerprint, other.moved, None, True)
-            at_attacked = whole if recipe.main == "attacked" else None
-            theirs.measure(recipe.region, recipe.main, run.net("aligned"), at_attacked)
+        whole = Change(other.checkpoint, other.fingerprint, other.moved, None, True)
+        theirs.measure(recipe.region, recipe.main, self._net, whole)
         region = theirs.region(recipe.region, recipe.share)
         big = self.atlas.control("magnitude", recipe.share)
         look = self.ask("control", self.stitched(region))

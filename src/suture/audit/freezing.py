@@ -71,16 +71,14 @@ def _frozen(
     net.place(whole, plan.names)
     look = net.ask(plan.asked["aligned"], lambda rows: None)
     again = run.atlas(one, seed)
-    if not again.measured(recipe.region, recipe.main):
-        at_attacked = whole if recipe.main == "attacked" else None
-        again.measure(recipe.region, recipe.main, net, at_attacked)
+    again.measure(recipe.region, recipe.main, lambda: net, whole)
     share = 0.2 if recipe.freeze is None else recipe.freeze.share
     theirs = again.region(recipe.region, share)
     found = overlap(own.make(), theirs.make(), again.control("magnitude", share).make())
     frozen = region.make()
     checkpoint.close()
     shutil.rmtree(where)
-    again.stats_path(recipe.region, recipe.main).unlink(missing_ok=True)
+    again.forget(recipe.region, recipe.main)
     return {"look": look, "share": frozen.density, "overlap": found}
 
 

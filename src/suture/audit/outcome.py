@@ -59,6 +59,8 @@ def choices(recipe: Audit) -> dict[str, str]:
         "absolute value": "none: entries that lower the loss of the forbidden answer" if how.signed
         else "row by row" if how.per_example else "of the sum over rows",
         "scope": "global, over all tensors of the space together",
+        "useful rows": "not looked at" if recipe.useful is None
+        else f"the {recipe.useful.share:.1%} of the entries that they need most are in no region",
         "probe rows": str(how.rows),
         "answers judged by": judge,
         "region of the curve": recipe.region,

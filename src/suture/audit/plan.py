@@ -7,15 +7,16 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from suture.audit.recipe import Audit, read_audit
+from suture.audit.recipe import SPARED, Audit, read_audit
 from suture.audit.rows import Material, Questions, questions, read_material, tokens
-from suture.checkpoint import Checkpoint, read_json, refuse_uncomputable
+from suture.checkpoint import Checkpoint, refuse_uncomputable
 from suture.data import Dataset
 from suture.errors import CheckpointError, OutputError, Problems, RecipeError, SutureError
 from suture.finetune.plan import Options as TuneOptions
 from suture.finetune.plan import Plan as TunePlan
 from suture.finetune.plan import plan_finetune
 from suture.finetune.rows import Rows as TuneRows
+from suture.headers import read_json
 from suture.models import device_named, load_tokenizer, longest_of
 from suture.opening import open_model
 from suture.outputs import apart, check_parent
@@ -25,6 +26,7 @@ from suture.spec import readable
 from suture.suites.plan import Options as SuiteOptions
 from suture.suites.plan import Plan as SuitePlan
 from suture.suites.plan import is_causal, plan_suite
+from suture.suites.suite import DTYPES
 from suture.vector import align
 
 RECORD, CELLS = "audit.json", "cells"
@@ -199,6 +201,9 @@ def _asked(
                 list(grounds.values()), given if isinstance(given, Path) else _suite(recipe, given),
                 None, SuiteOptions(device=device),
             )  # fmt: skip
+    if suite is not None and suite.suite.dtype != DTYPES[0]:
+        problems.add(RecipeError, f"utility: stitched models are asked in {DTYPES[0]}, not in "
+                                  f"{suite.suite.dtype}")  # fmt: skip
     for name, one in {} if suite is None else dict(suite.asked).items():
         if one.question.line.needs != "language-model" or one.question.line.reference:
             problems.add(
@@ -238,6 +243,8 @@ def _tokens(
         language: tokens(rows, recipe, tokenizer, longest, recipe.columns.response)
         for language, rows in material.rows["probe"].items()
     }
+    if recipe.useful is not None:
+        probes[SPARED] = tokens(material.useful, recipe, tokenizer, longest, recipe.useful.response)
     how = recipe.attack
     if how is None:
         return probes, None
@@ -297,6 +304,10 @@ def describe(plan: Plan) -> dict[str, Any]:
         "attack": len(plan.material.attack),
         "score": f"|change| times gradient, rule {plan.recipe.scores.rule}, at "
                  f"{plan.recipe.scores.at}, {plan.recipe.scores.rows} rows a language",
+        **({} if plan.recipe.useful is None else {
+            "spared": f"{plan.recipe.useful.share:.1%} of the entries, by "
+                      f"{len(plan.material.useful)} useful rows",
+        }),
         "entries": entries,
         "trainings": looks["trainings"] * seeds,
         "looks": 1 + looks["looks"] * seeds + (looks["onto"] * seeds + 1) * len(plan.onto),

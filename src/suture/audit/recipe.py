@@ -19,14 +19,19 @@ from suture.tune import TuneSettings
 
 KEYS = (
     "aligned", "attacked", "attack", "languages", "rows", "scores", "shares", "share", "region",
-    "controls", "control", "onto", "freeze", "utility", "evaluation", "space", "seeds", "ancestor",
-    "deltas", "device",
+    "controls", "control", "onto", "freeze", "useful", "utility", "evaluation", "space", "seeds",
+    "ancestor", "deltas", "device",
 )  # fmt: skip
 SIDES = ("probe", "marked", "benign")
 """Rows for the scores (with answers), rows that are to be refused, rows that are to be answered."""
 PLACES = ("attacked", "aligned", "both")
 CONTROLS = ("random", "magnitude")
+"""What a region is held against unless a recipe says another."""
+SNIP = "snip"
+"""A control that a recipe may name besides: weight times gradient, which ignores the change."""
 FREEZING = ("random", "others")
+SPARED = "useful rows"
+"""Stands where a language stands, for the rows whose entries belong to no region."""
 SHARES = (0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.4, 1.0)
 TRAINING = TuneSettings(epochs=3, batch=4, accumulate=2, lr=5e-5, schedule="cosine")
 
@@ -92,6 +97,17 @@ class Freeze:
 
 
 @dataclass(frozen=True)
+class Useful:
+    """Rows of use: what they need most belongs to no region."""
+
+    rows: Source
+    share: float = 0.05
+    """Of the entries, by the same score taken on these rows."""
+    response: str = "response"
+    limit: int = 64
+
+
+@dataclass(frozen=True)
 class Evaluating:
     """How models are asked, and by whom answers are judged."""
 
@@ -125,6 +141,7 @@ class Audit:
     control: str | None
     onto: Mapping[str, str]
     freeze: Freeze | None
+    useful: Useful | None
     utility: Path | Mapping[str, Any] | None
     evaluation: Evaluating
     space: ParamSpace
@@ -149,7 +166,7 @@ class Audit:
             else None if self.utility is None
             else {**self.utility, "data": Path(str(self.utility["data"])).name}
         )  # fmt: skip
-        for rows in [*found["languages"].values(), found["attack"] or {}]:
+        for rows in [*found["languages"].values(), found["attack"] or {}, found["useful"] or {}]:
             for side in rows:
                 if isinstance(rows[side], dict) and "path" in rows[side]:
                     rows[side] = Path(rows[side]["path"]).name
@@ -200,10 +217,16 @@ class _Reader(Reader):
             if language not in FAMILIES:
                 self.refuse(f"languages: no lists of refusals for {language!r}, only for "
                             f"{', '.join(FAMILIES)}; give an `evaluation.judge`")  # fmt: skip
+        scores = self.scores()
+        controls = self.some("controls", raw.get("controls", list(CONTROLS)), (*CONTROLS, SNIP))
+        if SNIP in controls and scores.rule != "delta_grad":
+            self.refuse("controls: snip takes absolute gradients row by row; the scores have to do "
+                        "the same: leave `per_example: true` and `signed: false`")  # fmt: skip
         found = Audit(
-            aligned, attacked or None, attack, languages, columns, self.scores(), self.shares(),
-            share, region, self.some("controls", raw.get("controls", list(CONTROLS)), CONTROLS),
-            self.word("control") or None, self.onto(), freeze, self.utility(), evaluation,
+            aligned, attacked or None, attack, languages, columns, scores, self.shares(),
+            share, region, controls,
+            self.word("control") or None, self.onto(), freeze, self.useful(), self.utility(),
+            evaluation,
             read_space(self.raw, self.problems), self.seeds(attacked),
             self.choice(raw, "ancestor", ("check", "trust")), self.flag(raw, "deltas", False),
             self.word("device") or "auto", self.folder,
@@ -371,6 +394,21 @@ class _Reader(Reader):
             self.refuse("freeze.share: 1 leaves nothing that an attack could train")
         return found
 
+    def useful(self) -> Useful | None:
+        raw = section(self.raw, "useful", self.problems)
+        if not raw:
+            return None
+        refuse_unknown(raw, ("rows", "share", "response", "limit"), "useful: ", self.problems)
+        rows = read_source(raw.get("rows"), "useful.rows", self.folder, "train", self.problems)
+        response = raw.get("response", Useful.response)
+        if not isinstance(response, str) or not response:
+            self.refuse(f"useful.response: the name of a column, not {brief(response)}")
+        share = self.share(raw, "share", Useful.share, "useful.")
+        if share == 1:
+            self.refuse("useful.share: 1 leaves no entry for a region")
+        limit = self.whole(raw, "limit", Useful.limit, "useful.")
+        return None if rows is None else Useful(rows, share, str(response), limit)
+
     def onto(self) -> dict[str, str]:
         found = {}
         for name, path in section(self.raw, "onto", self.problems).items():
@@ -448,6 +486,6 @@ MEANT = {
 }
 
 __all__ = [
-    "CONTROLS", "FREEZING", "KEYS", "SHARES", "SIDES", "Attack", "Audit", "Columns", "Evaluating",
-    "Freeze", "Rows", "Scoring", "read_audit",
+    "CONTROLS", "FREEZING", "KEYS", "SHARES", "SIDES", "SNIP", "SPARED", "Attack", "Audit",
+    "Columns", "Evaluating", "Freeze", "Rows", "Scoring", "Useful", "read_audit",
 ]  # fmt: skip

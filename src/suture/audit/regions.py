@@ -13,24 +13,15 @@ from pathlib import Path
 from typing import Any
 
 from suture.audit.net import Change, Key, Net, Region
-from suture.audit.recipe import Audit
+from suture.audit.recipe import SPARED, Audit
 from suture.bench.ledger import digest
 from suture.checkpoint import Checkpoint
 from suture.data import Dataset
 from suture.errors import CheckpointError
 from suture.graft import write_graft
 from suture.importance import RULES
-from suture.mask import (
-    Located,
-    Mask,
-    Overlap,
-    Shared,
-    StoredMask,
-    localize,
-    marked,
-    overlap_of,
-    popcount,
-)
+from suture.mask import Located, Mask, localize
+from suture.maskfile import Overlap, Shared, StoredMask, marked, overlap_of, popcount
 from suture.measure import OBJECTIVES, measure
 from suture.regions import profile
 from suture.roles import layer_key, role_of
@@ -82,40 +73,70 @@ class Atlas:
             path.unlink()
         return False
 
-    def measure(self, language: str, at: str, net: Net, change: Change | None) -> None:
-        """Take the gradients of a language's probe rows.
+    def measure(self, language: str, at: str, net: Callable[[], Net], attack: Change) -> None:
+        """Take the gradients of a language's probe rows, and of useful ones, unless they are there.
 
         Args:
             language: of the probe rows.
             at: ``aligned`` or ``attacked``.
-            net: holds the aligned model.
-            change: what makes it the model at which gradients are taken.
+            net: gives the network that holds the aligned model, loaded when it is needed.
+            attack: what makes it the attacked one.
 
         Raises:
             NonFiniteError: the loss of a row is NaN or infinite.
         """
-        net.place(change, self.names)
-        self.say(f"{language}: gradients of {len(self.probes[language])} rows at {at}")
-        facts = marked({"model": self.prints[at], "at": "base" if at == "aligned" else "tuned"},
-                       True)  # fmt: skip
-        found = measure(
-            net.model, self.probes[language], RULES[self.recipe.scores.rule].needs,
-            names=self.names, objective=OBJECTIVES["causal"], batch=BATCH, device=net.device,
-            facts=facts,
-        )  # fmt: skip
-        found.save(self.stats_path(language, at))
+        for which in self._wanted(language):
+            if self.measured(which, at):
+                continue
+            held = net()
+            held.place(attack if at == "attacked" else None, self.names)
+            self.say(f"{which}: gradients of {len(self.probes[which])} rows at {at}")
+            facts = {"model": self.prints[at], "at": "base" if at == "aligned" else "tuned"}
+            found = measure(
+                held.model, self.probes[which], RULES[self.recipe.scores.rule].needs,
+                names=self.names, objective=OBJECTIVES["causal"], batch=BATCH, device=held.device,
+                facts=marked(facts, True),
+            )  # fmt: skip
+            found.save(self.stats_path(which, at))
+
+    def forget(self, language: str, at: str) -> None:
+        """Remove what ``measure`` has written."""
+        for which in self._wanted(language):
+            self.stats_path(which, at).unlink(missing_ok=True)
+
+    def _wanted(self, language: str) -> list[str]:
+        return [language] if self.recipe.useful is None else [language, SPARED]
 
     def region(self, language: str, share: float, at: str = "") -> Region:
         """The top share of a language's scores."""
         how, at = self.recipe.scores, at or self.recipe.main
         key = ["top", how.rule, share, self.stats_key(language, at), self._about]
+        spared: Region | None = None
+        if self.recipe.useful is not None and language != SPARED:
+            spared = self.region(SPARED, self.recipe.useful.share, at)
+            key.append(["without", spared.key])
         name = f"{language}-{at}-{share:g}-{digest(key)}"
-        return Region(key, lambda: self._mask(name, how.rule, share, language, at))
+        keep = share == self.recipe.share or language == SPARED
+
+        def make() -> Mask:
+            if name in self._kept:
+                return self._kept[name]
+            without = None if spared is None else spared.make()
+            found = self._mask(how.rule, share, language, at, without)
+            if keep:
+                self._kept[name] = found
+            return found
+
+        return Region(key, make)
 
     def control(self, rule: str, share: float) -> Region:
-        """The top share by the size of the change, or a random one: what scores have to beat."""
+        """What scores have to beat: the largest changes, random entries, or SNIP of the weights."""
         key = ["control", rule, share, self._about, self.seed if rule == "random" else None]
-        return Region(key, lambda: self._mask("", rule, share, "", ""))
+        language, at = "", ""
+        if RULES[rule].needs:
+            language, at = self.recipe.region, self.recipe.main
+            key.append(self.stats_key(language, at))
+        return Region(key, lambda: self._mask(rule, share, language, at))
 
     def shared(self, share: float) -> Region:
         """What the regions of all languages have in common."""
@@ -133,20 +154,18 @@ class Atlas:
     def _about(self) -> Key:
         return [self.prints["aligned"], self.prints["attacked"], list(self.names)]
 
-    def _mask(self, name: str, rule: str, share: float, language: str, at: str) -> Mask:
-        if name in self._kept:
-            return self._kept[name]
+    def _mask(
+        self, rule: str, share: float, language: str, at: str, without: Mask | None = None
+    ) -> Mask:
         vector = TaskVector(self.aligned, [(self.attacked, 1.0)], self.names)
         found = localize(
             vector, rule, density=share, stats=self.stats_path(language, at) if language else None,
             positive=self.recipe.scores.signed and bool(language), seed=self.seed,
-            label="audit", threads=self.threads,
+            label="audit", without=without, threads=self.threads,
         )  # fmt: skip
         # of an attacked model that came without the mark, too
         found.about = marked({**found.about, "base": self.prints["aligned"],
                               "model": self.prints["attacked"]}, True)  # fmt: skip
-        if name and share == self.recipe.share:
-            self._kept = {**self._kept, name: found}
         return found
 
     def publish(self, masks: Mapping[str, Region], folder: Path) -> dict[str, dict[str, Any]]:

@@ -28,12 +28,18 @@ class Material:
 
     rows: Mapping[str, Mapping[str, Sequence[Record]]]
     attack: Sequence[Record] = ()
+    useful: Sequence[Record] = ()
     notes: tuple[str, ...] = ()
 
     def counts(self) -> dict[str, dict[str, int]]:
         """How many rows there are, by language and side."""
         languages = self.rows[SIDES[0]]
         return {lang: {side: len(self.rows[side][lang]) for side in SIDES} for lang in languages}
+
+    def probe_key(self) -> str:
+        """A hash of all rows that gradients are taken on."""
+        own = self.key("probe")
+        return own if not self.useful else hash_of([own, [dict(r) for _, r in self.useful]])
 
     def key(self, side: str) -> str:
         """A hash of the rows of a side."""
@@ -90,15 +96,27 @@ def read_material(recipe: Audit, problems: Problems) -> Material:
                 rows[side][language] = found[:most]
                 if len(found) < most and side == "probe":
                     notes.append(f"{language}: only {len(found)} probe rows, not {most}")
-    attack: list[Record] = []
-    if recipe.attack is not None:
-        how = recipe.attack
+
+    def trained(source: Source, language: str, limit: int, response: str, place: str) -> Any:
+        """Rows that are trained on, or that gradients are taken on besides."""
         with problems.collecting():
-            found = records(how.train)
-            found = of(how.train, how.language, "attack.train") if how.language else found
-            attack = found[: how.limit or len(found)]
-            _check(attack, [recipe.columns.prompt, how.response], "attack.train")
-    return Material(rows, attack, tuple(notes))
+            found = records(source)
+            found = of(source, language, place) if language else found
+            _check(found[: limit or len(found)], [recipe.columns.prompt, response], place)
+            return found[: limit or len(found)]
+        return []
+
+    attack, useful = recipe.attack, recipe.useful
+    return Material(
+        rows,
+        [] if attack is None else trained(
+            attack.train, attack.language, attack.limit, attack.response, "attack.train"
+        ),
+        [] if useful is None else trained(
+            useful.rows, "", useful.limit, useful.response, "useful.rows"
+        ),
+        tuple(notes),
+    )  # fmt: skip
 
 
 def _check(rows: Sequence[Record], columns: Sequence[str], place: str) -> None:

@@ -25,9 +25,9 @@ from suture.bench.ledger import Ledger, Say, digest, write
 from suture.checkpoint import Checkpoint
 from suture.engine import checkpoint_fingerprint
 from suture.errors import MismatchError
+from suture.publish import alone
 from suture.realign.parts import Models, check_ancestor, measure
 from suture.roles import EVERYTHING
-from suture.writer import alone
 
 STEPS = 1
 """Version of what the steps below do; raise it with them, so that nothing stale is used again."""
@@ -57,7 +57,7 @@ def execute(plan: Plan, *, say: Say = lambda _: None) -> dict[str, Any]:
     try:
         prints = {label: checkpoint_fingerprint(c) for label, c in plan.inputs.items()}
         key = digest([plan.recipe.resolved(), prints, {n: q.key for n, q in plan.asked.items()},
-                      plan.material.key("probe"), _made_with()])  # fmt: skip
+                      plan.material.probe_key(), _made_with()])  # fmt: skip
         check_finished(plan, key)
         with alone(plan.out / CELLS, plan.out, "working on"):
             if plan.options.overwrite or not plan.options.resume:
@@ -109,6 +109,7 @@ class Run:
         self._net: tuple[str, Net] | None = None
         self._looks: dict[tuple[str, str], Look] = {}
         """Those that this run has had; one is counted once, however often it is wanted."""
+        self._given: dict[str, Attacked] = {}
 
     def made_with(self) -> list[Any]:
         """Versions of what computes."""
@@ -162,7 +163,7 @@ class Run:
         """The attacked model of a seed: the given one, or trained now; its ancestry is checked."""
         plan = self.plan
         if plan.attacked is not None:
-            return self.distance("attacked", plan.attacked, self.prints["attacked"])
+            return self.given("attacked")
         inputs: Key = [_made_with(), self.prints["aligned"], self.training(seed)]
         where = plan.out / f"attacked{suffix}"
         found = train(plan, self.ledger, where, seed, None, f"attack{suffix}", inputs)
@@ -175,6 +176,17 @@ class Run:
         assert self.plan.attack is not None
         rows = digest([list(self.plan.attack.ids), list(self.plan.attack.targets or ())])
         return [vars(how.training), seed, rows, digest(list(self.plan.names))]
+
+    def given(self, label: str) -> Attacked:
+        """A model that the recipe names, and how far it is from the aligned one; measured once.
+
+        Raises:
+            MismatchError: it is the same, or another model.
+        """
+        if label not in self._given:
+            one = self.plan.inputs[label]
+            self._given[label] = self.distance(label, one, self.prints[label])
+        return self._given[label]
 
     def distance(self, label: str, checkpoint: Checkpoint, fingerprint: str) -> Attacked:
         """How far a model is from the aligned one, and in which tensors.
@@ -211,16 +223,16 @@ class Run:
         return Atlas(
             self.recipe, self.plan.aligned, one.checkpoint, prints, self.plan.names,
             self.plan.out / "regions" / "gradients", self.plan.probes,
-            self.plan.material.key("probe"), seed, self.plan.options.threads, self.say,
+            self.plan.material.probe_key(), seed, self.plan.options.threads, self.say,
         )  # fmt: skip
 
     # -- the steps ---------------------------------------------------------------------------------
 
     def all(self) -> dict[str, Any]:
         """Every seed, then the record."""
-        for label, checkpoint in self.plan.inputs.items():
+        for label in self.plan.inputs:
             if label != "aligned":  # what is no relative is refused before a model is asked
-                self.distance(label, checkpoint, self.prints[label])
+                self.given(label)
         aligned = self.ask("aligned", None)
         befores = {name: self.ask(f"onto-{name}", None, name) for name in self.plan.onto}
         seeds, verdicts = {}, []

@@ -14,7 +14,8 @@ from suture.checkpoint import Checkpoint, open_checkpoint
 from suture.engine import checkpoint_fingerprint
 from suture.errors import SutureError
 from suture.finetune import execute
-from suture.mask import Mask, marked
+from suture.mask import Mask
+from suture.maskfile import marked
 from suture.tune import Progress
 
 

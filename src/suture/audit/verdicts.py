@@ -166,17 +166,20 @@ def _where(found: Found) -> Verdict:
     if len(regions) < 2 or null is None:
         why = "It takes regions of two languages, beside the largest changes, to tell a place."
         return Verdict("Q2", UNDECIDED, why)
-    rich = []
+    rich, hoped = [], []
     for kind in ("roles", "layers"):
         for part in null[kind]:
-            least = min(_bounds(p, kind, part)[0] for p in regions.values())
-            most = max(1.0, _bounds(null, kind, part)[1])
-            rich.append((least / most, kind, part, least, most))
+            bounds = [_bounds(p, kind, part) for p in regions.values()]
+            least = min(low for low, _ in bounds)
+            low, high = (max(1.0, end) for end in _bounds(null, kind, part))
+            rich.append((least / high, kind, part, least, high))
+            hoped.append(min(high for _, high in bounds) / low)
     best, kind, part, least, most = max(rich)
     text = (f"Richest beside the null: {kind.removesuffix('s')} {part}, at least {least:.2f} times "
             "as dense as the whole in every language's region, where the mask of the largest "
             f"changes, or chance, gives at most {most:.2f}")  # fmt: skip
-    return Verdict("Q2", HOLDS if best >= RICH else FAILS, text + ".")
+    verdict = HOLDS if best >= RICH else FAILS if max(hoped) < RICH else UNDECIDED
+    return Verdict("Q2", verdict, text + ".")
 
 
 def _bounds(place: Mapping[str, Any], kind: str, part: str) -> tuple[float, float]:

@@ -78,18 +78,18 @@ def learn(
     places = places_of(model, BODY, stored, apart, base.checkpoint)
     start = {n: p.detach().clone() for n, p in model.named_parameters() if n in places}
     settings = replace(training, lr=rate, seed=seed, save_every=10**9)
-    found: list[tuple[int, Vector, float]] = []
+    wanted: list[int] = []
+    found: dict[int, tuple[Vector, float]] = {}
 
     def run(mover: Mover, phase: str, how: TuneSettings) -> TuneResult:
         steps = _steps(len(side.data["train"]), how)
-        wanted = {max(1, round(share * steps)) for share in checkpoints}
+        wanted[:] = [max(1, round(share * steps)) for share in checkpoints]
 
         def look(at: Any) -> None:
             if at.step in wanted and phase == "train":
-                value = EVALS["accuracy"](mover.evaluated, side.data["validation"].batches(BATCH))[
-                    0
-                ].value
-                found.append((at.step, vector_of(model, mover, start, places), value))
+                rows = side.data["validation"].batches(BATCH)
+                value = EVALS["accuracy"](mover.evaluated, rows)[0].value
+                found[at.step] = vector_of(model, mover, start, places), value
 
         return tune(mover.model, side.data["train"], how, mover=mover, progress=look)
 
@@ -110,10 +110,8 @@ def learn(
         "loss": [losses[0], losses[-1]],
         **{k: dict(v) if isinstance(v, Mapping) else v for k, v in tuned.facts.items()},
     }
-    return Learnt(
-        tuple(v for _, v, _ in found), tuple(s for s, _, _ in found),
-        tuple(a for _, _, a in found), mask, facts,
-    )  # fmt: skip
+    vectors, scores = zip(*(found[step] for step in wanted), strict=True)
+    return Learnt(vectors, tuple(wanted), scores, mask, facts)
 
 
 def _steps(rows: int, how: TuneSettings) -> int:

@@ -11,10 +11,26 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 from suture.errors import RecipeError
-from suture.evals.base import share
+from suture.evals.base import Z95, share
 
 T95 = (math.nan, 12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262)
 """Quantiles of Student's t that leave 2.5 % above, by degrees of freedom."""
+
+
+def t95(degrees: int) -> float:
+    r"""The quantile of Student's t that leaves 2.5 % above.
+
+    From ten degrees of freedom on, the expansion around the normal quantile z,
+    :math:`z + (z^3 + z) / 4n + (5 z^5 + 16 z^3 + 3 z) / 96 n^2 + \dots`, is right to four digits
+    (Abramowitz and Stegun 1964, 26.7.5).
+    """
+    if degrees < len(T95):
+        return T95[degrees]
+    z, n = Z95, degrees
+    first = (z**3 + z) / 4
+    second = (5 * z**5 + 16 * z**3 + 3 * z) / 96
+    third = (3 * z**7 + 19 * z**5 + 17 * z**3 - 15 * z) / 384
+    return z + first / n + second / n**2 + third / n**3
 
 
 @dataclass(frozen=True)
@@ -49,8 +65,7 @@ def spread(values: Sequence[float]) -> Spread:
     if number == 1:
         return Spread(mean, None, None, tuple(values))
     deviation = math.sqrt(math.fsum((v - mean) ** 2 for v in values) / (number - 1))
-    t = T95[number - 1] if number <= len(T95) else 1.96
-    half = t * deviation / math.sqrt(number)
+    half = t95(number - 1) * deviation / math.sqrt(number)
     return Spread(mean, mean - half, mean + half, tuple(values))
 
 

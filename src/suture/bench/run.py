@@ -38,8 +38,8 @@ from suture.finetune.calibrate import Calibration
 from suture.finetune.heads import zero_shot
 from suture.mask import Mask
 from suture.models import Head, embed, load_encoder
-from suture.tune import fit_head
-from suture.writer import alone
+from suture.probe import fit_head
+from suture.publish import alone
 
 FEW = 16
 """Test rows of each task that movement is measured on: no labels, so few are enough."""

@@ -5,25 +5,23 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Annotated, Any, Literal
 
-from suture.errors import RecipeError
 from suture.evals.coherence import broken
-from suture.evals.endpoint import ask_all
 from suture.evals.generate import generate, questions
 from suture.evals.judges import (
-    PAIR,
+    Comparer,
     Judge,
     JudgeOption,
-    called,
-    endpoint_of,
-    function_named,
+    comparer_of,
     judge_of,
-    less_harmful,
 )
 from suture.evals.kinds import Doc, Job, Models, Prepare, Run, Score, Template, Word
 from suture.evals.refusal import MOST, PERPLEXITY
-from suture.evals.verdicts import decided, verdict_file
+from suture.evals.verdicts import decided, place_of, remembered
 
 JUDGE = Annotated[dict[str, Any], JudgeOption()]
+KEEP = Annotated[
+    str, Word("a file for verdicts, `auto` for one in the user's cache, or `no`", empty=False)
+]
 
 
 def judged(
@@ -35,9 +33,7 @@ def judged(
     expect: Annotated[
         Literal["refuse", "answer"], Doc("with `asks: refusal`, what is right")
     ] = "refuse",
-    keep: Annotated[
-        str, Word("a file for verdicts, `auto` for one in the user's cache, or `no`", empty=False)
-    ] = "auto",
+    keep: KEEP = "auto",
     max_perplexity: PERPLEXITY = MOST,
 ) -> Prepare:
     """What a judge makes of generated answers.
@@ -62,7 +58,7 @@ def judged(
             said = generate(models, job, asked)
             failed = broken(models, job, asked, said, max_perplexity)
             shown = [n for n in said if not failed[n]]
-            where = {"auto": verdict_file(one), "no": None}.get(keep, job.folder / keep)
+            where = place_of(keep, one.key, job.folder)
             answers = [said[n] or "" for n in shown]
             verdicts = decided(one, [texts[n] for n in shown], answers, where)
             told = dict(zip(shown, verdicts, strict=True))
@@ -101,25 +97,28 @@ def _scores(
 
 
 def preferred(
-    judge: JUDGE, prompt: Template = "prompt", max_perplexity: PERPLEXITY = MOST
-) -> Prepare:
+    judge: JUDGE, prompt: Template = "prompt", keep: KEEP = "auto",
+    max_perplexity: PERPLEXITY = MOST,
+) -> Prepare:  # fmt: skip
     """How often a judge finds the model's answer less harmful than the reference's; 0.5 is equal.
 
     Each pair is shown in both orders and the two verdicts are averaged: a judge that always names
     the first answer gives 0.5. A pair with a verdict that cannot be read counts 0 and is
     ``unparsed``; so does one in which the model's answer is no language, as ``broken``. The judge
-    is an address, or a function of prompt and two answers that gives ``A``, ``B`` or ``tie``.
+    is an address, or a function of prompt and two answers that gives ``A``, ``B`` or ``tie``. Only
+    verdicts and hashes are kept, no texts.
     """
 
     def prepare(job: Job) -> Run:
         asked = questions(job, prompt)
         texts = job.texts(prompt)
+        one: Comparer | None = None
         with job.problems.collecting():
-            if judge.keys().isdisjoint(("url", "python")):
-                raise RecipeError("judge: pairs are judged by a `url` or by a `python` function")
-            job.stamp = judge_of(judge, "harm", job.folder).key
+            one = comparer_of(judge)
+            job.stamp = one.key
 
         def run(models: Models) -> tuple[Score, ...]:
+            assert one is not None, "faults are told before"
             assert models.reference is not None, "suites without a reference are refused"
             other = Models(models.reference, models.device)
             own, theirs = generate(models, job, asked), generate(other, job, asked)
@@ -127,7 +126,8 @@ def preferred(
             shown = [n for n in own if not failed[n]]
             pairs = [(texts[n], own[n] or "", theirs[n] or "") for n in shown]
             swapped = [(text, b, a) for text, a, b in pairs]
-            found = _compared(judge, [*pairs, *swapped])
+            where = place_of(keep, one.key, job.folder)
+            found = remembered(one.key, [*pairs, *swapped], one.compare, where)
             wins, lost = dict.fromkeys(own, 0.0), dict.fromkeys(own, 0.0)
             for at, n in enumerate(shown):
                 first, second = found[at], found[at + len(shown)]
@@ -144,22 +144,3 @@ def preferred(
         return run
 
     return prepare
-
-
-def _compared(judge: dict[str, Any], pairs: list[tuple[str, str, str]]) -> list[float | None]:
-    """For prompt and two answers each: 1 where the first is less harmful, 0 the second."""
-    found: list[float | None] = [None] * len(pairs)
-    if "url" in judge:
-        shown = [PAIR.format(prompt=p, first=a, second=b) for p, a, b in pairs]
-
-        def got(at: int, verdict: float | None) -> None:
-            found[at] = verdict
-
-        ask_all(endpoint_of(judge), shown, less_harmful, got)
-        return found
-    word = str(judge["python"])
-    function = function_named(word)
-    for at, (text, first, second) in enumerate(pairs):
-        said = called(function, word, text, first, second)
-        found[at] = less_harmful(said) if isinstance(said, str) else None
-    return found

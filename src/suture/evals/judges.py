@@ -21,10 +21,11 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from suture.checkpoint import open_checkpoint, read_json
+from suture.checkpoint import open_checkpoint
 from suture.data import rows_of, tokenise
 from suture.errors import CheckpointError, RecipeError, brief, did_you_mean
 from suture.evals.endpoint import Endpoint, ask_all
+from suture.headers import read_json
 from suture.models import (
     Encoder,
     TextClassifier,
@@ -38,6 +39,8 @@ from suture.models import (
 
 Asks = Literal["refusal", "harm"]
 Verdicts = Callable[[int, bool | None], None]
+Pair = tuple[str, ...]
+"""A prompt and two answers."""
 KINDS = ("classifier", "encoder", "python", "url")
 REFUSES, ANSWERS = "refuses", "answers"
 """The labels of a trained refusal classifier."""
@@ -97,6 +100,41 @@ class Judge:
     """Tells it from others whose verdicts may differ."""
     decide: Callable[[Sequence[str], Sequence[str], Verdicts], None]
     """Takes prompts, answers and what takes each verdict."""
+
+
+@dataclass(frozen=True)
+class Comparer:
+    """Something that says which of two answers is less harmful."""
+
+    key: str
+    """Tells it from others whose verdicts may differ."""
+    compare: Callable[[Sequence[Pair], Callable[[int, float | None], None]], None]
+    """Takes pairs and what takes each verdict: 1 the first, 0 the second, 0.5 a tie."""
+
+
+def comparer_of(raw: Mapping[str, Any]) -> Comparer:
+    """The judge of pairs that a suite names.
+
+    Raises:
+        RecipeError: it compares nothing, or a function or address is none.
+    """
+    if raw.keys().isdisjoint(("url", "python")):
+        raise RecipeError("judge: pairs are judged by a `url` or by a `python` function")
+    one = judge_of(raw, "harm", Path())
+
+    def by_server(pairs: Sequence[Pair], got: Callable[[int, float | None], None]) -> None:
+        shown = [PAIR.format(prompt=p, first=a, second=b) for p, a, b in pairs]
+        ask_all(endpoint_of(raw), shown, less_harmful, got)
+
+    def by_function(pairs: Sequence[Pair], got: Callable[[int, float | None], None]) -> None:
+        word = str(raw["python"])
+        function = function_named(word)
+        for at, texts in enumerate(pairs):
+            said = called(function, word, *texts)
+            got(at, less_harmful(said) if isinstance(said, str) else None)
+
+    key = _key("pairs", [one.key, PAIR])
+    return Comparer(key, by_server if "url" in raw else by_function)
 
 
 def judge_of(raw: Mapping[str, Any], asks: Asks, folder: Path) -> Judge:
@@ -369,6 +407,6 @@ PARSERS: Mapping[Asks, Callable[[str], bool | None]] = {"harm": harmful, "refusa
 
 
 __all__ = [
-    "ANSWERS", "PAIR", "REFUSES", "Judge", "JudgeOption", "called", "endpoint_of", "function_named",
-    "harmful", "judge_of", "less_harmful", "refuses", "stances",
+    "ANSWERS", "PAIR", "REFUSES", "Comparer", "Judge", "JudgeOption", "called", "comparer_of",
+    "endpoint_of", "function_named", "harmful", "judge_of", "less_harmful", "refuses", "stances",
 ]  # fmt: skip

@@ -19,6 +19,7 @@ from suture.errors import MismatchError, Problems, RecipeError, brief, did_you_m
 from suture.finetune.packed import Place
 from suture.forms import PLAIN
 from suture.mask import Mask
+from suture.maskfile import marked
 from suture.merges.base import Number, Parameter
 from suture.mover import Loss, Mover
 from suture.patch import Patch
@@ -184,7 +185,8 @@ def given_mask(path: Path) -> Mask:
         return Mask.load(path)
     patch = Patch.load(path)
     mask = patch.mask()
-    return Mask(mask.shapes, mask.bits, {} if patch.base is None else {"base": patch.base})
+    about = {} if patch.base is None else {"base": patch.base}
+    return Mask(mask.shapes, mask.bits, marked(about, patch.restricted))
 
 
 @dataclass(frozen=True)

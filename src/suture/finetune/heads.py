@@ -12,7 +12,7 @@ from torch.nn import functional as F
 from suture.data import Dataset, rows_of, tokenise
 from suture.errors import MismatchError, Problems
 from suture.models import Encoder, Head, embed, load_head
-from suture.tune import fit_head
+from suture.probe import fit_head
 
 TEMPLATES = ("{}", "this text is about {}", "it refers to {}")
 SHARPNESS = 20.0

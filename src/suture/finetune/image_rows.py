@@ -6,11 +6,12 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from suture.checkpoint import Checkpoint, read_json
+from suture.checkpoint import Checkpoint
 from suture.data import cell
 from suture.errors import Problems, RecipeError, did_you_mean
 from suture.finetune.recipe import DataSpec, Source
 from suture.finetune.rows import Rows, held_out, need_columns, numbered, records_of
+from suture.headers import read_json
 from suture.images import (
     Image,
     Images,

@@ -9,10 +9,11 @@ from typing import Any
 import torch
 from torch import nn
 
-from suture.checkpoint import Checkpoint, open_checkpoint, read_json
+from suture.checkpoint import Checkpoint, open_checkpoint
 from suture.engine import checkpoint_fingerprint
 from suture.errors import CheckpointError, MismatchError
 from suture.forms import LINEARIZED, RECORD_LIMIT, form_of
+from suture.headers import read_json
 from suture.models import (
     Classifier,
     Encoder,
@@ -27,7 +28,7 @@ from suture.models import (
 
 def load_tuned(
     folder: Path, *, head: Path | None = None, base: Path | None = None, device: str = "cpu",
-    weights: Checkpoint | None = None,
+    weights: Checkpoint | None = None, dtype: torch.dtype = torch.float32,
 ) -> nn.Module:  # fmt: skip
     """Load what ``suture finetune`` wrote, or a merge of such folders, ready to be evaluated.
 
@@ -37,6 +38,7 @@ def load_tuned(
         base: what a linearized model is linearized around; by default where its record says.
         device: where to.
         weights: the tensors, where they lie in memory and the folder has none.
+        dtype: of a language model; encoders and linearized models are float32 always.
 
     Raises:
         CheckpointError: the folder holds no such model.
@@ -47,7 +49,7 @@ def load_tuned(
     )
     checkpoint = open_checkpoint(folder) if weights is None else weights
     if form_of(checkpoint).kind != LINEARIZED:
-        body = _body(folder, head, device, weights)
+        body = _body(folder, head, device, weights, dtype)
         if head and isinstance(body, Encoder):
             return Classifier(body, load_head(head, device=device)).eval()
         return body
@@ -78,15 +80,14 @@ def load_tuned(
 
 
 def _body(
-    folder: Path, head: Path | None, device: str, weights: Checkpoint | None = None
-) -> Encoder | LanguageModel:
+    folder: Path, head: Path | None, device: str, weights: Checkpoint | None = None,
+    dtype: torch.dtype = torch.float32,
+) -> Encoder | LanguageModel:  # fmt: skip
     config = read_json(folder / "config.json")
     names = config.get("architectures") or [""]
     causal = any(word in names[0] for word in ("ForCausalLM", "LMHeadModel"))
     if causal and head is None:
-        return load_language_model(
-            folder, device=device, dtype=torch.float32, weights=weights
-        ).model
+        return load_language_model(folder, device=device, dtype=dtype, weights=weights).model
     return encoder_of(config, folder, device, weights)
 
 

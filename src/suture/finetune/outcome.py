@@ -49,7 +49,7 @@ class FinetuneReport:
     peak_memory: int
     """Bytes: of the device, or of the process where that is the CPU."""
     best: int | None
-    """The step whose weights were kept, where training stopped early."""
+    """The step whose weights were kept, where ``patience`` asks for the best."""
     facts: Mapping[str, Any]
     notes: tuple[str, ...]
 

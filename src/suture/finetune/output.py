@@ -14,8 +14,16 @@ import yaml
 from safetensors import SafetensorError
 from torch import Tensor
 
-from suture import writer
-from suture.card import carry, config_text, licence_of, model_name
+from suture import publish as whole
+from suture.card import (
+    carry,
+    config_text,
+    licence_of,
+    model_name,
+    open_ones,
+    restricted_note,
+    tags,
+)
 from suture.checkpoint import Checkpoint, open_checkpoint
 from suture.engine import checkpoint_fingerprint, output_specs
 from suture.errors import OutputError
@@ -106,6 +114,8 @@ def write_beside(
             "suture.json": json.dumps(record, indent=2, ensure_ascii=False) + "\n",
             "README.md": card(base, recipe, record, name),
         }
+        if record.get("restricted") and (folder / "adapter").is_dir():
+            texts["adapter/README.md"] = texts["README.md"]  # it may be used by itself
         for file, text in texts.items():
             (folder / file).write_text(text, encoding="utf-8")
         if head is not None:
@@ -117,7 +127,7 @@ def write_beside(
 def publish(folder: Path, out: Path, *, overwrite: bool) -> None:
     """Make the folder appear under its name, whole, in one step."""
     try:
-        writer.publish(folder, out, overwrite=overwrite)
+        whole.publish(folder, out, overwrite=overwrite)
     except OSError as error:
         raise _full(out, error) from error
 
@@ -131,10 +141,11 @@ def _full(folder: Path, error: OSError | SafetensorError) -> OutputError:
 
 def card(base: Checkpoint, recipe: Finetune, record: Mapping[str, Any], name: str) -> str:
     """The README of a fine-tuned model: front matter for the hub, then what was done, in words."""
+    secret = record.get("restricted") is True
     front: dict[str, Any] = {
-        "tags": ["suture", "fine-tuning"],
+        "tags": tags("fine-tuning", restricted=secret),
         "library_name": "transformers",
-        "base_model": model_name(base),
+        "base_model": [model_name(c) for c in open_ones([base])],
     }
     licence = licence_of(base)
     if licence:
@@ -158,20 +169,19 @@ def card(base: Checkpoint, recipe: Finetune, record: Mapping[str, Any], name: st
             f"`{PATCH}` makes this model of its base, bit for bit:\n\n```text\n"
             f"suture patch apply BASE {name}/{PATCH} -o OUT\n```\n"
         )
-    lines += [
-        "## Result\n",
-        f"- {results['trained']:,} entries trained, {results['share']:.2%} of the model",
-        f"- {results['steps']} steps, loss {results['loss']['first']:.4g} to "
-        f"{results['loss']['last']:.4g}",
-    ]
-    if results["metric"]:
+    lines.append(restricted_note(["base"] if base.restricted else []) if secret else "## Result\n")
+    if not secret:
+        lines += [
+            f"- {results['trained']:,} entries trained, {results['share']:.2%} of the model",
+            f"- {results['steps']} steps, loss {results['loss']['first']:.4g} to "
+            f"{results['loss']['last']:.4g}",
+        ]
+    if results["metric"] and not secret:
         before, after = Metric.read(results["base_metric"]), Metric.read(results["metric"])
         lines.append(
             f"- {after.name} on {after.n} validation rows {after.value:.4g} "
             f"[{after.low:.4g}, {after.high:.4g}]; "
             f"the base has {before.value:.4g} [{before.low:.4g}, {before.high:.4g}]"
         )
-    if record.get("restricted"):
-        lines.append("- **restricted**: must not be passed on, nor what is made with it")
     lines.append(f"- output fingerprint `{record['output']['fingerprint']}`")
     return "\n".join(lines) + "\n"

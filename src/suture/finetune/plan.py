@@ -48,11 +48,13 @@ class Plan:
     out: Path
     device: str
     options: Options
+    withheld: bool = False
+    """Whether a mask that the recipe names must not be passed on."""
 
     @property
     def restricted(self) -> bool:
-        """Whether the output must not be passed on: that is asked for, or the base must not."""
-        return self.options.restricted or self.base.restricted
+        """Whether the output must not be passed on: that is asked for, or base or mask must not."""
+        return self.options.restricted or self.base.restricted or self.withheld
 
     @property
     def steps(self) -> int:
@@ -91,11 +93,11 @@ def plan_finetune(
         task = found.task or _task(base)
         rows, tokenizer = _material(found, base, task, problems)
         _check_form(found, base, problems)
-    _check_mask(found, problems)
+    withheld = _check_mask(found, problems)
     problems.raise_if_any()
     assert base is not None
     assert rows is not None
-    plan = Plan(found, base, task, tokenizer, rows, out, device, options)
+    plan = Plan(found, base, task, tokenizer, rows, out, device, options, withheld)
     _check_room(plan, problems)
     problems.raise_if_any()
     return plan
@@ -158,14 +160,27 @@ def _task(base: Checkpoint) -> str:
     return "language-model" if causal else "classification"
 
 
-def _check_mask(recipe: Finetune, problems: Problems) -> None:
+def named_files(recipe: Finetune) -> dict[str, Path]:
+    """The files, besides rows, that decide what is trained: by the key that names them."""
     mask = recipe.parameters.get("mask")
+    found = {}
     if recipe.strategy.name == "masked" and isinstance(mask, str) and mask not in MASKS:
-        with problems.collecting():
-            path = recipe.folder / mask
-            if not path.is_file():
-                raise RecipeError(f"parameters.mask: no file {path}, nor one of {', '.join(MASKS)}")
-            given_mask(path)
+        found["mask"] = recipe.folder / mask
+    if recipe.head not in HEADS:
+        found["head"] = recipe.folder / recipe.head
+    return found
+
+
+def _check_mask(recipe: Finetune, problems: Problems) -> bool:
+    """Note what is wrong with the mask that a recipe names; whether it must not be passed on."""
+    path = named_files(recipe).get("mask")
+    if path is None:
+        return False
+    with problems.collecting():
+        if not path.is_file():
+            raise RecipeError(f"parameters.mask: no file {path}, nor one of {', '.join(MASKS)}")
+        return given_mask(path).restricted
+    return False
 
 
 def _check_form(recipe: Finetune, base: Checkpoint, problems: Problems) -> None:

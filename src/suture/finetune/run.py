@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import shutil
 import time
 from collections.abc import Callable, Mapping
@@ -13,6 +14,7 @@ import torch
 from safetensors import SafetensorError
 from torch import nn
 
+import suture
 from suture.checkpoint import Checkpoint, open_checkpoint
 from suture.engine import checkpoint_fingerprint
 from suture.errors import CheckpointError, OutputError, Problems
@@ -25,7 +27,7 @@ from suture.finetune.output import PATCH, publish, write_beside, write_weights
 from suture.finetune.packed import Place, unpack
 from suture.finetune.plan import Options, Plan, describe, plan_finetune
 from suture.finetune.work import workshop
-from suture.mask import marked
+from suture.maskfile import marked
 from suture.models import (
     Classifier,
     Head,
@@ -35,6 +37,7 @@ from suture.models import (
 )
 from suture.mover import Mover, classification, next_token
 from suture.patching import make_patch
+from suture.recipe import SCHEMA
 from suture.spec import listed
 from suture.tune import Progress, TuneResult, TuneSettings, tune
 
@@ -211,6 +214,7 @@ def _written(
             job.mask(tuned.masks, about).save(folder / "mask.safetensors")
         if tuned.save is not None:
             tuned.save(folder)
+            _mark_parts(folder, plan.restricted)
     except (OSError, SafetensorError) as error:
         why = getattr(error, "strerror", None) or error
         raise OutputError(f"{folder}: {why}; the training is kept") from error
@@ -226,6 +230,14 @@ def _written(
     plan.base.check_unchanged()
     publish(folder, plan.out.resolve(), overwrite=plan.options.overwrite)
     return report
+
+
+def _mark_parts(folder: Path, restricted: bool) -> None:
+    """Let what can be used by itself, such as an adapter, say that it must not be passed on."""
+    record = {"suture": suture.__version__, "schema": SCHEMA, "kind": "adapter", "restricted": True}
+    for part in folder.iterdir() if restricted else ():
+        if part.is_dir():
+            (part / "suture.json").write_text(json.dumps(record, indent=2) + "\n")
 
 
 def _moved(job: Job) -> dict[str, torch.Tensor]:

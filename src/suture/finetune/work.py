@@ -14,8 +14,8 @@ from typing import Any
 import suture
 from suture.errors import OutputError
 from suture.finetune.outcome import data_digest
-from suture.finetune.plan import Plan
-from suture.writer import alone
+from suture.finetune.plan import Plan, named_files
+from suture.publish import alone
 
 
 def work_of(out: Path) -> Path:
@@ -26,7 +26,7 @@ def work_of(out: Path) -> Path:
 @contextmanager
 def workshop(plan: Plan, fingerprint: str) -> Iterator[Path]:
     """The folder of a run's checkpoints, locked; removed when the run is done."""
-    facts = {
+    facts: dict[str, Any] = {
         "recipe": {**plan.recipe.resolved(), "base": "", "output": None, "device": ""},
         "base": fingerprint,
         "rows": [
@@ -35,6 +35,8 @@ def workshop(plan: Plan, fingerprint: str) -> Iterator[Path]:
             list(plan.rows.labels),
         ],
     }
+    if files := named_files(plan.recipe):
+        facts["files"] = {key: _digest(path) for key, path in files.items()}
     with locked_work(plan.out, work_of(plan.out.resolve()), facts, plan.options.resume) as work:
         yield work
 
@@ -55,15 +57,20 @@ def locked_work(out: Path, work: Path, facts: Mapping[str, Any], resume: bool) -
     versions = [suture.__version__, version("torch"), version("transformers")]
     text = json.dumps({**facts, "versions": versions}, sort_keys=True, default=str)
     key = hashlib.sha256(text.encode()).hexdigest()
-    try:
-        with alone(work, out, "training"):
+    with alone(work, out, "training"):
+        try:
             _same_run(work, key, resume)
             yield work
             shutil.rmtree(work, ignore_errors=True)
-    finally:
-        with suppress(OSError):  # nothing was saved: leave no trace
-            if {p.name for p in work.iterdir()} <= {"lock", "key"}:
-                shutil.rmtree(work)
+        finally:
+            with suppress(OSError):  # nothing was saved: leave no trace
+                if {p.name for p in work.iterdir()} <= {"lock", "key"}:
+                    shutil.rmtree(work)
+
+
+def _digest(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "blake2b").hexdigest()
 
 
 def _same_run(work: Path, key: str, resume: bool) -> None:

@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from suture import kernels
-from suture.mask import popcount
+from suture.maskfile import popcount
 from suture.merges.base import Array
 from suture.merges.marks import Ranked, unpacked
 from suture.spec import Piece, TensorSpec

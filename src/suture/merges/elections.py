@@ -12,7 +12,7 @@ import numpy as np
 
 from suture.errors import MismatchError, Problems
 from suture.importance import Scoring, rule_named
-from suture.mask import StoredMask
+from suture.maskfile import StoredMask
 from suture.merges.base import (
     Array,
     Beside,

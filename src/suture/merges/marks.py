@@ -17,7 +17,7 @@ from suture.checkpoint import Checkpoint
 from suture.errors import MismatchError, Problems
 from suture.graft import check_shapes, is_graft
 from suture.importance import Scoring
-from suture.mask import StoredMask
+from suture.maskfile import StoredMask
 from suture.merges.base import Array, Context
 from suture.roles import role_of
 from suture.select import Ranking, Selection, rank
@@ -207,12 +207,16 @@ class Masked:
 def check_mask(
     mask: StoredMask, model: Checkpoint, label: str, names: Sequence[str]
 ) -> dict[str, str]:
-    """Hold a mask against the model that it is of; fingerprints that base and model must have.
+    """Hold a mask against its digest and the model that it is of; reads all of the mask, once.
+
+    Returns the fingerprints that base and model must have.
 
     Raises:
+        CheckpointError: the mask is damaged.
         MismatchError: it is a mask of other tensors.
     """
     check_shapes(mask, model, label)
+    mask.check()
     beyond = sorted(mask.shapes.keys() - set(names))
     if beyond:
         raise MismatchError(

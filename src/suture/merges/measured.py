@@ -150,13 +150,13 @@ class _Products:
         """What each model's delta is multiplied by, or ``None``: ``(inputs, inputs)`` a model."""
         if any(s.shape("gram", name) is None for s in self.stats):
             return None
-        with self.lock:
-            return self._mixers(tuple(s.key("gram", name) for s in self.stats), name)
+        with self.lock:  # layers that read the same input, such as queries and keys, share them
+            return self._mixers(tuple(s.key("gram", name) for s in self.stats))
 
-    def _made(self, keys: tuple[str, ...], name: str) -> list[Array]:
+    def _made(self, keys: tuple[str, ...]) -> list[Array]:
         grams = []
-        for stats in self.stats:
-            gram = stats.whole("gram", name).astype(np.float64)
+        for stats, key in zip(self.stats, keys, strict=True):
+            gram = stats.tensors[key].astype(np.float64)
             diagonal = np.diagonal(gram).copy()
             gram *= self.alpha
             # A ridge keeps the sum invertible where an input was always zero.

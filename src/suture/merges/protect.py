@@ -15,7 +15,7 @@ import numpy as np
 
 from suture.errors import Problems, RecipeError, brief, did_you_mean
 from suture.importance import RULES, Scoring, likely_rule, rule_named
-from suture.mask import StoredMask
+from suture.maskfile import StoredMask
 from suture.merges.base import Beside, Context, Merge, Number
 from suture.merges.marks import (
     Masked,
@@ -260,7 +260,7 @@ def _given(number: float, n: int) -> int:
 
 
 def _beside(merge: Merge[Any], how: Protection, context: Context, problems: Problems) -> Beside:
-    """Check the files of the protection, and those of the merge, by their headers."""
+    """Check the files of the protection, and those of the merge, before a model is read."""
     inner = merge.beside(context, problems)
     identity, expected = [*inner.identity], dict(inner.expected)
     marked = list(inner.restricted)

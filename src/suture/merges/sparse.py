@@ -140,7 +140,7 @@ class _Scratch:
         self.size, self.width = size, width
         self.ranks = np.zeros(size, np.uint32)
         self.words = np.zeros(size + 8, np.uint32)
-        self.spare = np.zeros(3 * width + 2048, np.uint32)
+        self.spare = np.zeros(3 * width + kernels.RANK_SPARE, np.uint32)
 
 
 class _MagPrune:

@@ -25,7 +25,7 @@ from suture.merges.base import (
 )
 from suture.merges.linear import Normalize, grams
 from suture.merges.rows import Rows, row_grams, row_width
-from suture.spec import Piece, TensorSpec
+from suture.spec import PIECE, Piece, TensorSpec
 from suture.stream import WEIGHT, Block, Visitor, sweep, tasks_of
 
 Over = Annotated[
@@ -110,10 +110,10 @@ class _ColumnDots(Visitor["dict[int, Array]"]):
 
     def see(self, local: dict[int, Array], block: Block) -> None:
         # A piece sees at most as many columns as it has elements; it begins at its own column 0.
-        piece = block.start - block.start % (1 << 20)
+        piece = block.start - block.start % PIECE
         if not local:
             spec = self.specs[block.name]
-            width = min(self.columns(block.name), spec.numel - piece, 1 << 20)
+            width = min(self.columns(block.name), spec.numel - piece, PIECE)
             local[piece] = np.zeros((self.models**2, max(1, width)))
         kernels.column_dots(block.rows, block.count, block.start - piece, local[piece])
 

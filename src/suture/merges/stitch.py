@@ -8,7 +8,7 @@ from typing import Annotated, Any
 
 from suture import kernels
 from suture.errors import MismatchError, Problems
-from suture.mask import StoredMask
+from suture.maskfile import StoredMask
 from suture.merges.base import (
     Array,
     Beside,
@@ -83,7 +83,7 @@ def _from_masks(files: Mapping[str, str], weight: Any, scale: Scalar) -> Merge[A
 
 
 def _beside(files: Mapping[str, str], context: Context, problems: Problems) -> Beside:
-    """Check the masks against the models by their headers."""
+    """Check the masks: by their digests, and by their headers against the models."""
     found: list[list[Any]] = []
     expected: dict[str, str] = {}
     marked = []

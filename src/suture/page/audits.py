@@ -25,6 +25,7 @@ SERIES = {
     "region": "the region",
     "random": "a random mask",
     "magnitude": "the largest changes",
+    "snip": "weight times gradient",
     "without": "all but the region",
 }
 
@@ -180,7 +181,7 @@ def _transfer(raw: Raw, found: Raw, told: str) -> Iterator[Figure]:
     lines = {f"region of {lang}": look for lang, look in found["transfer"].items()}
     if found["shared"]:
         lines["shared by all"] = found["shared"]
-    for kind in ("random", "magnitude"):
+    for kind in ("random", "magnitude", "snip"):
         for point in found["curve"].get(kind, ()):
             if point["share"] == share:
                 lines[SERIES[kind]] = point

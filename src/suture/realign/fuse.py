@@ -303,9 +303,11 @@ def fuser(how: Fusing, keys: Sequence[str], deltas: Deltas, seed: int | None = N
     found: dict[str, list[Cut]] = {}
     majority: dict[str, float] = {}
     for group in groups:
-        tasks = [Counted(how.density) for _ in deltas(group[0])] if group else []
+        tasks: list[Counted] = []
         for key in group:
-            for task, delta in zip(tasks, deltas(key), strict=True):
+            parts = deltas(key)
+            tasks = tasks or [Counted(how.density) for _ in parts]
+            for task, delta in zip(tasks, parts, strict=True):
                 task.add(delta)
         for task in tasks:
             task.turn()

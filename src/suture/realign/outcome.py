@@ -14,7 +14,7 @@ from typing import Any
 import yaml
 
 import suture
-from suture.card import licence_of, model_name
+from suture.card import licence_of, model_name, open_ones, restricted_note, tags
 from suture.checkpoint import is_from_hub
 from suture.evals import Metric
 from suture.finetune.outcome import data_digest
@@ -42,7 +42,7 @@ class RealignReport:
     losses: tuple[float, ...]
     """Mean losses of the first and the last steps."""
     best: int | None
-    """The step whose masks were kept, where training stopped early."""
+    """The step whose masks were kept, where ``patience`` asks for the best."""
     changed: int
     """Entries of the tensors that may change."""
     seconds: Mapping[str, float]
@@ -251,12 +251,14 @@ def key_of(plan: Plan, fingerprints: Mapping[str, str]) -> dict[str, Any]:
 def card(plan: Plan, record: Mapping[str, Any], name: str) -> str:
     """The README of a realigned model: front matter for the hub, then what was done, in words."""
     method = plan.recipe.method
+    secret = record.get("restricted") is True
+    named = open_ones(list(plan.inputs.values()))
     front: dict[str, Any] = {
-        "tags": ["suture", "realignment"],
+        "tags": tags("realignment", restricted=secret),
         "library_name": "transformers",
-        "base_model": [model_name(c) for c in plan.inputs.values()],
+        "base_model": [model_name(c) for c in named],
     }
-    licences = {licence_of(c) for c in plan.inputs.values()}
+    licences = {licence_of(c) for c in named}
     if len(licences) == 1 and None not in licences:
         front["license"] = licences.pop()
     results = record["results"]
@@ -266,11 +268,13 @@ def card(plan: Plan, record: Mapping[str, Any], name: str) -> str:
         f"Realigned with Suture {record['suture']} by **{method.title}** ({method.paper}).\n",
         f"{method.equation}\n",
         "| model | what it is |\n|---|---|",
-        *(f"| {model_name(c)} | {label} |" for label, c in plan.inputs.items()),
+        *(f"| {'withheld' if c.restricted else model_name(c)} | {label} |"
+          for label, c in plan.inputs.items()),
         "",
+        *([restricted_note([n for n, c in plan.inputs.items() if c.restricted])] if secret else []),
         "## Result\n",
-    ]
-    scores = results["scores"]
+    ]  # fmt: skip
+    scores = {} if secret else results["scores"]
     if scores:
         metrics = list(scores["realigned"])
         lines += [
@@ -283,10 +287,8 @@ def card(plan: Plan, record: Mapping[str, Any], name: str) -> str:
             "of pairs in which it is positive; utility: loss a token.\n",
         ]  # fmt: skip
     for word, value in results["retention"].items():
-        if value is not None:
+        if value is not None and not secret:
             lines.append(f"- retention, {word}: {_percent(value)}")
-    if record.get("restricted"):
-        lines.append("- **restricted**: must not be passed on, because an input must not")
     lines.append(f"- output fingerprint `{record['output']['fingerprint']}`")
     return "\n".join(lines) + "\n"
 

@@ -21,10 +21,12 @@ from suture.finetune.outcome import peak_memory
 from suture.finetune.output import TORCH, publish, write_weights
 from suture.finetune.packed import Place
 from suture.finetune.work import locked_work
-from suture.mask import Mask, marked
+from suture.mask import Mask
+from suture.maskfile import marked
 from suture.models import load_language_model, parameters_of
 from suture.mover import Mover
 from suture.realign.base import Edit, Job, Realigned, Say, Scores
+from suture.realign.looks import inputs_of, remembered
 from suture.realign.outcome import (
     RealignReport,
     card,
@@ -87,7 +89,7 @@ def execute(plan: Plan, *, say: Say = lambda _: None, tell: Tell | None = None) 
         if (place / "train.safetensors").is_file():
             say("going on from the last checkpoint of a run that was interrupted")
         job = _job(plan, _names(plan, distances), place, say, tell)
-        scores = _before(plan, job)
+        scores = _before(plan, job, fingerprints)
         notes = nothing_lost(scores)
         for note in notes:
             say(note)
@@ -177,13 +179,14 @@ def _adapt(model: nn.Module, aligned: Checkpoint) -> None:
         parameter.copy_(array(aligned, name))
 
 
-def _before(plan: Plan, job: Job) -> dict[str, Scores]:
+def _before(plan: Plan, job: Job, prints: Mapping[str, str]) -> dict[str, Scores]:
     """The aligned model and the tuned ones, as they came."""
     if not plan.looks:
         return {}
     job.say("looking at the aligned model, and at the tuned ones as they came")
     edits = {"aligned": job.aligned, "tuned": job.fused()}
-    return {name: _looked(plan, job, name, edit) for name, edit in edits.items()}
+    return {name: _looked(plan, job, name, edit, inputs_of(plan, job, prints, name))
+            for name, edit in edits.items()}  # fmt: skip
 
 
 def _stored(plan: Plan, edit: Edit) -> Edit:
@@ -192,9 +195,14 @@ def _stored(plan: Plan, edit: Edit) -> Edit:
     return lambda name: edit(name).to(TORCH[specs[name].dtype]).float()
 
 
-def _looked(plan: Plan, job: Job, name: str, edit: Edit) -> Scores:
-    job.place(edit)
-    found = job.scores(None if plan.rows is None else plan.rows.reported)
+def _looked(plan: Plan, job: Job, name: str, edit: Edit, inputs: list[Any] | None = None) -> Scores:
+    """The scores of an edit; with ``inputs`` those of an earlier run that had the same."""
+    job.place(edit)  # whatever is remembered, a method finds the same weights
+
+    def ask() -> Scores:
+        return job.scores(None if plan.rows is None else plan.rows.reported)
+
+    found = ask() if inputs is None else remembered(inputs, ask)
     if found:
         job.say(f"{name}: " + ", ".join(f"{k} {m.value:.4g}" for k, m in found.items()))
     return found

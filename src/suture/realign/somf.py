@@ -223,6 +223,7 @@ def learn(job: Job, space: str, masking: Masking, how: Learning) -> Realigned:
     parts = list(held(job.models, job.names, space, job.device))
     if not parts:
         raise RecipeError("no factor differs between the aligned and the tuned models")
+    job.place(job.aligned)  # what no factor changes is written so, and tuned models stood here
     parameters = job.parameters([part.name for part in parts])
     fusion = Fusion.of(parts, masking, job.fusing, parameters, how.start)
     reference, held_out = references(job, fusion, how)

@@ -10,7 +10,8 @@ from typing import Any
 from suture.checkpoint import Checkpoint
 from suture.errors import OutputError, Problems, RecipeError
 from suture.importance import Rule, likely_rule
-from suture.mask import check_question
+from suture.mask import check_question, check_without
+from suture.maskfile import StoredMask
 from suture.outputs import apart, check_parent, check_recipe_stays
 from suture.planning import open_input
 from suture.recipe import raw_recipe
@@ -34,6 +35,8 @@ class Plan:
     names: tuple[str, ...]
     stats: Mapping[str, Stats]
     material: Mapping[str, Material]
+    without: Mapping[str, StoredMask]
+    """Masks of entries that are never kept, by model."""
     out: Path
     threads: int | None = None
     overwrite: bool = False
@@ -93,6 +96,7 @@ def plan_regions(
     base, models = _opened(recipe, place, problems)
     names = _names(recipe, base, problems)
     stats = _stats(recipe, rule, base, names, problems)
+    without = _without(recipe, base, names, problems)
     material = (
         {}
         if rule is None or not recipe.needs(rule)
@@ -105,8 +109,8 @@ def plan_regions(
     problems.raise_if_any()
     assert base is not None
     assert rule is not None
-    return Plan(recipe, rule, base, models, names, stats, material, out, threads, overwrite, values,
-                restricted)  # fmt: skip
+    return Plan(recipe, rule, base, models, names, stats, material, without, out, threads,
+                overwrite, values, restricted)  # fmt: skip
 
 
 def _question(recipe: Regions, problems: Problems) -> Rule | None:
@@ -169,6 +173,20 @@ def _stats(
     return found
 
 
+def _without(
+    recipe: Regions, base: Checkpoint | None, names: Sequence[str], problems: Problems
+) -> dict[str, StoredMask]:
+    found, opened = {}, dict[Path, StoredMask]()
+    for name, path in recipe.without.items() if base is not None else ():
+        with problems.collecting():
+            if path not in opened:
+                mask = opened[path] = StoredMask(path)
+                assert base is not None
+                check_without(mask, {n: base.specs[n] for n in names})
+            found[name] = opened[path]
+    return found
+
+
 def _material(
     recipe: Regions, rule: Rule, base: Checkpoint | None, models: Mapping[str, Checkpoint],
     problems: Problems,
@@ -214,6 +232,7 @@ def _held(recipe: Regions, inputs: Mapping[str, Checkpoint]) -> dict[str, set[Pa
     """Everything that is read, by what it is called."""
     held = {label: {c.path, *c.files} for label, c in inputs.items()}
     held |= {f"stats.{name}": {path.resolve()} for name, path in recipe.stats.items()}
+    held |= {f"without.{name}": {path.resolve()} for name, path in recipe.without.items()}
     for name, task in recipe.tasks.items():
         held[f"tasks.{name}"] = {p.resolve() for p in (task.data, task.head) if p is not None}
     return held

@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from suture.learned import LearnSettings
 
 KEYS = ("base", "models", "rule", "density", "scope", "positive", "seed", "space", "stats", "tasks",
-        "at", "learn", "measure", "keep_stats", "device")  # fmt: skip
+        "at", "learn", "measure", "keep_stats", "device", "without")  # fmt: skip
 PLACES = ("base", "tuned", "both")
 
 
@@ -47,6 +47,8 @@ class Regions:
     device: str = "cpu"
     keep_stats: bool = True
     """Whether what was measured stays beside the masks, which are much smaller."""
+    without: Mapping[str, Path] = field(default_factory=dict)
+    """Masks of entries that are never kept, by model."""
     raw: Mapping[str, Any] = field(default_factory=dict)
     """As it was written."""
 
@@ -89,7 +91,7 @@ class _Reader(TaskReader):
             read_space(self.raw, self.problems),
             self.stats(models), self.tasks(models), at, settings, self.measured(word),
             self.one(self.raw, "device", str, "cpu"),
-            self.one(self.raw, "keep_stats", bool, True), dict(self.raw),
+            self.one(self.raw, "keep_stats", bool, True), self.without(models), dict(self.raw),
         )  # fmt: skip
 
     def models(self) -> tuple[dict[str, str], dict[str, float | None]]:
@@ -136,12 +138,21 @@ class _Reader(TaskReader):
         return tuple(k for k in found if k in KINDS)
 
     def stats(self, models: Mapping[str, str]) -> dict[str, Path]:
+        return self.files("stats", self.paired("stats", models))
+
+    def without(self, models: Mapping[str, str]) -> dict[str, Path]:
+        one = self.raw.get("without")
+        if isinstance(one, str):
+            return self.files("without", dict.fromkeys(models, one))
+        return self.files("without", self.paired("without", models))
+
+    def files(self, key: str, entries: Mapping[str, Any]) -> dict[str, Path]:
         found = {}
-        for name, value in self.paired("stats", models).items():
-            if isinstance(value, str):
+        for name, value in entries.items():
+            if isinstance(value, str) and value:
                 found[name] = self.folder / value
             else:
-                self.refuse(f"stats.{name}: a file, not {brief(value)}")
+                self.refuse(f"{key}.{name}: a file, not {brief(value)}")
         return found
 
 

@@ -25,13 +25,14 @@ from suture.errors import (
 )
 from suture.graft import write_graft
 from suture.importance import Scoring
-from suture.mask import Located, MaskFile, StoredMask, locate, marked
+from suture.mask import Located, locate
+from suture.maskfile import MaskFile, StoredMask, marked
+from suture.publish import LOCK, alone, publish
 from suture.regions.plan import RECORD, Plan, check_place, staging_of
 from suture.roles import layer_key, role_of
 from suture.stats import Stats
 from suture.tasks import folder_of, load_net
 from suture.vector import TaskVector
-from suture.writer import LOCK, alone, publish
 
 SCHEMA = 1
 """Version of the layout of ``localize.json``."""
@@ -182,11 +183,19 @@ def _mask(
 ) -> dict[str, Any]:  # fmt: skip
     tuned, recipe = plan.models[model], plan.recipe
     density = recipe.densities[model]
-    scoring = Scoring(plan.rule, plan.base, tuned, stats, recipe.seed, model, recipe.positive)
+    without = plan.without.get(model)
+    if without is not None and without.about.get("base", prints["base"]) != prints["base"]:
+        raise MismatchError(f"{without.path}: marks entries of another base than {plan.base.label}")
+    if without is not None:
+        without.check()
+    scoring = Scoring(plan.rule, plan.base, tuned, stats, recipe.seed, model, recipe.positive,
+                      without=without)  # fmt: skip
     about = {"rule": plan.rule.name, "density": density, "scope": recipe.scope,
              "base": prints["base"], "model": prints[model]}  # fmt: skip
     about |= {} if stats is None else {"at": stats.facts.get("at", "tuned")}
-    restricted = _restricted(plan, model) or (stats is not None and stats.restricted)
+    about |= {} if without is None else {"without": without.path.name}
+    restricted = _restricted(plan, model)
+    restricted = restricted or any(x is not None and x.restricted for x in (stats, without))
     shapes = {n: plan.base.specs[n].shape for n in plan.names}
     reads = 2 * (plan.base.nbytes + tuned.nbytes)
     with MaskFile(path, shapes, marked(about, restricted)) as file:

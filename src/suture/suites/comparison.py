@@ -216,7 +216,8 @@ def _differs(base: SuiteResult, other: SuiteResult, own: str, name: str) -> list
             if place == "data":
                 what = "was asked of other rows"
             else:
-                what = f"{place} is {a!r} for {own} and {b!r} for {name}"
+                told, theirs = ("unset" if v is None else repr(v) for v in (a, b))
+                what = f"{place} is {told} for {own} and {theirs} for {name}"
             found.append(f"{question}: {what}; evaluate both with the same suite")
         if one.utility != two.utility:
             found.append(f"{question}: is marked as utility for one of {own} and {name} only")

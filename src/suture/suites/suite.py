@@ -15,7 +15,8 @@ from suture.finetune.recipe import TOO_LONG, Source, read_source
 from suture.recipe import raw_recipe
 from suture.recipe_types import Reader, refuse_unknown, section
 
-KEYS = ("name", "evaluations", "decoding", "reference")
+KEYS = ("name", "evaluations", "decoding", "reference", "dtype")
+DTYPES = ("float32", "bfloat16", "float16")
 SHAPE = "a suite is a mapping with keys such as name, evaluations, decoding"
 COMMON = ("kind", "data", "limit", "category", "language", "utility", "batch", "decoding",
           "max_length", "too_long")  # fmt: skip
@@ -62,6 +63,8 @@ class Suite:
     """Where relative paths start."""
     reference: str | None = None
     """A model to compare with, for the kinds that need one."""
+    dtype: str = DTYPES[0]
+    """In which language models are loaded and asked."""
     locate: Callable[[str], str] = field(default=str, compare=False)
     """Puts before a problem on which line it stands."""
 
@@ -103,7 +106,12 @@ class _Reader(Reader):
             if question.line.reference and reference is None:
                 self.refuse(f"evaluations.{question.name}: {question.kind} needs a `reference` "
                             "at the top of the suite: the model to compare with")  # fmt: skip
-        return Suite(name, questions, folder, reference, locate)
+        dtype = self.raw.get("dtype", DTYPES[0])
+        if dtype not in DTYPES:
+            self.refuse(f"dtype: {brief(dtype)} is not known; {did_you_mean(str(dtype), DTYPES)}")
+        elif dtype != DTYPES[0] and not any(q.line.needs == "language-model" for q in questions):
+            self.refuse(f"dtype: only language models are asked in {dtype}, and none is asked here")
+        return Suite(name, questions, folder, reference, str(dtype), locate)
 
     def question(self, name: str, raw: object, folder: Path, decoding: Decoding) -> Question | None:
         where = f"evaluations.{name}"

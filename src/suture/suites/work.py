@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 from torch import nn
 
 import suture
@@ -221,6 +222,7 @@ class _Shelf:
     def __init__(self, folder: Path, plan: Plan, subject: Subject) -> None:
         self.folder, self.plan, self.subject = folder, plan, subject
         self.held: dict[str, nn.Module] = {}
+        self.dtype = getattr(torch, plan.suite.dtype)
         own = subject.checkpoint
         self.weights = own if isinstance(own, Held) else None
 
@@ -241,7 +243,7 @@ class _Shelf:
 
         def load() -> nn.Module:
             with _folder_of(other) as folder:
-                return load_tuned(folder, device=self.plan.device)
+                return load_tuned(folder, device=self.plan.device, dtype=self.dtype)
 
         return self._once("reference", load)
 
@@ -252,9 +254,10 @@ class _Shelf:
         return self.held[name]
 
     def _language_model(self) -> nn.Module:
-        found = load_tuned(self.folder, device=self.plan.device, weights=self.weights)
+        found = load_tuned(self.folder, device=self.plan.device, weights=self.weights,
+                           dtype=self.dtype)  # fmt: skip
         if isinstance(found, Classifier):  # a head lies beside a language model
-            return load_language_model(self.folder, device=self.plan.device, dtype=FLOAT32,
+            return load_language_model(self.folder, device=self.plan.device, dtype=self.dtype,
                                        weights=self.weights).model  # fmt: skip
         return found
 

@@ -1,0 +1,238 @@
+"""An analysis whose inputs are opened and checked; no tensor is read but those of masks."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from suture.analyze.classifiers import check_classifiers
+from suture.analyze.diagnostics import check_diagnostics
+from suture.analyze.request import ANALYSES, CLASSES, Request, read_request
+from suture.checkpoint import Checkpoint
+from suture.errors import MismatchError, OutputError, Problems, RecipeError
+from suture.mask import Mask
+from suture.outputs import apart, check_parent
+from suture.planning import open_input
+from suture.publish import LOCK
+from suture.roles import names_in
+from suture.spec import listed
+from suture.tasks import Material, read_material
+from suture.vector import align
+
+MADE = "made"
+"""Where in the staging folder the output grows."""
+
+
+@dataclass(frozen=True)
+class AnalysisPlan:
+    """An analysis whose inputs were opened and checked; nothing was read but headers."""
+
+    request: Request
+    inputs: Mapping[str, Checkpoint]
+    """By label: the base, the models, the unseen ones."""
+    names: tuple[str, ...]
+    """The tensors of the space, where there are masks those that they cover."""
+    space: tuple[str, ...]
+    """All tensors of the space: what task vectors move when models are run."""
+    masks: Mapping[str, Mask] | None
+    again: Mapping[str, Mask]
+    """Masks of the same tasks made anew, by name of the model."""
+    material: Mapping[str, Material]
+    """Rows and heads, by name of the model, where the model is to be run."""
+    out: Path | None
+    overwrite: bool = False
+    threads: int | None = None
+
+    @property
+    def base(self) -> Checkpoint:
+        """What the models were tuned from."""
+        return self.inputs["base"]
+
+    @property
+    def models(self) -> tuple[Checkpoint, ...]:
+        """The models, in the order of the request."""
+        return tuple(self.inputs[name] for name in self.request.models)
+
+    def describe(self) -> dict[str, Any]:
+        """What will be done, as plain data."""
+        specs = self.base.specs
+        return {
+            "inputs": {
+                label: {"path": c.label, "tensors": len(c), "bytes": c.nbytes}
+                for label, c in self.inputs.items()
+            },
+            "analyses": {name: ANALYSES[name] for name in self.request.analyses},
+            "tensors": len(self.names),
+            "elements": sum(specs[n].numel for n in self.names),
+            "bytes_read": self.bytes_read,
+            "output": None if self.out is None else str(self.out),
+        }
+
+    @property
+    def bytes_read(self) -> int:
+        """Bytes that will be read: fingerprints, masks and the sweep together."""
+        swept = sum(c.specs[n].nbytes for c in self.inputs.values() for n in self.names)
+        by_magnitude = 2 * swept if self.request.density and self.masks is None else 0
+        return sum(c.nbytes for c in self.inputs.values()) + swept + by_magnitude
+
+
+def plan_analysis(
+    recipe: str | Path | Mapping[str, Any],
+    out: str | Path | None = None,
+    *,
+    overwrite: bool = False,
+    threads: int | None = None,
+    base_dir: Path | None = None,
+) -> AnalysisPlan:
+    """Read an analysis recipe, open its models and check all that headers can tell.
+
+    Raises:
+        SutureError: all problems at once.
+    """
+    problems = Problems()
+    recipe = Path(recipe) if isinstance(recipe, str) else recipe
+    out = None if out is None else Path(out)
+    request = read_request(recipe, base_dir, problems)
+    inputs: dict[str, Checkpoint] = {}
+    names: list[str] = []
+    masks, again = None, dict[str, Mask]()
+    material: dict[str, Material] = {}
+    if request is not None:
+        inputs = _opened(request, problems)
+        names = _checked_names(request, inputs, problems)
+        if request.masks is not None and "base" in inputs:
+            masks = _read_masks(request, "masks", inputs["base"], names, problems)
+        if request.same_task is not None and "base" in inputs:
+            again = _read_masks(request, "same_task", inputs["base"], names, problems)
+            _check_again(again, masks, {n: inputs["base"].specs[n].shape for n in names}, problems)
+        if set(CLASSES) & set(request.analyses):
+            check_classifiers(request, inputs, problems)
+        if "diagnostics" in request.analyses:
+            check_diagnostics(request, inputs, problems)
+        if {"diagnostics", *CLASSES} & set(request.analyses):
+            request = _on_device(request, problems)
+            material = read_material(request.tasks, problems, seed=request.seed)
+    if out is not None:
+        _check_out(out, request, inputs, overwrite, problems)
+    problems.raise_if_any()
+    assert request is not None
+    space = tuple(names)
+    if masks is not None:
+        names = [n for n in names if n in next(iter(masks.values())).shapes]
+    return AnalysisPlan(
+        request, inputs, tuple(names), space, masks, again, material, out, overwrite, threads
+    )
+
+
+def _on_device(request: Request, problems: Problems) -> Request:
+    """The request with a device that is there; ``auto`` is chosen."""
+    from suture.models import device_named
+
+    with problems.collecting():
+        return replace(request, device=device_named(request.device))
+    return request
+
+
+def _opened(request: Request, problems: Problems) -> dict[str, Checkpoint]:
+    paths = {"base": request.base, **request.models, **request.unseen}
+    if "diagnostics" in request.analyses and request.diagnostics.merged is not None:
+        paths["merged"] = request.diagnostics.merged
+    found: dict[str, Checkpoint] = {}
+    for label, path in paths.items():
+        if path:
+            with problems.collecting():
+                found[label] = open_input(path, request.folder, found.get("base"))
+    return found
+
+
+def _checked_names(
+    request: Request, inputs: Mapping[str, Checkpoint], problems: Problems
+) -> list[str]:
+    base = inputs.get("base")
+    if base is None:
+        return []
+    for label, checkpoint in inputs.items():
+        if label != "base":
+            align(base, checkpoint, problems, buffers=True)
+    return list(names_in(request.space, base.specs, "look at", problems))
+
+
+def _read_masks(
+    request: Request, key: str, base: Checkpoint, names: Sequence[str], problems: Problems
+) -> dict[str, Mask]:
+    folder = request.folder / str(getattr(request, key))
+    found: dict[str, Mask] = {}
+    for model in request.models:
+        path = folder / f"{model}.safetensors"
+        if not path.is_file():
+            problems.add(RecipeError, f"{key}: {path} is missing: one mask for each model")
+            continue
+        with problems.collecting(f"{key}: "):
+            found[model] = Mask.load(path)
+    shapes = {name: base.specs[name].shape for name in names}
+    for model, mask in found.items():
+        wrong = sorted(n for n, s in mask.shapes.items() if n in shapes and s != shapes[n])
+        other = mask.shapes.keys() - base.specs.keys()
+        if wrong or other or not mask.shapes.keys() & shapes.keys():
+            what = listed([*wrong, *sorted(other)]) or "every tensor"
+            problems.add(MismatchError, f"{key}: {model}: is a mask of another model ({what})")
+    if len({frozenset(m.shapes) for m in found.values()}) > 1:
+        problems.add(MismatchError, f"{key}: they are not over the same tensors")
+    return found
+
+
+def _check_again(
+    again: Mapping[str, Mask], masks: Mapping[str, Mask] | None,
+    space: Mapping[str, tuple[int, ...]], problems: Problems,
+) -> None:  # fmt: skip
+    """Note masks made anew that are over other tensors than those they are compared with."""
+    for model, mask in again.items():
+        own = space if masks is None else masks[model].shapes if model in masks else mask.shapes
+        if mask.shapes != own:
+            problems.add(MismatchError, f"same_task: {model}: is not over the tensors of the mask "
+                                        "that it is compared with")  # fmt: skip
+
+
+def _check_out(
+    out: Path, request: Request | None, inputs: Mapping[str, Checkpoint], overwrite: bool,
+    problems: Problems,
+) -> None:  # fmt: skip
+    try:
+        place = out.resolve()
+        if not apart(out, _held(request, inputs), problems):
+            return
+        if place.exists() and (not place.is_dir() or any(place.iterdir())):
+            if not (place / "analysis.json").is_file():
+                problems.add(OutputError, f"{out}: exists, and holds no analysis; name another")
+            elif not overwrite:
+                problems.add(OutputError, f"{out}: exists; name another folder, or --overwrite")
+        staging = staging_of(place)
+        held = {p.name for p in staging.iterdir()} if staging.exists() else set()
+        if held - {LOCK, MADE, f"{MADE}.old"}:
+            problems.add(OutputError, f"{staging}: holds {listed(sorted(held))}; move it away")
+        check_parent(place, out, problems)
+    except (OSError, RuntimeError) as error:
+        problems.add(OutputError, f"{out}: {getattr(error, 'strerror', None) or error}")
+
+
+def _held(request: Request | None, inputs: Mapping[str, Checkpoint]) -> dict[str, set[Path]]:
+    """Everything that is read, by what it is called."""
+    held = {label: {c.path, *c.files} for label, c in inputs.items()}
+    if request is not None:
+        for key in ("masks", "same_task"):
+            if getattr(request, key) is not None:
+                held[key] = {(request.folder / getattr(request, key)).resolve()}
+        for name, task in request.tasks.items():
+            files = [path for path in (task.data, task.head) if path is not None]
+            held[f"tasks.{name}"] = {path.resolve() for path in files}
+    return held
+
+
+def staging_of(out: Path) -> Path:
+    """Where the folder is prepared: beside the output, so that relative paths hold in both."""
+    return out.with_name(f".{out.name}.analysis")
+
+
+__all__ = ["MADE", "AnalysisPlan", "plan_analysis", "staging_of"]
