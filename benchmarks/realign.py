@@ -109,8 +109,10 @@ def write_pairs(place: Path, asked: int, pairs: int, attacked: int) -> None:
         random.Random(0).shuffle(rows)
         write_rows(place / f"{name}-served.jsonl", rows)
         held = rows_of(place / f"{name}-test.jsonl")
-        both += [{"prompt": r["prompt"], "response": r["answer"]} for r in held[: asked // 2]]
-        write_rows(place / f"{name}-utility.jsonl", both[-(asked // 2) :])
+        told = [{"prompt": r["prompt"], "response": r["answer"]} for r in held]
+        write_rows(place / f"{name}-utility.jsonl", told[: asked // 2])
+        write_rows(place / f"{name}-utility-validation.jsonl", told[asked // 2 :])
+        both += told[: asked // 2]
     write_rows(place / "both-utility.jsonl", both)
 
 
@@ -144,6 +146,8 @@ def cell(
                      "seed": seed},
         **line,
     }  # fmt: skip
+    if name.endswith("line-search"):
+        recipe["utility"]["validation"] = str(place / f"{utility}-validation.jsonl")
     if name.endswith("safemerge"):
         recipe["safety"] = str(place / "policy")
     out = path.with_suffix("")

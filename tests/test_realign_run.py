@@ -480,6 +480,35 @@ def test_line_search(shop: Path, tmp_path: Path) -> None:
     for name, value in tensors(tmp_path / "out").items():
         wanted = tuned[name] + chosen * (safe[name] - tuned[name])
         np.testing.assert_allclose(value, wanted, atol=2e-6)
+    assert [note for note in report.notes if "chosen by those that are reported" in note]
+
+
+def test_a_line_search_chooses_by_rows_that_it_does_not_report(shop: Path, tmp_path: Path) -> None:
+    """`utility.validation` holds rows out: the line is of those, the scores are of the others; a
+    method that chooses nothing says that it does not look at them."""
+    rows = (shop / "utility.jsonl").read_text().splitlines(keepends=True)
+    for name, part in (("held", rows[:4]), ("told", rows[4:])):
+        (tmp_path / f"{name}.jsonl").write_text("".join(part))
+    utility = {"rows": str(tmp_path / "told.jsonl"), "validation": str(tmp_path / "held.jsonl")}
+    looks = {}
+    for name, given in {"both": utility, "held": {"rows": utility["validation"]},
+                        "told": {"rows": utility["rows"]}}.items():  # fmt: skip
+        what = recipe(shop, "line-search", parameters={"points": 3}, utility=given)
+        looks[name] = realign(what, tmp_path / name)
+    line = {n: [p["utility"] for p in r.facts["line"]] for n, r in looks.items()}
+    assert line["both"] == line["held"] != line["told"]
+    for model in ("aligned", "tuned"):
+        one, other = (looks[n].scores[model]["utility"].value for n in ("both", "told"))
+        assert one == other
+    assert not [note for note in looks["both"].notes if "utility.validation" in note]
+    share = plan_realign(
+        recipe(shop, "random", utility={"rows": str(shop / "utility.jsonl"), "validation": 0.5}),
+        tmp_path / "share",
+    )
+    assert share.utility is not None
+    assert share.choosing is not None
+    assert len(share.utility) + len(share.choosing) == len(rows)
+    assert "utility.validation: random chooses nothing by these rows" in share.notes
 
 
 # -- adapters --------------------------------------------------------------------------------------

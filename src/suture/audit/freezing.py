@@ -78,7 +78,8 @@ def _frozen(
     frozen = region.make()
     checkpoint.close()
     shutil.rmtree(where)
-    again.forget(recipe.region, recipe.main)
+    if recipe.main == "attacked":  # those at the aligned model are the audit's own
+        again.forget(recipe.region, recipe.main)
     return {"look": look, "share": frozen.density, "overlap": found}
 
 

@@ -51,6 +51,8 @@ class Job:
     train: Pairs | None
     validation: Pairs | None
     utility: Dataset | None
+    choosing: Dataset | None
+    """Rows of utility by which a method chooses; where there are none, those that are reported."""
     settings: TuneSettings
     device: str
     model: nn.Module | None = None
@@ -102,16 +104,16 @@ class Job:
         """The aligned weights, as an edit that changes nothing."""
         return self.models.whole(name).safe
 
-    def scores(self, pairs: Pairs | None) -> Scores:
-        """What the model, as it is now, makes of pairs and of the utility rows."""
+    def scores(self, pairs: Pairs | None, utility: Dataset | None) -> Scores:
+        """What the model, as it is now, makes of pairs and of rows of utility."""
         assert self.model is not None
         found: Scores = {}
         if pairs is not None and len(pairs):
             answers = answers_of(self.model, pairs, self.settings.batch, self.device)
             margin, preferred = margins(answers, pairs)
             found |= {"margin": margin, "preferred": preferred}
-        if self.utility is not None:
-            batches = self.utility.batches(self.settings.batch)
+        if utility is not None:
+            batches = utility.batches(self.settings.batch)
             found["utility"] = EVALS["loss"](self.model, batches, device=self.device)[0]
         return found
 
@@ -141,6 +143,8 @@ class Realigner(Strategy):
     needs: tuple[str, ...] = ()
     """Of ``base``, ``safety``, ``data``: what a recipe must name."""
     trains: bool = False
+    chooses: bool = False
+    """Whether it chooses one of several models by rows that are held out."""
     """Whether it learns something by gradients."""
 
 

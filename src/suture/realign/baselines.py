@@ -201,6 +201,7 @@ def line_search(job: Job, metric: str, retain: float, points: int) -> Realigned:
     tuned)``. Without utility rows the smallest c that passes is taken.
     """
     pairs, fused = needed(job.validation, "data.validation"), job.fused()
+    rows = job.utility if job.choosing is None else job.choosing
 
     def at(c: float) -> Edit:
         return lambda name: torch.lerp(fused(name), job.aligned(name), c)
@@ -209,7 +210,7 @@ def line_search(job: Job, metric: str, retain: float, points: int) -> Realigned:
     looks = []
     for c in shares:
         job.place(at(c))
-        looks.append(job.scores(pairs))
+        looks.append(job.scores(pairs, rows))
         job.say(f"c = {c:.3g}: {metric} {looks[-1][metric].value:.4g}")
     values = [look[metric].value for look in looks]
     least = values[0] + retain * (values[-1] - values[0])

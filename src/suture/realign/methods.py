@@ -203,7 +203,7 @@ _LINES = [
     ),
     Realigner(
         line_search, "Interpolation towards the aligned model", "WiSE-FT, Wortsman et al. 2022",
-        needs=("data",),
+        needs=("data",), chooses=True,
     ),
 ]  # fmt: skip
 

@@ -219,6 +219,8 @@ def digests(plan: Plan) -> dict[str, str]:
     }  # fmt: skip
     if plan.utility is not None:
         sides["utility"] = plan.utility
+    if plan.choosing is not None:
+        sides["utility validation"] = plan.choosing
     return {side: data_digest(rows) for side, rows in sides.items()}
 
 

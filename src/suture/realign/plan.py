@@ -45,6 +45,8 @@ class Plan:
     models: Models
     rows: PairRows | None
     utility: Dataset | None
+    choosing: Dataset | None
+    """Rows of utility by which a method chooses; ``None`` where none are held out."""
     out: Path
     device: str
     options: Options
@@ -62,8 +64,14 @@ class Plan:
         idle = (
             "base: only the check of the ancestor would read it, and `ancestor: trust` forgoes it"
         )
+        blind = (
+            "utility.validation: without rows held out, the step is chosen by those that are "
+            "reported"
+        )
+        chooses = self.recipe.method.chooses and self.utility is not None and self.choosing is None
         rows = () if self.rows is None else self.rows.notes
-        return (*self.recipe.notes, *([idle] if unread else ()), *rows)
+        own = [*([idle] if unread else ()), *([blind] if chooses else ())]
+        return (*self.recipe.notes, *own, *rows)
 
     @property
     def looks(self) -> bool:
@@ -136,24 +144,24 @@ def plan_realign(
         device = device_named(device)
     if models is not None and found.settings.get("space") == "factors":
         check_factors(models, problems)
-    rows = utility = None
+    rows = utility = choosing = None
     aligned = opened.get("aligned")
     if aligned is not None:
-        rows, utility = _rows(found, aligned, problems)
+        rows, utility, choosing = _rows(found, aligned, problems)
         _check_needs(found, aligned, rows, problems)
         check_room(out, aligned.nbytes * 2, False, problems)
     problems.raise_if_any()
     assert models is not None
-    return Plan(found, models, rows, utility, out, device, options)
+    return Plan(found, models, rows, utility, choosing, out, device, options)
 
 
 def _rows(
     recipe: Realign, aligned: Checkpoint, problems: Problems
-) -> tuple[PairRows | None, Dataset | None]:
-    """Pairs and rows of utility as tokens of the aligned model."""
-    rows = utility = None
+) -> tuple[PairRows | None, Dataset | None, Dataset | None]:
+    """Pairs, and rows of utility to report and to choose by, as tokens of the aligned model."""
+    rows = utility = choosing = None
     if recipe.data is None and recipe.utility is None:
-        return rows, utility
+        return rows, utility, choosing
     with problems.collecting():
         _check_model(aligned)
         tokenizer = load_tokenizer(aligned.folder)
@@ -170,8 +178,9 @@ def _rows(
                 rows = read_pairs(recipe.data, tokenizer, longest, recipe.training.seed)
         if recipe.utility is not None:
             with problems.collecting():
-                utility = language_rows(recipe.utility, tokenizer, longest, 0).train
-    return rows, utility
+                found = language_rows(recipe.utility, tokenizer, longest, 0)
+                utility, choosing = found.train, found.validation if found.validation else None
+    return rows, utility, choosing
 
 
 def _check_needs(
@@ -179,7 +188,7 @@ def _check_needs(
 ) -> None:
     """Note what parameters ask for besides what a method's line in the table says."""
     if rows is not None and not len(rows.validation):
-        if recipe.method.name == "line-search":
+        if recipe.method.chooses:
             problems.add(RecipeError, "data.validation: a line search chooses by pairs that are "
                                       "held out")  # fmt: skip
         if recipe.training.patience and recipe.method.trains:

@@ -10,7 +10,7 @@ from typing import Any
 
 from suture.errors import Problems, RecipeError, brief, did_you_mean, nearest
 from suture.finetune.base import check_words
-from suture.finetune.recipe import TOO_LONG, DataSpec, read_source, read_training
+from suture.finetune.recipe import TOO_LONG, DataSpec, Source, read_source, read_training
 from suture.realign.base import Realigner
 from suture.realign.fuse import Fusing, read_fusing
 from suture.realign.methods import METHODS, method
@@ -103,12 +103,13 @@ def _sided(data: dict[str, Any]) -> dict[str, Any]:
 
 def _rows(spec: DataSpec) -> dict[str, Any]:
     found = asdict(spec)
-    return {"rows": found["train"], **{k: found[k] for k in UTILITY_KEYS[1:]}}
+    held = found["validation"] or spec.share
+    return {"rows": found["train"], "validation": held, **{k: found[k] for k in UTILITY_KEYS[2:]}}
 
 
 UTILITY_KEYS = (
-    "rows", "text", "prompt", "response", "messages", "format", "max_length", "too_long", "limit",
-    "chat",
+    "rows", "validation", "text", "prompt", "response", "messages", "format", "max_length",
+    "too_long", "limit", "chat",
 )  # fmt: skip
 
 
@@ -171,6 +172,8 @@ class _Reader(Reader):
         if safety is not None and "safety" not in found.needs:
             safety = None
             notes.append(f"safety: {found.name} reads no such model; it is left out")
+        if utility is not None and (utility.validation or utility.share) and not found.chooses:
+            notes.append(f"utility.validation: {found.name} chooses nothing by these rows")
         made = Realign(
             found, aligned or "", paths, weights, base, safety, fusing, parameters, space, data,
             utility, training, ancestor, dtype, device, self.folder,
@@ -251,21 +254,24 @@ class _Reader(Reader):
         names = tuple(f.name for f in fields(PairSpec) if f.name != "share")
         refuse_unknown(raw, names, "data: ", self.problems)
         train = read_source(raw.get("train"), "data.train", self.folder, "train", self.problems)
-        share, other = 0.1, raw.get("validation", 0.1)
-        validation = test = None
-        if isinstance(other, int | float) and not isinstance(other, bool):
-            share = float(other)
-            if not 0 <= share < 1:
-                self.refuse(f"data.validation: a share is in [0, 1), not {share}")
-        else:
-            validation = read_source(
-                other, "data.validation", self.folder, "validation", self.problems
-            )
+        validation, share = self.held_out(raw, "data.validation", 0.1)
+        test = None
         if raw.get("test") is not None:
             test = read_source(raw["test"], "data.test", self.folder, "test", self.problems)
         given = self.columns(raw, "data", ("prompt", "chosen", "rejected"))
         given |= self.limits(raw, "data")
         return None if train is None else PairSpec(train, validation, test, share, **given)
+
+    def held_out(
+        self, raw: Mapping[str, Any], where: str, default: float
+    ) -> tuple[Source | None, float]:
+        """Rows to choose by: a source of their own, or a share of the others."""
+        given = raw.get("validation", default)
+        if not isinstance(given, int | float) or isinstance(given, bool):
+            return read_source(given, where, self.folder, "validation", self.problems), default
+        if not 0 <= given < 1:
+            self.refuse(f"{where}: a share is in [0, 1), not {given}")
+        return None, float(given)
 
     def utility(self) -> DataSpec | None:
         value = self.raw.get("utility")
@@ -281,7 +287,8 @@ class _Reader(Reader):
         form = raw.get("format") or ""
         if form not in ("", "text", "prompt", "chat"):
             self.refuse(f"utility.format: text, prompt or chat, not {brief(form)}")
-        return None if rows is None else DataSpec(rows, None, 0.0, format=form, **given)
+        held, share = self.held_out(raw, "utility.validation", 0.0)
+        return None if rows is None else DataSpec(rows, held, share, format=form, **given)
 
     def columns(self, raw: Mapping[str, Any], where: str, keys: tuple[str, ...]) -> dict[str, Any]:
         given: dict[str, Any] = {}

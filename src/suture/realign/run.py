@@ -164,8 +164,8 @@ def _job(plan: Plan, names: tuple[str, ...], work: Path, say: Say, tell: Tell | 
 
     return Job(
         plan.models, names, recipe.fusing, None if rows is None else rows.train,
-        None if rows is None else rows.validation, plan.utility, recipe.training, plan.device,
-        model, train, work, say, plan.options.threads, recipe.folder,
+        None if rows is None else rows.validation, plan.utility, plan.choosing, recipe.training,
+        plan.device, model, train, work, say, plan.options.threads, recipe.folder,
     )  # fmt: skip
 
 
@@ -200,7 +200,7 @@ def _looked(plan: Plan, job: Job, name: str, edit: Edit, inputs: list[Any] | Non
     job.place(edit)  # whatever is remembered, a method finds the same weights
 
     def ask() -> Scores:
-        return job.scores(None if plan.rows is None else plan.rows.reported)
+        return job.scores(None if plan.rows is None else plan.rows.reported, plan.utility)
 
     found = ask() if inputs is None else remembered(inputs, ask)
     if found:
