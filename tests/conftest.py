@@ -7,7 +7,7 @@ import os
 import shutil
 import sys
 import tempfile
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -94,3 +94,13 @@ def merged(tmp_path: Path) -> Callable[..., toy.Tensors]:
         return toy.run(tmp_path / f"merged-{count}", what, **(options or {}))[0]
 
     return run
+
+
+@pytest.fixture
+def other_precision() -> Iterator[None]:
+    """accelerate fixes the precision for the life of a process; tests want more than one."""
+    from accelerate.state import AcceleratorState
+
+    AcceleratorState._reset_state(True)
+    yield
+    AcceleratorState._reset_state(True)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator
 from dataclasses import replace
 from types import SimpleNamespace
 
@@ -129,14 +128,6 @@ def test_accumulated_gradients_are_those_of_one_large_batch() -> None:
     )
     for a, b in zip(model.parameters(), other.parameters(), strict=True):
         torch.testing.assert_close(a, b, rtol=1e-3, atol=1e-4)
-
-
-@pytest.fixture
-def other_precision() -> Iterator[None]:
-    """accelerate fixes the precision for the life of a process; tests want more than one."""
-    AcceleratorState._reset_state(True)
-    yield
-    AcceleratorState._reset_state(True)
 
 
 def test_mixed_precision_moves_chosen_entries_only(other_precision: None) -> None:

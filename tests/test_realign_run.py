@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import random
 import shutil
 import signal
@@ -481,6 +482,18 @@ def test_line_search(shop: Path, tmp_path: Path) -> None:
         wanted = tuned[name] + chosen * (safe[name] - tuned[name])
         np.testing.assert_allclose(value, wanted, atol=2e-6)
     assert [note for note in report.notes if "chosen by those that are reported" in note]
+
+
+@pytest.mark.usefixtures("other_precision")
+def test_the_reference_has_the_precision_of_training(shop: Path, tmp_path: Path) -> None:
+    """With masks that are open the model is its reference: the first loss is that of a coin, in
+    mixed precision too, where numbers of float32 would differ from those of training."""
+    what = recipe(
+        shop, parameters={"start": 50.0, "rescale": "none", "granularity": "tensor"},
+        training={**TRAINING, "precision": "bf16", "steps": 1},
+    )  # fmt: skip
+    report = realign(what, tmp_path / "out")
+    assert report.losses[0] == pytest.approx(math.log(2), abs=1e-6)
 
 
 def test_a_line_search_chooses_by_rows_that_it_does_not_report(shop: Path, tmp_path: Path) -> None:

@@ -94,6 +94,11 @@ class Job:
 
         return edit
 
+    def autocast(self) -> torch.autocast:
+        """The precision of training, for numbers that are compared with those of training."""
+        kind = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(self.settings.precision)
+        return torch.autocast(torch.device(self.device).type, kind, enabled=kind is not None)
+
     @torch.no_grad()
     def place(self, edit: Edit) -> None:
         """Put new weights into the model."""

@@ -232,7 +232,8 @@ def learn(job: Job, space: str, masking: Masking, how: Learning) -> Realigned:
 
     def score(looked: nn.Module) -> float:
         assert validation is not None
-        answers = answers_of(looked, validation, job.settings.batch, job.device)
+        with job.autocast():
+            answers = answers_of(looked, validation, job.settings.batch, job.device)
         return -float(dpo(answers, held_out, how.beta).mean())
 
     look = score if validation is not None and len(validation) else None
@@ -271,10 +272,11 @@ def references(job: Job, fusion: Fusion, how: Learning) -> tuple[Tensor, Tensor]
                     )
         assert job.model is not None
         sides = {"train": job.train, "validation": job.validation}
-        found = Snapshot({
-            side: answers_of(job.model, pairs, job.settings.batch, job.device)
-            for side, pairs in sides.items() if pairs is not None
-        })  # fmt: skip
+        with job.autocast():
+            found = Snapshot({
+                side: answers_of(job.model, pairs, job.settings.batch, job.device)
+                for side, pairs in sides.items() if pairs is not None
+            })  # fmt: skip
         if path is not None:
             write_snapshot(found, path)
     tensors = found.tensors
