@@ -69,6 +69,7 @@ SINGLE = {
 TOGETHER = {
     "somf-row": somf(granularity="row"),
     "somf-row-open": somf(granularity="row", start=1.0),
+    "somf-row-open-40": {**somf(granularity="row", start=1.0), "steps": 40},
     "random": plain("random"),
     "random-none": plain("random", rescale="none"),
     "resta-1.0": plain("resta", gamma=1.0),
