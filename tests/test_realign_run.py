@@ -136,9 +136,9 @@ def test_the_given_models_are_asked_once_for_all_methods(
     asked: list[str] = []
     ask = Job.scores
 
-    def counted(job: Job, pairs: Any) -> Any:
+    def counted(job: Job, pairs: Any, utility: Any) -> Any:
         asked.append(job.device)
-        return ask(job, pairs)
+        return ask(job, pairs, utility)
 
     def asks(method: str, cache: str = "cache", **sections: Any) -> tuple[int, Any]:
         asked.clear()
