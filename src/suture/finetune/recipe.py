@@ -216,14 +216,7 @@ class _Reader(Reader):
         names = tuple(f.name for f in fields(DataSpec) if f.name != "share")
         refuse_unknown(raw, names, "data: ", self.problems)
         train = read_source(raw.get("train"), "data.train", folder, "train", self.problems)
-        validation, share = raw.get("validation", 0.1), 0.1
-        other = None
-        if isinstance(validation, int | float) and not isinstance(validation, bool):
-            share = float(validation)
-            if not 0 <= share < 1:
-                self.refuse(f"data.validation: a share is in [0, 1), not {share}")
-        else:
-            other = read_source(validation, "data.validation", folder, "validation", self.problems)
+        other, share = read_held_out(raw, "data.validation", 0.1, folder, self.problems)
         given = self.columns(raw) | self.limits(raw) | self.labels(raw)
         fine = train is not None and len(self.problems) == before
         return DataSpec(train, other, share, **given) if train is not None and fine else UNREAD
@@ -318,6 +311,19 @@ def read_training(
             problems.add(RecipeError, f"{place}.{key}: {told}")
             del fine[key]
     return replace(default, **fine)
+
+
+def read_held_out(
+    raw: Mapping[str, Any], where: str, default: float, folder: Path, problems: Problems
+) -> tuple[Source | None, float]:
+    """The key ``validation``: rows to choose by, a source of their own or a share of the others."""
+    given = raw.get("validation", default)
+    if not isinstance(given, int | float) or isinstance(given, bool):
+        return read_source(given, where, folder, "validation", problems), default
+    share = float(given)
+    if not 0 <= share < 1:
+        problems.add(RecipeError, f"{where}: a share is in [0, 1), not {share}")
+    return None, share
 
 
 PACKAGE = "package:"

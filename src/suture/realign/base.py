@@ -148,9 +148,9 @@ class Realigner(Strategy):
     needs: tuple[str, ...] = ()
     """Of ``base``, ``safety``, ``data``: what a recipe must name."""
     trains: bool = False
+    """Whether it learns something by gradients."""
     chooses: bool = False
     """Whether it chooses one of several models by rows that are held out."""
-    """Whether it learns something by gradients."""
 
 
 def needed(value: Any, what: str) -> Any:

@@ -10,7 +10,13 @@ from typing import Any
 
 from suture.errors import Problems, RecipeError, brief, did_you_mean, nearest
 from suture.finetune.base import check_words
-from suture.finetune.recipe import TOO_LONG, DataSpec, Source, read_source, read_training
+from suture.finetune.recipe import (
+    TOO_LONG,
+    DataSpec,
+    read_held_out,
+    read_source,
+    read_training,
+)
 from suture.realign.base import Realigner
 from suture.realign.fuse import Fusing, read_fusing
 from suture.realign.methods import METHODS, method
@@ -254,24 +260,13 @@ class _Reader(Reader):
         names = tuple(f.name for f in fields(PairSpec) if f.name != "share")
         refuse_unknown(raw, names, "data: ", self.problems)
         train = read_source(raw.get("train"), "data.train", self.folder, "train", self.problems)
-        validation, share = self.held_out(raw, "data.validation", 0.1)
+        validation, share = read_held_out(raw, "data.validation", 0.1, self.folder, self.problems)
         test = None
         if raw.get("test") is not None:
             test = read_source(raw["test"], "data.test", self.folder, "test", self.problems)
         given = self.columns(raw, "data", ("prompt", "chosen", "rejected"))
         given |= self.limits(raw, "data")
         return None if train is None else PairSpec(train, validation, test, share, **given)
-
-    def held_out(
-        self, raw: Mapping[str, Any], where: str, default: float
-    ) -> tuple[Source | None, float]:
-        """Rows to choose by: a source of their own, or a share of the others."""
-        given = raw.get("validation", default)
-        if not isinstance(given, int | float) or isinstance(given, bool):
-            return read_source(given, where, self.folder, "validation", self.problems), default
-        if not 0 <= given < 1:
-            self.refuse(f"{where}: a share is in [0, 1), not {given}")
-        return None, float(given)
 
     def utility(self) -> DataSpec | None:
         value = self.raw.get("utility")
@@ -287,7 +282,7 @@ class _Reader(Reader):
         form = raw.get("format") or ""
         if form not in ("", "text", "prompt", "chat"):
             self.refuse(f"utility.format: text, prompt or chat, not {brief(form)}")
-        held, share = self.held_out(raw, "utility.validation", 0.0)
+        held, share = read_held_out(raw, "utility.validation", 0.0, self.folder, self.problems)
         return None if rows is None else DataSpec(rows, held, share, format=form, **given)
 
     def columns(self, raw: Mapping[str, Any], where: str, keys: tuple[str, ...]) -> dict[str, Any]:

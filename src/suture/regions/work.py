@@ -137,6 +137,12 @@ def _made(plan: Plan, staging: Path, stage: Stage, say: Say) -> dict[str, Any]:
         label: checkpoint_fingerprint(c, stage(f"hash {label}", c.nbytes))
         for label, c in plan.inputs.items()
     }
+    for without in set(plan.without.values()):  # one may serve several models
+        if without.about.get("base", prints["base"]) != prints["base"]:
+            raise MismatchError(
+                f"{without.path}: marks entries of another base than {plan.base.label}"
+            )
+        without.check()
     _take_over(plan, prints, staging)
     made, masks = staging / MADE, {}
     for model in sorted(plan.models):
@@ -184,10 +190,6 @@ def _mask(
     tuned, recipe = plan.models[model], plan.recipe
     density = recipe.densities[model]
     without = plan.without.get(model)
-    if without is not None and without.about.get("base", prints["base"]) != prints["base"]:
-        raise MismatchError(f"{without.path}: marks entries of another base than {plan.base.label}")
-    if without is not None:
-        without.check()
     scoring = Scoring(plan.rule, plan.base, tuned, stats, recipe.seed, model, recipe.positive,
                       without=without)  # fmt: skip
     about = {"rule": plan.rule.name, "density": density, "scope": recipe.scope,
