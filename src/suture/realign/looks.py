@@ -13,9 +13,10 @@ from typing import Any
 import torch
 
 import suture
-from suture.errors import SutureError
+from suture.errors import OutputError, SutureError
 from suture.evals import Metric
 from suture.finetune.outcome import data_digest
+from suture.publish import appearing
 from suture.realign.base import Job, Scores
 from suture.realign.plan import Plan
 from suture.spec import cache_folder
@@ -53,11 +54,8 @@ def remembered(inputs: list[Any], make: Callable[[], Scores]) -> Scores:
             return {name: Metric.read(raw) for name, raw in json.loads(text).items()}
     found = make()
     text = json.dumps({name: asdict(metric) for name, metric in found.items()})
-    with suppress(OSError):
-        path.parent.mkdir(parents=True, exist_ok=True)
-        partial = path.with_name(f".{path.name}.partial")
-        partial.write_text(f"{_hash(text)}\n{text}", encoding="utf-8")
-        partial.replace(path)
+    with suppress(OutputError), appearing(path) as file:
+        file.write(f"{_hash(text)}\n{text}".encode())
     return found
 
 
