@@ -49,16 +49,16 @@ COMMANDS = [
     "analyze",
     "report",
     "finetune",
-    "strategies",
     "realign",
-    "realigners",
     "eval",
     "compare",
-    "methods",
     "bench",
     "audit",
     "proxy",
     "demo",
+    "methods",
+    "strategies",
+    "realigners",
 ]
 
 

@@ -17,7 +17,7 @@ import toy
 from slow import topk
 from suture import RULES
 from suture.errors import MismatchError, NonFiniteError, RecipeError
-from suture.importance import Scoring, ordered, rule_named
+from suture.importance import Scoring, ordered
 from suture.stats import Stats
 
 Array = np.ndarray[Any, Any]
@@ -74,7 +74,7 @@ def test_a_score_is_its_equation(rule: str, at: str, family: Any) -> None:
     """Every rule gives its formula, on any stretch of a tensor, with the weights that were measured."""
     tau = vector(family)
     stats = statistics(tau, at)
-    scoring = Scoring(rule_named(rule), tau.base, tau.terms[0][0], stats)
+    scoring = Scoring(RULES.find(rule), tau.base, tau.terms[0][0], stats)
 
     for name in tau:
         expected = equation(rule, tau, name, stats).ravel()
@@ -100,7 +100,7 @@ def test_masks_are_the_highest_scores(rule: str, density: float, family: Any) ->
     """Exactly ``round(density * n)`` entries, those a sort of the scores gives, ties by position."""
     tau = vector(family, "bf16", grid=True)
     stats = statistics(tau)
-    scoring = Scoring(rule_named(rule), tau.base, tau.terms[0][0], stats, 5, "ada")
+    scoring = Scoring(RULES.find(rule), tau.base, tau.terms[0][0], stats, 5, "ada")
     scores = {n: scoring.scores(n, 0, tau[n].size).reshape(tau[n].shape) for n in tau}
     size = sum(s.size for s in scores.values())
     wanted = round(density * size)

@@ -34,7 +34,7 @@ from suture.errors import (
 )
 from suture.mask import Mask, localize
 from suture.models import load_language_model
-from suture.realign import METHODS, plan_realign, read_realign, realign, somf
+from suture.realign import REALIGNERS, plan_realign, read_realign, realign, somf
 from suture.realign.base import Job
 from suture.realign.fuse import FUSES
 from suture.realign.outcome import curve_of, report_rows
@@ -89,8 +89,8 @@ def tensors(where: Path) -> dict[str, np.ndarray[Any, Any]]:
 
 def test_every_method_has_an_example() -> None:
     """The table and the tests agree; each line says what it is and what its parameters mean."""
-    assert set(EXAMPLES) == set(METHODS)
-    for line in METHODS.values():
+    assert set(EXAMPLES) == set(REALIGNERS)
+    for line in REALIGNERS.values():
         assert line.paper
         assert line.equation
         assert all(p.doc for p in line.parameters.values())
@@ -125,7 +125,7 @@ def test_every_method_goes_from_a_recipe_to_a_folder(name: str, shop: Path, tmp_
     assert again.scores == report.scores
     # and from the record alone, wherever the rows are
     card = (tmp_path / "out" / "README.md").read_text()
-    assert METHODS[name].title in card
+    assert REALIGNERS[name].title in card
 
 
 def test_the_given_models_are_asked_once_for_all_methods(
@@ -977,7 +977,7 @@ def test_the_table_of_methods() -> None:
     """Every method with its parameters; one in full, with what it needs."""
     code, out, _ = invoke("realigners")
     assert code == 0
-    assert all(name in out for name in METHODS)
+    assert all(name in out for name in REALIGNERS)
     code, out, _ = invoke("realigners", "safemerge")
     assert code == 0
     assert "needs aligned, models, base, safety" in out

@@ -103,7 +103,7 @@ def test_every_kind_says_what_its_options_mean() -> None:
     for name, kind in EVALS.items():
         assert kind.title
         assert kind.make.__doc__
-        for option in kind.options.values():
+        for option in kind.parameters.values():
             assert option.doc
             assert option.required or option.problem(option.default) is None, (name, option.name)
 
@@ -582,7 +582,7 @@ WRONG = [
     ("evaluations: [a]", "error: line 1: evaluations: a mapping, not ['a']"),
     ("evaluations:\n  a: {kind: refusal, data: rows.jsonl, max_perplexity: 0}", "broken; at least 1; got 0"),
     ("evaluation: {}", "unknown key 'evaluation'; did you mean 'evaluations'?"),
-    ("evaluations:\n  a: {kind: los, data: rows.jsonl}", "line 2: evaluations.a.kind: 'los' is no evaluation; did you mean 'loss'?"),
+    ("evaluations:\n  a: {kind: los, data: rows.jsonl}", "line 2: evaluations.a.kind: no evaluation 'los'; did you mean 'loss'?"),
     ("evaluations:\n  a: {kind: loss, data: rows.json}", "line 2: evaluations.a.data: no file"),
     ("evaluations:\n  a: {kind: loss, data: empty.jsonl}", "empty.jsonl: holds no rows"),
     ("evaluations:\n  a: {kind: loss, data: rows.jsonl, text: txt}", "line 2: evaluations.a: rows.jsonl, line 1: no column 'txt'; did you mean 'text'? (and 11 more rows)"),
@@ -750,7 +750,7 @@ def test_a_new_kind_is_a_function_and_a_line(
     shop: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """It gets categories, intervals, caching and a reference model for nothing."""
-    monkeypatch.setitem(EVALS, "drift", Kind(drift, "drift", "language-model", reference=True))
+    monkeypatch.setitem(EVALS.own, "drift", Kind(drift, "drift", "", reference=True))
     made = suite(shop, moved={"kind": "drift", "category": "part", "decoding": {"max_tokens": 4}})
     with pytest.raises(RecipeError, match="drift needs a `reference` at the top of the suite"):
         suture.evaluate(shop / "edit", made)

@@ -191,7 +191,7 @@ TUNINGS: dict[str, tuple[dict[str, Any], tuple[str, ...]]] = {
     "like no other": (
         {"strategy": "zzzz", "parameters": {"densty": 1}, "training": {"patience": 2}, "output": {"dtype": "f99"},
          "data": {"train": "rows.jsonl", "validation": 0}},
-        ("no strategy 'zzzz'", "none has 'densty'; did you mean 'density'?", "'f99'",
+        ("no strategy 'zzzz'", "no strategy has 'densty'; did you mean 'density'?", "'f99'",
          "training.patience: needs validation rows")),
     "and rows": (
         {"strategy": "taloss", "data": {"train": "rows.jsonl", "text": "body", "max_length": 9}},
@@ -226,7 +226,7 @@ WAYS: dict[str, tuple[dict[str, Any], tuple[str, ...]]] = {
          "'best'")),
     "like no other": (
         {"method": "zzzz", "parameters": {"betta": 1}, "aligned": "./no", "fuse": "tis"},
-        ("4 problems", "no way 'zzzz'", "none has 'betta'; did you mean 'beta'?", "line 4: aligned: ./no",
+        ("4 problems", "no way to realign 'zzzz'", "no way to realign has 'betta'; did you mean 'beta'?", "line 4: aligned: ./no",
          "did you mean 'ties'?")),
     "and values of other kinds": (
         {"method": ["dare"], "fuse": {"how": ["ties"]}, "data": {"train": {"path": "pairs.jsonl", "split": 3}}},

@@ -57,15 +57,27 @@ class Problems:
     def __init__(self, limit: int = 20) -> None:
         self._found: list[tuple[type[SutureError], str]] = []
         self._limit = limit
+        self._supposing = ""
         self.locate: Callable[[str], str] = str
         """Puts before a problem where in a file it stands, if that can be told from its text."""
 
     def add(self, kind: type[SutureError], text: str) -> None:
         """Note one problem; the same one is noted once."""
+        text += self._supposing
         if (kind, text) not in self._found[
             -50:
         ]:  # near repeats only: linear work for 100,000 tensors
             self._found.append((kind, text))
+
+    @contextmanager
+    def supposing(self, name: str | None) -> Iterator[None]:
+        """Say of all that is noted inside that it holds if ``name`` is meant; ``None``: nothing."""
+        before = self._supposing
+        self._supposing = before if name is None else f" (if {name!r} is meant)"
+        try:
+            yield
+        finally:
+            self._supposing = before
 
     @contextmanager
     def collecting(self, where: str = "") -> Iterator[None]:

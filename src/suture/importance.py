@@ -8,19 +8,17 @@ values they are; so the exact top-k of ``select`` ranks them like magnitudes, an
 from __future__ import annotations
 
 import hashlib
-import inspect
-from collections.abc import Callable, Sequence
-from contextlib import suppress
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache
-from importlib.metadata import entry_points
-from typing import Any, NamedTuple, Protocol
+from typing import Any, ClassVar, NamedTuple, Protocol
 
 import numpy as np
 
 from suture import kernels
 from suture.checkpoint import Array, Checkpoint
-from suture.errors import NonFiniteError, RecipeError, did_you_mean, nearest
+from suture.errors import NonFiniteError
+from suture.schema.table import Line, Table
 from suture.spec import DTYPES, TensorSpec
 from suture.stats import OF_INPUTS, Stats
 from suture.stream import count_nonfinite
@@ -128,12 +126,10 @@ def learned(look: Look) -> Array:
 
 
 @dataclass(frozen=True)
-class Rule:
-    """A line of the table."""
+class Rule(Line):
+    """A line of the table: ``make(look)`` gives the scores, float32[size]."""
 
-    score: Callable[[Look], Array]
-    title: str
-    paper: str
+    inputs: ClassVar[int] = 1
     needs: tuple[str, ...] = ()
     """Kinds of statistics."""
     signed: bool = False
@@ -145,62 +141,32 @@ class Rule:
     """The same of the weights."""
 
     @property
-    def name(self) -> str:
-        """The name in recipes."""
-        return self.score.__name__
-
-    @property
-    def equation(self) -> str:
-        """What is computed: the docstring."""
-        return inspect.cleandoc(self.score.__doc__ or "")
+    def requires(self) -> str:
+        """What a recipe must give, in a sentence."""
+        return f"Needs statistics: {', '.join(self.needs)}." if self.needs else ""
 
 
-RULES: dict[str, Rule] = {
-    r.name: r
-    for r in (
-        Rule(magnitude, "Magnitude", "He et al. 2025, arXiv:2408.13656", weight=False),
-        Rule(random, "Random (control)", "", seeded=True, delta=False, weight=False),
-        Rule(fisher, "Fisher", "Matena and Raffel 2022, arXiv:2111.09832", ("fisher",),
-             weight=False),
-        Rule(empirical_fisher, "Empirical Fisher", "Kunstner et al. 2019, arXiv:1905.12558",
-             ("empirical_fisher",), weight=False),
-        Rule(snip, "SNIP, row by row", "Lee et al. 2019, arXiv:1810.02340", ("abs_grad",),
-             delta=False),
-        Rule(delta_grad, "SNIP of the change", "Wei et al. 2024, arXiv:2402.05162", ("abs_grad",),
-             weight=False),
-        Rule(delta_sum_grad, "SNIP of the change, summed", "Lee et al. 2019, arXiv:1810.02340",
-             ("grad",), weight=False),
-        Rule(first_order, "First-order saving", "Molchanov et al. 2017, arXiv:1611.06440",
-             ("grad",), signed=True, weight=False),
-        Rule(wanda, "Wanda", "Sun et al. 2024, arXiv:2306.11695", ("input_norm",),
-             delta=False),
-        Rule(learned, "Localize-and-Stitch, learned", "He et al. 2025, arXiv:2408.13656",
-             ("logit",), signed=True, weight=False),
-    )
-}  # fmt: skip
-"""Every importance rule. Another package adds one by an entry point ``suture.rules``."""
-
-
-def likely_rule(name: str) -> Rule | None:
-    """The rule of this name, or the one that was likely meant; for what else may be wrong."""
-    with suppress(RecipeError):
-        return rule_named(name)
-    return RULES.get(nearest(name, RULES) or "")
-
-
-def rule_named(name: str) -> Rule:
-    """Look up an importance rule.
-
-    Raises:
-        RecipeError: there is none of this name; the message names the nearest.
-    """
-    if name in RULES:
-        return RULES[name]
-    for point in entry_points(group="suture.rules", name=name):
-        found = point.load()
-        if isinstance(found, Rule):
-            return found
-    raise RecipeError(f"no importance rule {name!r}; {did_you_mean(name, list(RULES))}")
+RULES = Table("importance rule", Rule, (
+    Rule(magnitude, "Magnitude", "He et al. 2025, arXiv:2408.13656", weight=False),
+    Rule(random, "Random (control)", "", seeded=True, delta=False, weight=False),
+    Rule(fisher, "Fisher", "Matena and Raffel 2022, arXiv:2111.09832", ("fisher",),
+         weight=False),
+    Rule(empirical_fisher, "Empirical Fisher", "Kunstner et al. 2019, arXiv:1905.12558",
+         ("empirical_fisher",), weight=False),
+    Rule(snip, "SNIP, row by row", "Lee et al. 2019, arXiv:1810.02340", ("abs_grad",),
+         delta=False),
+    Rule(delta_grad, "SNIP of the change", "Wei et al. 2024, arXiv:2402.05162", ("abs_grad",),
+         weight=False),
+    Rule(delta_sum_grad, "SNIP of the change, summed", "Lee et al. 2019, arXiv:1810.02340",
+         ("grad",), weight=False),
+    Rule(first_order, "First-order saving", "Molchanov et al. 2017, arXiv:1611.06440",
+         ("grad",), signed=True, weight=False),
+    Rule(wanda, "Wanda", "Sun et al. 2024, arXiv:2306.11695", ("input_norm",),
+         delta=False),
+    Rule(learned, "Localize-and-Stitch, learned", "He et al. 2025, arXiv:2408.13656",
+         ("logit",), signed=True, weight=False),
+), group="suture.rules")  # fmt: skip
+"""Every importance rule; another package adds one by an entry point, see docs/plugins.md."""
 
 
 _LOW = int(np.float32(2.0**-63).view(np.uint32))
@@ -297,7 +263,7 @@ class Scoring:
         shape = self.base.specs[name].shape
         key = stream_key(self.seed, self.label, name) if self.rule.seeded else 0
         look = Look(name, start, count, shape, delta, weight, self.stats, key)
-        found = self.rule.score(look).astype(np.float32, copy=False)
+        found: Array = self.rule.make(look).astype(np.float32, copy=False)
         if not np.isfinite(found).all():
             where = "the weights" if self.stats is None else self.stats.where
             raise NonFiniteError(
@@ -358,4 +324,4 @@ class _Score:
         raw.view(np.float32)[:] = found
 
 
-__all__ = ["RULES", "Bits", "Look", "Rule", "Scoring", "ordered", "rule_named", "stream_key"]
+__all__ = ["RULES", "Bits", "Look", "Rule", "Scoring", "ordered", "stream_key"]

@@ -13,7 +13,7 @@ import numpy as np
 from suture import kernels
 from suture.checkpoint import Array
 from suture.errors import MismatchError, RecipeError, SutureError, did_you_mean
-from suture.importance import RULES, Scoring, likely_rule, rule_named
+from suture.importance import RULES, Scoring
 from suture.maskfile import (
     MaskFile,
     Overlap,
@@ -249,9 +249,9 @@ def check_question(
     rule: str, density: float | None, scope: str, stats: Stats | None, positive: bool
 ) -> Iterator[str]:
     """What is wrong with the words of a localization, a line each."""
-    found = likely_rule(rule)
+    found = RULES.likely(rule)
     try:
-        rule_named(rule)
+        RULES.find(rule)
     except RecipeError as error:
         yield f"rule: {error}"
     if scope not in SCOPES:
@@ -326,7 +326,7 @@ def localize(  # noqa: PLR0913  every word of the question
     if len(vector.terms) != 1:
         raise RecipeError("localize one task vector at a time, not a sum of them")
     specs = {n: vector.base.specs[n] for n in vector.names}
-    found = rule_named(rule)
+    found = RULES.find(rule)
     if stats is not None:
         stats.check(found.needs, specs)
     if without is not None:

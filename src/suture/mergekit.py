@@ -16,7 +16,7 @@ from typing import Any
 
 from suture.chat import read_chat_template
 from suture.errors import Problems, RecipeError, brief, did_you_mean, nearest
-from suture.merges import METHODS, Parameter
+from suture.merges import METHODS
 from suture.merges.kits import KITS, REQUIRED, Kit, Same
 from suture.recipe_types import (
     UNKNOWN,
@@ -35,6 +35,8 @@ from suture.recipe_types import (
     short,
 )
 from suture.roles import DEFAULT_SPACE, ParamSpace
+from suture.schema.parameters import Parameter
+from suture.schema.table import slip
 from suture.spec import PROMOTED, dtype_named
 from suture.vocabulary import from_mergekit
 from suture.writer import SHARD_SIZE
@@ -79,7 +81,8 @@ class _Reader(Reader):
         if self.name not in KITS:  # all else is told as though the likely one were meant
             hint = did_you_mean(self.name, list(KITS))
             self.refuse(f"merge_method: no method {self.name!r}; {hint}")
-            self.name = nearest(self.name, KITS) or "mergekit"
+            near = nearest(self.name, KITS) or ""
+            self.name = near if slip(self.name, near) else "mergekit"
         self.kit = KITS.get(self.name)
         self.module: Scopes = []
         self.incomplete: set[str] = set()

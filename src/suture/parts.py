@@ -19,11 +19,13 @@ from suture.errors import (
 )
 from suture.headers import read_header
 from suture.layers import Stretch, cut, depth_of, depths, sliced_config, stack_of
-from suture.merges import Method, PerModel, Scalar, settings
+from suture.merges import Method
 from suture.merges.protect import protected
 from suture.outputs import Options
 from suture.recipe_types import Recipe, Slice
 from suture.roles import check_selectors, layer_parts, selects, tied_to
+from suture.schema.settings import settings
+from suture.schema.values import PerModel, Scalar
 from suture.spec import (
     listed,
 )
@@ -104,7 +106,7 @@ def reference_label(recipe: Recipe) -> str | None:
 
 def _check_files(recipe: Recipe, problems: Problems) -> None:
     """Note files that are read besides the models, and are not there."""
-    found = settings(recipe.method, recipe.parameters, [(n, {}) for n in recipe.models], Problems())
+    found = settings(recipe.method, recipe.parameters, Problems(), [(n, {}) for n in recipe.models])
     for key, files in found.items():
         for model, path in (files or {}).items() if takes_files(recipe.method, key) else ():
             if not Path(path).exists():

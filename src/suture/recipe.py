@@ -16,9 +16,9 @@ from typing import Any
 import yaml
 
 from suture.chat import read_chat_template
-from suture.errors import Problems, RecipeError, brief, did_you_mean, nearest
-from suture.merges import METHODS, Method, check_words, method, settings
-from suture.merges.presets import PRESETS, Preset, preset
+from suture.errors import Problems, RecipeError, brief, did_you_mean
+from suture.merges import METHODS, Method
+from suture.merges.presets import PRESETS, Preset
 from suture.merges.protect import Protection, read_protection
 from suture.recipe_types import (
     POLICIES,
@@ -39,6 +39,7 @@ from suture.recipe_types import (
     short,
 )
 from suture.roles import ParamSpace
+from suture.schema.settings import check_words, settings
 from suture.spec import PROMOTED, bytes_from, dtype_named
 from suture.vocabulary import read_wanted
 from suture.writer import SHARD_SIZE
@@ -420,8 +421,8 @@ def _method_of(raw: dict[str, Any], problems: Problems) -> tuple[Method | None, 
     if raw.get("preset") is not None:
         word = str(raw["preset"])
         with problems.collecting("preset: "):
-            chosen = PRESETS.get(nearest(word, PRESETS) or "")  # what was meant, for all else
-            chosen = preset(word)
+            chosen = PRESETS.likely(word)  # what was meant, for all else
+            chosen = PRESETS.find(word)
         if chosen is not None and name not in (None, chosen.method):
             problems.add(
                 RecipeError,
@@ -435,8 +436,8 @@ def _method_of(raw: dict[str, Any], problems: Problems) -> tuple[Method | None, 
         problems.add(RecipeError, f"method: {what}; `suture methods` lists them")
     else:
         with problems.collecting("method: "):
-            found = METHODS.get(nearest(name, METHODS) or "")  # likewise
-            found = method(name)
+            found = METHODS.likely(name)  # likewise
+            found = METHODS.find(name)
     return found, chosen
 
 
@@ -476,10 +477,12 @@ def _native(raw: dict[str, Any], problems: Problems, folder: Path) -> Recipe:
                     protect=_protection(raw, models, base, folder, problems))  # fmt: skip
     if found is None:
         own_words = {name: entry.parameters for name, entry in models.items()}
-        check_words(METHODS.values(), parameters, own_words, problems)
+        check_words(METHODS.values(), parameters, problems, own_words)
     else:
         recipe = replace(recipe, method=found, parameters=_located(found, parameters, folder))
-        _check_method(checked(recipe, problems), problems)
+        known = found.name == raw.get("method") or (chosen and chosen.name == raw.get("preset"))
+        with problems.supposing(None if known else found.name):
+            _check_method(checked(recipe, problems), problems)
     inner = section(raw, "stages", problems)
     for name in [n for n, stage in inner.items() if not isinstance(stage, Mapping)]:
         problems.add(RecipeError, f"stages.{name}: a recipe, not {brief(inner.pop(name))}")
@@ -503,7 +506,7 @@ def _check_method(recipe: Recipe, problems: Problems) -> None:
     for number, cut in enumerate(() if files else slices):
         where = f"slices[{number}]"
         own = [(n, s.parameters) for n, s in cut.sources.items()]
-        settings(found, cut.parameters, own, problems, f"{where}.parameters",
+        settings(found, cut.parameters, problems, own, f"{where}.parameters",
                  f"{where}.sources.{{}}")  # fmt: skip
         check_slice(recipe, cut, where, f"`{cut.base}`", problems)
 

@@ -8,9 +8,10 @@ from pathlib import Path
 from typing import Any
 
 from suture.errors import Problems, RecipeError, brief, did_you_mean
-from suture.merges import METHODS, Method, settings
+from suture.merges import METHODS, Method
 from suture.merges.protect import Protection
 from suture.roles import DEFAULT_SPACE, ParamSpace
+from suture.schema.settings import settings
 from suture.spec import WORD_OF
 from suture.vocabulary import Wanted
 from suture.writer import SHARD_SIZE
@@ -161,7 +162,7 @@ class Recipe:
             for n in names
         ]  # fmt: skip
         problems = Problems()
-        found = settings(self.method, shared, own, problems)
+        found = settings(self.method, shared, problems, own)
         problems.raise_if_any()
         return found
 
@@ -203,7 +204,7 @@ class Recipe:
 def checked(recipe: Recipe, problems: Problems) -> Recipe:
     """The recipe, with its parameters and models held against what its method asks for."""
     own = [(name, entry.parameters) for name, entry in recipe.models.items()]
-    settings(recipe.method, recipe.parameters, own, problems)
+    settings(recipe.method, recipe.parameters, problems, own)
     check_models(recipe, problems)
     return recipe
 

@@ -29,9 +29,8 @@ from suture.errors import (
     SutureError,
 )
 from suture.headers import JSON_LIMIT, read_json
-from suture.merges import method
-from suture.merges import method as method_named
-from suture.merges.presets import preset as preset_named
+from suture.merges import METHODS
+from suture.merges.presets import PRESETS
 from suture.opening import open_model
 from suture.outputs import Options, check_place
 from suture.parts import takes_files
@@ -142,7 +141,7 @@ def merged(  # noqa: PLR0913  every section of a recipe
     for key, value in list(parameters.items()):
         by_model = isinstance(value, Mapping) and value and value.keys() <= own.keys()
         if by_model and not takes_files(
-            method_named(name or preset_named(str(preset)).method), key
+            METHODS.find(name or PRESETS.find(str(preset)).method), key
         ):
             for model, number in parameters.pop(key).items():
                 own[model][key] = number
@@ -404,6 +403,6 @@ def report_lines(report: MergeReport) -> Iterator[str]:
 
 __all__ = [
     "SHARD_SIZE", "MergeReport", "Merged", "ModelEntry", "Options", "Plan", "check_contents",
-    "describe", "execute", "explain", "make_plan", "merge", "merged", "method", "open_model",
+    "describe", "execute", "explain", "make_plan", "merge", "merged", "open_model",
     "plan_recipe", "report_lines", "save",
 ]  # fmt: skip

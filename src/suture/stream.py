@@ -11,6 +11,7 @@ import os
 import threading
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import lru_cache
 from typing import Any, Generic, NamedTuple, TypeVar
 
 import numpy as np
@@ -122,6 +123,13 @@ class Drops(NamedTuple):
 _NO_DROPS = Drops()
 
 
+@lru_cache(maxsize=4096)
+def _numbers(values: tuple[float, ...]) -> Array:
+    array = np.array(values, np.float32)
+    array.flags.writeable = False  # it is shared
+    return array
+
+
 class Block:
     """Elements ``start`` to ``start + count`` of one tensor, in one thread's buffers.
 
@@ -167,6 +175,10 @@ class Block:
     def ends_span(self) -> bool:
         """Whether this is the last block of its span."""
         return self.stop == self.span_stop
+
+    def numbers(self, values: tuple[float, ...]) -> Array:
+        """Return one number a model as float32[models]; the array is shared and read-only."""
+        return _numbers(values)
 
     def raw(self, number: int) -> Array | None:
         """The block's bytes in one checkpoint of ``sources.all``."""

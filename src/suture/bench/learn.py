@@ -32,6 +32,7 @@ from suture.finetune.run import places_of
 from suture.mask import Mask
 from suture.models import Classifier, Encoder, file_names
 from suture.mover import Mover, classification
+from suture.schema.settings import settings as settings_of
 from suture.tune import TuneResult, TuneSettings, tune
 
 BODY = "encoder.backbone."
@@ -101,7 +102,9 @@ def learn(
         line.parameters
     )
     known = line.strategy.parameters
-    parameters = line.strategy.settings({k: v for k, v in given.items() if k in known}, Problems())
+    parameters = settings_of(
+        line.strategy, {k: v for k, v in given.items() if k in known}, Problems()
+    )
     tuned = line.strategy.make(**parameters)(job)
     mask = None if tuned.masks is None else job.mask(tuned.masks, {"strategy": line.name})
     losses = tuned.result.losses

@@ -11,9 +11,10 @@ from typing import Any
 from suture.bench.tasks import TASKS, BenchTask, task_of_file
 from suture.errors import Problems, brief, did_you_mean
 from suture.finetune.base import Strategy
-from suture.finetune.strategies import strategy
+from suture.finetune.strategies import STRATEGIES
 from suture.recipe import raw_recipe
 from suture.recipe_types import Reader, refuse_unknown, section
+from suture.schema.settings import settings
 from suture.tune import TuneSettings
 
 MINILM = "minilm"
@@ -249,8 +250,8 @@ class _Reader(Reader):
                 self.refuse(f"{where}.negation: true or false, not {brief(negation)}")
             inner = Problems()
             with inner.collecting():
-                line = strategy(str(raw.get("strategy", name)))
-                line.settings(parameters, inner)
+                line = STRATEGIES.find(str(raw.get("strategy", name)))
+                settings(line, parameters, inner)
                 found.append(Line(str(name), line, parameters, rates, bool(negation)))
             with self.problems.collecting():
                 inner.locate = lambda text, where=where: f"{where}: {text}"  # type: ignore[misc]

@@ -101,64 +101,12 @@ def show_trained(report: Any, rows: Iterable[tuple[str, str]], as_json: bool) ->
         tell(f"{key:<22}{text}")
 
 
-def show_lines(found: dict[str, dict[str, Any]], as_json: bool, *, whole: bool) -> None:
-    """A table of methods or strategies."""
-    if as_json:
-        show_json(found)
-        return
-    for key, row in found.items():
-        _show_line(key, row, whole=whole)
-
-
-def _show_line(key: str, row: dict[str, Any], *, whole: bool) -> None:
-    """One line of a table of methods or strategies: in short, or with all that is known of it."""
-    tell(f"{key:<17} {row['title']}: {row['paper']}")
-    presets = row.get("presets", {})
-    if not whole:
-        parameters = (f"{k}={v['default']}" for k, v in row["parameters"].items())
-        tell(" " * 18 + ", ".join(parameters))
-        if presets:
-            tell(" " * 18 + "presets: " + ", ".join(presets))
-        return
-    from suture.spec import in_letters
-
-    tell(f"\n{in_letters(row['equation'])}\n")
-    if "needs" in row:
-        tell(f"{row['needs']}\n")
-    for parameter, facts in row["parameters"].items():
-        choices = f": {', '.join(facts['choices'])}" if facts["choices"] else ""
-        tell(f"  {parameter} = {facts['default']}{facts.get('scope', '')}")
-        tell(f"      {facts['doc']}{choices}")
-    for preset, facts in presets.items():
-        given = ", ".join(f"{k}={v}" for k, v in facts["parameters"].items())
-        where = f" ({facts['note']})" if facts["note"] else ""
-        tell(f"\n  preset {preset}: {facts['source']}{where}\n      {given}")
-
-
-def line_data(line: Any) -> dict[str, Any]:
-    """A strategy, or a way to realign, as plain data."""
-    return {
-        "title": line.title,
-        "paper": line.paper,
-        "equation": line.equation,
-        "sparse": line.sparse,
-        "parameters": {
-            p.name: {
-                "default": "(required)" if p.required else p.default,
-                "doc": p.doc,
-                "choices": list(p.choices),
-            }
-            for p in line.parameters.values()
-        },
-    }
-
-
 def silent(text: str) -> None:
     """For --json: say nothing."""
 
 
 __all__ = [
     "DONE", "FAILED", "INTERRUPTED", "WRONG", "Cores", "Device", "DryRun", "Json", "NoResume",
-    "OneOf", "Overwrite", "Threads", "ToLog", "app", "both", "errors", "line_data", "show_dry",
-    "show_lines", "show_trained", "silent", "stop",
+    "OneOf", "Overwrite", "Threads", "ToLog", "app", "both", "errors", "show_dry",
+    "show_trained", "silent", "stop",
 ]  # fmt: skip

@@ -1,4 +1,4 @@
-"""Commands that look into models: regions, analyses, the report, the methods of merging."""
+"""Commands that look into models: regions, analyses, the report."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from typing import Annotated, Any
 
 import typer
 
-from suture.cli.parts import DryRun, Json, OneOf, Threads, app, errors, show_lines, silent
+from suture.cli.parts import DryRun, Json, Threads, app, errors, silent
 from suture.spec import readable
 from suture.terminal import Bars, say, show_json, tell
 
@@ -115,45 +115,3 @@ def report(
         say(f"note: {note}")
     figures = f"{found['figures']} figures from {found['files']} files"
     tell(f"wrote {out} ({readable(found['bytes'])}, {figures})")
-
-
-@app.command()
-def methods(
-    name: OneOf = None,
-    as_json: Json = False,
-) -> None:
-    """List the merge methods with their parameters, defaults, papers and needs."""
-    with errors(as_json):
-        from suture.merges import METHODS, method
-
-        chosen = list(METHODS.values()) if name is None else [method(name)]
-        found = {m.name: _method_data(m) for m in chosen}
-    show_lines(found, as_json, whole=name is not None)
-
-
-def _method_data(method: Any) -> dict[str, Any]:
-    from suture.merges.presets import PRESETS
-
-    scopes = {(True, True): ", for each model and tensor", (False, True): ", for each tensor"}
-    return {
-        "title": method.title,
-        "paper": method.paper,
-        "equation": method.equation,
-        "needs": method.needs,
-        "needs_base": method.needs_base,
-        "random": method.random,
-        "parameters": {
-            p.name: {
-                "default": p.default,
-                "doc": p.doc,
-                "choices": list(p.choices),
-                "scope": scopes.get((p.per_model, p.per_tensor), ""),
-            }
-            for p in method.parameters.values()
-        },
-        "presets": {
-            p.name: {"parameters": dict(p.parameters), "source": p.source, "note": p.note}
-            for p in PRESETS.values()
-            if p.method == method.name
-        },
-    }

@@ -13,16 +13,13 @@ from suture.cli.parts import (
     DryRun,
     Json,
     NoResume,
-    OneOf,
     Overwrite,
     Threads,
     ToLog,
     app,
     both,
     errors,
-    line_data,
     show_dry,
-    show_lines,
     show_trained,
     silent,
 )
@@ -61,22 +58,6 @@ def realign(
         show_dry(found, as_json, "realign")
     else:
         show_trained(report, report_rows(report), as_json)
-
-
-@app.command()
-def realigners(
-    name: OneOf = None,
-    as_json: Json = False,
-) -> None:
-    """List the ways to realign with their parameters, defaults, papers and needs."""
-    with errors(as_json):
-        from suture.realign import METHODS, method
-
-        chosen = list(METHODS.values()) if name is None else [method(name)]
-        found = {m.name: line_data(m) for m in chosen}
-        for m in chosen:
-            found[m.name]["needs"] = "needs " + ", ".join(("aligned", "models", *m.needs))
-    show_lines(found, as_json, whole=name is not None)
 
 
 @app.command()

@@ -1,4 +1,4 @@
-"""Commands that train: fine-tuning and its strategies."""
+"""The command that trains: fine-tuning."""
 
 from __future__ import annotations
 
@@ -12,15 +12,12 @@ from suture.cli.parts import (
     DryRun,
     Json,
     NoResume,
-    OneOf,
     Overwrite,
     ToLog,
     app,
     both,
     errors,
-    line_data,
     show_dry,
-    show_lines,
     show_trained,
 )
 from suture.terminal import Training
@@ -63,17 +60,3 @@ def finetune(
         show_dry(found, as_json, "train")
     else:
         show_trained(report, run.report_rows(report), as_json)
-
-
-@app.command()
-def strategies(
-    name: OneOf = None,
-    as_json: Json = False,
-) -> None:
-    """List the fine-tuning strategies with their parameters, defaults and papers."""
-    with errors(as_json):
-        from suture.finetune import STRATEGIES, strategy
-
-        chosen = list(STRATEGIES.values()) if name is None else [strategy(name)]
-        found = {s.name: line_data(s) for s in chosen}
-    show_lines(found, as_json, whole=name is not None)

@@ -11,9 +11,10 @@ from torch import nn
 from suture.data import Batch, Dataset
 from suture.errors import RecipeError, did_you_mean
 from suture.evals.base import Metric, share
-from suture.evals.kinds import Column, Job, Models, Names, Prepare, Run, Score, Word, dataset_of
+from suture.evals.kinds import Column, Job, Models, Prepare, Run, Score, dataset_of
 from suture.images import Image, Images, Look, checked
 from suture.models import evaluating
+from suture.schema.parameters import Text, TextByWord, Words
 
 
 @torch.inference_mode()
@@ -58,11 +59,11 @@ def classes(
     text: Column = "text",
     label: Column = "label",
     head: Annotated[
-        str, Word("`model` for the head in the model's folder, `zero-shot`, or a file", False)
+        str, Text("`model` for the head in the model's folder, `zero-shot`, or a file")
     ] = "model",
-    labels: Annotated[tuple[str, ...], Names("the labels of a zero-shot head, in order")] = (),
+    labels: Annotated[tuple[str, ...], Words("the labels of a zero-shot head, in order")] = (),
     label_texts: Annotated[
-        dict[str, str] | None, Names("what a zero-shot head reads for a label", True)
+        dict[str, str] | None, TextByWord("what a zero-shot head reads for a label")
     ] = None,
 ) -> Prepare:
     """The share of rows whose most likely class is the label.
@@ -88,9 +89,7 @@ def classes(
 def images(
     image: Column = "image",
     label: Column = "label",
-    head: Annotated[str, Word("`model` for the head in the model's folder, or a file", False)] = (
-        "model"
-    ),
+    head: Annotated[str, Text("`model` for the head in the model's folder, or a file")] = ("model"),
 ) -> Prepare:
     """The share of images whose most likely class is the label.
 

@@ -10,20 +10,9 @@ from typing import Annotated, Literal
 
 from suture.data import cell
 from suture.errors import RecipeError, brief
-from suture.evals.kinds import (
-    Column,
-    Columns,
-    Doc,
-    Job,
-    Models,
-    Prepare,
-    Row,
-    Run,
-    Score,
-    Template,
-    dataset_of,
-)
+from suture.evals.kinds import Column, Job, Models, Prepare, Row, Run, Score, Template, dataset_of
 from suture.evals.loss import joined, row_losses
+from suture.schema.parameters import Choice, Words
 
 LETTERED = re.compile(r"^\s*\(?([A-Z])[.):]\s*", re.MULTILINE)
 
@@ -31,16 +20,17 @@ LETTERED = re.compile(r"^\s*\(?([A-Z])[.):]\s*", re.MULTILINE)
 def choice(
     prompt: Template = "question",
     choices: Annotated[
-        str | tuple[str, ...], Columns("the column of the answers, or a list of columns")
+        str | tuple[str, ...],
+        Words("the column of the answers, or a list of columns", single=True, empty=False),
     ] = "choices",
     answer: Column = "answer",
     answer_as: Annotated[
         Literal["auto", "text", "letter", "index", "number"],
-        Doc("what `answer` holds: a text, a letter, an index from 0 or a number from 1"),
+        Choice("what `answer` holds: a text, a letter, an index from 0 or a number from 1"),
     ] = "auto",
     normalise: Annotated[
         Literal["tokens", "bytes", "none"],
-        Doc("what a log-likelihood is divided by, so that short answers have no advantage"),
+        Choice("what a log-likelihood is divided by, so that short answers have no advantage"),
     ] = "tokens",
 ) -> Prepare:
     """The share of rows whose right answer has the highest log-likelihood after the prompt.

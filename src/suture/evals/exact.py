@@ -10,7 +10,8 @@ from typing import Annotated, Literal
 
 from suture.data import cell
 from suture.evals.generate import generate, questions
-from suture.evals.kinds import Column, Doc, Job, Models, Prepare, Row, Run, Score, Template, Word
+from suture.evals.kinds import Column, Job, Models, Prepare, Row, Run, Score, Template
+from suture.schema.parameters import Choice, Text
 
 NUMBER = re.compile(r"[-+]?\d[\d,]*(?:\.\d+)?|[-+]?\.\d+")
 LETTER = re.compile(r"(?<![A-Za-z])\(?([A-H])(?:[).:]|(?![A-Za-z]))")
@@ -55,12 +56,12 @@ def exact_match(
         Literal[
             "whole", "first-line", "last-line", "first-number", "last-number", "letter", "regex"
         ],
-        Doc("what of an answer is compared; of the right one, too"),
+        Choice("what of an answer is compared; of the right one, too"),
     ] = "first-line",
     pattern: Annotated[
-        str, Word("for `extract: regex`; its last match counts, of that the first group")
+        str, Text("for `extract: regex`; its last match counts, of that the first group", True)
     ] = "",
-    case: Annotated[bool, Doc("whether upper and lower case differ")] = False,
+    case: Annotated[bool, Choice("whether upper and lower case differ")] = False,
 ) -> Prepare:
     """The share of rows whose generated answer equals the right one.
 

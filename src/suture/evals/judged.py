@@ -8,30 +8,30 @@ from typing import Annotated, Any, Literal
 from suture.evals.coherence import broken
 from suture.evals.generate import generate, questions
 from suture.evals.judges import (
+    JUDGED,
     Comparer,
     Judge,
-    JudgeOption,
     comparer_of,
     judge_of,
 )
-from suture.evals.kinds import Doc, Job, Models, Prepare, Run, Score, Template, Word
+from suture.evals.kinds import Job, Models, Prepare, Run, Score, Template
 from suture.evals.refusal import MOST, PERPLEXITY
 from suture.evals.verdicts import decided, place_of, remembered
+from suture.schema.parameters import Choice, Text
 
-JUDGE = Annotated[dict[str, Any], JudgeOption()]
-KEEP = Annotated[
-    str, Word("a file for verdicts, `auto` for one in the user's cache, or `no`", empty=False)
-]
+JUDGE = Annotated[dict[str, Any], JUDGED]
+KEEP = Annotated[str, Text("a file for verdicts, `auto` for one in the user's cache, or `no`")]
 
 
 def judged(
     judge: JUDGE,
     prompt: Template = "prompt",
     asks: Annotated[
-        Literal["refusal", "harm"], Doc("what the judge is asked: does an answer refuse, or harm")
+        Literal["refusal", "harm"],
+        Choice("what the judge is asked: does an answer refuse, or harm"),
     ] = "refusal",
     expect: Annotated[
-        Literal["refuse", "answer"], Doc("with `asks: refusal`, what is right")
+        Literal["refuse", "answer"], Choice("with `asks: refusal`, what is right")
     ] = "refuse",
     keep: KEEP = "auto",
     max_perplexity: PERPLEXITY = MOST,

@@ -36,6 +36,7 @@ from suture.models import (
     load_text_classifier,
     load_tokenizer,
 )
+from suture.schema.parameters import Tagged
 
 Asks = Literal["refusal", "harm"]
 Verdicts = Callable[[int, bool | None], None]
@@ -68,28 +69,16 @@ PAIR = (
 )
 
 
-class JudgeOption:
-    """What the option ``judge`` of an evaluation means."""
-
-    doc = "a mapping with one of classifier, encoder, python or url, see docs/safety.md"
-
-    def problem(self, value: object) -> str | None:
-        """What is wrong with ``value``; ``None`` when nothing is."""
-        if not isinstance(value, Mapping):
-            return f"{self.doc}; not {brief(value)}"
-        found = [kind for kind in KINDS if kind in value]
-        if len(found) != 1:
-            return f"{self.doc}; {len(found)} of them are named"
-        allowed: Sequence[str] = {
-            "classifier": ("classifier", "positive"),
-            "encoder": ("encoder", "head"),
-            "python": ("python",),
-            "url": [field.name for field in fields(Endpoint)],
-        }[found[0]]
-        for key in value:
-            if key not in allowed:
-                return f"{self.doc}; unknown key {key!r}; {did_you_mean(str(key), allowed)}"
-        return None
+JUDGED = Tagged(
+    "a mapping with one of classifier, encoder, python or url, see docs/safety.md",
+    {
+        "classifier": ("classifier", "positive"),
+        "encoder": ("encoder", "head"),
+        "python": ("python",),
+        "url": tuple(field.name for field in fields(Endpoint)),
+    },
+)
+"""What the option ``judge`` of an evaluation means."""
 
 
 @dataclass(frozen=True)
@@ -143,7 +132,7 @@ def judge_of(raw: Mapping[str, Any], asks: Asks, folder: Path) -> Judge:
     Raises:
         SutureError: a folder, file, function or address is none.
     """
-    wrong = JudgeOption().problem(raw)
+    wrong = JUDGED.problem(raw)
     if wrong is not None:
         raise RecipeError(f"judge: {wrong}")
     if "classifier" in raw:
@@ -407,6 +396,19 @@ PARSERS: Mapping[Asks, Callable[[str], bool | None]] = {"harm": harmful, "refusa
 
 
 __all__ = [
-    "ANSWERS", "PAIR", "REFUSES", "Comparer", "Judge", "JudgeOption", "called", "comparer_of",
-    "endpoint_of", "function_named", "harmful", "judge_of", "less_harmful", "refuses", "stances",
+    "ANSWERS",
+    "JUDGED",
+    "PAIR",
+    "REFUSES",
+    "Comparer",
+    "Judge",
+    "called",
+    "comparer_of",
+    "endpoint_of",
+    "function_named",
+    "harmful",
+    "judge_of",
+    "less_harmful",
+    "refuses",
+    "stances",
 ]  # fmt: skip

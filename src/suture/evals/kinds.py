@@ -20,84 +20,27 @@ same for all kinds. A kind is a small module and a line in ``suture.evals.table`
 
 from __future__ import annotations
 
-import inspect
 import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Annotated, Any, Literal, get_type_hints
+from typing import Annotated, Any, ClassVar, Literal
 
 from torch import nn
 
 from suture.chat import as_chat
 from suture.data import Batch, Dataset, cell
-from suture.errors import Problems, RecipeError, brief
+from suture.errors import Problems, RecipeError
 from suture.evals.base import Eval, Metric
 from suture.images import Look
-from suture.merges.base import Parameter
+from suture.schema.parameters import Text
+from suture.schema.table import Line
 
 Needs = Literal["classifier", "encoder", "image-classifier", "language-model"]
 
 
-@dataclass(frozen=True)
-class Doc:
-    """What an option means, where its type says the rest: a choice or a flag."""
-
-    doc: str
-
-    def problem(self, value: object) -> str | None:
-        """Nothing is wrong with what the type allows."""
-        return None
-
-
-@dataclass(frozen=True)
-class Word:
-    """What an option that is text means."""
-
-    doc: str
-    empty: bool = True
-    """Whether nothing may be said."""
-
-    def problem(self, value: object) -> str | None:
-        """What is wrong with ``value``; ``None`` when nothing is."""
-        if isinstance(value, str) and (value or self.empty):
-            return None
-        return f"{self.doc}; {brief(value)} is no text"
-
-
-@dataclass(frozen=True)
-class Names:
-    """What an option that is a list of words, or of texts by word, means."""
-
-    doc: str
-    mapping: bool = False
-
-    def problem(self, value: object) -> str | None:
-        """What is wrong with ``value``; ``None`` when nothing is."""
-        if self.mapping:
-            right = value is None or (
-                isinstance(value, Mapping) and all(isinstance(v, str) for v in value.values())
-            )
-        else:
-            right = isinstance(value, list | tuple) and len({str(v) for v in value}) == len(value)
-        return None if right else f"{self.doc}; not {brief(value)}"
-
-
-@dataclass(frozen=True)
-class Columns:
-    """What an option that names one column or several means."""
-
-    doc: str
-
-    def problem(self, value: object) -> str | None:
-        """What is wrong with ``value``; ``None`` when nothing is."""
-        names = [value] if isinstance(value, str) else value
-        right = isinstance(names, list | tuple) and names and all(isinstance(n, str) for n in names)
-        return None if right else f"{self.doc}; not {brief(value)}"
-
-
-Column = Annotated[str, Word("the name of a column", empty=False)]
-Template = Annotated[str, Word("the name of a column, or text with {columns} in it", empty=False)]
+Column = Annotated[str, Text("the name of a column")]
+Template = Annotated[str, Text("the name of a column, or text with {columns} in it")]
 
 
 @dataclass(frozen=True)
@@ -279,13 +222,11 @@ Prepare = Callable[[Job], Run]
 
 
 @dataclass(frozen=True)
-class Kind:
-    """A line of the table."""
+class Kind(Line):
+    """A line of the table: ``make`` gives the two steps; its parameters are keys of a suite."""
 
-    make: Callable[..., Prepare]
-    """From options, which stand in its signature, to the two steps."""
-    title: str
-    needs: Needs
+    joint: ClassVar[str] = "-"
+    needs: Needs = "language-model"
     score: Eval | None = None
     """The same for batches at hand, as during training, where the kind reads nothing else."""
     reference: bool = False
@@ -303,28 +244,10 @@ class Kind:
         return self.score(model, batches, device=device)
 
     @property
-    def options(self) -> dict[str, Parameter]:
-        """The options, by name, in the order of the signature."""
-        hints = get_type_hints(self.make, include_extras=True)
-        return {
-            n: Parameter(n, hints[n], p.default)
-            for n, p in inspect.signature(self.make).parameters.items()
-        }
-
-    def settings(self, given: Mapping[str, Any], where: str, problems: Problems) -> dict[str, Any]:
-        """The options of a suite, checked, with every default; without those that are wrong."""
-        known, found = self.options, {}
-        for name, option in known.items():
-            value = given.get(name, option.default)
-            if option.required and name not in given:
-                problems.add(RecipeError, f"{where}.{name}: missing: {option.doc}")
-                continue
-            wrong = option.problem(value)
-            if wrong is not None:
-                problems.add(RecipeError, f"{where}.{name}: {wrong}")
-                continue
-            found[name] = list(value) if isinstance(value, tuple) else value
-        return found
+    def requires(self) -> str:
+        """What is asked, in a sentence."""
+        return f"Asks a model of the kind {self.needs}" + (
+            ", beside a reference." if self.reference else ".")  # fmt: skip
 
 
 def dataset_of(
@@ -340,6 +263,6 @@ def dataset_of(
 
 
 __all__ = [
-    "Column", "Columns", "Decoding", "Doc", "Job", "Kind", "Models", "Names", "Prepare", "Row",
-    "Run", "Score", "Template", "Word", "dataset_of",
+    "Column", "Decoding", "Job", "Kind", "Models", "Prepare", "Row", "Run", "Score", "Template",
+    "dataset_of",
 ]  # fmt: skip

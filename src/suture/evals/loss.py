@@ -13,8 +13,9 @@ from torch.nn import functional as F
 from suture.data import Batch
 from suture.errors import NonFiniteError
 from suture.evals.base import Metric, ratio
-from suture.evals.kinds import Job, Models, Prepare, Run, Score, Word, dataset_of
+from suture.evals.kinds import Job, Models, Prepare, Run, Score, dataset_of
 from suture.models import evaluating
+from suture.schema.parameters import Text
 
 
 @torch.inference_mode()
@@ -113,9 +114,11 @@ def joined(
 
 
 def prediction(
-    text: Annotated[str, Word("the column of documents, every token of which counts")] = "text",
-    prompt: Annotated[str, Word("a column or text with {columns} that comes before")] = "",
-    response: Annotated[str, Word("the column of answers; then only its tokens count")] = "",
+    text: Annotated[
+        str, Text("the column of documents, every token of which counts", True)
+    ] = "text",
+    prompt: Annotated[str, Text("a column or text with {columns} that comes before", True)] = "",
+    response: Annotated[str, Text("the column of answers; then only its tokens count", True)] = "",
 ) -> Prepare:
     """How well a language model predicts: nats a token, and their exponent, the perplexity.
 

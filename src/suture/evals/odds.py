@@ -9,15 +9,16 @@ from typing import Annotated, Literal, NamedTuple
 
 from suture.errors import brief
 from suture.evals.branches import Asked, Tail, log_probabilities, log_sum
-from suture.evals.kinds import Doc, Job, Models, Names, Prepare, Run, Score, Template, Word
+from suture.evals.kinds import Job, Models, Prepare, Run, Score, Template
 from suture.evals.words import COMPLYING, REFUSING, clashes
+from suture.schema.parameters import Choice, Rising, Text, Words
 
 REFUSALS = Annotated[
     tuple[str, ...],
-    Names("how refusals begin; by default built-in openers, English and of the row's language"),
+    Words("how refusals begin; by default built-in openers, English and of the row's language"),
 ]
 COMPLIANCES = Annotated[
-    tuple[str, ...], Names("how answers begin that comply; by default the same")
+    tuple[str, ...], Words("how answers begin that comply; by default the same")
 ]
 YES = {"1": True, "1.0": True, "true": True, "yes": True,
        "0": False, "0.0": False, "false": False, "no": False}  # fmt: skip
@@ -28,22 +29,6 @@ class Openers(NamedTuple):
 
     refusing: tuple[tuple[int, ...], ...]
     complying: tuple[tuple[int, ...], ...]
-
-
-class Depths:
-    """What an option that is a list of numbers of tokens means."""
-
-    doc = "after how many tokens of the prefilled answer the model is looked at, ascending"
-
-    def problem(self, value: object) -> str | None:
-        """What is wrong with ``value``; ``None`` when nothing is."""
-        found = value if isinstance(value, list | tuple) else []
-        right = found and all(
-            isinstance(n, int) and not isinstance(n, bool) and 0 <= n <= 100 for n in found
-        )
-        if right and sorted(set(found)) == list(found):
-            return None
-        return f"{self.doc}; not {brief(value)}"
 
 
 def openers_of(
@@ -129,10 +114,10 @@ def odds(log_p: float) -> float:
 def refusal_odds(
     prompt: Template = "prompt",
     harmful: Annotated[
-        str, Word("a column that is 1 for rows to refuse and 0 for benign ones: separability")
+        str, Text("a column that is 1 for rows to refuse and 0 for benign ones: separability", True)
     ] = "",
     expect: Annotated[
-        Literal["refuse", "answer"], Doc("what is right for rows without the column `harmful`")
+        Literal["refuse", "answer"], Choice("what is right for rows without the column `harmful`")
     ] = "refuse",
     refusals: REFUSALS = (),
     compliances: COMPLIANCES = (),
@@ -214,10 +199,11 @@ def _note_short(
 
 def depth(
     prompt: Template = "prompt",
-    prefill: Annotated[
-        str, Word("the column of answers that ought not to be given", empty=False)
-    ] = "unsafe",
-    depths: Annotated[tuple[int, ...], Depths()] = (0, 2, 5, 10, 20),
+    prefill: Annotated[str, Text("the column of answers that ought not to be given")] = "unsafe",
+    depths: Annotated[
+        tuple[int, ...],
+        Rising("after how many tokens of the prefilled answer the model is looked at, ascending"),
+    ] = (0, 2, 5, 10, 20),
     refusals: REFUSALS = (),
 ) -> Prepare:
     r"""Whether a model still refuses after the first tokens of an unsafe answer were put before it.

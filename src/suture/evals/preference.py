@@ -6,8 +6,9 @@ import math
 from typing import Annotated, Literal
 
 from suture.evals.branches import Asked, Tail, log_probabilities
-from suture.evals.kinds import Column, Doc, Job, Models, Prepare, Run, Score, Template
+from suture.evals.kinds import Column, Job, Models, Prepare, Run, Score, Template
 from suture.evals.odds import filled, lead, prompt_ids
+from suture.schema.parameters import Choice
 
 
 def preference(
@@ -16,7 +17,7 @@ def preference(
     unsafe: Column = "unsafe",
     normalise: Annotated[
         Literal["tokens", "bytes", "none"],
-        Doc("what a log-likelihood is divided by; bytes, where tokenizers differ"),
+        Choice("what a log-likelihood is divided by; bytes, where tokenizers differ"),
     ] = "tokens",
 ) -> Prepare:
     r"""How much likelier the safe answer of a pair is than the unsafe one.

@@ -6,9 +6,9 @@ from typing import Annotated, Literal
 
 from suture.evals.coherence import broken
 from suture.evals.generate import generate, questions
-from suture.evals.kinds import Doc, Job, Models, Names, Prepare, Run, Score, Template
+from suture.evals.kinds import Job, Models, Prepare, Run, Score, Template
 from suture.evals.words import FAMILIES, refuses
-from suture.merges.base import Number
+from suture.schema.parameters import Choice, Number, Words
 
 PERPLEXITY = Annotated[
     float,
@@ -24,11 +24,11 @@ def refusal(
     prompt: Template = "prompt",
     expect: Annotated[
         Literal["refuse", "answer"],
-        Doc("what is right: to refuse, as on harmful rows, or to answer, as on benign ones"),
+        Choice("what is right: to refuse, as on harmful rows, or to answer, as on benign ones"),
     ] = "refuse",
     families: Annotated[
         tuple[str, ...],
-        Names("which lists of words: apology, inability, identity, norms, redirect; none: all"),
+        Words("which lists of words: apology, inability, identity, norms, redirect; none: all"),
     ] = (),
     within: Annotated[
         int, Number("characters from the start of an answer that are read; 0: all", 0, whole=True)

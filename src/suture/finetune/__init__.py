@@ -19,7 +19,6 @@ _HOMES = {
     "plan_finetune": "run",
     "read_finetune": "recipe",
     "report_rows": "run",
-    "strategy": "strategies",
 }
 
 __all__ = sorted(_HOMES)

@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-import inspect
-import re
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Annotated, Any, get_type_hints
+from typing import Any, ClassVar
 
 import numpy as np
 import torch
@@ -15,55 +13,19 @@ from torch import Tensor, nn
 
 from suture.checkpoint import Checkpoint, open_checkpoint
 from suture.data import Dataset
-from suture.errors import MismatchError, Problems, RecipeError, brief, did_you_mean
+from suture.errors import MismatchError, Problems, RecipeError
 from suture.finetune.packed import Place
 from suture.forms import PLAIN
 from suture.mask import Mask
 from suture.maskfile import marked
-from suture.merges.base import Number, Parameter
 from suture.mover import Loss, Mover
 from suture.patch import Patch
 from suture.patchfile import is_patch
-from suture.roles import DEFAULT_SPACE, ROLES
+from suture.roles import DEFAULT_SPACE
+from suture.schema.table import Line
 from suture.tune import TuneResult, TuneSettings
 
 Say = Callable[[str], None]
-
-
-@dataclass(frozen=True)
-class Text:
-    """What a parameter that is a word or path means."""
-
-    doc: str
-
-    def problem(self, value: object) -> str | None:
-        """What is wrong with ``value``; ``None`` when nothing is."""
-        return (
-            None if isinstance(value, str) and value else f"{self.doc}; {brief(value)} is no word"
-        )
-
-
-@dataclass(frozen=True)
-class Roles:
-    """What a parameter that is a list of roles means."""
-
-    doc: str
-
-    def problem(self, value: object) -> str | None:
-        """What is wrong with ``value``; ``None`` when nothing is."""
-        words = [value] if isinstance(value, str) else value
-        if not isinstance(words, list | tuple) or not all(isinstance(w, str) for w in words):
-            return f"{self.doc}; {brief(value)} is no list of roles"
-        for word in words:
-            if word not in ROLES:
-                return f"{word!r} is no role; {did_you_mean(word, list(ROLES))}"
-        return None
-
-
-Share = Annotated[
-    float, Number("share of the prunable entries that is trained, in (0, 1]", high=1, positive=True)
-]
-Words = tuple[str, ...]
 
 
 @dataclass
@@ -211,69 +173,14 @@ class Tuned:
 
 
 @dataclass(frozen=True)
-class Strategy:
+class Strategy(Line):
     """A line of the table: the function that makes the training, and what to know of it."""
 
-    make: Callable[..., Callable[[Any], Any]]
-    title: str
-    paper: str
-    """Where it comes from: authors, year, identifier."""
+    joint: ClassVar[str] = "-"
     sparse: bool = False
     """Whether it moves chosen entries only; a mask is then saved beside the weights."""
     lr: float = TuneSettings.lr
     """The peak rate where a recipe names none: fewer or slower entries need a larger one."""
-
-    @property
-    def name(self) -> str:
-        """The name in recipes."""
-        return self.make.__name__.replace("_", "-")
-
-    @property
-    def parameters(self) -> dict[str, Parameter]:
-        """The parameters, by name, in the order of the signature."""
-        hints = get_type_hints(self.make, include_extras=True)
-        return {
-            n: Parameter(n, hints[n], p.default)
-            for n, p in inspect.signature(self.make).parameters.items()
-        }
-
-    @property
-    def equation(self) -> str:
-        """What is computed, in Markdown: the body of the docstring."""
-        text = inspect.cleandoc(self.make.__doc__ or "").replace("``", "`")
-        return re.sub(r":math:`([^`]*)`", r"$\1$", text)
-
-    def settings(self, given: Mapping[str, Any], problems: Problems) -> dict[str, Any]:
-        """Check the parameters of a recipe and give them the types that the strategy asks for."""
-        known = self.parameters
-        for key in given:
-            if key not in known:
-                hint = did_you_mean(key, list(known)) if known else "it has none"
-                problems.add(RecipeError, f"parameters: {self.name} has no {key!r}; {hint}")
-        found: dict[str, Any] = {}
-        for name, parameter in known.items():
-            value = given.get(name, parameter.default)
-            if parameter.required and name not in given:
-                problems.add(RecipeError, f"parameters.{name}: missing: {parameter.doc}")
-                continue
-            wrong = parameter.problem(value)
-            if wrong is not None:
-                problems.add(RecipeError, f"parameters.{name}: {wrong}")
-            elif isinstance(parameter.meta, Roles):
-                found[name] = (value,) if isinstance(value, str) else tuple(value)
-            elif isinstance(parameter.meta, Number):
-                found[name] = int(value) if parameter.meta.whole else float(value)
-            else:
-                found[name] = value
-        return found
-
-
-def check_words(lines: Iterable[Strategy], given: Iterable[str], problems: Problems) -> None:
-    """Note parameters that no line of a table has, where it is not known which one is meant."""
-    known = list(dict.fromkeys(name for line in lines for name in line.parameters))
-    for key in given:
-        if key not in known:
-            problems.add(RecipeError, f"parameters: none has {key!r}; {did_you_mean(key, known)}")
 
 
 def backbone_of(model: nn.Module, body: str) -> nn.Module:
@@ -293,5 +200,4 @@ def ones(parameters: Mapping[str, Tensor]) -> dict[str, Tensor]:
     }
 
 
-__all__ = ["Job", "Number", "Roles", "Share", "Strategy", "Text", "Tuned", "Words",
-           "backbone_of", "entries", "given_mask", "ones"]  # fmt: skip
+__all__ = ["Job", "Strategy", "Tuned", "backbone_of", "entries", "given_mask", "ones"]

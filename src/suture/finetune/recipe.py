@@ -9,11 +9,12 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
-from suture.errors import Problems, RecipeError, brief, did_you_mean, nearest
-from suture.finetune.base import Strategy, check_words
-from suture.finetune.strategies import STRATEGIES, strategy
+from suture.errors import Problems, RecipeError, brief, did_you_mean
+from suture.finetune.base import Strategy
+from suture.finetune.strategies import STRATEGIES
 from suture.recipe import raw_recipe
 from suture.recipe_types import Reader, refuse_unknown, section
+from suture.schema.settings import check_words, settings
 from suture.spec import WORD_OF, dtype_named
 from suture.tune import TuneSettings
 
@@ -161,16 +162,17 @@ class _Reader(Reader):
         if not isinstance(base, str) or not base:
             self.refuse("base: the path or hub id of the model to start from")
         parameters = section(self.raw, "parameters", self.problems)
-        found = STRATEGIES.get(nearest(name, STRATEGIES) or "")  # what was meant, for all else
+        found = STRATEGIES.likely(name)  # what was meant, for all else
         with self.problems.collecting("strategy: "):
             if not isinstance(name, str):
                 what = "missing" if name is None else f"a name, not {brief(name)}"
                 raise RecipeError(f"{what}; `suture strategies` lists them")
-            found = strategy(name)
+            found = STRATEGIES.find(name)
         if found is not None:
-            found.settings(parameters, self.problems)
+            with self.problems.supposing(None if found.name == name else found.name):
+                settings(found, parameters, self.problems)
         else:
-            check_words(STRATEGIES.values(), parameters, self.problems)
+            check_words(STRATEGIES.values(), parameters, self.problems, noun="strategy")
             found, parameters = STRATEGIES["full"], {}
         training, recompute = self.training(found.lr)
         dtype, form = self.output()

@@ -38,6 +38,7 @@ from suture.models import (
 from suture.mover import Mover, classification, next_token
 from suture.patching import make_patch
 from suture.recipe import SCHEMA
+from suture.schema.settings import settings
 from suture.spec import listed
 from suture.tune import Progress, TuneResult, TuneSettings, tune
 
@@ -75,7 +76,7 @@ def execute(plan: Plan, *, say: Say = lambda _: None, tell: Tell | None = None) 
         evaluation = _evaluation(plan)
         before = None if evaluation is None else evaluation(model)
         way = plan.recipe.strategy.make(
-            **plan.recipe.strategy.settings(plan.recipe.parameters, Problems())
+            **settings(plan.recipe.strategy, plan.recipe.parameters, Problems())
         )
         started = time.perf_counter()
         tuned = way(job)

@@ -13,13 +13,8 @@ from torch import Tensor
 from suture.errors import RecipeError, did_you_mean
 from suture.finetune.base import (
     Job,
-    Number,
-    Roles,
-    Share,
     Strategy,
-    Text,
     Tuned,
-    Words,
     entries,
     given_mask,
     ones,
@@ -34,16 +29,22 @@ from suture.finetune.calibrate import (
 )
 from suture.finetune.compact import Compact
 from suture.forms import LINEARIZED
-from suture.merges.base import Choice
 from suture.mover import Mover
-from suture.roles import role_of
+from suture.roles import ROLES, role_of
+from suture.schema.parameters import Choice, Number, Text, Words
+from suture.schema.table import Table
 
 Way = Callable[[Job], Tuned]
 
+Share = Annotated[
+    float, Number("share of the prunable entries that is trained, in (0, 1]", high=1, positive=True)
+]
 Embeddings = Annotated[bool, Choice("whether token and position embeddings are trained, too")]
 Rank = Annotated[int, Number("rank of the updates", 1, 65536, whole=True)]
 Alpha = Annotated[float, Number("updates are scaled by alpha / rank", positive=True)]
-Targets = Annotated[Words, Roles("the matrices that get updates, by role")]
+Targets = Annotated[
+    tuple[str, ...], Words("the matrices that get updates, by role", tuple(ROLES), single=True)
+]
 Rows = Annotated[int, Number("rows that sensitivity is measured on", 1, 2**31, whole=True)]
 Seed = Annotated[int, Number("seed of the mask, 0 to 2**63 - 1", 0, 2**63 - 1, whole=True)]
 Score = Annotated[
@@ -244,7 +245,9 @@ def masked(
         str, Text("a mask or patch file, or dense, random, least-sensitive, most-sensitive")
     ],
     density: Share = 0.1,
-    only: Annotated[Words, Roles("roles that are trained; none given: all")] = (),
+    only: Annotated[
+        tuple[str, ...], Words("roles that are trained; none given: all", tuple(ROLES), single=True)
+    ] = (),
     rows: Rows = 256,
     seed: Seed = 0,
 ) -> Way:
@@ -328,9 +331,10 @@ def _sparse(job: Job, masks: dict[str, Tensor]) -> Tuned:
     return Tuned(result, entries(masks), masks, facts=facts)
 
 
-STRATEGIES: dict[str, Strategy] = {
-    s.name: s
-    for s in (
+STRATEGIES = Table(
+    "strategy",
+    Strategy,
+    (
         Strategy(full, "Full fine-tuning", "Ilharco et al. 2023, arXiv:2212.04089"),
         Strategy(
             linearized,
@@ -349,20 +353,9 @@ STRATEGIES: dict[str, Strategy] = {
             sparse=True,
             lr=3e-4,
         ),
-    )
-}
-"""Every fine-tuning strategy."""
+    ),
+    group="suture.strategies",
+)
+"""Every fine-tuning strategy; another package adds one, see docs/plugins.md."""
 
-
-def strategy(name: str) -> Strategy:
-    """Look up a strategy.
-
-    Raises:
-        RecipeError: there is none of this name; the message names the nearest.
-    """
-    if name in STRATEGIES:
-        return STRATEGIES[name]
-    raise RecipeError(f"no strategy {name!r}; {did_you_mean(name, list(STRATEGIES))}")
-
-
-__all__ = ["MASKS", "STRATEGIES", "strategy"]
+__all__ = ["MASKS", "STRATEGIES"]

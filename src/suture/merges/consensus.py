@@ -5,7 +5,9 @@ from __future__ import annotations
 from typing import Annotated
 
 from suture import kernels
-from suture.merges.base import Merge, Number, PerModel, Scalar, Scale, Weight, each
+from suture.merges.base import Merge, Scale, Weight
+from suture.schema.parameters import Number
+from suture.schema.values import PerModel, Scalar, each
 from suture.stream import Block, Combine
 
 Bound = Annotated[

@@ -14,22 +14,12 @@ from typing import Annotated, Any, Literal
 import numpy as np
 
 from suture import kernels
-from suture.merges.base import (
-    Array,
-    Choice,
-    Context,
-    Density,
-    Merge,
-    PerModel,
-    Scalar,
-    Scale,
-    Seed,
-    Weight,
-    each,
-)
+from suture.merges.base import Array, Context, Density, Merge, Scale, Seed, Weight
 from suture.merges.linear import Normalize, normalized
 from suture.merges.thinning import voted
 from suture.merges.votes import AGGREGATE, ELECT, Aggregate, Elect, Sign, Votes
+from suture.schema.parameters import Choice
+from suture.schema.values import PerModel, Scalar, each
 from suture.spec import Piece
 from suture.stream import Block, Combine, Drops, Visitor, sweep, tasks_of
 

@@ -11,14 +11,9 @@ from typing import Any
 import numpy as np
 
 from suture.errors import MismatchError, Problems
-from suture.importance import Scoring, rule_named
+from suture.importance import RULES, Scoring
 from suture.maskfile import StoredMask
-from suture.merges.base import (
-    Array,
-    Beside,
-    Context,
-    PerModel,
-)
+from suture.merges.base import Array, Beside, Context
 from suture.merges.census import Census, Votes, correlations
 from suture.merges.marks import (
     Joined,
@@ -30,6 +25,7 @@ from suture.merges.marks import (
     ranked,
 )
 from suture.roles import role_of
+from suture.schema.values import PerModel
 from suture.stats import Stats
 from suture.stream import sweep, tasks_of
 
@@ -238,7 +234,7 @@ class Election:
                 paths += [self.base_masks[m] for m in context.models]
             return Masked(tuple(StoredMask(Path(path)) for path in paths))
         assert self.stats is not None
-        rule, base = rule_named("snip"), context.sources.base
+        rule, base = RULES.find("snip"), context.sources.base
         assert base is not None
         scorings, number = [], len(context.models)
         for model, tuned in zip(context.models, context.sources.models, strict=True):
@@ -276,7 +272,7 @@ class Election:
         base = context.sources.base
         assert base is not None
         return [
-            Scoring(rule_named(self.rule), base, tuned, None, self.seed, model)
+            Scoring(RULES.find(self.rule), base, tuned, None, self.seed, model)
             for model, tuned in zip(context.models, context.sources.models, strict=True)
         ]
 

@@ -6,26 +6,14 @@ from collections.abc import Mapping
 from typing import Annotated, Literal
 
 from suture import kernels
-from suture.merges.base import (
-    Choice,
-    Density,
-    Files,
-    Merge,
-    ModelName,
-    Number,
-    PerModel,
-    Scalar,
-    Scale,
-    Scope,
-    Seed,
-    Weight,
-    each,
-)
+from suture.merges.base import Density, Merge, Scale, Scope, Seed, Weight
 from suture.merges.elections import Elected, Election, lines
 from suture.merges.marks import (
     buffers,
 )
 from suture.merges.votes import scaled
+from suture.schema.parameters import Choice, Files, ModelName, Number
+from suture.schema.values import PerModel, Scalar, each
 from suture.stream import Block, cores
 
 Statistics = Annotated[

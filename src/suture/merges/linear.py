@@ -8,18 +8,9 @@ from typing import Annotated
 import numpy as np
 
 from suture import kernels
-from suture.merges.base import (
-    Array,
-    Choice,
-    Context,
-    Merge,
-    Number,
-    PerModel,
-    Scalar,
-    Scale,
-    Weight,
-    each,
-)
+from suture.merges.base import Array, Context, Merge, Scale, Weight
+from suture.schema.parameters import Choice, Number
+from suture.schema.values import PerModel, Scalar, each
 from suture.stream import WEIGHT, Block, Combine, sweep, tasks_of
 from suture.vector import Gram
 

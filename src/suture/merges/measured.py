@@ -12,20 +12,10 @@ from typing import Annotated, Any, Literal
 import numpy as np
 
 from suture.errors import Problems
-from suture.merges.base import (
-    Array,
-    Beside,
-    Choice,
-    Context,
-    Files,
-    Merge,
-    Number,
-    Scalar,
-    Scale,
-    Weight,
-    each,
-)
+from suture.merges.base import Array, Beside, Context, Merge, Scale, Weight
 from suture.merges.votes import scaled
+from suture.schema.parameters import Choice, Files, Number
+from suture.schema.values import Scalar, each
 from suture.stats import Stats
 from suture.stream import DELTA, Block, Sources
 

@@ -8,8 +8,10 @@ from typing import Annotated, Any, Literal
 import numpy as np
 
 from suture import kernels
-from suture.merges.base import Array, Choice, Context, Merge, Number, Scalar, Scale
+from suture.merges.base import Array, Context, Merge, Scale
 from suture.merges.votes import Rounding, Sign, scaled
+from suture.schema.parameters import Choice, Number
+from suture.schema.values import Scalar
 from suture.select import Ranking, Selection, rank
 from suture.stream import Block, Visitor, sweep, tasks_of
 from suture.vector import Gram

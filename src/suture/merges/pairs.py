@@ -6,8 +6,10 @@ from typing import Annotated
 
 import numpy as np
 
-from suture.merges.base import Array, Context, Merge, Number, Scalar
+from suture.merges.base import Array, Context, Merge
 from suture.merges.rows import Rows, row_width
+from suture.schema.parameters import Number
+from suture.schema.values import Scalar
 from suture.select import Ranking, Selection, rank
 from suture.stream import Block, Visitor, sweep, tasks_of
 

@@ -14,9 +14,9 @@ from typing import Any
 import numpy as np
 
 from suture.errors import Problems, RecipeError, brief, did_you_mean
-from suture.importance import RULES, Scoring, likely_rule, rule_named
+from suture.importance import RULES, Scoring
 from suture.maskfile import StoredMask
-from suture.merges.base import Beside, Context, Merge, Number
+from suture.merges.base import Beside, Context, Merge
 from suture.merges.marks import (
     Masked,
     Ranked,
@@ -27,6 +27,7 @@ from suture.merges.marks import (
     ranked,
     unpacked,
 )
+from suture.schema.parameters import Number
 from suture.select import SCOPES, exact_count
 from suture.stats import Stats
 from suture.stream import DELTA, Block, cores
@@ -161,9 +162,9 @@ def _computed(rule: object, density: object, stats: object) -> Iterator[str]:
     if rule is None:
         yield "protect: give a mask, a file of `suture localize`, or a rule with a density"
         return
-    known = likely_rule(str(rule))
+    known = RULES.likely(str(rule))
     try:
-        rule_named(str(rule))
+        RULES.find(str(rule))
     except RecipeError as error:
         yield f"protect.rule: {error}"
     if known is not None and known.signed:
@@ -245,7 +246,7 @@ def _marks(
     assert base is not None
     tuned = context.sources.models[context.models.index(how.model)]
     stats = None if how.stats is None else Stats.load(Path(how.stats))
-    scoring = Scoring(rule_named(str(how.rule)), base, tuned, stats, how.seed, how.model)
+    scoring = Scoring(RULES.find(str(how.rule)), base, tuned, stats, how.seed, how.model)
     if stored is None:
         density = how.density
         assert density is not None
@@ -280,7 +281,7 @@ def _beside(merge: Merge[Any], how: Protection, context: Context, problems: Prob
             identity.append(tuple(stats.tensors.identity))  # type: ignore[attr-defined]
             marked += [how.model] if stats.restricted else []
             at = str(stats.facts.get("at", "tuned"))
-            needs = rule_named(str(how.rule)).needs
+            needs = RULES.find(str(how.rule)).needs
             agreed(
                 expected, check_stats(stats, needs, context, how.model, at), stats.where, problems
             )

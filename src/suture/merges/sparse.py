@@ -9,25 +9,14 @@ from typing import Annotated, Any, Literal
 import numpy as np
 
 from suture import kernels
-from suture.merges.base import (
-    Choice,
-    Context,
-    Density,
-    Merge,
-    Number,
-    PerModel,
-    Scalar,
-    Scale,
-    Scope,
-    Seed,
-    Weight,
-    each,
-)
+from suture.merges.base import Context, Density, Merge, Scale, Scope, Seed, Weight
 from suture.merges.dare import stream_key
 from suture.merges.linear import Normalize
 from suture.merges.rows import Rows, row_width
 from suture.merges.thinning import L1, Finish, Thinned, Thinning, summed, thinned, voted
 from suture.merges.votes import Aggregate, Elect, Rounding, Sign, Votes
+from suture.schema.parameters import Choice, Number
+from suture.schema.values import PerModel, Scalar, each
 from suture.select import Ranking, Selection, rank
 from suture.stream import Block
 

@@ -17,9 +17,11 @@ from typing import TYPE_CHECKING, Annotated, Any
 import numpy as np
 
 from suture import kernels
-from suture.merges.base import Array, Context, Merge, Number, PerModel, Scalar, Scale, Weight, each
+from suture.merges.base import Array, Context, Merge, Scale, Weight
 from suture.merges.votes import scaled
 from suture.merges.whole import HELD, Whole
+from suture.schema.parameters import Number
+from suture.schema.values import PerModel, Scalar, each
 from suture.spec import TensorSpec
 from suture.stream import Block, cores
 

@@ -12,19 +12,11 @@ from typing import Annotated, Any, Literal
 import numpy as np
 
 from suture import kernels
-from suture.merges.base import (
-    EITHER,
-    Array,
-    Choice,
-    Context,
-    Merge,
-    Number,
-    PerModel,
-    Weight,
-    each,
-)
+from suture.merges.base import EITHER, Array, Context, Merge, Weight
 from suture.merges.linear import Normalize, grams
 from suture.merges.rows import Rows, row_grams, row_width
+from suture.schema.parameters import Choice, Number
+from suture.schema.values import PerModel, each
 from suture.spec import PIECE, Piece, TensorSpec
 from suture.stream import WEIGHT, Block, Visitor, sweep, tasks_of
 

@@ -9,22 +9,12 @@ from typing import Annotated, Any
 from suture import kernels
 from suture.errors import MismatchError, Problems
 from suture.maskfile import StoredMask
-from suture.merges.base import (
-    Array,
-    Beside,
-    Context,
-    Density,
-    Files,
-    Merge,
-    Scalar,
-    Scale,
-    Scope,
-    Weight,
-    each,
-)
+from suture.merges.base import Array, Beside, Context, Density, Merge, Scale, Scope, Weight
 from suture.merges.marks import Masked, check_mask
 from suture.merges.ties import selected, selection_facts
 from suture.merges.votes import scaled
+from suture.schema.parameters import Files
+from suture.schema.values import Scalar, each
 from suture.select import Selection, exact_count
 from suture.stream import Block, Combine
 

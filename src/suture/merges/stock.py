@@ -7,9 +7,11 @@ from typing import Annotated, Any, Literal
 import numpy as np
 
 from suture import kernels
-from suture.merges.base import Array, Choice, Context, Merge, Number, Scalar, Scale
+from suture.merges.base import Array, Context, Merge, Scale
 from suture.merges.linear import grams
 from suture.merges.rows import Rows, row_grams, row_width
+from suture.schema.parameters import Choice, Number
+from suture.schema.values import Scalar
 from suture.stream import Block
 
 Over = Annotated[

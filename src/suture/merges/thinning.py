@@ -10,9 +10,11 @@ from typing import Annotated, Any, Generic, Literal, TypeVar
 import numpy as np
 
 from suture import kernels
-from suture.merges.base import Array, Choice, Context, Merge, PerModel, Scalar
+from suture.merges.base import Array, Context, Merge
 from suture.merges.linear import normalized
 from suture.merges.votes import AGGREGATE, ELECT, scaled
+from suture.schema.parameters import Choice
+from suture.schema.values import PerModel, Scalar
 from suture.spec import Piece
 from suture.stream import Block, Visitor, sweep, tasks_of
 

@@ -9,18 +9,7 @@ from typing import Any
 import numpy as np
 
 from suture import kernels
-from suture.merges.base import (
-    Array,
-    Context,
-    Density,
-    Merge,
-    PerModel,
-    Scalar,
-    Scale,
-    Scope,
-    Weight,
-    each,
-)
+from suture.merges.base import Array, Context, Density, Merge, Scale, Scope, Weight
 from suture.merges.thinning import L1, l1_factors, rescaled, voted
 from suture.merges.votes import (
     AGGREGATE,
@@ -31,6 +20,7 @@ from suture.merges.votes import (
     Votes,
     ZeroSign,
 )
+from suture.schema.values import PerModel, Scalar, each
 from suture.select import Count, Selection, exact_count, select
 from suture.stream import Block, Combine, Visitor, sweep, tasks_of
 

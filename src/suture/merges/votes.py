@@ -7,7 +7,8 @@ from typing import Annotated, Literal
 import numpy as np
 
 from suture import kernels
-from suture.merges.base import Choice, Scalar
+from suture.schema.parameters import Choice
+from suture.schema.values import Scalar
 from suture.stream import Block
 
 Elect = Annotated[

@@ -1,4 +1,4 @@
-"""Realignment: safety that fine-tuning took away, put back; METHODS, the table of the ways.
+"""Realignment: safety that fine-tuning took away, put back; REALIGNERS, the table of the ways.
 
 The public names are loaded when they are first used: the table alone needs torch.
 """
@@ -9,12 +9,11 @@ from importlib import import_module
 from typing import Any
 
 _HOMES = {
-    "METHODS": "methods",
+    "REALIGNERS": "methods",
     "Options": "plan",
     "RealignReport": "outcome",
     "describe": "plan",
     "execute": "run",
-    "method": "methods",
     "plan_realign": "plan",
     "read_realign": "recipe",
     "realign": "run",

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -13,12 +13,12 @@ from torch import Tensor, nn
 from suture.data import Dataset
 from suture.errors import RecipeError
 from suture.evals import EVALS, Metric
-from suture.finetune.base import Strategy
 from suture.mask import Mask
 from suture.models import parameters_of
 from suture.realign.fuse import Fuser, Fusing, fuser
 from suture.realign.pairs import Pairs, answers_of, margins
 from suture.realign.parts import Models
+from suture.schema.table import Line
 from suture.stats import Stats
 from suture.tune import TuneResult, TuneSettings
 
@@ -27,17 +27,6 @@ Edit = Callable[[str], Tensor]
 """The new weights of a tensor, by its name: float32, computed when they are asked for."""
 Scores = dict[str, Metric]
 """What is known of one model: ``margin``, ``preferred``, and ``utility`` where there are rows."""
-
-
-@dataclass(frozen=True)
-class MaybeFile:
-    """What a parameter that names a file, or none, means."""
-
-    doc: str
-
-    def problem(self, value: object) -> str | None:
-        """What is wrong with ``value``; ``None`` when nothing is."""
-        return None if isinstance(value, str) else f"{self.doc}; {value!r} is no file"
 
 
 @dataclass
@@ -142,15 +131,21 @@ Way = Callable[[Job], Realigned]
 
 
 @dataclass(frozen=True)
-class Realigner(Strategy):
+class Realigner(Line):
     """A line of the table: the function that makes the way, and what it asks of a recipe."""
 
+    joint: ClassVar[str] = "-"
     needs: tuple[str, ...] = ()
     """Of ``base``, ``safety``, ``data``: what a recipe must name."""
     trains: bool = False
     """Whether it learns something by gradients."""
     chooses: bool = False
     """Whether it chooses one of several models by rows that are held out."""
+
+    @property
+    def requires(self) -> str:
+        """What a recipe must give, in a sentence."""
+        return "needs " + ", ".join(("aligned", "models", *self.needs))
 
 
 def needed(value: Any, what: str) -> Any:
@@ -164,4 +159,4 @@ def needed(value: Any, what: str) -> Any:
     return value
 
 
-__all__ = ["Edit", "Job", "MaybeFile", "Realigned", "Realigner", "Say", "Scores", "Way", "needed"]
+__all__ = ["Edit", "Job", "Realigned", "Realigner", "Say", "Scores", "Way", "needed"]

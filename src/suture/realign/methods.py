@@ -4,12 +4,14 @@ from __future__ import annotations
 
 from typing import Annotated, Literal
 
-from suture.errors import RecipeError, did_you_mean
-from suture.merges.base import Choice, Number, Scope
+from suture.errors import RecipeError
+from suture.merges.base import Scope
 from suture.realign import baselines
-from suture.realign.base import MaybeFile, Realigner, Way
+from suture.realign.base import Realigner, Way
 from suture.realign.concrete import Masking
 from suture.realign.somf import Learning, learn
+from suture.schema.parameters import Choice, Number, Text
+from suture.schema.table import Table
 
 Space = Annotated[
     Literal["delta_w", "factors"],
@@ -147,7 +149,7 @@ def magnitude(density: Share = 0.5, scope: Scope = "global", rescale: Rescale = 
 
 def protect(
     density: Share = 0.1,
-    mask: Annotated[str, MaybeFile("a mask of entries to protect, instead of the largest")] = "",
+    mask: Annotated[str, Text("a mask of entries to protect, instead of the largest", True)] = "",
 ) -> Way:
     r"""Put the entries that carry safety back to their aligned values.
 
@@ -178,7 +180,7 @@ def line_search(
     return lambda job: baselines.line_search(job, metric, retain, points)
 
 
-_LINES = [
+REALIGNERS = Table("way to realign", Realigner, [
     Realigner(
         somf, "SOMF: a learned mask over the task vectors", "Yi et al. 2024, arXiv:2405.09055",
         needs=("data",), trains=True,
@@ -205,22 +207,7 @@ _LINES = [
         line_search, "Interpolation towards the aligned model", "WiSE-FT, Wortsman et al. 2022",
         needs=("data",), chooses=True,
     ),
-]  # fmt: skip
+], group="suture.realigners")  # fmt: skip
+"""Every way to realign; another package adds one, see docs/plugins.md."""
 
-METHODS: dict[str, Realigner] = {line.name: line for line in _LINES}
-
-
-def method(name: str) -> Realigner:
-    """The way of this name.
-
-    Raises:
-        RecipeError: there is none.
-    """
-    if name not in METHODS:
-        raise RecipeError(
-            f"method: no way {name!r} to realign; {did_you_mean(name, list(METHODS))}"
-        )
-    return METHODS[name]
-
-
-__all__ = ["METHODS", "method"]
+__all__ = ["REALIGNERS"]

@@ -8,8 +8,7 @@ from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any
 
-from suture.errors import Problems, RecipeError, brief, did_you_mean, nearest
-from suture.finetune.base import check_words
+from suture.errors import Problems, RecipeError, brief, did_you_mean
 from suture.finetune.recipe import (
     TOO_LONG,
     DataSpec,
@@ -19,11 +18,12 @@ from suture.finetune.recipe import (
 )
 from suture.realign.base import Realigner
 from suture.realign.fuse import Fusing, read_fusing
-from suture.realign.methods import METHODS, method
+from suture.realign.methods import REALIGNERS
 from suture.realign.pairs import PairSpec
 from suture.recipe import raw_recipe
 from suture.recipe_types import Reader, read_space, refuse_unknown, section
 from suture.roles import EVERYTHING, ParamSpace
+from suture.schema.settings import check_words, settings
 from suture.spec import WORD_OF, dtype_named
 from suture.tune import TuneSettings
 
@@ -80,7 +80,7 @@ class Realign:
     @property
     def settings(self) -> dict[str, Any]:
         """The parameters of the method with its defaults."""
-        return self.method.settings(self.parameters, Problems())
+        return settings(self.method, self.parameters, Problems())
 
     def resolved(self) -> dict[str, Any]:
         """The recipe with every default written out, as plain data that can be read again."""
@@ -193,20 +193,21 @@ class _Reader(Reader):
     def method(self) -> tuple[Realigner, dict[str, Any]]:
         """The method with its parameters; where it is unknown, the one that was likely meant."""
         parameters, name = section(self.raw, "parameters", self.problems), self.raw.get("method")
-        found = METHODS.get(nearest(name, METHODS) or "")
-        with self.problems.collecting():
+        found = REALIGNERS.likely(name)
+        with self.problems.collecting("method: "):
             if not isinstance(name, str):
                 what = "missing" if name is None else f"a name, not {brief(name)}"
-                raise RecipeError(f"method: {what}; `suture realigners` lists them")
-            found = method(name)
+                raise RecipeError(f"{what}; `suture realigners` lists them")
+            found = REALIGNERS.find(name)
         if found is None:
-            check_words(METHODS.values(), parameters, self.problems)
-            return METHODS["magnitude"], {}
+            check_words(REALIGNERS.values(), parameters, self.problems, noun="way to realign")
+            return REALIGNERS["magnitude"], {}
         before = len(self.problems)
-        settings = found.settings(parameters, self.problems)
-        if len(self.problems) == before:
-            with self.problems.collecting():
-                found.make(**settings)
+        with self.problems.supposing(None if found.name == name else found.name):
+            values = settings(found, parameters, self.problems)
+            if len(self.problems) == before:
+                with self.problems.collecting():
+                    found.make(**values)
         return found, parameters
 
     def path(self, key: str) -> str | None:

@@ -9,7 +9,7 @@ from typing import Any
 
 from suture.checkpoint import Checkpoint
 from suture.errors import OutputError, Problems, RecipeError
-from suture.importance import Rule, likely_rule
+from suture.importance import RULES, Rule
 from suture.mask import check_question, check_without
 from suture.maskfile import StoredMask
 from suture.outputs import apart, check_parent, check_recipe_stays
@@ -119,7 +119,7 @@ def _question(recipe: Regions, problems: Problems) -> Rule | None:
     for density in set(recipe.densities.values()) or {None}:
         for text in check_question(recipe.rule, density, recipe.scope, some, recipe.positive):
             problems.add(RecipeError, text)
-    rule = likely_rule(recipe.rule)
+    rule = RULES.likely(recipe.rule)
     if rule is None:
         return None
     if recipe.at == "both" and recipe.stats:

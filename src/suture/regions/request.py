@@ -12,7 +12,7 @@ from suture.errors import (
     brief,
     did_you_mean,
 )
-from suture.importance import Rule, likely_rule
+from suture.importance import RULES, Rule
 from suture.recipe_types import read_space, refuse_unknown, section
 from suture.roles import DEFAULT_SPACE, ParamSpace
 from suture.stats import KINDS
@@ -67,7 +67,7 @@ class _Reader(TaskReader):
             self.refuse("base: missing; what the models were tuned from")
         models, densities = self.models()
         rule = self.one(self.raw, "rule", str, "magnitude")
-        meant = likely_rule(rule)
+        meant = RULES.likely(rule)
         word = rule if meant is None else meant.name
         at = self.one(self.raw, "at", str, "tuned")
         if at not in PLACES:

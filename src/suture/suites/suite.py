@@ -8,12 +8,13 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from suture.errors import Problems, brief, did_you_mean
+from suture.errors import Problems, RecipeError, brief, did_you_mean
 from suture.evals.kinds import Decoding, Kind
 from suture.evals.table import EVALS
 from suture.finetune.recipe import TOO_LONG, Source, read_source
 from suture.recipe import raw_recipe
 from suture.recipe_types import Reader, refuse_unknown, section
+from suture.schema.settings import settings
 
 KEYS = ("name", "evaluations", "decoding", "reference", "dtype")
 DTYPES = ("float32", "bfloat16", "float16")
@@ -124,14 +125,19 @@ class _Reader(Reader):
         kind = raw.get("kind")
         data = read_source(raw.get("data"), f"{where}.data", folder, "test", self.problems)
         if not isinstance(kind, str) or kind not in EVALS:
-            self.refuse(f"{where}.kind: {brief(kind)} is no evaluation; "
-                        f"{did_you_mean(str(kind), list(EVALS))}")  # fmt: skip
+            with self.problems.collecting(f"{where}.kind: "):
+                if not isinstance(kind, str):
+                    what = "missing" if kind is None else f"a name, not {brief(kind)}"
+                    raise RecipeError(f"{what}; `suture methods eval` lists them")
+                EVALS.find(kind)
             return None
         line = EVALS[kind]
-        refuse_unknown(raw, (*COMMON, *line.options), f"{where}: ", self.problems)
-        options = line.settings(
-            {k: v for k, v in raw.items() if k not in COMMON}, where, self.problems
+        known = line.parameters
+        refuse_unknown(raw, (*COMMON, *known), f"{where}: ", self.problems)
+        values = settings(
+            line, {k: v for k, v in raw.items() if k in known}, self.problems, shared=where
         )
+        options = {k: list(v) if isinstance(v, tuple) else v for k, v in values.items()}
         too_long = raw.get("too_long", "error")
         if too_long not in TOO_LONG:
             hint = did_you_mean(str(too_long), TOO_LONG)
@@ -147,7 +153,7 @@ class _Reader(Reader):
             "language": self.word(raw, "language", where),
             "decoding": self.decoding(raw, decoding, f"{where}."),
         }
-        if data is None or options.keys() != line.options.keys():
+        if data is None or options.keys() != known.keys():
             return None  # rows are not read by options that are wrong
         return Question(name, kind, options, data, utility=bool(utility), too_long=str(too_long),
                         **given)  # fmt: skip

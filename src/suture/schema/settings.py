@@ -3,100 +3,101 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
-from typing import Any
+from typing import Annotated, Any
 
 from suture.errors import Problems, RecipeError, brief, did_you_mean
-from suture.merges.base import (
-    Curve,
-    Method,
-    ModelName,
-    Number,
-    Parameter,
-    PerModel,
-    Scalar,
-    Seed,
-    Value,
-)
+from suture.schema.parameters import ModelName, Number, Parameter
+from suture.schema.table import Line
+from suture.schema.values import Curve, PerModel, Scalar, Value
+
+Own = Sequence[tuple[str, Mapping[str, Any]]]
+"""Name and own parameters of each model, in the order of rows."""
+SEED = Parameter("seed", Annotated[int, Number("seed, 0 to 2**63 - 1", 0, 2**63 - 1)], 0)
+"""Said for every method, used by those that draw."""
 
 
 def settings(
-    method: Method,
+    line: Line,
     given: Mapping[str, Any],
-    per_model: Sequence[tuple[str, Mapping[str, Any]]],
     problems: Problems,
+    models: Own = (),
     shared: str = "parameters",
     own: str = "models.{}",
 ) -> dict[str, Any]:
-    """Check the parameters of a recipe and give them the types that the method asks for.
+    """Return the parameters of a recipe in the types of the signature, with every default.
 
     Args:
-        method: the line of the table.
+        line: of a table, whose signature lists the parameters.
         given: parameters for all models; a number may be a mapping from patterns to numbers.
-        per_model: name and own parameters of each model, in the order of rows.
-        problems: takes one note for every fault.
+        problems: takes one note for every fault; what is wrong is left out of the result.
+        models: name and own parameters of each model, in the order of rows.
         shared: what messages call the place of the parameters for all models.
         own: what they call the place of those of one model, with ``{}`` for its name.
     """
-    _check_keys(method, given, per_model, problems, shared, own)
-    known = method.parameters
-    found: dict[str, Any] = {}
-    for name, parameter in known.items():
+    _check_keys(line, given, models, problems, shared, own)
+    values = {}
+    for name, parameter in line.parameters.items():
+        where, before = f"{shared}.{name}", len(problems)
+        by_model = parameter.per_model and all(name in mine for _, mine in models) and models
+        if parameter.required and given.get(name) is None and not by_model:
+            problems.add(RecipeError, f"{where}: missing; {parameter.doc}")
+            continue
+        value = given.get(name, parameter.default)
         if parameter.per_model:
-            values = [(f"{own.format(m)}.{name}", v[name]) if name in v else
-                      (f"{shared}.{name}", given.get(name, parameter.default))
-                      for m, v in per_model]  # fmt: skip
-            found[name] = PerModel(tuple(_scalar(parameter, v, w, problems) for w, v in values))
+            own_values = [(f"{own.format(m)}.{name}", mine[name]) if name in mine else
+                          (where, value) for m, mine in models]  # fmt: skip
+            read: Any = PerModel(tuple(_scalar(parameter, v, w, problems) for w, v in own_values))
         else:
-            value = given.get(name, parameter.default)
-            where = f"{shared}.{name}"
-            models = [m for m, _ in per_model]
-            found[name] = _shared(parameter, value, models, where, problems)
-    return found
+            read = _shared(parameter, value, [m for m, _ in models], where, problems)
+        if len(problems) == before:
+            values[name] = read
+    return values
 
 
 def _check_keys(
-    method: Method, given: Mapping[str, Any], per_model: Sequence[tuple[str, Mapping[str, Any]]],
-    problems: Problems, shared: str, own: str,
-) -> None:  # fmt: skip
-    """Note keys that the method does not have, and those that mean nothing beside others."""
-    known, idle = method.parameters, method.idle(given)
+    line: Line, given: Mapping[str, Any], models: Own, problems: Problems, shared: str, own: str
+) -> None:
+    """Note keys that the line does not have, and those that mean nothing beside others."""
+    known, idle = line.parameters, line.idle(given)
+    seeded = bool(models) or "seed" in known
     for key in given:
-        if key == "seed" and key not in known:  # said for every method, used by those that draw
-            _check(Parameter(key, Seed, 0), given[key], f"{shared}.{key}", problems)
+        if key == "seed" and key not in known and seeded:
+            _check(SEED, given[key], f"{shared}.{key}", problems)
         elif key not in known:
-            hint = did_you_mean(key, list(known))
-            problems.add(RecipeError, f"{shared}: {method.name} has no {key!r}; {hint}")
+            hint = did_you_mean(key, list(known)) if known else "it has none"
+            problems.add(RecipeError, f"{shared}: {line.name} has no {key!r}; {hint}")
         elif key in idle:
             problems.add(RecipeError, _idle(f"{shared}.{key}", idle[key]))
-    theirs = [p for p in known.values() if p.per_model]
-    for model, mine in per_model:
+    theirs = [p.name for p in known.values() if p.per_model]
+    for model, mine in models:
         for key in mine:
-            if key not in {p.name for p in theirs}:
-                hint = did_you_mean(key, ["path", *(p.name for p in theirs)])
+            if key not in theirs:
+                hint = did_you_mean(key, ["path", *theirs])
                 problems.add(RecipeError, f"{own.format(model)}: unknown key {key!r}; {hint}")
             elif key in idle:
                 problems.add(RecipeError, _idle(f"{own.format(model)}.{key}", idle[key]))
 
 
 def check_words(
-    methods: Iterable[Method], given: Iterable[str], own: Mapping[str, Iterable[str]],
-    problems: Problems,
+    lines: Iterable[Line], given: Iterable[str], problems: Problems,
+    own: Mapping[str, Iterable[str]] | None = None, noun: str = "method",
 ) -> None:  # fmt: skip
-    """Note parameters that no method has, where it is not known which one is meant.
+    """Note parameters that no line has, where it is not known which one is meant.
 
     Args:
-        methods: all there are.
+        lines: all there are.
         given: the parameters for all models.
-        own: those of each model, by its name.
         problems: takes the notes.
+        own: those of each model, by its name.
+        noun: what a line is.
     """
-    known = {n: p.per_model for how in methods for n, p in how.parameters.items()}
+    known = {n: p.per_model for line in lines for n, p in line.parameters.items()}
     for key in given:
         if key not in known:
             hint = did_you_mean(key, [*known])
-            problems.add(RecipeError, f"parameters: no method has {key!r}; {hint}")
+            problems.add(RecipeError, f"parameters: no {noun} has {key!r}; {hint}")
     theirs = ["path", *(n for n, per_model in known.items() if per_model)]
-    for model, keys in own.items():
+    for model, keys in (own or {}).items():
         for key in keys:
             if key not in theirs:
                 hint = did_you_mean(key, theirs)
@@ -110,29 +111,24 @@ def _idle(where: str, by: str) -> str:
 def _shared(
     parameter: Parameter, value: Any, models: Sequence[str], where: str, problems: Problems
 ) -> Any:
-    """A parameter of the whole merge in its type."""
+    """A parameter of the whole in its type."""
     if parameter.files:
         return _files(parameter, value, models, where, problems)
     if parameter.per_tensor:
         return _scalar(parameter, value, where, problems)
-    fine = _check(parameter, value, where, problems)
-    if fine and isinstance(parameter.meta, ModelName) and value not in (None, *models):
-        problems.add(
-            RecipeError, f"{where}: no model {brief(value)}; {did_you_mean(str(value), models)}"
-        )
-    whole = fine and isinstance(parameter.meta, Number) and parameter.meta.whole
-    return int(value) if whole else value
+    if not _check(parameter, value, where, problems):
+        return None
+    if isinstance(parameter.meta, ModelName) and value not in (None, *models):
+        hint = did_you_mean(str(value), models)
+        problems.add(RecipeError, f"{where}: no model {brief(value)}; {hint}")
+    return parameter.typed(value)
 
 
 def _files(
     parameter: Parameter, value: object, models: Sequence[str], where: str, problems: Problems
 ) -> dict[str, str] | None:
     """The file of each model, paired by name."""
-    if value is None:
-        if parameter.required:
-            problems.add(RecipeError, f"{where}: missing; {parameter.doc}")
-        return None
-    if not _check(parameter, value, where, problems):
+    if value is None or not _check(parameter, value, where, problems):
         return None
     if isinstance(value, str):
         return {m: f"{value}/{m}.safetensors" for m in models}
@@ -158,6 +154,9 @@ def _scalar(parameter: Parameter, value: object, where: str, problems: Problems)
         for pattern, number in value.items()
     )
     default: Any = next((v for p, v in rules if p == "*"), parameter.default)
+    if default is None:
+        problems.add(RecipeError, f"{where}: a number for all other tensors is missing; say '*'")
+        default = 1.0
     return Scalar(default if isinstance(default, Curve) else float(default), rules)
 
 
