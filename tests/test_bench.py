@@ -21,6 +21,7 @@ import yaml
 from typer.testing import CliRunner
 
 import tiny_model
+from suture import finetune
 from suture.analysis import masks
 from suture.arithmetic.measures import entangled, movement, sharing
 from suture.arithmetic.space import LinearSpace, PlainSpace, Side, accuracy, alone, space_of
@@ -42,7 +43,6 @@ from suture.checkpoint import open_checkpoint
 from suture.cli import app
 from suture.data import Row, tokenise
 from suture.errors import OutputError, RecipeError, SutureError
-from suture.finetune import strategy
 from suture.finetune.calibrate import Calibration, sensitivity
 from suture.finetune.tangent import LinearizedBody
 from suture.mask import Mask
@@ -195,7 +195,9 @@ def sides(base: Base) -> list[Side]:
 
 def line_of(name: str) -> Line:
     raw = STRATEGIES[name]
-    return Line(name, strategy(raw.get("strategy", name)), raw["parameters"], (5e-3,))
+    return Line(
+        name, finetune.STRATEGIES.find(raw.get("strategy", name)), raw["parameters"], (5e-3,)
+    )
 
 
 def learnt(base: Base, side: Side, name: str) -> Learnt:

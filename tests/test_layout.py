@@ -24,7 +24,7 @@ ORDER = [
     "patch", "gather", "analysis", "merges", "engine", "recipe_types", "mergekit", "recipe",
     "card", "models", "data", "images", "persample", "snapshot", "mover", "probe", "tune", "evals", "measure",
     "learned", "diagnose", "report", "page", "outputs",
-    "parts", "planning", "record", "telling", "run", "trial", "patching", "lowrank", "finetune", "tasks",
+    "parts", "planning", "record", "telling", "run", "testing", "trial", "patching", "lowrank", "finetune", "tasks",
     "arithmetic", "regions", "analyze", "suites", "realign", "policy", "workshop", "demo_tasks", "demo_edits",
     "demo_rows", "demo_safety", "demo", "demo_run", "bench", "audit", "terminal", "cli", "__main__",
 ]  # fmt: skip

@@ -11,7 +11,10 @@ import torch
 
 import toy
 from suture.errors import MismatchError, RecipeError, SutureError
+from suture.merges import METHODS
 from suture.stats import Stats
+
+NEED_STATS = [name for name, line in METHODS.own.items() if line.example.files]
 
 Array = np.ndarray[Any, Any]
 NAMES = ("ada", "bob", "cyd")
@@ -97,7 +100,7 @@ def test_identical_experts_come_back(family: Any, tmp_path: Path) -> None:
             torch.testing.assert_close(out[name], models.models["bob"][name], rtol=1e-5, atol=1e-5)
 
 
-@pytest.mark.parametrize("method", toy.NEED_STATS)
+@pytest.mark.parametrize("method", NEED_STATS)
 def test_statistics_are_paired_by_name(method: str, family: Any, tmp_path: Path) -> None:
     """A missing, an additional or another model's file is refused; the order of names is not looked at."""
     models = family("f32")
@@ -126,7 +129,7 @@ def test_statistics_are_paired_by_name(method: str, family: Any, tmp_path: Path)
     assert toy.same_bytes(one, two) == []
 
 
-@pytest.mark.parametrize("method", [*toy.NEED_STATS, "stitch"])
+@pytest.mark.parametrize("method", [*NEED_STATS, "stitch"])
 def test_files_about_whole_models_are_refused_beside_slices(
     method: str, family: Any, tmp_path: Path
 ) -> None:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import zlib
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -13,10 +12,13 @@ import numpy as np
 import torch
 from safetensors.torch import load_file, save_file
 
+from suture.merges import METHODS
 from suture.roles import ParamSpace
 from suture.run import MergeReport, merge
 from suture.spec import TensorSpec
-from suture.stats import Stats
+from suture.testing.toys import invented, invented_stats
+
+__all__ = ["invented", "invented_stats"]  # and all below
 
 Tensors = dict[str, torch.Tensor]
 
@@ -167,40 +169,6 @@ def read(where: Path) -> Tensors:
     return found
 
 
-NEED_STATS = {"fisher_merging": ("stats",), "regmean": ("stats",), "led": ("stats", "base_stats")}
-"""Methods that read what was measured of their models, and the parameters that name it."""
-
-
-def invented(model: str, name: str, shape: tuple[int, ...]) -> dict[str, np.ndarray[Any, Any]]:
-    """Statistics of one tensor of one model by kind; they depend on the two names alone."""
-    draw = np.random.default_rng(zlib.crc32(f"{model} {name}".encode()))
-    found = {"fisher": draw.random(shape, np.float32)}
-    # another draw for the base, from the same name: LED scores both
-    for place, kind in (("", "abs_grad"), ("base ", "base")):
-        own = np.random.default_rng(zlib.crc32(f"{place}{model} {name} grad".encode()))
-        found[kind] = own.random(shape, np.float32)
-    if len(shape) == 2 and min(shape) > 0 and shape[1] < 2000:
-        x = draw.standard_normal((2 * shape[1], shape[1]), np.float32)
-        found["gram"] = x.T @ x / len(x)
-    return found
-
-
-def invented_stats(model: Path, which: str = "stats") -> Path:
-    """Statistics of every kind that a merge reads, drawn for the tensors of a model, as a file."""
-    place = model if model.is_dir() else model.parent
-    path = place.parent / f".{place.name}.{which}.safetensors"
-    if not path.exists():
-        tensors = {"gram/none": np.eye(2, dtype=np.float32)}
-        for name, tensor in read(place).items():
-            kinds = invented(place.name, name, tuple(tensor.shape))
-            base = kinds.pop("base")
-            if which == "base_stats":
-                kinds["abs_grad"] = base
-            tensors |= {f"{kind}/{name}": values for kind, values in kinds.items()}
-        Stats(tensors, {}, "").save(path)
-    return path
-
-
 def recipe(
     method: str,
     models: Mapping[str, Path],
@@ -212,7 +180,8 @@ def recipe(
     """A recipe as a mapping; keywords that are no section of it are parameters of the method."""
     known = {k: sections.pop(k) for k in ("space", "policy", "output") if k in sections}
     entries = {n: {"path": str(p), **(own or {}).get(n, {})} for n, p in models.items()}
-    for which in NEED_STATS.get(method, ()) if "stats" not in sections else ():
+    files = METHODS[method].example.files if method in METHODS else ()
+    for which in files if "stats" not in sections else ():
         sections[which] = {n: str(invented_stats(Path(p), which)) for n, p in models.items()}
     found = {"method": method, "models": entries, "parameters": sections, **known}
     return found if base is None else {"base": str(base), **found}

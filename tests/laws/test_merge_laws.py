@@ -2,490 +2,277 @@
 
 from __future__ import annotations
 
-import itertools
-from collections.abc import Callable, Mapping, Sequence
+import re
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import replace
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Annotated, Any
 
+import numpy as np
 import pytest
-import torch
 
-import toy
-from suture import METHODS
-from suture.roles import role_of
-from suture.run import MergeReport
-from toy import Tensors
-
-Merged = Callable[..., Tensors]
-
-
-class Neutral(NamedTuple):
-    """Parameters with which a method gives one model back unchanged, and how it is asked."""
-
-    parameters: Mapping[str, Any] = {}
-    times: int = 1
-    """How often the model is given: a method for two models gets it twice."""
-
-
-NEUTRAL: dict[str, Neutral] = {
-    "linear": Neutral(),
-    "task_arithmetic": Neutral(),
-    "ties": Neutral({"density": 1.0}),
-    "dare_linear": Neutral({"density": 1.0}),
-    "dare_ties": Neutral({"density": 1.0}),
-    "consensus": Neutral({"min_tasks": 1}),
-    "stitch": Neutral({"density": 1.0}),
-    "slerp": Neutral(times=2),
-    "nuslerp": Neutral(times=2),
-    "multislerp": Neutral(),
-    "karcher": Neutral(),
-    "nearswap": Neutral({"t": 100.0}),
-    "arcee_fusion": Neutral({"spread": -1e9}),
-    "passthrough": Neutral({"scale": 1.0}),
-    "breadcrumbs": Neutral({"density": 1.0}),
-    "breadcrumbs_ties": Neutral({"density": 1.0}),
-    "della": Neutral({"density": 1.0}),
-    "della_linear": Neutral({"density": 1.0}),
-    "sce": Neutral({"density": 1.0}),
-    "ram": Neutral({"epsilon": 0.0}),
-    "ramplus_tl": Neutral({"epsilon": 0.0}),
-    "model_stock": Neutral(times=2),
-    "tsv_merge": Neutral(),
-    "iso_c": Neutral({"isotropy": 0.0}),
-    "iso_cts": Neutral({"isotropy": 0.0, "common": 1.0}),
-    "fisher_merging": Neutral(),
-    "regmean": Neutral(),
-    "led": Neutral({"density": 1.0, "elect": "either"}),
-}
-AVERAGING = {
-    "linear", "slerp", "nuslerp", "multislerp", "karcher", "model_stock", "fisher_merging", "regmean",
-}  # fmt: skip
-"""Methods that average vectors, so that an entry only one model changed is watered down."""
-MIXING = {"tsv_merge", "iso_c", "iso_cts", "sce", "arcee_fusion", "nearswap", "passthrough", "led"}
-"""Methods in which entries of a tensor decide about each other, or that take only one model."""
-LIVELY: dict[str, dict[str, Any]] = {
-    "ties": {"density": 0.3},
-    "stitch": {"density": 0.3},
-    "dare_linear": {"density": 0.4},
-    "dare_ties": {"density": 0.4},
-    "breadcrumbs": {"density": 0.4, "gamma": 0.1},
-    "breadcrumbs_ties": {"density": 0.4, "gamma": 0.1},
-    "della": {"density": 0.4, "epsilon": 0.2},
-    "della_linear": {"density": 0.4, "epsilon": 0.2},
-    "sce": {"density": 0.4},
-    "ram": {"epsilon": 0.03},
-    "ramplus_tl": {"epsilon": 0.03, "gain": 2.0, "most": 2.0},
-    "nearswap": {"t": 0.03},
-    "arcee_fusion": {"spread": 0.1},
-    "passthrough": {"scale": 0.9},
-}
-"""Parameters with which a method has something to do; the defaults for the others."""
-VARIANTS = [
-    *((name, LIVELY.get(name, {})) for name in sorted(METHODS)),
-    ("ties", {"density": 0.3, "scope": "tensor", "zero_sign": "majority", "aggregate": "max"}),
-    ("ties", {"density": 0.3, "scope": "layer", "elect": "count", "rounding": "floor"}),
-    ("stitch", {"density": 0.3, "scope": "tensor"}),
-    ("dare_linear", {"density": 0.4, "rescale": "l1"}),
-    ("dare_ties", {"density": 0.4, "rescale": "l1"}),
-    ("ties", {"density": 0.3, "scope": "tensor", "rescale": "l1", "zero_sign": "majority"}),
-    ("ties", {"density": 0.3, "votes": "equal", "aggregate": "weighted_mean"}),
-    ("breadcrumbs", {"density": 0.4, "scope": "global", "rescale": "l1"}),
-    ("breadcrumbs_ties", {"density": 0.4, "rounding": "floor", "votes": "equal"}),
-    ("della", {"density": 0.6, "epsilon": 0.2, "rescale": "l1"}),
-    ("della_linear", {"density": 0.6, "rescale": "none", "seed": 3}),
-    ("sce", {"density": 0.3, "counted": "nonzero", "rounding": "floor"}),
-    ("sce", {"density": 1.0}),
-    ("model_stock", {"over": "row", "clamp": False}),
-    ("nuslerp", {"over": "row"}),
-    ("nuslerp", {"over": "column"}),
-    ("fisher_merging", {"normalize": True}),
-    ("led", {"density": 0.6, "elect": "expert", "disjoint": "priority"}),
-    ("led", {"density": 0.6, "rule": "random"}),
-    ("led", {"density": 0.6, "rule": "magnitude", "scope": "global"}),
-]
-each_variant = pytest.mark.parametrize(
-    ("method", "parameters"),
-    VARIANTS,
-    ids=["-".join([m, *(str(v) for v in p.values())]) for m, p in VARIANTS],
-)
-each_method = pytest.mark.parametrize("method", sorted(METHODS))
-
-
-def models_for(method: str, family: Any, names: Sequence[str] = ("ada", "bob", "cyd")) -> Any:
-    """As many models as the method takes."""
-    return family.some(*names[: METHODS[method].most])
-
-
-def base_for(method: str, family: Any) -> Path | None:
-    return family.base_path if METHODS[method].needs_base else None
-
-
-def follow(
-    method: str, family: Any, merged: Merged, parameters: Mapping[str, Any], **more: Any
-) -> Tensors:
-    return merged(
-        method, models_for(method, family), base_for(method, family), **parameters, **more
-    )
-
-
-def test_every_method_has_a_neutral_example() -> None:
-    """A line in the table without an example for the laws is not finished."""
-    assert NEUTRAL.keys() == METHODS.keys()
-
-
-@pytest.mark.parametrize("flavour", toy.FLAVOURS)
-@each_method
-def test_one_model_alone_comes_back(method: str, flavour: str, family: Any, merged: Merged) -> None:
-    """With neutral parameters the only model comes back, to float32 or one step of 16 bits."""
-    models = family(flavour)
-    neutral = NEUTRAL[method]
-    copies = {f"{i}": models.paths["bob"] for i in range(neutral.times)}
-
-    out = merged(method, copies, base_for(method, models), **neutral.parameters)
-
-    for name in models.names:
-        expected = models.models["bob"][name]
-        if expected.dtype in (torch.bfloat16, torch.float16):
-            near = (out[name].float() - expected.float()).abs().flatten().numpy() < 1e-6
-            assert ((toy.steps_apart(out[name], expected) <= 1) | near).all()
-        else:
-            torch.testing.assert_close(out[name], expected, rtol=1e-6, atol=1e-6)
-
-
-@pytest.mark.parametrize("flavour", toy.FLAVOURS)
-@each_variant
-def test_zero_vectors_give_the_base(
-    method: str, parameters: Any, flavour: str, family: Any, merged: Merged
-) -> None:
-    """Where no model differs from the base, the base comes back bit for bit."""
-    models = family(flavour)
-    copies = dict.fromkeys(("a", "b")[: METHODS[method].most], models.base_path)
-    if method == "passthrough":
-        parameters = {}
-
-    out = merged(method, copies, base_for(method, models), **parameters)
-
-    if METHODS[method].needs_base:
-        assert toy.same_bytes(out, models.base) == []
-    else:
-        for name, tensor in models.base.items():
-            torch.testing.assert_close(out[name], tensor, rtol=1e-6, atol=1e-6)
-
-
-@each_method
-def test_negative_zeros_stay(method: str, tmp_path: Path, merged: Merged) -> None:
-    """An entry that no model changes keeps its sign even when it is a zero."""
-    base = {"w": torch.tensor([-0.0, 0.0, 1.0, -1.0])}
-    place = toy.folder(tmp_path / "base", base)
-    needs = METHODS[method].needs_base
-
-    copies = dict.fromkeys(("a", "b")[: METHODS[method].most], place)
-
-    out = merged(method, copies, place if needs else None)
-
-    if needs:
-        assert toy.same_bytes(out, base) == []
-
-
-@each_variant
-def test_names_shapes_and_dtypes_are_kept(
-    method: str, parameters: Any, family: Any, merged: Merged
-) -> None:
-    """The output has the tensors of the reference: each with its name, shape and dtype."""
-    models = family("mixed")
-
-    out = follow(method, models, merged, parameters)
-
-    assert {n: (t.shape, t.dtype) for n, t in out.items()} == {
-        n: (t.shape, t.dtype) for n, t in models.base.items()
-    }
-
-
-@each_variant
-def test_inputs_are_left_alone(method: str, parameters: Any, family: Any, merged: Merged) -> None:
-    """Not a byte of an input changes, and no file appears beside it."""
-    models = family("bf16")
-    places = (models.base_path, *models.paths.values())
-    before = toy.files_digest(*places)
-
-    follow(method, models, merged, parameters)
-
-    assert toy.files_digest(*places) == before
-
-
-@each_variant
-def test_the_order_of_models_does_not_matter(
-    method: str, parameters: Any, family: Any, merged: Merged
-) -> None:
-    """However a recipe lists its models, the bytes are the same; unless the method is ordered."""
-    models = family("f32")
-    paths = models_for(method, models)
-    base = base_for(method, models)
-    outs = [
-        merged(method, dict(order), base, **parameters)
-        for order in itertools.islice(itertools.permutations(paths.items()), 0, None, 2)
-    ] + [merged(method, dict(reversed(paths.items())), base, **parameters)]
-
-    # Without a base, what is not merged comes from the model that is listed first.
-    copied = {"embedding", "head", "buffer"} if base is None else set()
-    differ = {n for other in outs[1:] for n in toy.same_bytes(outs[0], other)}
-    same = not {n for n in differ if role_of(n).kind not in copied}
-
-    if METHODS[method].ordered:
-        swapped = {**parameters, "t": 1 - parameters.get("t", 0.3)}
-        one = merged(method, paths, base, **{**parameters, "t": 0.3})
-        other = merged(method, dict(reversed(paths.items())), base, **swapped)
-        for name in models.names:  # the other way round, from the other end
-            torch.testing.assert_close(one[name], other[name], rtol=1e-6, atol=1e-6)
-    else:
-        assert same
-
-
-@each_variant
-def test_shards_and_key_order_of_inputs_do_not_matter(
-    method: str, parameters: Any, family: Any, tmp_path: Path, merged: Merged
-) -> None:
-    """One file, four shards, or one file with its tensors backwards: the same bytes."""
-    models = family("bf16", grid=True)
-    outs = [follow(method, models, merged, parameters)]
-    for layout in ("shards", "backwards"):
-        paths = {}
-        for name, tensors in {"base": models.base, **models.models}.items():
-            place = tmp_path / layout / name
-            if layout == "shards":
-                paths[name] = toy.folder(place, tensors, shards=4)
-                continue
-            place.mkdir(parents=True)
-            paths[name] = toy.save_in_order(
-                place / "model.safetensors", tensors, sorted(tensors, reverse=True)
-            )
-        base = paths.pop("base") if METHODS[method].needs_base else paths.pop("base") and None
-        chosen = dict(list(paths.items())[: METHODS[method].most])
-        outs.append(merged(method, chosen, base, **parameters))
-
-    assert toy.same_bytes(outs[0], outs[1]) == []
-    assert toy.same_bytes(outs[0], outs[2]) == []
+from suture.merges import METHODS, Context, Example, Merge, Method
+from suture.merges.base import Scale, Seed, Weight
+from suture.schema.parameters import Number
+from suture.schema.values import PerModel, Scalar, each
+from suture.stream import WEIGHT, Block
+from suture.testing import check_method
+from suture.testing.laws import LAWS, Case, cases, hold
+from suture.testing.toys import Lab, cells, read, write
 
 
 @pytest.fixture(scope="module")
-def large(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, Path], Tensors]:
-    """A base and two bfloat16 models of more than one piece (2**20 elements) in one tensor."""
-    draw = torch.Generator().manual_seed(7)
-    where = tmp_path_factory.mktemp("large")
-    base = {
-        "model.layers.0.mlp.up_proj.weight": torch.randn(1100, 1000, generator=draw),
-        "model.layers.0.self_attn.q_proj.weight": torch.randn(70, 1001, generator=draw),
-        "model.layers.1.mlp.up_proj.weight": torch.randn(17, 13, generator=draw),
-        "model.norm.weight": torch.randn(5, generator=draw),
-        "model.scalar": torch.tensor(0.5),
-    }
-    base = {n: t.to(torch.bfloat16) for n, t in base.items()}
-    paths = {}
-    for i, name in enumerate(("ada", "bob")):
-        shift = torch.Generator().manual_seed(8 + i)
-        tuned = {
-            n: (t.float() + 0.01 * torch.randn(t.shape, generator=shift)).to(torch.bfloat16)
-            for n, t in base.items()
-        }
-        paths[name] = toy.folder(where / name, tuned)
-    return toy.folder(where / "base", base), paths, base
+def lab(tmp_path_factory: pytest.TempPathFactory) -> Lab:
+    """Families of models, made once for all laws of a worker."""
+    return Lab(tmp_path_factory.mktemp("laws"))
 
 
-RUNS = [
-    (1, 1 << 16, "5GB"), (2, 1 << 12, "1MB"), (4, 1 << 18, "100kB"),
-    (2, 1 << 16, "100kB"), (4, 1 << 12, "5GB"), (1, 1 << 18, "1MB"),
-]  # fmt: skip
-"""Threads, elements in a block, bytes in a shard: each value with each other in two runs."""
+def every_case() -> Iterator[Any]:
+    for line in METHODS.own.values():
+        for law, case in cases(line, None):  # type: ignore[arg-type]
+            words = "-".join(str(v) for v in case.parameters.values())
+            yield pytest.param(law, case, id=f"{line.name}-{words}-{law}".replace(" ", "_"))
 
 
-@each_variant
-def test_threads_blocks_and_shards_change_no_byte(
-    method: str, parameters: Any, large: Any, tmp_path: Path
-) -> None:
-    """1, 2, 4 threads, three sizes of blocks and of shards: identical tensors and fingerprint."""
-    base, paths, _ = large
-    outs: list[tuple[Tensors, MergeReport]] = []
-    for number, (threads, block, shard_size) in enumerate(RUNS):
-        chosen = dict(list(paths.items())[: METHODS[method].most])
-        what = toy.recipe(method, chosen, base if METHODS[method].needs_base else None,
-                          output={"shard_size": shard_size}, **parameters)  # fmt: skip
-        outs.append(toy.run(tmp_path / str(number), what, threads=threads, block=block))
-
-    first, report = outs[0]
-    for out, other in outs[1:]:
-        assert toy.same_bytes(out, first) == []
-        assert other.fingerprint == report.fingerprint
-        assert (other.moved, other.writeback_loss) == (report.moved, report.writeback_loss)
-        assert other.facts == report.facts
-    assert len(list((tmp_path / "2").glob("*.safetensors"))) > 1
+@pytest.mark.parametrize(("law", "case"), list(every_case()))
+def test_a_method_keeps_the_laws(law: str, case: Case, lab: Lab) -> None:
+    """Every method of the table, with every set of parameters of its example."""
+    hold(law, replace(case, lab=lab))
 
 
-@each_variant
-def test_tiny_blocks_change_no_byte(
-    method: str, parameters: Any, family: Any, merged: Merged
-) -> None:
-    """Blocks of 8 and of 64 elements on a small model, where most tensors span several blocks."""
-    models = family("mixed", grid=True)
-    whole = follow(method, models, merged, parameters)
-
-    for block in (8, 64):
-        out = follow(method, models, merged, parameters, options={"block": block, "threads": 3})
-
-        assert toy.same_bytes(out, whole) == []
+def test_every_parameter_of_an_example_is_one_of_its_method() -> None:
+    """A misspelt word in an example would make a law weaker."""
+    for line in METHODS.own.values():
+        one = line.example
+        for given in (one.neutral, *one.lively, *one.together, one.drawing, one.apart or {}):
+            assert given.keys() <= line.parameters.keys(), line.name
+        assert one.lively, line.name
 
 
-RANDOM = [
-    (m, p)
-    for m, p in VARIANTS
-    if METHODS[m].random and ("rule" not in METHODS[m].parameters or p.get("rule") == "random")
-]
+# -- laws are broken, and say so -------------------------------------------------------------------
+
+Factor = Annotated[float, Number("factor")]
 
 
-@pytest.mark.parametrize(("method", "parameters"), RANDOM, ids=str)
-def test_the_seed_decides(method: str, parameters: Any, family: Any, merged: Merged) -> None:
-    """The same seed gives the same bytes, and another seed others."""
-    models = family("f32")
-    one, again, other = (
-        follow(method, models, merged, {**parameters, "seed": seed}) for seed in (11, 11, 12)
-    )
+def plain(scale: Scale = Scalar(1.0), weight: Weight = each(1.0)) -> Merge[None]:
+    """The sum of the deltas."""
 
-    assert toy.same_bytes(one, again) == []
-    assert set(toy.same_bytes(one, other)) >= {n for n in models.names if one[n].numel() > 30}
+    def combine(block: Block, state: None) -> None:
+        factor = np.float32(scale.at(block.name))
+        weights = weight.row(block)
+        rows = block.rows[:, : block.count]
+        block.out[: block.count] = factor * np.sum(weights[:, None] * rows, axis=0)
 
-
-def test_all_random_methods_are_known() -> None:
-    """Exactly the methods with a seed say that they are random."""
-    for name, method in METHODS.items():
-        assert method.random == ("seed" in method.parameters), name
+    return Merge(combine)
 
 
-@each_variant
-def test_disjoint_supports_do_not_touch_each_other(
-    method: str, parameters: Any, tmp_path: Path, merged: Merged
-) -> None:
-    """Where only one model changes entries, they end as if the others were not there."""
-    if method in AVERAGING | MIXING:
-        pytest.skip("averages vectors, or its entries decide about each other")
-    if method == "consensus":
-        parameters = {"min_tasks": 1}
-    draw = torch.Generator().manual_seed(9)
-    base = {"v": torch.randn(301, generator=draw), "w": torch.randn(20, 30, generator=draw)}
-    models: dict[str, Tensors] = {"a": {}, "b": {}}
-    for name, tensor in base.items():
-        noise = torch.randn(tensor.shape, generator=draw)
-        first = (torch.arange(tensor.numel()) % 2 == 0).reshape(tensor.shape)
-        models["a"][name] = torch.where(first, tensor + noise, tensor)
-        models["b"][name] = torch.where(first, tensor, tensor + noise)
-    place = toy.folder(tmp_path / "base", base)
-    paths = {n: toy.folder(tmp_path / n, t) for n, t in models.items()}
+def wrong(change: Callable[[Block], None], **line: Any) -> Method:
+    """The sum of deltas, with a fault."""
 
-    both = merged(method, paths, place, **parameters)
+    def faulty(scale: Scale = Scalar(1.0), weight: Weight = each(1.0)) -> Merge[None]:
+        """The sum of the deltas, and a fault."""
+        inner = plain(scale, weight)
 
-    for model, path in paths.items():
-        alone = merged(method, {model: path}, place, **parameters)
-        for name, tensor in base.items():
-            mine = models[model][name] != tensor
-            assert torch.equal(both[name][mine], alone[name][mine])
+        def combine(block: Block, state: None) -> None:
+            inner.combine(block, state)
+            change(block)
+
+        return Merge(combine)
+
+    return Method(faulty, "Faulty", "", **line)
 
 
-ONE = "model.layers.1.mlp.down_proj.weight"
+def at_least(block: Block, number: float) -> None:
+    block.out[: block.count] += np.float32(number)
 
 
-@pytest.mark.parametrize("key", ["density", "weight", "scale"])
-@each_variant
-def test_a_number_for_one_tensor_changes_that_tensor_only(
-    method: str, parameters: Any, key: str, family: Any, merged: Merged
-) -> None:
-    """A pattern that fits one tensor changes it and no other, where tensors do not compete."""
-    if key not in METHODS[method].parameters:
-        pytest.skip(f"has no {key}")
-    if parameters.get("zero_sign") == "majority":
-        pytest.skip("the majority sign is one number for all tensors")
-    if parameters.get("normalize") and "stats" in METHODS[method].parameters:
-        pytest.skip("the norm of the statistics is one number for all tensors")
-    if "scope" in METHODS[method].parameters:
-        parameters = {**parameters, "scope": "tensor"}
-    models = family("f32")
-    usual = parameters.get(key, METHODS[method].parameters[key].default)
-    mapping = {ONE: usual * 0.6, "*": usual}
-    if method == "linear":  # where all weights change alike an average stays
-        mapping, usual = {ONE: 3.0, "*": usual}, usual
-    last = list(models_for(method, models))[-1:] if METHODS[method].most else ["bob"]
-    own = {last[0]: {key: mapping}} if METHODS[method].parameters[key].per_model else {}
-    shared = {**parameters, key: usual if own else mapping}
-
-    plain = follow(method, models, merged, {**parameters, key: usual})
-    other = merged(method, models_for(method, models), base_for(method, models), own=own, **shared)
-
-    assert toy.same_bytes(plain, other) == [ONE]
+def by_start(block: Block) -> None:
+    if block.start:
+        block.out[: block.count] *= np.float32(2)
 
 
-@each_variant
-def test_a_shard_merged_alone_is_the_shard_of_the_whole(
-    method: str, parameters: Any, family: Any, tmp_path: Path, merged: Merged
-) -> None:
-    """Tensors may be merged in parts where they do not compete with one another."""
-    if parameters.get("zero_sign") == "majority":
-        pytest.skip("the majority sign is one number for all tensors")
-    if parameters.get("normalize") and "stats" in METHODS[method].parameters:
-        pytest.skip("the norm of the statistics is one number for all tensors")
-    if "scope" in METHODS[method].parameters:
-        parameters = {**parameters, "scope": "tensor"}
-    models = family("bf16", grid=True)
-    part = sorted(models.base)[::2]
-    places = {
-        name: toy.folder(tmp_path / name, {n: tensors[n] for n in part})
-        for name, tensors in {"base": models.base, **models.models}.items()
-    }
-    base = places.pop("base")
-    chosen = dict(list(places.items())[: METHODS[method].most])
-
-    whole = follow(method, models, merged, parameters)
-    alone = merged(method, chosen, base if METHODS[method].needs_base else None, **parameters)
-
-    assert toy.same_bytes(alone, {n: whole[n] for n in part}) == []
+def first_only(block: Block) -> None:
+    block.out[: block.count] = block.rows[0, : block.count]
 
 
-@each_variant
-def test_odd_tensors_survive_bit_for_bit(
-    method: str, parameters: Any, tmp_path: Path, merged: Merged
-) -> None:
-    """A model of nothing but a zero, a scalar, empty tensors, integers and booleans."""
-    base = {
-        "zero.weight": torch.zeros(4, 4),
-        "scalar": torch.tensor(0.25),
-        "empty.weight": torch.zeros(0, 7),
-        "none.weight": torch.zeros(3, 0, 2),
-        "ids": torch.tensor([2**53 + 1, -(2**63), 2**63 - 1]),
-        "flags": torch.tensor([True, False]),
-        "bytes": torch.arange(256).to(torch.uint8),
-    }
-    tuned = {**base, "zero.weight": torch.full((4, 4), 0.5), "scalar": torch.tensor(0.75)}
-    place = toy.folder(tmp_path / "base", base)
-    path = toy.folder(tmp_path / "tuned", tuned)
-    needs = METHODS[method].needs_base
-    neutral = NEUTRAL[method]
-    copies = {f"{i}": path for i in range(neutral.times)}
-
-    out = merged(method, copies, place if needs else None, **{**parameters, **neutral.parameters})
-
-    if METHODS[method].tensorwise:  # singular values are found in float32
-        torch.testing.assert_close(out.pop("zero.weight"), tuned.pop("zero.weight"))
-    assert toy.same_bytes(out, tuned) == []
+def largest(block: Block) -> None:
+    out = block.out[: block.count]
+    out[np.abs(out) < np.abs(out).max(initial=0)] = 0
 
 
-@each_variant
-def test_the_card_makes_the_same_tensors_again(
-    method: str, parameters: Any, family: Any, tmp_path: Path
-) -> None:
-    """``suture.json`` of an output is a recipe: followed, it gives the same bytes."""
-    models = family("bf16")
-    what = toy.recipe(method, models_for(method, models), base_for(method, models), **parameters)
-    first, report = toy.run(tmp_path / "first", what)
+def other_sign(block: Block) -> None:
+    block.out[: block.count] = np.where(block.out[: block.count] == 0, 1e-30, 0)
 
-    from suture.run import merge
 
-    again = merge(tmp_path / "first" / "suture.json", tmp_path / "again")
+def mean_twin(rows: Mapping[str, Mapping[str, Any]], scale: float, weight: float) -> dict[str, Any]:
+    names = next(iter(rows.values()))
+    return {n: np.mean([one[n] for one in rows.values()], axis=0) for n in names}
 
-    assert toy.same_bytes(first, toy.read(tmp_path / "again")) == []
-    assert again.fingerprint == report.fingerprint
+
+def unread(scale: Factor = 1.0) -> Merge[None]:
+    """The sum of the deltas; its parameter does nothing."""
+    return plain()
+
+
+def seeded(seed: Seed = 0) -> Merge[None]:
+    """The sum of the deltas; it draws nothing."""
+    return plain()
+
+
+def told_nothing() -> Merge[None]:
+    return plain()
+
+
+def average() -> Merge[None]:
+    """The mean of the deltas, which is not said."""
+
+    def combine(block: Block, state: None) -> None:
+        block.out[: block.count] = block.rows[:, : block.count].mean(axis=0)
+
+    return Merge(combine)
+
+
+def order(weight: PerModel = each(1.0)) -> Merge[None]:
+    """The first model; which that is depends on the order, and a base is not asked for."""
+
+    def combine(block: Block, state: None) -> None:
+        block.out[: block.count] = block.rows[0, : block.count]
+
+    return Merge(combine, how=WEIGHT)
+
+
+def counted() -> Merge[list[int]]:
+    """The sum of the deltas and how often it was called, which depends on threads and blocks."""
+
+    def prepare(context: Context) -> list[int]:
+        return [0]
+
+    def combine(block: Block, state: list[int]) -> None:
+        state[0] += 1
+        block.out[: block.count] = block.rows[:, : block.count].sum(axis=0) * (state[0] % 7 + 1)
+
+    return Merge(combine, prepare)
+
+
+BROKEN: dict[str, tuple[Method, str, str]] = {
+    "a constant": (wrong(lambda b: at_least(b, 0.25)), "zero vectors give the base",
+                   r"models like the base, f32: \S+ is 0\.\d+, expected .*; 1 of 1 entries; 21 tensors"),
+    "not neutral": (wrong(lambda b: at_least(b, 0.25)), "one model alone comes back",
+                    r"one model alone, f32: .*expected"),
+    "blocks": (wrong(by_start), "tiny blocks change no byte", "blocks of 8: "),
+    "calls": (Method(counted, "Counted", ""), "threads blocks and shards change no byte",
+              "2 threads, blocks of 4096, shards of 1MB: "),
+    "one model": (wrong(first_only), "disjoint changes do not touch each other",
+                  "beside another model, b's entries"),
+    "an average": (Method(average, "Average", ""), "disjoint changes do not touch each other",
+                   "averages=True or mixes=True"),
+    "an order": (Method(order, "Order", "", ordered=True, needs_base=False, example=Example()),
+                 "a number for one tensor changes that tensor only", r"weight: .*changes \[\]"),
+    "signs of zeros": (wrong(other_sign), "negative zeros stay", r"w\[\d\] is .*, expected"),
+    "no docstring": (Method(told_nothing, "Nothing", ""), "it says what it does", "no docstring"),
+    "no title": (Method(average, "", ""), "it says what it does", "it has no title"),
+    "a seed that is not said": (Method(seeded, "Seeded", ""), "it says what it does",
+                                "random=False, but it has a seed"),
+    "a seed that does nothing": (Method(seeded, "Seeded", "", random=True), "the seed decides",
+                                 "another seed draws the same for"),
+    "another twin": (replace(wrong(lambda b: None), example=Example(twin=mean_twin)),
+                     "it is its twin", r"its twin, f32: .*expected"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("what", BROKEN)
+def test_a_broken_law_is_told(what: str, lab: Lab) -> None:
+    """Which law, with which parameters, which entry, what came and what was expected."""
+    line, law, text = BROKEN[what]
+    for name, case in cases(line, lab):
+        if name == law:
+            with pytest.raises(AssertionError) as caught:
+                hold(law, case)
+            said = str(caught.value)
+            assert said.startswith(f"{line.name}(")
+            assert law in said
+            assert re.search(text, said), said
+
+
+def test_inputs_and_parts_are_watched(lab: Lab, tmp_path: Path) -> None:
+    """A method that writes beside its inputs, or whose tensors decide about each other, is told."""
+    family = lab.family("bf16", grid=True)
+
+    def touching() -> Merge[Any]:
+        """The sum of the deltas; it leaves a file beside an input."""
+
+        def prepare(context: Context) -> Any:
+            (Path(context.sources.models[0].path) / "left").write_text("here")
+            return None
+
+        return replace(plain(), prepare=prepare)
+
+    def competing() -> Merge[Any]:
+        """The sum of the deltas times the number of tensors."""
+        inner = plain()
+
+        def combine(block: Block, state: Any) -> None:
+            inner.combine(block, None)
+            block.out[: block.count] *= np.float32(state)
+
+        return Merge(combine, lambda context: len(context.names))
+
+    own = Lab(tmp_path)
+    for make, law, text in (
+        (touching, "inputs are left alone", "the files of an input were changed"),
+        (competing, "a shard merged alone is the shard of the whole", "half of the tensors: "),
+    ):
+        line = Method(make, "Faulty", "")
+        with pytest.raises(AssertionError, match=text):
+            hold(law, next(c for n, c in cases(line, own) if n == law))
+    assert family.names
+
+
+def test_all_broken_laws_are_told_at_once(tmp_path: Path) -> None:
+    """A line for each; what is refused is a broken law, too."""
+    with pytest.raises(AssertionError) as caught:
+        check_method(wrong(lambda b: at_least(b, 0.25)), tmp_path)
+    lines = str(caught.value).splitlines()
+    assert len(lines) >= 4
+    assert all(line.startswith("faulty(") for line in lines)
+    bad = replace(METHODS["ties"], example=Example({"density": 2.0}))
+    with (
+        pytest.raises(AssertionError, match="one model alone comes back: it is refused: .*density"),
+    ):
+        hold_all(bad, tmp_path / "other")
+
+
+def hold_all(line: Method, where: Path) -> None:
+    named = replace(line, called="tied")
+    check_method(named, where)
+
+
+def test_what_is_no_method_or_has_a_name_that_is_taken_is_refused() -> None:
+    """``check_method`` takes a line; Suture's own names stay Suture's."""
+    with pytest.raises(TypeError, match=r"takes a suture.merges.Method, not <function"):
+        check_method(plain)  # type: ignore[arg-type]
+    with pytest.raises(AssertionError, match="Suture has a merge method of this name"):
+        check_method(Method(plain, "Plain", "", called="ties"))
+
+
+def test_numbers_are_written_as_they_are_read(tmp_path: Path) -> None:
+    """The laws' own reader and writer agree with safetensors, in every dtype."""
+    import torch
+    from safetensors.torch import load_file
+
+    values = np.random.default_rng(0).standard_normal((5, 7))
+    made = {d: cells(values, d) for d in ("F64", "F32", "F16", "BF16")} | {
+        "I64": cells(np.arange(4), "I64"), "BOOL": cells(np.array([True, False]), "BOOL"),
+        "none": cells(np.zeros((0, 3)), "F32"), "scalar": cells(np.array(2.0), "BF16"),
+    }  # fmt: skip
+    folder = write(tmp_path / "one", made, shards=3)
+
+    assert read(folder) == made
+    theirs = {n: t for f in folder.glob("*.safetensors") for n, t in load_file(f).items()}
+    assert theirs.keys() == made.keys()
+    for name, tensor in theirs.items():
+        assert tuple(tensor.shape) == made[name].shape
+        assert np.array_equal(tensor.double().numpy(), made[name].numbers)
+    bf16 = torch.from_numpy(values).float().to(torch.bfloat16)
+    assert torch.equal(theirs["BF16"], bf16)
+    assert set(LAWS)
