@@ -156,7 +156,7 @@ def generated(what: str) -> str:
         rows = [f"| `{p.name}` | `{p.method}` | {p.source} |" for p in PRESETS.values()]
         return "\n".join(["| preset | method | source |", "|---|---|---|", *rows]) + "\n"
     rows = []
-    for name, m in METHODS.items():
+    for name, m in METHODS.own.items():
         base = "yes" if m.needs_base else "if given" if m.optional_base else "no"
         number = f"{m.least}" if m.most == m.least else f"{m.least} or more"
         needed: dict[str, dict[str, str]] = {n: {} for n, p in m.parameters.items() if p.required}

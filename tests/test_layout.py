@@ -25,7 +25,7 @@ ORDER = [
     "card", "models", "data", "images", "persample", "snapshot", "mover", "probe", "tune", "evals", "measure",
     "learned", "diagnose", "report", "page", "outputs",
     "parts", "planning", "record", "telling", "run", "testing", "trial", "patching", "lowrank", "finetune", "tasks",
-    "arithmetic", "regions", "analyze", "suites", "realign", "policy", "workshop", "demo_tasks", "demo_edits",
+    "arithmetic", "regions", "analyze", "suites", "realign", "plugins", "policy", "workshop", "demo_tasks", "demo_edits",
     "demo_rows", "demo_safety", "demo", "demo_run", "bench", "audit", "terminal", "cli", "__main__",
 ]  # fmt: skip
 """The way of a tensor, top to bottom."""

@@ -426,7 +426,9 @@ def test_a_tensor_of_two_pieces_is_one_tensor(tmp_path: Path, merged: Merged) ->
 
 def test_every_method_has_a_twin() -> None:
     """A new method needs its paper's algorithm in plain loops."""
-    assert TWINS.keys() == suture.METHODS.keys()
+    own = {name for name, line in suture.METHODS.own.items() if line.example.twin is not None}
+    assert TWINS.keys() | own == suture.METHODS.own.keys()
+    assert not TWINS.keys() & own
 
 
 @pytest.mark.parametrize("flavour", ["f32", "mixed"])

@@ -24,7 +24,7 @@ KINDS = {
 """Where the table of each kind is."""
 KindOrName = Annotated[
     str | None,
-    typer.Argument(metavar="[kind]", help=f"{', '.join(KINDS)}; by default merge. Or a name."),
+    typer.Argument(metavar="kind", help=f"{', '.join(KINDS)}; by default merge. Or a name."),
 ]
 
 

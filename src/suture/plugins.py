@@ -1,0 +1,69 @@
+"""What methods of other packages are made of, in one place that stays: see docs/plugins.md.
+
+Names that need torch are loaded when they are first used.
+"""
+
+from __future__ import annotations
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+from suture.importance import Look, Rule
+from suture.merges.base import (
+    EITHER,
+    Beside,
+    Context,
+    Density,
+    Example,
+    Merge,
+    Method,
+    Scale,
+    Scope,
+    Seed,
+    Weight,
+)
+from suture.schema.parameters import Choice, Files, Meaning, ModelName, Number, Text, Words
+from suture.schema.values import PerModel, Scalar, each
+from suture.stream import DELTA, WEIGHT, Block
+
+if TYPE_CHECKING:
+    from suture.evals.kinds import Column, Kind, Models, Prepare, Run, Score, Template
+    from suture.evals.kinds import Job as EvalJob
+    from suture.finetune.base import Job as TrainJob
+    from suture.finetune.base import Strategy, Tuned
+    from suture.mover import Mover
+    from suture.realign.base import Job as RealignJob
+    from suture.realign.base import Realigned, Realigner
+
+_HOMES = {
+    "Column": ("evals.kinds", "Column"),
+    "EvalJob": ("evals.kinds", "Job"),
+    "Kind": ("evals.kinds", "Kind"),
+    "Models": ("evals.kinds", "Models"),
+    "Mover": ("mover", "Mover"),
+    "Prepare": ("evals.kinds", "Prepare"),
+    "RealignJob": ("realign.base", "Job"),
+    "Realigned": ("realign.base", "Realigned"),
+    "Realigner": ("realign.base", "Realigner"),
+    "Run": ("evals.kinds", "Run"),
+    "Score": ("evals.kinds", "Score"),
+    "Strategy": ("finetune.base", "Strategy"),
+    "Template": ("evals.kinds", "Template"),
+    "TrainJob": ("finetune.base", "Job"),
+    "Tuned": ("finetune.base", "Tuned"),
+}
+
+__all__ = [
+    "DELTA", "EITHER", "WEIGHT", "Beside", "Block", "Choice", "Column", "Context", "Density",
+    "EvalJob", "Example", "Files", "Kind", "Look", "Meaning", "Merge", "Method", "ModelName",
+    "Models", "Mover", "Number", "PerModel", "Prepare", "RealignJob", "Realigned", "Realigner",
+    "Rule", "Run", "Scalar", "Scale", "Scope", "Score", "Seed", "Strategy", "Template", "Text",
+    "TrainJob", "Tuned", "Weight", "Words", "each",
+]  # fmt: skip
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOMES:
+        raise AttributeError(f"module 'suture.plugins' has no attribute {name!r}")
+    module, of = _HOMES[name]
+    return getattr(import_module(f"suture.{module}"), of)
