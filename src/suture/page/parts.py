@@ -138,9 +138,19 @@ def layer_labels(keys: Iterable[str]) -> dict[str, str]:
     return labels
 
 
+def in_order(labels: Iterable[str]) -> list[str]:
+    """Labels of layers, each once, by stack and number; what stands in no layer comes last."""
+
+    def place(label: str) -> tuple[bool, str, int]:
+        stack, _, digits = label.rpartition(" ")
+        return label == OUTSIDE, stack, int(digits) if digits.isdecimal() else -1
+
+    return sorted(dict.fromkeys(labels), key=place)
+
+
 def layer_words(labels: Sequence[str]) -> str:
-    """``layers 3 to 5 and weights outside of layers``."""
-    numbers = [label for label in labels if label != OUTSIDE]
+    """``layers 3 to 5 and weights outside of layers``, in order of number."""
+    numbers = [label for label in in_order(labels) if label != OUTSIDE]
     word = "layer" if len(numbers) == 1 else "layers"
     ranges: list[list[str]] = []
     for label in numbers:
