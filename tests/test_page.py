@@ -6,6 +6,7 @@ import base64
 import hashlib
 import json
 import re
+import shlex
 import sys
 from collections.abc import Iterator
 from dataclasses import replace
@@ -741,7 +742,7 @@ def test_a_gate_shows_safety_against_utility(tmp_path: Path) -> None:
     assert not told["notes"]
     text = (tmp_path / "page.html").read_text(encoding="utf-8")
     lines_of(
-        text, "Of 3 edits of the suite safety, 1 keep all rules: kept.", "kept keeps every rule.",
+        text, "Of 3 edits of the suite safety, 1 keeps all rules: kept.", "kept keeps every rule.",
         "worse breaks refusal &gt;= policy - 0.3.", "What became of the rules", "BROKEN",
         "Every number with its interval",
     )  # fmt: skip
@@ -1072,7 +1073,12 @@ def words_of(page: Path) -> str:
 def missing_in(folder: Path, page: Path) -> list[str]:
     """The points of the section that says what is missing; none where there is no such section."""
     write_page(folder, page, overwrite=True)
-    return [p for s in sections_of(gather(folder)) if s.anchor == "missing" for p in s.points]
+    return [p for p, _ in steps_in(folder)]
+
+
+def steps_in(folder: Path) -> list[tuple[str, str]]:
+    """What is missing, and the command of each."""
+    return [p for s in sections_of(gather(folder)) if s.anchor == "missing" for p in s.steps]
 
 
 def tuned(name: str, before: float = 0.5, after: float = 0.8, print_: str = "") -> dict[str, Any]:
@@ -1125,7 +1131,7 @@ def test_the_names_of_working_folders_are_those_of_the_commands(tmp_path: Path) 
 
     assert [one.where for one in found] == ["out"] * 4
     assert {one.command for one in found} == {
-        "suture merge or suture patch", "suture analyze", "suture finetune", "suture localize",
+        f"suture {word} RECIPE.yaml -o out" for word in ("merge", "analyze", "finetune", "localize")
     }  # fmt: skip
     source = (Path(suture.__file__).parent / "realign" / "run.py").read_text(encoding="utf-8")
     assert 'f".{out.name}.realign"' in source
@@ -1140,9 +1146,10 @@ def test_a_run_that_was_killed_is_named_with_its_command(ending: str, tmp_path: 
 
     command, then = WORKING[ending]
     assert points == [
-        f"Not finished: deep/{name} ({command}), interrupted or still running; the same command "
-        f"{then}."
+        f"Not finished: deep/{name} (interrupted, or still running); the same command {then}."
     ]
+    typed = steps_in(tmp_path / "in")[0][1]
+    assert shlex.split(typed) == [*command.split(), "RECIPE.yaml", "-o", f"deep/{name}"]
     text = (tmp_path / "page.html").read_text(encoding="utf-8")
     assert "What is missing</h2>" in text
     assert "Nothing is finished in this folder yet." in text
@@ -1165,9 +1172,7 @@ def test_what_a_killed_command_leaves_is_found_and_the_same_command_ends_it(tmp_
     merge(recipe, out)
     then = missing_in(tmp_path / "work", tmp_path / "page.html")
 
-    assert [p.split(",")[0] for p in first] == [
-        "Not finished: merged (suture merge or suture patch)"
-    ]
+    assert [p.split(" (")[0] for p in first] == ["Not finished: merged"]
     assert not [p for p in then if p.startswith("Not finished")]
 
 
@@ -1191,12 +1196,13 @@ def test_half_written_files_and_loose_cells_are_named(tmp_path: Path) -> None:
     points = missing_in(where, tmp_path / "page.html")
 
     assert points == [
-        "Not finished: audited (suture audit or suture bench), interrupted or still running; the "
-        "same command goes on.",
-        "Not finished: base.safety.json, interrupted or still running; the same command writes it "
+        "Not finished: audited (interrupted, or still running); the same command (an audit or a "
+        "benchmark) goes on.",
+        "Not finished: base.safety.json (interrupted, or still running); the same command writes it "
         "anew.",
-        "Not finished: benched/results.json; the same suture bench goes on.",
+        "Not finished: benched/results.json; the same command goes on.",
     ]
+    assert steps_in(where)[-1][1] == "suture bench RECIPE.yaml -o benched"
 
 
 def test_hidden_folders_of_others_and_links_are_no_runs(tmp_path: Path) -> None:
@@ -1215,7 +1221,7 @@ def test_models_that_were_never_asked_are_named(tmp_path: Path) -> None:
     where = tmp_path / "in"
     for name in ("ada", "bob"):
         put(where / f"experts/{name}/suture.json", tuned(name))
-    lone = missing_in(where, tmp_path / "page.html")
+    lone = steps_in(where)
     put(where / "merges/ties/suture.json", made("ties", ada="print-ada", bob="print-bob"))
     merged = missing_in(where, tmp_path / "page.html")
     put(where / "back/suture.json", realigned("somf", 3.0, 0.5) | {
@@ -1225,14 +1231,11 @@ def test_models_that_were_never_asked_are_named(tmp_path: Path) -> None:
     (where / "back.json").write_text(result.to_json())
 
     assert lone == [
-        "Fine-tuned models that were never evaluated: experts/ada, experts/bob; suture eval "
-        "experts/ada --suite SUITE.yaml -o results asks the first."
-    ]
-    assert merged == [
-        "Merges that were never evaluated: merges/ties; suture eval merges/ties --suite SUITE.yaml "
-        "-o results asks the first."
-    ]
-    assert [p.split(";")[0] for p in back] == ["Realigned models that were never evaluated: back"]
+        ("Fine-tuned models that were never evaluated: experts/ada, experts/bob.",
+         "suture eval experts/ada experts/bob --suite SUITE.yaml -o results")
+    ]  # fmt: skip
+    assert merged == ["Merges that were never evaluated: merges/ties."]
+    assert back == ["Realigned models that were never evaluated: back."]
     assert missing_in(where, tmp_path / "page.html") == []
     assert "What is missing" not in (tmp_path / "page.html").read_text(encoding="utf-8")
 
@@ -1254,26 +1257,29 @@ def test_results_that_were_never_compared_are_named(tmp_path: Path) -> None:
     half = missing_in(where, tmp_path / "page.html")
 
     assert before == [
-        "Results of the suite safety that were never compared: 0.json, 1.json, 2.json; suture "
-        "compare BASE.json EXPERT.json EDIT.json --gate GATE.yaml --json > comparison.json does it."
+        "Results of the suite safety that were never compared: 0.json, 1.json, 2.json."
     ]
     assert "that were never compared: 0.json" in text
     assert after == []
     assert [p.split(";")[0] for p in half] == [
         "Not finished: cut.json, 2 of 2 evaluations are missing (refusal, skill)",
-        "Results of the suite safety that were never compared: cut.json",
+        "Results of the suite safety that were never compared: cut.json.",
     ]
 
 
-def test_the_advice_about_results_is_a_command_that_works(tmp_path: Path) -> None:
+def test_the_advice_about_results_is_a_command_that_works(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """`suture compare ... --json > comparison.json` beside the results: nothing is missing then."""
     for name, refused in (("base", 0.0), ("policy", 1.0), ("edit", 0.9)):
         (tmp_path / f"{name}.json").write_text(asked(name, refused, 0.5).to_json())
     (tmp_path / "gate.yaml").write_text("rules: [refusal.refused >= 0.2]\n")
-    assert len(missing_in(tmp_path, tmp_path / "page.html")) == 1
-    said = invoke("compare", *(tmp_path / f"{n}.json" for n in ("base", "policy", "edit")),
-                  "--gate", tmp_path / "gate.yaml", "--json")  # fmt: skip
-    (tmp_path / "comparison.json").write_text(said.out)
+    monkeypatch.chdir(tmp_path)
+    [(_, typed)] = steps_in(tmp_path)
+    for word, name in (("BASE", "base"), ("EXPERT", "policy"), ("EDIT", "edit"), ("GATE", "gate")):
+        typed = typed.replace(word, name)
+    words, _, file = typed.removeprefix("suture ").partition(" > ")
+    (tmp_path / file).write_text(invoke(*words.split()).out)
     assert missing_in(tmp_path, tmp_path / "page.html") == []
 
 

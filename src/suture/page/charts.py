@@ -253,7 +253,7 @@ def intervals(
             alt.Tooltip("n:Q", title="rows"),
         ],
     )
-    wide = alt.Scale(zero=False, nice=True)
+    wide = alt.Scale(zero=False, nice=False, padding=8)  # a mark at an end keeps off the names
     lines = base.mark_rule(strokeWidth=2).encode(
         x=alt.X("low:Q", title=value, scale=wide), x2=alt.X2("high:Q")
     )
@@ -270,6 +270,8 @@ def lines(
     """Measured points joined by lines, with intervals where there are some."""
     scale = alt.Scale(type="log") if logarithmic else alt.Scale(zero=False, nice=False)
     axis = alt.Axis(format="~g") if logarithmic else alt.Axis()
+    if not logarithmic and all(float(row["x"]).is_integer() for row in rows):
+        axis = alt.Axis(tickMinStep=1)  # no steps between the first and the second
     series = alt.Scale(domain=list(names))
     legend = alt.Legend(orient="top", columns=3, labelLimit=120)
     picked = alt.selection_point(fields=["name"], bind="legend")
@@ -371,7 +373,7 @@ def pareto(
     for title, word in zip((x, y), better, strict=True):
         back = word == "lower"
         sides.append(f"{title} (less is better)" if back else title)
-        runs.append(alt.Scale(zero=False, nice=True, padding=12, reverse=back))
+        runs.append(alt.Scale(zero=False, nice=False, padding=12, reverse=back))
     across, up = (
         alt.X("x:Q", title=sides[0], scale=runs[0]),
         alt.Y("y:Q", title=sides[1], scale=runs[1]),

@@ -6,6 +6,7 @@ Everything is read out of the folder itself; whatever made it is not known here.
 from __future__ import annotations
 
 import os
+import shlex
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,16 +23,20 @@ WORKING: Mapping[str, tuple[str, str]] = {
     ".finetune": ("suture finetune", "goes on"),
     ".realign": ("suture realign", "goes on"),
     ".analysis": ("suture analyze", "begins anew"),
-    ".suture": ("suture merge or suture patch", "goes on"),
+    ".suture": ("suture merge", "goes on"),
 }
 """How the folder ends in which a command prepares ``NAME``, after ``.NAME``: the command, and what
-the same command does with what a run that was killed has left there."""
+the same command does with what a run that was killed has left there. Patches are applied in the
+folder of merges."""
+Step = tuple[str, str]
+"""A sentence, and the command that it is about."""
 PARTIAL = (".partial", ".part")
 """How a file ends that was being written, after ``.NAME``."""
 CELLS = "cells"
 """The folder in which audits and benchmarks keep each number."""
 MADE = {"finetune": "Fine-tuned models", "merge": "Merges", "realign": "Realigned models"}
 """Records of models that can be asked something, and what to call them."""
+HERE = "this folder"
 MOST = 12
 """Names in a sentence at most."""
 
@@ -43,7 +48,7 @@ class Unfinished:
     where: str
     """Its output, below the folder."""
     command: str
-    """What makes it; nothing where that cannot be told."""
+    """The command that makes it, to be typed in the folder; nothing where that cannot be told."""
     then: str
     """What the same command does."""
     older: bool
@@ -75,7 +80,9 @@ def _working(folder: Path, place: Path, name: str) -> Iterator[Unfinished]:
     for end, (command, then) in WORKING.items():
         out = name.removeprefix(".").removesuffix(end)
         if name == f".{out}{end}" and out:
-            yield Unfinished(_below(folder, place / out), command, then, (place / out).exists())
+            where = _below(folder, place / out)
+            typed = f"{command} RECIPE.yaml -o {shlex.quote(where)}"
+            yield Unfinished(where, typed, then, (place / out).exists())
             return
 
 
@@ -93,8 +100,8 @@ def _cells(folder: Path, place: Path) -> Iterator[Unfinished]:
     except OSError:
         return
     if held:
-        where = "this folder" if place == folder else _below(folder, place)
-        yield Unfinished(where, "suture audit or suture bench", "goes on", older=False)
+        where = HERE if place == folder else _below(folder, place)
+        yield Unfinished(where, "", "(an audit or a benchmark) goes on", older=False)
 
 
 # -- in words --------------------------------------------------------------------------------------
@@ -102,43 +109,51 @@ def _cells(folder: Path, place: Path) -> Iterator[Unfinished]:
 
 def missing(found: Found) -> list[Section]:
     """The section that says what is missing and how to go on; none where nothing is."""
-    points = [
+    steps = [
         *map(_stopped, found.unfinished),
         *_half_asked(found),
         *_half_measured(found),
         *_never_asked(found),
         *_never_compared(found),
     ]
-    lead = "What this folder would need to be whole, and the command with which to go on."
-    return [Section("missing", "What is missing", lead, points=tuple(points))] if points else []
+    lead = (
+        "What this folder would need to be whole, and how to go on. Commands are to be typed in "
+        "the folder itself; words in capitals stand for names of your own."
+    )
+    return [Section("missing", "What is missing", lead, steps=tuple(steps))] if steps else []
 
 
-def _stopped(one: Unfinished) -> str:
-    by = f" ({one.command})" if one.command else ""
+def _stopped(one: Unfinished) -> Step:
     older = " An older one stands in its place." if one.older else ""
     return (
-        f"Not finished: {one.where}{by}, interrupted or still running; the same command "
-        f"{one.then}.{older}"
+        f"Not finished: {one.where} (interrupted, or still running); the same command "
+        f"{one.then}.{older}",
+        one.command,
     )
 
 
-def _half_asked(found: Found) -> Iterator[str]:
+def _half_asked(found: Found) -> Iterator[Step]:
     for where, result in found.suites:
         left = [name for name in result.expected if name not in result.evaluations]
         if left:
             yield (
                 f"Not finished: {where}, {len(left)} of {len(result.expected)} evaluations are "
-                f"missing ({listed(left, MOST)}); the same suture eval goes on."
+                f"missing ({listed(left, MOST)}); the same command goes on.",
+                f"suture eval MODEL --suite SUITE.yaml -o {shlex.quote(where)}",
             )
 
 
-def _half_measured(found: Found) -> Iterator[str]:
+def _half_measured(found: Found) -> Iterator[Step]:
     for where, raw in found.benchmarks:
         if raw.get("complete") is False:
-            yield f"Not finished: {where}; the same suture bench goes on."
+            out = shlex.quote(where.rpartition("/")[0] or ".")
+            yield (
+                f"Not finished: {where}; the same command goes on.",
+                f"suture bench RECIPE.yaml -o {out}",
+            )
 
 
-def _never_asked(found: Found) -> Iterator[str]:
+def _never_asked(found: Found) -> Iterator[Step]:
     """Models without a result; what went into another model of the folder counts by that one."""
     prints, names = _asked(found)
     used = _used(found)
@@ -151,12 +166,12 @@ def _never_asked(found: Found) -> Iterator[str]:
             mark = _fingerprint(raw.get("output"))
             known = mark in prints or (folder.rpartition("/")[2] or found.name) in names
             if raw.get("kind", kind) == kind and not known and (mark is None or mark not in used):
-                left.append(folder or "this folder")
+                left.append(folder or HERE)
         if left:
-            model = "." if left[0] == "this folder" else left[0]
+            models = " ".join(shlex.quote("." if f == HERE else f) for f in left)
             yield (
-                f"{MADE[kind]} that were never evaluated: {listed(left, MOST)}; "
-                f"suture eval {model} --suite SUITE.yaml -o results asks the first."
+                f"{MADE[kind]} that were never evaluated: {listed(left, MOST)}.",
+                f"suture eval {models} --suite SUITE.yaml -o results",
             )
 
 
@@ -191,7 +206,7 @@ def _fingerprint(raw: Any) -> str | None:
     return mark if isinstance(mark, str) else None
 
 
-def _never_compared(found: Found) -> Iterator[str]:
+def _never_compared(found: Found) -> Iterator[Step]:
     """Results of one suite, of several models, that stand in no comparison of it."""
     suites: dict[tuple[str, str], list[tuple[str, str]]] = {}
     for where, result in found.suites:
@@ -207,9 +222,9 @@ def _never_compared(found: Found) -> Iterator[str]:
         left = [where for where, model in results if not known & _labels(where, model)]
         if left and len(results) > 1:
             yield (
-                f"Results of the suite {suite} that were never compared: {listed(left, MOST)}; "
-                "suture compare BASE.json EXPERT.json EDIT.json --gate GATE.yaml --json > "
-                "comparison.json does it."
+                f"Results of the suite {suite} that were never compared: {listed(left, MOST)}.",
+                "suture compare BASE.json EXPERT.json EDIT.json --gate GATE.yaml --json "
+                "> comparison.json",
             )
 
 
@@ -221,7 +236,7 @@ def _labels(where: str, model: str) -> set[str]:
 
 def summary(sections: Sequence[Section]) -> list[str]:
     """What stands at the head of a page of which something is missing."""
-    count = sum(len(s.points) for s in sections)
+    count = sum(len(s.steps) for s in sections)
     if not count:
         return []
     things = "1 thing is" if count == 1 else f"{count} things are"

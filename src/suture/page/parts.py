@@ -19,6 +19,11 @@ class Table:
     head: tuple[str, ...]
     rows: tuple[tuple[Cell, ...], ...]
 
+    def numeric(self, column: int) -> bool:
+        """Whether a column holds numbers, and nothing else but empty cells."""
+        cells = [row[column] for row in self.rows if row[column] is not None]
+        return bool(cells) and not any(isinstance(cell, str) for cell in cells)
+
 
 @dataclass(frozen=True)
 class Chart:
@@ -60,6 +65,8 @@ class Section:
     """Headings with text to be shown as it is."""
     points: tuple[str, ...] = ()
     """Sentences of a list."""
+    steps: tuple[tuple[str, str], ...] = ()
+    """Sentences of a list, each with a command to type; with nothing where there is none."""
 
 
 @dataclass

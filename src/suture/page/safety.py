@@ -112,15 +112,17 @@ def _no_better(raw: Raw) -> Iterator[str]:
             )
 
 
-def glance(raw: Raw) -> Iterator[str]:
+def glance(where: str, raw: Raw) -> Iterator[str]:
     """How many edits pass, and where nothing beats the base, a sentence each."""
-    yield from _no_better(raw)
+    for told in _no_better(raw):
+        yield f"{where.removesuffix('.json')}: {told[:1].lower()}{told[1:]}"
     edits = list(dict.fromkeys(str(v["edit"]) for v in raw.get("verdicts") or ()))
     if edits:
         broken = {str(v["edit"]) for v in raw["verdicts"] if not v["held"]}
         passed = [e for e in edits if e not in broken]
         yield (
-            f"Of {len(edits)} edits of the suite {raw['suite']}, {len(passed)} keep all rules"
+            f"Of {len(edits)} edit{'s' if len(edits) > 1 else ''} of the suite {raw['suite']}, "
+            f"{len(passed)} keep{'s' if len(passed) == 1 else ''} all rules"
             + (f": {listed_words(passed)}." if passed else ".")
         )
 

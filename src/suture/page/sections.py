@@ -57,7 +57,7 @@ def sections_of(found: Found) -> list[Section]:
         notes += [f"{where}: {note}" for note in report.notes]
     if notes:
         made.append(Section("notes", "Notes", points=tuple(notes)))
-    filled = [s for s in made if s.figures or s.tables or s.points or s.listings]
+    filled = [s for s in made if s.figures or s.tables or s.points or s.steps or s.listings]
     return _distinct(filled)
 
 
@@ -118,7 +118,7 @@ def _glance(found: Found, builder: Callable[[str], Builder]) -> Iterator[str]:
     for where, raw in found.audits:
         yield from builder(where).attempt("the summary", partial(audits.glance, where, raw))
     for where, raw in found.comparisons:
-        yield from builder(where).attempt("the summary", partial(safety.glance, raw))
+        yield from builder(where).attempt("the summary", partial(safety.glance, where, raw))
     told = partial(safety.told, found.realignments)
     yield from builder("realignments").attempt("the summary", told)
     for where, raw in found.analyses:
