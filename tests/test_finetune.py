@@ -312,11 +312,11 @@ def test_who_finds_a_run_going_on_leaves_its_folder_alone(tmp_path: Path) -> Non
     """A second command that is turned away does not sweep away the first one's lock and key, with
     which it is gone on from when it is killed."""
     work = tmp_path / ".out.suture"
-    with training_space(tmp_path / "out", {}, Options()):
+    with training_space(tmp_path / "out", "finetune", {}, Options()):
         held = {p.name for p in work.iterdir()}
         with (
             pytest.raises(OutputError, match="another process"),
-            training_space(tmp_path / "out", {}, Options()),
+            training_space(tmp_path / "out", "finetune", {}, Options()),
         ):
             pass
         assert {p.name for p in work.iterdir()} == held == {"lock", "key"}

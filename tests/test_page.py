@@ -21,7 +21,6 @@ import pytest
 import vl_convert
 from PIL import Image
 
-import suture
 import toy
 from browser import browser, look, needs_browser
 from making import invoke, lines_of
@@ -40,7 +39,7 @@ from suture.errors import MissingExtraError, OutputError, RecipeError
 from suture.evals.base import EvalResult, Metric
 from suture.evals.results import Evaluation, Scores, SuiteResult
 from suture.page import Mark, charts, draw, gather, of_benchmark, write_page
-from suture.page.missing import WORKING, unfinished
+from suture.page.missing import WORKING
 from suture.page.parts import in_order, layer_labels, number, percent
 from suture.page.sections import sections_of
 from suture.page.theme import themed, themes
@@ -48,6 +47,7 @@ from suture.page.tradeoff import pareto, unbeaten
 from suture.report import Entry, Report, Task
 from suture.run import merge
 from suture.suites.comparison import Comparison, compare
+from suture.workspace import workspace
 from suture.writer import staging_of
 
 HOSTILE = "</script><img src=x onerror=alert(1)>\"'&{{7*7}}\u2028<!--"
@@ -1115,41 +1115,24 @@ def put(where: Path, raw: dict[str, Any]) -> None:
     where.write_text(json.dumps(raw))
 
 
-def test_the_names_of_working_folders_are_those_of_the_commands(tmp_path: Path) -> None:
-    """Each command prepares its output where the page looks for what a killed run left."""
-    from suture import writer
-    from suture.analyze import plan as analyze
-    from suture.finetune import work as finetune
-    from suture.regions import plan as regions
-
-    out = tmp_path / "out"
-    places = [writer.staging_of(out), analyze.staging_of(out), finetune.work_of(out),
-              regions.staging_of(out)]  # fmt: skip
-    for place in places:
-        place.mkdir()
-    found = unfinished(tmp_path)
-
-    assert [one.where for one in found] == ["out"] * 4
-    assert {one.command for one in found} == {
-        f"suture {word} RECIPE.yaml -o out" for word in ("merge", "analyze", "finetune", "localize")
-    }  # fmt: skip
-    source = (Path(suture.__file__).parent / "realign" / "run.py").read_text(encoding="utf-8")
-    assert 'f".{out.name}.realign"' in source
-
-
-@pytest.mark.parametrize("ending", WORKING)
-def test_a_run_that_was_killed_is_named_with_its_command(ending: str, tmp_path: Path) -> None:
+@pytest.mark.parametrize("command", WORKING)
+def test_a_run_that_was_killed_is_named_with_its_command(command: str, tmp_path: Path) -> None:
     """A page of nothing but a working folder; names are escaped; the output's own name is shown."""
     name = HOSTILE.replace("/", "").replace("\u2028", "")
-    (tmp_path / "in" / "deep" / f".{name}{ending}").mkdir(parents=True)
+    with (
+        pytest.raises(KeyboardInterrupt),
+        workspace(tmp_path / "in" / "deep" / name, command, {}) as space,
+    ):
+        (space.folder / "train").write_text("kept")
+        raise KeyboardInterrupt
     points = missing_in(tmp_path / "in", tmp_path / "page.html")
 
-    command, then = WORKING[ending]
     assert points == [
-        f"Not finished: deep/{name} (interrupted, or still running); the same command {then}."
+        f"Not finished: deep/{name} (interrupted, or still running); the same command {WORKING[command]}."
     ]
     typed = steps_in(tmp_path / "in")[0][1]
-    assert shlex.split(typed) == [*command.split(), "RECIPE.yaml", "-o", f"deep/{name}"]
+    given = ["BASE", "TUNED"] if command == "extract-lora" else ["RECIPE.yaml"]
+    assert shlex.split(typed) == ["suture", command, *given, "-o", f"deep/{name}"]
     text = (tmp_path / "page.html").read_text(encoding="utf-8")
     assert "What is missing</h2>" in text
     assert "Nothing is finished in this folder yet." in text

@@ -14,7 +14,7 @@ from suture.writer import staging_of
 def test_an_output_appears_whole_and_the_workspace_goes(tmp_path: Path) -> None:
     """Until it is published nothing has the output's name; afterwards nothing else is left."""
     out = tmp_path / "out"
-    with workspace(out, "writing") as space:
+    with workspace(out, "localize") as space:
         (space.fresh() / "a.txt").write_text("whole")
         assert not out.exists()
         space.publish()
@@ -24,7 +24,7 @@ def test_an_output_appears_whole_and_the_workspace_goes(tmp_path: Path) -> None:
 
 def interrupted(out: Path, key: dict[str, int]) -> None:
     """A run that keeps a checkpoint, leaves half an output and is stopped."""
-    with pytest.raises(KeyboardInterrupt), workspace(out, "writing", key) as space:
+    with pytest.raises(KeyboardInterrupt), workspace(out, "localize", key) as space:
         (space.folder / "train").write_text("kept")
         (space.fresh() / "half").write_text("half")
         raise KeyboardInterrupt
@@ -35,13 +35,13 @@ def test_what_was_kept_is_found_again_by_the_same_key_only(tmp_path: Path) -> No
     --no-resume, starts anew."""
     out = tmp_path / "out"
     interrupted(out, {"seed": 1})
-    with workspace(out, "writing", {"seed": 1}) as space:
+    with workspace(out, "localize", {"seed": 1}) as space:
         assert space.resumed
         assert (space.folder / "train").read_text() == "kept"
         assert not list(space.fresh().iterdir())
     for key, resume in (({"seed": 2}, True), ({"seed": 1}, False), (None, True)):
         interrupted(out, {"seed": 1})
-        with workspace(out, "writing", key, resume=resume) as space:
+        with workspace(out, "localize", key, resume=resume) as space:
             assert not space.resumed
             assert {p.name for p in space.folder.iterdir()} == {"lock", "key"}
         assert not staging_of(out).exists()
@@ -55,24 +55,24 @@ def test_precious_work_of_another_key_is_refused_and_the_remedy_helps(tmp_path: 
         pytest.raises(
             OutputError, match="holds checkpoints of a run with another recipe.*--no-resume"
         ),
-        workspace(out, "training", {"seed": 2}, precious="checkpoints"),
+        workspace(out, "finetune", {"seed": 2}, precious="checkpoints"),
     ):
         pass
     assert (staging_of(out) / "train").read_text() == "kept"
-    with workspace(out, "training", {"seed": 2}, precious="checkpoints", resume=False) as space:
+    with workspace(out, "finetune", {"seed": 2}, precious="checkpoints", resume=False) as space:
         assert not (space.folder / "train").exists()
 
 
 def test_nothing_is_left_where_nothing_is_kept(tmp_path: Path) -> None:
     """An error leaves no trace of a run that kept nothing, nor of one that would meet it again."""
     out = tmp_path / "out"
-    with pytest.raises(ValueError, match="x"), workspace(out, "writing", {}) as space:
+    with pytest.raises(ValueError, match="x"), workspace(out, "localize", {}) as space:
         (space.fresh() / "half").write_text("half")
         raise ValueError("x")
     assert not list(tmp_path.iterdir())
     with (
         pytest.raises(NonFiniteError),
-        workspace(out, "writing", {}, fatal=(NonFiniteError,)) as space,
+        workspace(out, "localize", {}, fatal=(NonFiniteError,)) as space,
     ):
         (space.folder / "train").write_text("kept")
         raise NonFiniteError("NaN")
@@ -89,12 +89,12 @@ def test_a_folder_that_no_run_left_is_named_and_kept(kind: str, tmp_path: Path) 
     place.symlink_to(theirs) if kind == "link" else theirs.rename(place)
     with (
         pytest.raises(OutputError, match="which no run left; move it away"),
-        workspace(out, "writing"),
+        workspace(out, "localize"),
     ):
         pass
     assert (place / "thesis.txt").read_text() == "mine"
     place.rename(tmp_path / "moved")
-    with workspace(out, "writing") as space:
+    with workspace(out, "localize") as space:
         space.fresh()
         space.publish()
     assert out.is_dir()
@@ -103,11 +103,11 @@ def test_a_folder_that_no_run_left_is_named_and_kept(kind: str, tmp_path: Path) 
 def test_the_second_of_two_runs_is_refused(tmp_path: Path) -> None:
     """And sweeps away nothing of the first."""
     out = tmp_path / "out"
-    with workspace(out, "training", {"seed": 1}) as space:
+    with workspace(out, "finetune", {"seed": 1}, precious="checkpoints") as space:
         (space.folder / "train").write_text("kept")
         with (
             pytest.raises(OutputError, match="another process is training it"),
-            workspace(out, "training", {"seed": 1}),
+            workspace(out, "finetune", {"seed": 1}, precious="checkpoints"),
         ):
             pass
         assert (space.folder / "train").read_text() == "kept"
@@ -118,7 +118,7 @@ def test_a_full_disk_says_what_is_kept(tmp_path: Path) -> None:
     out = tmp_path / "out"
     with (
         pytest.raises(OutputError, match="out: cannot be written: No space left on device; go on"),
-        workspace(out, "training", {}, remedy="; go on") as space,
+        workspace(out, "finetune", {}, remedy="; go on") as space,
     ):
         (space.folder / "train").write_text("kept")
         raise OSError(28, "No space left on device")

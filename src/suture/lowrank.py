@@ -453,7 +453,7 @@ def _publish(
             restricted=report.restricted,
         ),
     }
-    with workspace(out, "writing") as space:
+    with workspace(out, "extract-lora") as space:
         made = space.fresh()
         save_shared(pending.tensors, made / WEIGHTS, {"format": "pt"})
         for name, text in texts.items():

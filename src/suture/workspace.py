@@ -3,7 +3,7 @@
 It stands beside the output NAME as ``.NAME.suture``::
 
     model/   holds the folder to be, under the output's name
-    key      what this workspace is for: recipe, inputs and versions
+    key      what this workspace is for: the command, and a digest of recipe, inputs and versions
     lock     held by the process that works in it
     ...      what the run keeps so that it need not be made again: checkpoints, statistics
 
@@ -68,7 +68,7 @@ class Workspace:
 @contextmanager
 def workspace(
     out: Path,
-    doing: str,
+    command: str,
     key: Mapping[str, Any] | None = None,
     *,
     resume: bool = True,
@@ -83,7 +83,7 @@ def workspace(
 
     Args:
         out: the folder that will be.
-        doing: what another process is said to be doing, for its message.
+        command: the command that works in it, such as ``localize``, for those who find it there.
         key: all that decides the bytes of the output, as plain data; Suture's version is added.
             Without a key nothing is ever gone on with.
         resume: go on with what an interrupted run of the same key left; otherwise start anew.
@@ -100,9 +100,9 @@ def workspace(
     folder = staging_of(out.resolve())
     refuse_foreign(folder)
     keep = True
-    with alone(folder, out, doing):
+    with alone(folder, out, "training" if precious else "writing"):
         try:
-            resumed = _claim(folder, key, resume, precious)
+            resumed = _claim(folder, command, key, resume, precious)
             yield Workspace(out, folder, overwrite, resumed)
             keep = False
         except fatal:
@@ -137,12 +137,13 @@ def check_workspace(out: Path, problems: Problems) -> None:
         refuse_foreign(staging_of(out.resolve()))
 
 
-def _claim(folder: Path, key: Mapping[str, Any] | None, resume: bool, precious: str) -> bool:
+def _claim(
+    folder: Path, command: str, key: Mapping[str, Any] | None, resume: bool, precious: str
+) -> bool:
     """Make the workspace one of this key; whether something is kept that it can go on from."""
     path = folder / KEY
-    text = "" if key is None else _digest(key)
-    kept = _kept(folder)
-    if kept and resume and text:
+    text = json.dumps({"command": command, "key": None if key is None else _digest(key)})
+    if _kept(folder) and resume and key is not None:
         if path.is_file() and path.read_bytes() == text.encode():
             return True
         if precious:

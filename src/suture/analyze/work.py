@@ -293,7 +293,7 @@ def run_analysis(plan: AnalysisPlan, stage: Stage = _silent) -> Analysis:
         SutureError: an input or the output is at fault; then nothing was written.
     """
     assert plan.out is not None
-    with workspace(plan.out, "writing", overwrite=plan.overwrite) as space:
+    with workspace(plan.out, "analyze", overwrite=plan.overwrite) as space:
         found = analyse(plan, stage)
         made = space.fresh()
         written = {

@@ -34,16 +34,19 @@ def workshop(plan: Plan, fingerprint: str) -> Iterator[Workspace]:
     }
     if files := named_files(plan.recipe):
         facts["files"] = {key: _digest(path) for key, path in files.items()}
-    with training_space(plan.out, facts, plan.options) as space:
+    with training_space(plan.out, "finetune", facts, plan.options) as space:
         yield space
 
 
 @contextmanager
-def training_space(out: Path, facts: Mapping[str, Any], options: Options) -> Iterator[Workspace]:
+def training_space(
+    out: Path, command: str, facts: Mapping[str, Any], options: Options
+) -> Iterator[Workspace]:
     """Hold the workspace of a run that trains; checkpoints of another run in it are precious.
 
     Args:
         out: the output.
+        command: the command that trains.
         facts: what decides the bytes of the run, as plain data; versions are added.
         options: whether to go on with what is there, and to replace an older output.
 
@@ -51,7 +54,7 @@ def training_space(out: Path, facts: Mapping[str, Any], options: Options) -> Ite
         OutputError: it belongs to another run, or one is going on.
     """
     key = {**facts, "versions": [version("torch"), version("transformers")]}
-    with workspace(out, "training", key, resume=options.resume, overwrite=options.overwrite,
+    with workspace(out, command, key, resume=options.resume, overwrite=options.overwrite,
                    precious="checkpoints", remedy=KEPT) as space:  # fmt: skip
         yield space
 

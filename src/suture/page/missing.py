@@ -5,6 +5,7 @@ Everything is read out of the folder itself; whatever made it is not known here.
 
 from __future__ import annotations
 
+import json
 import os
 import shlex
 from collections.abc import Iterator, Mapping, Sequence
@@ -18,16 +19,16 @@ from suture.spec import listed
 if TYPE_CHECKING:
     from suture.page.gather import Found
 
-WORKING: Mapping[str, tuple[str, str]] = {
-    ".suture-localize": ("suture localize", "goes on"),
-    ".finetune": ("suture finetune", "goes on"),
-    ".realign": ("suture realign", "goes on"),
-    ".analysis": ("suture analyze", "begins anew"),
-    ".suture": ("suture merge", "goes on"),
-}
-"""How the folder ends in which a command prepares ``NAME``, after ``.NAME``: the command, and what
-the same command does with what a run that was killed has left there. Patches are applied in the
-folder of merges."""
+WORKING: Mapping[str, str] = {
+    "localize": "goes on", "finetune": "goes on", "realign": "goes on", "analyze": "begins anew",
+    "extract-lora": "begins anew", "merge": "goes on",
+}  # fmt: skip
+"""What a command does with what a run of the same that was killed has left; what names no command
+is a merge or a patch."""
+ENDING = ".suture"
+"""How the folder ends in which a command prepares ``NAME``, after ``.NAME``."""
+SMALL = 4096
+"""Bytes of a workspace's key at most."""
 Step = tuple[str, str]
 """A sentence, and the command that it is about."""
 PARTIAL = (".partial", ".part")
@@ -77,13 +78,23 @@ def _below(folder: Path, path: Path) -> str:
 
 
 def _working(folder: Path, place: Path, name: str) -> Iterator[Unfinished]:
-    for end, (command, then) in WORKING.items():
-        out = name.removeprefix(".").removesuffix(end)
-        if name == f".{out}{end}" and out:
-            where = _below(folder, place / out)
-            typed = f"{command} RECIPE.yaml -o {shlex.quote(where)}"
-            yield Unfinished(where, typed, then, (place / out).exists())
-            return
+    out = name.removeprefix(".").removesuffix(ENDING)
+    if name == f".{out}{ENDING}" and out:
+        command = _command(place / name / "key")
+        where = _below(folder, place / out)
+        given = "BASE TUNED" if command == "extract-lora" else "RECIPE.yaml"
+        typed = f"suture {command} {given} -o {shlex.quote(where)}"
+        yield Unfinished(where, typed, WORKING[command], (place / out).exists())
+
+
+def _command(key: Path) -> str:
+    """Return the command that a workspace's key names."""
+    try:
+        with key.open("rb") as file:
+            command = json.loads(file.read(SMALL))["command"]
+    except (OSError, ValueError, LookupError, TypeError):
+        return "merge"
+    return command if command in WORKING else "merge"
 
 
 def _half(folder: Path, place: Path, name: str) -> Iterator[Unfinished]:

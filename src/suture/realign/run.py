@@ -95,7 +95,7 @@ def execute(plan: Plan, *, say: Say = lambda _: None, tell: Tell | None = None) 
     distances = measure(plan.models, plan.options.threads)
     if plan.recipe.ancestor == "check":
         check_ancestor(plan.models, distances)
-    with training_space(plan.out, key_of(plan, fingerprints), plan.options) as space:
+    with training_space(plan.out, "realign", key_of(plan, fingerprints), plan.options) as space:
         place = space.folder
         if (place / "train.safetensors").is_file():
             say("going on from the last checkpoint of a run that was interrupted")

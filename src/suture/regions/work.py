@@ -63,7 +63,7 @@ def execute(plan: Plan, stage: Stage | None = None, say: Say | None = None) -> d
     }
     _check_without(plan, prints)
     same_again = (MismatchError, NonFiniteError, RecipeError)
-    with workspace(plan.out, "writing", _key(plan, prints), overwrite=plan.overwrite,
+    with workspace(plan.out, "localize", _key(plan, prints), overwrite=plan.overwrite,
                    fatal=same_again) as space:  # fmt: skip
         record = _made(plan, prints, space, stage, say)
         for checkpoint in plan.inputs.values():
