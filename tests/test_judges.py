@@ -313,7 +313,7 @@ def test_judges_that_are_none_are_told_before_a_model_is_asked(
 )
 def test_the_option_is_one_kind_of_judge(value: object, told: str) -> None:
     """Unknown keys are refused."""
-    assert told in str(judges.JudgeOption().problem(value))
+    assert told in str(judges.JUDGED.problem(value))
 
 
 @pytest.mark.parametrize(

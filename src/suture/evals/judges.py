@@ -36,6 +36,7 @@ from suture.models import (
     load_text_classifier,
     load_tokenizer,
 )
+from suture.places import place_of
 from suture.schema.parameters import Tagged
 
 Asks = Literal["refusal", "harm"]
@@ -136,9 +137,10 @@ def judge_of(raw: Mapping[str, Any], asks: Asks, folder: Path) -> Judge:
     if wrong is not None:
         raise RecipeError(f"judge: {wrong}")
     if "classifier" in raw:
-        return _classifier(folder / str(raw["classifier"]), str(raw.get("positive", "")))
+        return _classifier(place_of(str(raw["classifier"]), folder), str(raw.get("positive", "")))
     if "encoder" in raw:
-        return _trained(folder / str(raw["encoder"]), folder / str(raw.get("head", "")), asks)
+        encoder, head = str(raw["encoder"]), str(raw.get("head", ""))
+        return _trained(place_of(encoder, folder), place_of(head, folder), asks)
     if "python" in raw:
         return _function(str(raw["python"]))
     endpoint = endpoint_of(raw)

@@ -30,6 +30,7 @@ from suture.finetune.calibrate import (
 from suture.finetune.compact import Compact
 from suture.forms import LINEARIZED
 from suture.mover import Mover
+from suture.places import place_of
 from suture.roles import ROLES, role_of
 from suture.schema.parameters import Choice, Number, Text, Words
 from suture.schema.table import Table
@@ -269,7 +270,7 @@ def masked(
 
     def make(job: Job) -> dict[str, Tensor]:
         if mask not in MASKS:
-            path = job.folder / mask
+            path = place_of(mask, job.folder)
             if not path.is_file():
                 raise RecipeError(f"parameters.mask: no file {path}; {did_you_mean(mask, MASKS)}")
             return job.masks_of(given_mask(path), str(path))
