@@ -36,6 +36,7 @@ from making import (
     weights,
     write_recipe,
 )
+from suture.cli.methods import KINDS, table_of
 from suture.merges import METHODS
 from suture.spec import UNCOUNTED
 from suture.terminal import Bars
@@ -291,6 +292,33 @@ def test_one_method_in_full(name: str) -> None:
     assert said.code == 0
     assert not set("$\\{}") & set(said.out)
     lines_of(said.out, name, "Needs", *(f"  {p} = " for p in METHODS[name].parameters))
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_every_kind_is_listed_in_the_same_way(kind: str) -> None:
+    """A title or source, parameters with their meanings; one line in full, a misspelt one refused."""
+    found = invoke("methods", kind, "--json").json
+    table = table_of(kind)
+    assert found.keys() == table.keys()
+    name = next(iter(found))
+    one = invoke("methods", kind, name)
+    assert one.code == 0
+    if kind != "preset":
+        assert all(row["title"] and row["equation"] for row in found.values())
+        assert all(p["doc"] for row in found.values() for p in row["parameters"].values())
+        lines_of(one.out, name, found[name]["title"])
+    wrong = invoke("methods", kind, f"{name}x")
+    assert wrong.code == 2
+    lines_of(wrong.err, f"no {table.noun} '{name}x'; did you mean '{name}'?")
+
+
+def test_a_name_is_found_in_any_kind() -> None:
+    """Without a kind; and what is no kind is told."""
+    for name in ("snip", "ties-peft", "talos", "safelora", "refusal-odds"):
+        assert invoke("methods", name, "--json").json.keys() == {name}
+    wrong = invoke("methods", "rules", "snip")
+    assert wrong.code == 2
+    lines_of(wrong.err, "no kind 'rules'; did you mean 'rule'?")
 
 
 def test_a_method_that_is_none() -> None:

@@ -10,7 +10,7 @@ from typing import Annotated, Any
 import typer
 
 from suture.cli.parts import Json, OneOf, app, errors
-from suture.errors import MissingExtraError, RecipeError
+from suture.errors import MissingExtraError, RecipeError, did_you_mean
 from suture.terminal import say, show_json, tell
 
 KINDS = {
@@ -37,7 +37,7 @@ def methods(kind: KindOrName = None, name: OneOf = None, as_json: Json = False) 
     with errors(as_json):
         if kind is not None and kind not in KINDS:
             if name is not None:
-                raise RecipeError(f"no kind {kind!r}; known: {', '.join(KINDS)}")
+                raise RecipeError(f"no kind {kind!r}; {did_you_mean(kind, [*KINDS])}")
             kind, name = kind_of(kind), kind
         rows = rows_of(kind or "merge", name)
     show(rows, as_json, whole=name is not None)
@@ -113,7 +113,7 @@ def _lines(key: str, row: dict[str, Any], whole: bool) -> Iterator[str]:
     yield f"{key:<17} {': '.join(filter(None, (row['title'], row['paper'])))}"
     presets = row.get("presets", {})
     if not whole:
-        parameters = ", ".join(f"{k}={v['default']}" for k, v in row["parameters"].items())
+        parameters = ", ".join(f"{k}={_default(v)}" for k, v in row["parameters"].items())
         if parameters:
             yield " " * 18 + parameters
         if presets:
@@ -126,11 +126,15 @@ def _lines(key: str, row: dict[str, Any], whole: bool) -> Iterator[str]:
         yield f"{row['needs']}\n"
     for parameter, facts in row["parameters"].items():
         choices = f": {', '.join(map(str, facts['choices']))}" if facts["choices"] else ""
-        yield f"  {parameter} = {facts['default']}{facts['scope']}"
+        yield f"  {parameter} = {_default(facts)}{facts['scope']}"
         yield f"      {facts['doc']}{choices}"
     for name, facts in presets.items():
         yield f"\n  preset {name}: {facts['source']}"
         yield from _preset(facts)
+
+
+def _default(facts: dict[str, Any]) -> str:
+    return "(required)" if facts["required"] else str(facts["default"])
 
 
 def _preset(facts: dict[str, Any]) -> Iterator[str]:

@@ -277,7 +277,8 @@ class Parameter:
         """What listings show, as plain data."""
         scopes = {(True, True): ", for each model and tensor", (False, True): ", for each tensor"}
         return {
-            "default": "(required)" if self.required else self.default,
+            "default": self.default,
+            "required": self.required,
             "doc": self.doc,
             "choices": list(self.choices),
             "scope": scopes.get((self.per_model, self.per_tensor), ""),
