@@ -396,7 +396,7 @@ def test_everything_wrong_is_told_at_once(workshop: Path, tmp_path: Path) -> Non
     assert said.code == 2
     making.lines_of(
         said.err, "did you mean 'density'?", "did you mean 'global'?", "nonesuch: no such file",
-        "models.two.density: the share of entries kept, in (0, 1]; got 0", "seed: from 0",
+        "models.two.density: the share of entries kept, in (0, 1], not 0", "seed: from 0",
         "did you mean 'embedding'?", "at: where statistics are measured", "nothing.jsonl",
         "tasks.two.head: a classifier needs its head", "tasks.two.rows: at least 1",
         "no model 'three'", "measure: no statistics 'grams'; did you mean 'gram'?", "needs data for 'one': `tasks: {one: {data: ..., head: ...}}`, or `stats: {one: FILE}`",

@@ -38,8 +38,9 @@ from suture.models import (
 from suture.mover import Mover, classification, next_token
 from suture.patching import make_patch
 from suture.recipe import SCHEMA
+from suture.settings import TuneSettings
 from suture.spec import listed
-from suture.tune import Progress, TuneResult, TuneSettings, tune
+from suture.tune import Progress, TuneResult, tune
 
 Tell = Callable[[str, Progress], None]
 """Is told the phase and where training stands, after every step."""
