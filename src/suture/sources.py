@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from suture.errors import Problems, RecipeError, brief, did_you_mean
+from suture.places import place_of
 
 TOO_LONG = ("error", "cut", "drop")
 """What may be done with rows that have more tokens than can be read."""
@@ -136,7 +137,7 @@ def found_at(
     """
     if path.startswith(PACKAGE):
         return Source(str(_packaged(path.removeprefix(PACKAGE))))
-    local = folder / path
+    local = place_of(path, folder)
     if local.exists():
         return Source(str(local))
     looks = path.count("/") == 1 and not path.startswith((".", "/", "~")) and not Path(path).suffix

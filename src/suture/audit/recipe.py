@@ -338,9 +338,11 @@ class Audit(Recipe):
         return found
 
 
-def read_audit(source: Path | Mapping[str, Any], problems: Problems) -> Audit | None:
+def read_audit(
+    source: Path | Mapping[str, Any], problems: Problems, folder: Path | None = None
+) -> Audit | None:
     """Read a recipe file, or a mapping; faults are noted, lines before those of a file."""
-    return read(Audit, source, problems)
+    return read(Audit, source, problems, folder)
 
 
 __all__ = [

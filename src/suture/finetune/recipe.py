@@ -131,8 +131,8 @@ class _Reader(Reader):
         if not isinstance(head, str) or not head:
             self.refuse(f"head: {', '.join(HEADS)} or the file of a saved head, not {brief(head)}")
             head = "probe"
-        elif head not in HEADS and not (folder / head).is_file():
-            self.refuse(f"head: no file {folder / head}; {did_you_mean(head, HEADS)}")
+        elif head not in HEADS and not self.place(head).is_file():
+            self.refuse(f"head: no file {self.place(head)}; {did_you_mean(head, HEADS)}")
             head = "probe"
         device = self.raw.get("device", "auto")
         if not isinstance(device, str):

@@ -46,6 +46,7 @@ class TunedModel(Section):
 
     short = "path"
     shape = "a path, or a mapping with a path"
+    absent = {"density": 1.0}
 
     path: ModelPath
     """A folder, a file, a hub id, or BASE+ADAPTER."""

@@ -13,6 +13,7 @@ from pydantic import BeforeValidator, PlainSerializer, ValidationError, Validati
 from pydantic_core import CoreSchema, InitErrorDetails, PydanticCustomError, core_schema
 
 from suture.errors import RecipeError, brief
+from suture.places import place_of
 from suture.roles import DEFAULT_SPACE, ParamSpace
 from suture.schema.sections import NAMES, Section, reading_of
 
@@ -101,9 +102,10 @@ class Named:
                     loc=one["loc"], input=one["input"],
                 ) for one in wrong
             ]  # fmt: skip
-            found = handler(
-                {n: v for n, v in right.items() if n not in {w["loc"][0] for w in wrong}}
-            )
+            bad = {one["loc"][0] for one in wrong}
+            found = handler({n: v for n, v in right.items() if n not in bad})
+            parts = {n: reading_of(info).part(right.get(str(n))) for n in bad}
+            found |= {n: part for n, part in parts.items() if isinstance(part, Section)}
         reading_of(info).keep(given, dict(found))
         if faults:
             raise ValidationError.from_exception_data("names", faults)
@@ -196,7 +198,7 @@ class Placed:
     def __get_pydantic_core_schema__(self, source: Any, handler: Any) -> CoreSchema:
         def read(value: Any, info: ValidationInfo[Any]) -> Path:
             if isinstance(value, str) and value:
-                return reading_of(info).folder / value
+                return place_of(value, reading_of(info).folder)
             if isinstance(value, Path):
                 return value
             raise told(f"{self.what}, not {brief(value)}")

@@ -49,7 +49,9 @@ def parse(
             place, text = key_path(one["loc"]), one.get("ctx", {}).get("text", one["msg"])
             problems.add(RecipeError, f"{place}: {text}" if place else text)
     part = reading.part(raw)
-    return None if whole or not isinstance(part, model) else part.placed(folder, raw).filled()
+    if whole or not isinstance(part, model) or not part.placed(folder, raw).filled():
+        return None
+    return part
 
 
 def key_path(parts: tuple[int | str, ...]) -> str:

@@ -89,7 +89,10 @@ class Section(BaseModel):
     """What must stand here, for the message where something else does."""
     documents: ClassVar[type | None] = None
     """The class in which fields are documented, where it is not this one."""
+    absent: ClassVar[Mapping[str, Any]] = {}
+    """What stands for keys that are wrong, where not their default, so that the rest is used."""
     partial: ClassVar[bool] = False
+    """Whether wrong keys were left out."""
 
     def settled(self) -> Mapping[str, Any]:
         """Return values of keys whose defaults depend on others; called once all are right."""
@@ -175,7 +178,7 @@ class Section(BaseModel):
         for key in bad:
             part, kind = reading_of(info).part(raw.get(key)), cls.model_fields[key].annotation
             kinds = [k for k in (kind, *get_args(kind)) if isinstance(k, type)]
-            if isinstance(part, dict) or any(isinstance(part, k) for k in kinds):
+            if isinstance(part, dict) or (part is not None and isinstance(part, tuple(kinds))):
                 vars(found)[key] = part
             else:
                 del vars(found)[key]
@@ -192,6 +195,26 @@ class Section(BaseModel):
                 yield from rule(self)
             except Refused:
                 continue
+
+    def filled(self) -> bool:
+        """Put defaults where keys are wrong; return whether all of them have one."""
+        kind = next(k for k in type(self).__mro__ if not k.__dict__.get("partial"))
+        assert issubclass(kind, Section)
+        for key, known in kind.model_fields.items():
+            value = vars(self).get(key)
+            if isinstance(value, Section) and not value.filled():
+                del vars(self)[key]
+            elif isinstance(value, dict):
+                vars(self)[key] = {
+                    n: v for n, v in value.items() if not isinstance(v, Section) or v.filled()
+                }
+            if key not in vars(self) and (key in self.absent or not known.is_required()):
+                vars(self)[key] = self.absent.get(key, known.get_default(call_default_factory=True))
+        if not kind.model_fields.keys() <= vars(self).keys():
+            return False
+        if type(self).partial:
+            vars(self).update(self.settled())
+        return True
 
     @classmethod
     def __get_pydantic_json_schema__(cls, core: Any, handler: Any) -> dict[str, Any]:
@@ -212,8 +235,6 @@ class Section(BaseModel):
 class Recipe(Section):
     """What stands at the top of a file."""
 
-    absent: ClassVar[Mapping[str, Any]] = {}
-    """What stands for keys that are wrong and have no default, where the rest is used."""
     _folder: Path = PrivateAttr(default_factory=Path)
     _written: Mapping[str, Any] = PrivateAttr(default_factory=dict)
 
@@ -230,17 +251,6 @@ class Recipe(Section):
     def placed(self, folder: Path, written: Mapping[str, Any]) -> Self:
         """Return the recipe after it was told what was written, and where relative paths start."""
         self._folder, self._written = folder, written
-        return self
-
-    def filled(self) -> Self:
-        """Return a recipe without its wrong keys as if they had not been given."""
-        for key, known in type(self).model_fields.items():
-            if key not in vars(self):
-                default = None if known.is_required() else known.get_default(
-                    call_default_factory=True
-                )  # fmt: skip
-                vars(self)[key] = self.absent.get(key, default)
-        vars(self).update(self.settled())
         return self
 
     def resolved(self) -> dict[str, Any]:

@@ -10,6 +10,7 @@ from typing import Any
 import yaml
 
 from suture.errors import Problems, RecipeError
+from suture.places import recipe_folder
 
 RECIPE_LIMIT = 1 << 20
 """Bytes a recipe may have; sixteen times that with what was made of it, as JSON."""
@@ -152,11 +153,11 @@ def raw_recipe(
         RecipeError: the file cannot be read, or holds no YAML mapping.
     """
     if isinstance(source, Mapping):
-        return dict(source), folder or Path()
+        return dict(source), recipe_folder(source, folder)
     lines: list[Lines] = []
     raw = parse_yaml(text_of(source, what), str(source), lines, shape)
     problems.locate = lines[0].locate
-    return raw, folder or source.parent
+    return raw, recipe_folder(source, folder)
 
 
 def parse_yaml(
