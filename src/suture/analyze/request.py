@@ -137,7 +137,7 @@ class SensitivityRequest(Section):
     """What is set to 0, and how it is chosen."""
 
     shares: Annotated[
-        tuple[Annotated[float, Gt(0), Lt(1)], ...], Listed(one=False, different=False), MinLen(1),
+        tuple[Annotated[float, Gt(0), Lt(1)], ...], MinLen(1), Listed(one=False, different=False),
         Says("shares of the weights, in (0, 1)"),
     ] = (0.01, 0.05, 0.1, 0.2)  # fmt: skip
     rows: Count = 256

@@ -208,7 +208,7 @@ class Audit(Recipe):
     """A mapping from languages to their rows; or a list, where `rows` tells languages apart."""
     rows: SharedRows = SharedRows()
     scores: Scoring = Scoring()
-    shares: Annotated[tuple[Share, ...], Listed(one=False), MinLen(1)] = (
+    shares: Annotated[tuple[Share, ...], MinLen(1), Listed(one=False)] = (
         0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.4, 1.0,
     )  # fmt: skip
     """Of the entries: the points of the curve."""
@@ -236,7 +236,7 @@ class Audit(Recipe):
     evaluation: Evaluating = Evaluating()
     space: Space = DEFAULT_SPACE
     """The tensors in which regions lie."""
-    seeds: Annotated[tuple[Number, ...], Listed(different=False), MinLen(1)] = (0,)
+    seeds: Annotated[tuple[Number, ...], MinLen(1), Listed(different=False)] = (0,)
     """Of the attacks, one after another."""
     ancestor: Literal["check", "trust"] = "check"
     """Whether the attacked model must be tuned from the aligned one to be looked at."""

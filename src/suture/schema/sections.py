@@ -270,6 +270,7 @@ WORDS = {
     "list_type": "a list",
     "dict_type": "a mapping",
     "mapping_type": "a mapping",
+    "too_short": "a list with {min_length} entry at least",
     "greater_than_equal": "at least {ge}",
     "greater_than": "more than {gt}",
     "less_than_equal": "at most {le}",
