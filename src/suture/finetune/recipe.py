@@ -12,7 +12,7 @@ from typing import Any
 from suture.errors import Problems, RecipeError, brief, did_you_mean, nearest
 from suture.finetune.base import Strategy, check_words
 from suture.finetune.strategies import STRATEGIES, strategy
-from suture.places import place_of
+from suture.places import place_of, shown
 from suture.recipe import raw_recipe
 from suture.recipe_types import Reader, refuse_unknown, section
 from suture.spec import WORD_OF, dtype_named
@@ -181,7 +181,7 @@ class _Reader(Reader):
             self.refuse(f"head: {', '.join(HEADS)} or the file of a saved head, not {brief(head)}")
             head = "probe"
         elif head not in HEADS and not self.place(head).is_file():
-            self.refuse(f"head: no file {self.place(head)}; {did_you_mean(head, HEADS)}")
+            self.refuse(f"head: no file {shown(self.place(head))}; {did_you_mean(head, HEADS)}")
             head = "probe"
         device = self.raw.get("device", "auto")
         if not isinstance(device, str):
@@ -375,6 +375,6 @@ def read_source(
         return Source(str(local))
     looks = path.count("/") == 1 and not path.startswith((".", "/", "~")) and not Path(path).suffix
     if not looks:
-        problems.add(RecipeError, f"{where}: no file {local}")
+        problems.add(RecipeError, f"{where}: no file {shown(local)}")
         return None
     return Source(path, str(raw.get("split") or split), raw.get("config"), raw.get("revision"))
