@@ -130,8 +130,8 @@ def _given_head(question: Question, suite: Suite, problems: Problems) -> str:
         return head
     path = place_of(head, suite.folder)
     if not path.is_file():
-        problems.add(RecipeError, f"evaluations.{question.name}.head: no file {shown(path)}; name one, or "
-                                  "say `model` or `zero-shot`")  # fmt: skip
+        problems.add(RecipeError, f"evaluations.{question.name}.head: no file {shown(path)}; "
+                                  "name one, or say `model` or `zero-shot`")  # fmt: skip
         return head
     return hashlib.blake2b(path.read_bytes(), digest_size=16).hexdigest()
 
