@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from suture.errors import Problems, RecipeError, brief, did_you_mean
-from suture.places import place_of
+from suture.places import place_of, shown
 
 TOO_LONG = ("error", "cut", "drop")
 """What may be done with rows that have more tokens than can be read."""
@@ -142,5 +142,5 @@ def found_at(
         return Source(str(local))
     looks = path.count("/") == 1 and not path.startswith((".", "/", "~")) and not Path(path).suffix
     if not looks:
-        raise RecipeError(f"no file {local}")
+        raise RecipeError(f"no file {shown(local)}")
     return Source(path, split, config, revision)

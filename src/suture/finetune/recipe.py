@@ -132,7 +132,7 @@ class _Reader(Reader):
             self.refuse(f"head: {', '.join(HEADS)} or the file of a saved head, not {brief(head)}")
             head = "probe"
         elif head not in HEADS and not self.place(head).is_file():
-            self.refuse(f"head: no file {self.place(head)}; {did_you_mean(head, HEADS)}")
+            self.refuse(f"head: no file {shown(self.place(head))}; {did_you_mean(head, HEADS)}")
             head = "probe"
         device = self.raw.get("device", "auto")
         if not isinstance(device, str):
