@@ -10,6 +10,7 @@ from typing import Any
 from suture.errors import Problems, RecipeError, brief, did_you_mean, nearest
 from suture.finetune.base import Strategy, check_words
 from suture.finetune.strategies import STRATEGIES, strategy
+from suture.places import shown
 from suture.recipe_types import Reader, refuse_unknown, section
 from suture.schema.text import raw_recipe
 from suture.settings import TuneSettings
