@@ -26,8 +26,10 @@ def work_of(out: Path) -> Path:
 @contextmanager
 def workshop(plan: Plan, fingerprint: str) -> Iterator[Path]:
     """The folder of a run's checkpoints, locked; removed when the run is done."""
+    recipe = plan.recipe.resolved()
+    training = {k: v for k, v in recipe["training"].items() if not k.startswith("activations")}
     facts: dict[str, Any] = {
-        "recipe": {**plan.recipe.resolved(), "base": "", "output": None, "device": ""},
+        "recipe": {**recipe, "training": training, "base": "", "output": None, "device": ""},
         "base": fingerprint,
         "rows": [
             data_digest(plan.rows.train),
