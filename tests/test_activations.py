@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import json
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -12,17 +13,22 @@ import pytest
 import torch
 import transformers
 from accelerate.state import AcceleratorState
+from safetensors.torch import load_file, save_file
 from torch import nn
 
+import refusing
 import suture
 import tiny_model
 from suture import kept as module
 from suture.data import Batch, Dataset, collate
 from suture.errors import RecipeError
+from suture.finetune import finetune, load_tuned, looks, plan_finetune
 from suture.finetune.calibrate import upper
 from suture.kept import Kept, keep, positions
+from suture.mask import Mask
 from suture.models import Classifier, Encoder, Head, ImageEncoder, LanguageModel
 from suture.mover import Mover, next_token
+from suture.realign import realign
 from suture.split import Split, split_of
 from suture.tune import TuneSettings, groups_of, tune
 
@@ -391,3 +397,139 @@ def test_a_damaged_file_is_not_used(damage: str, tmp_path: Path) -> None:
         assert torch.equal(found.states(batch), right)
         assert found.made == 1
         assert path.read_bytes() == whole
+
+
+# -- interrupted, from recipes ---------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("where", ["memory", "disk"])
+def test_an_interrupted_training_ends_the_same(where: str, tmp_path: Path) -> None:
+    """Stopped after 8 of 15 steps: the same losses and weights; states on disk are found again."""
+
+    class Stopped(Exception):
+        pass
+
+    def run(stop: int, folder: Path) -> tuple[Any, dict[str, torch.Tensor], int]:
+        model, data = made("bert"), texts()
+        settings = TuneSettings(epochs=3, batch=4, lr=1e-2, save_every=2, activations=where)
+        found = keep(model, top(model, 1), collate(data, [0]), (20, 200), settings,
+                     folder=folder / "states")  # fmt: skip
+        assert found is not None
+
+        def tell(at: Any) -> None:
+            if at.step == stop:
+                raise Stopped
+
+        result = tune(model, data, settings, progress=tell, kept=found,
+                      checkpoint=folder / "train.safetensors")  # fmt: skip
+        weights = {n: p.detach().clone() for n, p in model.named_parameters()}
+        return result.losses, weights, found.made
+
+    losses, weights, count = run(0, tmp_path / "whole")
+    assert count == 5
+    with pytest.raises(Stopped):
+        run(8, tmp_path / "cut")
+    again, others, left = run(0, tmp_path / "cut")
+    assert again == losses
+    assert all(torch.equal(others[n], w) for n, w in weights.items())
+    assert left == (5 if where == "memory" else 0)
+
+
+@pytest.mark.parametrize("name", ["full", "talos", "masked", "lora", "linearized", "lora-dropout"])
+def test_every_strategy_gives_the_same_bytes_whatever_is_kept(name: str, tmp_path: Path) -> None:
+    """In memory, on disk, and computed anew: losses, looks before and after, and the folder."""
+    tiny_model.folder(tmp_path / "base")
+    lines = [json.dumps({"text": r.text, "label": r.label}) for r in tiny_model.rows()]
+    (tmp_path / "rows.jsonl").write_text("\n".join(lines) + "\n")
+    parameters: dict[str, Any] = {"blocks": 1}
+    strategy = name.removesuffix("-dropout")
+    if name == "talos":
+        parameters |= {"density": 0.5, "rows": 12}
+    elif name == "masked":
+        base = suture.open(tmp_path / "base")
+        bits = {n: np.full(s.shape, "layer.1.attention" in n) for n, s in base.specs.items()}
+        Mask.of(bits, {}).save(tmp_path / "mask.safetensors")
+        parameters = {"mask": str(tmp_path / "mask.safetensors")}
+    elif name == "lora-dropout":
+        parameters["dropout"] = 0.3
+    found = {}
+    for where in ("recompute", "memory", "disk"):
+        told: list[str] = []
+        what = {
+            "base": str(tmp_path / "base"), "strategy": strategy, "parameters": parameters,
+            "data": {"train": str(tmp_path / "rows.jsonl"), "validation": 0.3},
+            "head": "learned" if name == "full" else "probe",
+            "training": {"epochs": 3, "batch": 8, "lr": 1e-2, "activations": where},
+        }  # fmt: skip
+        found[where] = finetune(what, tmp_path / where, say=told.append)
+        assert any("the lower 1 of 2 blocks" in line for line in told) == (where != "recompute")
+    first = found["recompute"]
+    assert first.losses[0] != first.losses[-1]
+    for report in found.values():
+        assert report.fingerprint == first.fingerprint
+        assert report.losses == first.losses
+        assert (report.base_metric, report.metric) == (first.base_metric, first.metric)
+    assert not [p for p in tmp_path.iterdir() if p.name.startswith(".")]
+
+
+def test_no_row_is_asked_twice_of_the_same_weights(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The base once and each epoch once; the last of them is what is reported."""
+    tiny_model.folder(tmp_path / "base")
+    lines = [json.dumps({"text": r.text, "label": r.label}) for r in tiny_model.rows()]
+    (tmp_path / "rows.jsonl").write_text("\n".join(lines) + "\n")
+    asked: list[Any] = []
+    ask = looks.EVALS["accuracy"]
+
+    def counted(model: Any, batches: Any, *, device: str) -> Any:
+        asked.append(ask(model, batches, device=device))
+        return asked[-1]
+
+    monkeypatch.setitem(looks.EVALS, "accuracy", counted)
+    what = {
+        "base": str(tmp_path / "base"), "strategy": "full", "parameters": {"blocks": 1},
+        "data": {"train": str(tmp_path / "rows.jsonl"), "validation": 0.3},
+        "training": {"epochs": 3, "batch": 8, "lr": 1e-2},
+    }  # fmt: skip
+    report = finetune(what, tmp_path / "out")
+    assert len(asked) == 4
+    assert report.metric == asked[-1][0]
+    plan = plan_finetune(what, tmp_path / "x")
+    model = load_tuned(tmp_path / "out")
+    assert ask(model, plan.rows.validation.batches(8))[0] == report.metric
+    best = {**what, "training": {**what["training"], "patience": 3}}  # type: ignore[dict-item]
+    report = finetune(best, tmp_path / "best")
+    assert report.metric == ask(load_tuned(tmp_path / "best"), plan.rows.validation.batches(8))[0]
+
+
+@pytest.mark.parametrize("method", ["somf", "random"])
+def test_realignment_of_upper_blocks_is_the_same_whatever_is_kept(
+    method: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Models that differ in the last block only: the same losses, scores and bytes in memory, on
+    disk and computed anew."""
+    shop = refusing.family(tmp_path / "shop")
+    aligned = load_file(shop / "aligned" / "model.safetensors")
+    tuned = load_file(shop / "tuned" / "model.safetensors")
+    upper_only = {n: t if ".layers.1." in n else aligned[n] for n, t in tuned.items()}
+    save_file(upper_only, shop / "tuned" / "model.safetensors", {"format": "pt"})
+    found = {}
+    for where in ("recompute", "memory", "disk"):
+        monkeypatch.setenv("SUTURE_CACHE", str(tmp_path / f"cache-{where}"))
+        told: list[str] = []
+        what = {
+            "method": method, "aligned": str(shop / "aligned"),
+            "models": {"tuned": str(shop / "tuned")},
+            "data": {"train": str(shop / "pairs.jsonl"), "validation": 0.3},
+            "utility": {"rows": str(shop / "utility.jsonl")},
+            "training": {"epochs": 2, "batch": 8, "lr": 0.1, "activations": where},
+        }  # fmt: skip
+        if method == "random":
+            what["training"] = {"batch": 8, "activations": where}
+        report = realign(what, tmp_path / where, say=told.append)
+        assert any("the lower 1 of 2 blocks" in line for line in told) == (where != "recompute")
+        found[where] = (report.fingerprint, report.scores, report.losses, report.curve)
+    assert found["memory"] == found["recompute"]
+    assert found["disk"] == found["recompute"]
+    assert not [p for p in tmp_path.iterdir() if p.name.startswith(".")]

@@ -131,15 +131,12 @@ class Kept:
         device = next(split.model.parameters()).device
         mixed = torch.is_autocast_enabled(device.type)
         models: list[Any] = [m for m in split.model.modules() if hasattr(m, "config")]
-        config = models[0].config if models else None
-        text = (
-            str(config.to_json_string(use_diff=False)) if hasattr(config, "to_json_string") else ""
-        )
+        configs = [str(m.config.to_json_string(use_diff=False)) for m in models[:1]]
         return {
             "form": FORM,
             "versions": [suture.__version__, torch.__version__, version("transformers")],
             "model": [type(m).__name__ for m in (split.model, *split.around(), split.first)],
-            "config": text,
+            "config": configs,
             "depth": [split.at, len(split.blocks)],
             "weights": self._weights,
             "precision": str(torch.get_autocast_dtype(device.type)) if mixed else "no",
