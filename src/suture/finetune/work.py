@@ -26,10 +26,12 @@ def work_of(out: Path) -> Path:
 @contextmanager
 def workshop(plan: Plan, fingerprint: str) -> Iterator[Path]:
     """The folder of a run's checkpoints, locked; removed when the run is done."""
-    recipe = plan.recipe.resolved()
-    training = {k: v for k, v in recipe["training"].items() if not k.startswith("activations")}
+    recipe = plan.recipe.resolved() | {"base": "", "output": None, "device": ""}
+    recipe["data"] |= {"train": "", "validation": ""}  # what they hold counts, not where they lie
+    how = recipe["training"]  # where activations are kept changes no bit
+    recipe["training"] = {k: v for k, v in how.items() if not k.startswith("activations")}
     facts: dict[str, Any] = {
-        "recipe": {**recipe, "training": training, "base": "", "output": None, "device": ""},
+        "recipe": recipe,
         "base": fingerprint,
         "rows": [
             data_digest(plan.rows.train),
