@@ -65,12 +65,12 @@ def keep_for(plan: Plan, job: Job) -> Kept | None:
         asked += [(side, batches_of(side, size)) for side in sides.values()]
     rows = sum(2 * len(pairs) for pairs, _ in asked)
     places = sum(positions_of(pairs, groups) for pairs, groups in asked)
-    first = [pairs.batch(groups[-1]) for pairs, groups in asked]
+    first = [pairs.batch(groups[-1][:1]) for pairs, groups in asked]  # enough to compare bits on
     for data in {id(d): d for d in (plan.utility, plan.choosing) if d is not None}.values():
         lengths = [len(row) for row in data.ids]
         groups = batch_plan(lengths, size, seed=None)
         rows, places = rows + len(data), places + positions(lengths, groups)
-        first.append(collate(data, groups[-1]))
+        first.append(collate(data, groups[-1][:2]))
     if not first:
         return None
     return keep(
