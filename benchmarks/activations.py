@@ -1,6 +1,7 @@
 """What kept activations save: steps and epochs with and without them, paired in one run.
 
-Usage: activations.py [--rows N] [--batch N] [--blocks N] [--epochs N] [--threads N] [--scratch DIR]
+Usage: activations.py [--rows N] [--batch N] [--blocks N] [--epochs N] [--threads N]
+                      [--scratch DIR] [--count]
 
 SmolLM2-135M on the rows of the demo's refusal policy, the last blocks and the norm above them
 trained. Two models with the same weights take the same batches in the same order: one runs as a
@@ -44,6 +45,7 @@ from suture.mover import Mover, ReadOutLoss, next_token, wanted
 from suture.tune import TuneSettings, groups_of
 
 HERE = Path(__file__).parent
+DEPTHS = (1, 2, 3, 4, 6, 10)
 Times = tuple[float, float]
 """Seconds by the clock and of the processor."""
 
@@ -81,6 +83,7 @@ def timed(what: Callable[[], object]) -> Times:
 
 def side(folder: Path, blocks: int) -> Side:
     model = load_language_model(folder, dtype=torch.float32).model.train()
+    model.read_out()  # asks the model something, once
     names = set(upper([n for n, _ in model.named_parameters()], blocks))
     for name, parameter in model.named_parameters():
         parameter.requires_grad_(name in names)
@@ -129,6 +132,20 @@ def epochs_of(steps: list[Times], each: int) -> list[list[float]]:
     return [[sum(t[i] for t in part) for i in (0, 1)] for part in parts]
 
 
+def by_depth(folder: Path, batch: Batch, settings: TuneSettings) -> dict[str, list[float]]:
+    """Operations of a step as a whole, with kept states, and their ratio, by trained blocks."""
+    found = {}
+    for blocks in DEPTHS:
+        one = side(folder, blocks)
+        whole = operations(lambda one=one: one.forward_backward(batch))  # type: ignore[misc]
+        prepared(one, batch, (len(batch.rows), batch.input_ids.numel()), settings)
+        assert one.kept is not None
+        one.kept.states(batch)
+        kept = operations(lambda one=one: one.forward_backward(batch))  # type: ignore[misc]
+        found[str(blocks)] = [whole, kept, kept / whole]
+    return found
+
+
 def arguments() -> Any:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--rows", type=int, default=64)
@@ -137,6 +154,7 @@ def arguments() -> Any:
     parser.add_argument("--epochs", type=int, default=3)
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--scratch", type=Path, default=HERE / "scratch")
+    parser.add_argument("--count", action="store_true", help="operations by depth alone")
     parser.add_argument("--out", type=Path, default=HERE / "activations.json")
     return parser.parse_args()
 
@@ -147,12 +165,18 @@ def main() -> None:
     args.scratch.mkdir(parents=True, exist_ok=True)
     folder = smollm(args.scratch)
     data = policy_rows(folder, args.rows, args.scratch)
-    whole, cut = side(folder, args.blocks), side(folder, args.blocks)
     settings = TuneSettings(batch=args.batch, epochs=args.epochs)
     lengths = [len(row) for row in data.ids]
     groups = groups_of(lengths, settings)
     batches = [data.collate(rows) for rows in groups]
     places = positions(lengths, groups)
+    if args.count:
+        known = json.loads(args.out.read_text())
+        known["operations by blocks"] = by_depth(folder, batches[len(batches) // 2], settings)
+        args.out.write_text(json.dumps(known, indent=1) + "\n")
+        print(known["operations by blocks"])
+        return
+    whole, cut = side(folder, args.blocks), side(folder, args.blocks)
     started = timed(lambda: prepared(cut, batches[-1], (len(data), places), settings))
     assert cut.kept is not None
 
@@ -202,6 +226,7 @@ def main() -> None:
         "epoch from the second on": [later[1][i] / later[0][i] for i in (0, 1)],
         "step, median of paired ratios": [statistics.median(r[i] for r in ratios) for i in (0, 1)],
         "operations": counted, "operations, ratio": counted["kept"] / counted["whole"],
+        "operations by blocks": by_depth(folder, middle, settings),
         "parts": parts, "torch": torch.__version__, "machine": platform.machine(),
     }  # fmt: skip
     args.out.write_text(json.dumps(found, indent=1) + "\n")

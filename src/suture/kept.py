@@ -77,6 +77,10 @@ class Kept:
         """Bytes that are kept now."""
         self.made = 0
         """How often states were computed."""
+        around = (split.model, *split.around(), split.first)
+        self._model = [type(m).__name__ for m in around]
+        models: list[Any] = [m for m in split.model.modules() if hasattr(m, "config")]
+        self._configs = [str(m.config.to_json_string(use_diff=False)) for m in models[:1]]
         self._memory: dict[str, Tensor] = {}
         self._sizes: dict[str, int] = {}
         self._stamp: object = None
@@ -130,13 +134,11 @@ class Kept:
         split = self.split
         device = next(split.model.parameters()).device
         mixed = torch.is_autocast_enabled(device.type)
-        models: list[Any] = [m for m in split.model.modules() if hasattr(m, "config")]
-        configs = [str(m.config.to_json_string(use_diff=False)) for m in models[:1]]
         return {
             "form": FORM,
             "versions": [suture.__version__, torch.__version__, version("transformers")],
-            "model": [type(m).__name__ for m in (split.model, *split.around(), split.first)],
-            "config": configs,
+            "model": self._model,
+            "config": self._configs,
             "depth": [split.at, len(split.blocks)],
             "weights": self._weights,
             "precision": str(torch.get_autocast_dtype(device.type)) if mixed else "no",
@@ -146,15 +148,14 @@ class Kept:
 
     def _renew(self) -> None:
         """Hash the weights under the cut anew where they were written to since."""
-        weights = self.split.weights()
-        stamp = [(n, t.data_ptr(), t._version, t.dtype) for n, t in weights.items()]
+        stamp = self.split.stamp()
         if stamp == self._stamp:
             return
         state = xxhash.xxh3_128()
-        for name, tensor in sorted(weights.items()):
+        for name, tensor in sorted(self.split.weights().items()):
             state.update(f"{name} {tensor.dtype} {tuple(tensor.shape)} ".encode())
             raw = tensor.detach().cpu().contiguous().view(-1).view(torch.uint8)
-            state.update(raw.numpy().tobytes())
+            state.update(raw.numpy().data)
         self._stamp, self._weights = stamp, state.hexdigest()
 
     def _put(self, key: str, states: Tensor) -> None:

@@ -57,6 +57,15 @@ class Split:
             found |= {f"{names[id(module)]}.{word}": t for word, t in own}
         return found
 
+    def stamp(self) -> list[tuple[int, int, torch.dtype]]:
+        """What differs after something under the cut was written to or replaced; cheap.
+
+        It is torch's own count of writes, which writes through ``.data`` go around; nothing here
+        does that.
+        """
+        held = (t for m in self.under for d in (m._parameters, m._buffers) for t in d.values())
+        return [(t.data_ptr(), t._version, t.dtype) for t in held if t is not None]
+
     def quiet(self) -> None:
         """Switch dropout under the cut off; whatever switches the whole model's mode undoes it."""
         for module in self.under:
