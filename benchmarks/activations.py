@@ -42,7 +42,8 @@ from suture.finetune.rows import language_rows
 from suture.kept import Kept, keep, positions
 from suture.models import LanguageModel, load_language_model, load_tokenizer
 from suture.mover import Mover, ReadOutLoss, next_token, wanted
-from suture.tune import TuneSettings, groups_of
+from suture.settings import TuneSettings
+from suture.tune import groups_of
 
 HERE = Path(__file__).parent
 DEPTHS = (1, 2, 3, 4, 6, 10)

@@ -29,8 +29,9 @@ from suture.mask import Mask
 from suture.models import Classifier, Encoder, Head, ImageEncoder, LanguageModel
 from suture.mover import Mover, next_token
 from suture.realign import realign
+from suture.settings import TuneSettings
 from suture.split import Split, split_of
-from suture.tune import TuneSettings, groups_of, tune
+from suture.tune import groups_of, tune
 
 WORDS = len(tiny_model.WORDS)
 SHAPE = {

@@ -44,6 +44,16 @@ def request(models: Any, **more: Any) -> dict[str, Any]:
 # -- what is refused -------------------------------------------------------------------------------
 
 
+def test_masks_are_compared_where_there_are_some(models: Any) -> None:
+    """Without a density or a folder there are none, which is told beside other faults."""
+    with pytest.raises(SutureError) as caught:
+        plan_analysis(request(models, analyses=["overlap", "structure"], bases={"size": 9}))
+    lines_of(
+        str(caught.value), "analyses: overlap compares masks; give a density, or a folder",
+        "analyses: structure shows masks", "bases.size: from 1 to 3",
+    )  # fmt: skip
+
+
 def test_everything_wrong_is_told_at_once(models: Any, tmp_path: Path) -> None:
     """Keys, values, models, masks and the output: one message, nothing written."""
     wrong = request(
@@ -56,7 +66,7 @@ def test_everything_wrong_is_told_at_once(models: Any, tmp_path: Path) -> None:
 
     lines_of(
         str(caught.value), "did you mean 'density'", "in (0, 1], not 0", "scope: 'world'",
-        "overlap compares masks", "'angles' is not known", "did you mean 'pca'", "from 1 to 4",
+        "'angles' is not known", "did you mean 'pca'", "from 1 to 4",
         "'nosuchrole' is no role", "seed: a whole number", "nowhere", "holds the input",
     )  # fmt: skip
 
@@ -105,7 +115,7 @@ def test_a_folder_of_somebody_else_is_left_alone(models: Any, tmp_path: Path) ->
     """Only an older analysis is replaced, and only when asked to."""
     (tmp_path / "notes").mkdir()
     (tmp_path / "notes/mine.txt").write_text("mine")
-    with pytest.raises(OutputError, match="holds no analysis"):
+    with pytest.raises(OutputError, match="was not written by `suture analyze`"):
         analysis(request(models), tmp_path / "notes", overwrite=True)
     assert (tmp_path / "notes/mine.txt").read_text() == "mine"
 
@@ -134,14 +144,15 @@ def test_masks_and_rows_are_never_replaced(models: Any, tmp_path: Path) -> None:
 
 def test_what_a_killed_run_left_is_replaced_and_nothing_else(models: Any, tmp_path: Path) -> None:
     """A staging folder of ours is taken over; one with somebody's files is named and kept."""
-    staging = tmp_path / ".out.analysis"
-    (staging / "made/basis/pca").mkdir(parents=True)
+    staging = tmp_path / ".out.suture"
+    (staging / "model/out/basis/pca").mkdir(parents=True)
+    (staging / "lock").touch()
     analysis(request(models), tmp_path / "out")
     assert [p.name for p in tmp_path.iterdir()] == ["out"]
 
     staging.mkdir()
     (staging / "thesis.txt").write_text("mine")
-    with pytest.raises(OutputError, match=r"holds thesis.txt; move it away"):
+    with pytest.raises(OutputError, match=r"holds thesis.txt, which no run left; move it away"):
         analysis(request(models), tmp_path / "out", overwrite=True)
     assert (staging / "thesis.txt").read_text() == "mine"
 
@@ -149,7 +160,7 @@ def test_what_a_killed_run_left_is_replaced_and_nothing_else(models: Any, tmp_pa
 def test_two_runs_of_one_output_do_not_meet(models: Any, tmp_path: Path) -> None:
     """The second is refused while the first holds the place."""
     with (
-        alone(tmp_path / ".out.analysis", tmp_path / "out", "writing"),
+        alone(tmp_path / ".out.suture", tmp_path / "out", "writing"),
         pytest.raises(OutputError, match="another process is writing it"),
     ):
         analysis(request(models), tmp_path / "out")

@@ -18,13 +18,13 @@ import toy
 ROOT = Path(suture.__file__).parent
 
 ORDER = [
-    "errors", "places", "spec", "roles", "loops", "ranks", "machine", "kernels", "headers", "checkpoint", "seal", "views", "layers",
+    "errors", "places", "spec", "roles", "sources", "settings", "schema", "task_rows", "loops", "ranks", "machine", "kernels", "headers", "checkpoint", "seal", "views", "layers",
     "vocabulary", "chat", "embeddings", "adapters", "ggufs", "opening", "forms", "publish", "writer", "held",
     "stream", "vector", "profile", "select", "stats", "importance", "maskfile", "mask", "graft", "patchfile",
     "patch", "gather", "analysis", "merges", "engine", "recipe_types", "mergekit", "recipe",
     "card", "models", "data", "images", "persample", "snapshot", "mover", "split", "kept",
     "probe", "tune", "evals", "measure",
-    "learned", "diagnose", "report", "page", "outputs",
+    "learned", "diagnose", "report", "page", "outputs", "workspace",
     "parts", "planning", "record", "telling", "run", "trial", "patching", "lowrank", "finetune", "tasks",
     "arithmetic", "regions", "analyze", "suites", "realign", "policy", "workshop", "demo_tasks", "demo_edits",
     "demo_rows", "demo_safety", "demo", "demo_run", "bench", "audit", "terminal", "cli", "__main__",
@@ -205,7 +205,7 @@ except SystemExit:
     pass
 print(json.dumps(sorted(sys.modules)))
 """
-    assert not set(python(code)) & {*HEAVY, "numpy", "numba", "llvmlite", "yaml"}
+    assert not set(python(code)) & {*HEAVY, "numpy", "numba", "llvmlite", "yaml", "pydantic"}
 
 
 def test_importing_suture_costs_nothing() -> None:

@@ -24,7 +24,7 @@ from suture.demo_rows import Size
 from suture.engine import checkpoint_fingerprint
 from suture.evals.results import SuiteResult, read_result
 from suture.finetune import finetune
-from suture.outputs import Options as MergeOptions
+from suture.outputs import MergeOptions
 from suture.patching import apply_patches, make_patch, revert_patch
 from suture.planning import plan_recipe
 from suture.realign import realign

@@ -37,8 +37,6 @@ from suture.split import Split, split_of
 
 FORM = 1
 """Version of the files; raise it with their form, so that no older one is read."""
-MODES = ("auto", "memory", "disk", "recompute")
-"""What ``activations`` of a training may be."""
 GIB = 1 << 30
 Context = Callable[[], AbstractContextManager[Any]]
 DIGITS = 32
@@ -49,7 +47,7 @@ class Bounds(Protocol):
 
     @property
     def activations(self) -> str:
-        """One of ``MODES``."""
+        """``auto``, ``memory``, ``disk`` or ``recompute``."""
 
     @property
     def activations_memory(self) -> float:
@@ -308,4 +306,4 @@ def _existing(folder: Path) -> Path:
     return next(p for p in (folder, *folder.absolute().parents) if p.is_dir())
 
 
-__all__ = ["FORM", "MODES", "Bounds", "Kept", "keep", "positions"]
+__all__ = ["FORM", "Bounds", "Kept", "keep", "positions"]

@@ -19,82 +19,11 @@ from torch import Tensor, nn
 
 from suture.data import Batch, Dataset, collate, fixed_plan, plan
 from suture.errors import CheckpointError, MissingExtraError, NonFiniteError, RecipeError
-from suture.kept import MODES, Kept
+from suture.kept import Kept
 from suture.mover import Loss, Mover, classification, to
 from suture.probe import fit_head as fit_head  # where it was
+from suture.settings import TuneSettings
 from suture.snapshot import Snapshot, read_snapshot, write_snapshot
-
-PRECISIONS = ("no", "fp16", "bf16")
-"""What ``TuneSettings.precision`` may be."""
-
-
-SCHEDULES = ("linear", "cosine", "constant")
-"""What ``TuneSettings.schedule`` may be."""
-
-
-@dataclass(frozen=True)
-class TuneSettings:
-    """How to train."""
-
-    epochs: int = 1
-    """How often every row is seen."""
-    steps: int = 0
-    """Stop after so many steps, if the epochs have more; 0: they decide."""
-    batch: int = 32
-    """Rows in a batch."""
-    accumulate: int = 1
-    """Batches whose gradients are averaged into one step."""
-    lr: float = 5e-5
-    """Peak learning rate."""
-    warmup: float = 0.1
-    """Share of the steps over which the rate rises linearly to its peak."""
-    schedule: str = "linear"
-    """How the rate falls to 0 after the peak: linear or cosine; or constant, it does not."""
-    weight_decay: float = 0.01
-    """Decoupled weight decay of matrices; vectors (norms, biases) are never decayed."""
-    clip: float = 1.0
-    """Largest norm of the gradient."""
-    precision: str = "no"
-    """Mixed precision: no, fp16 or bf16."""
-    seed: int = 0
-    """Seed of the order of rows and of dropout."""
-    validate_every: int = 0
-    """Steps between looks at the validation rows; 0: after each epoch."""
-    patience: int = 0
-    """Stop after so many looks without a better one, and keep the best; 0: never."""
-    save_every: int = 100
-    """Steps between checkpoints to resume from."""
-    activations: str = "auto"
-    """Where the activations under the lowest block that is trained are kept: ``memory``, ``disk``
-    or nowhere (``recompute``); ``auto``: in memory within its bound, else on disk within its
-    bound, else nowhere. The result is the same."""
-    activations_memory: float = 1.0
-    """GiB of memory that kept activations may take."""
-    activations_disk: float = 10.0
-    """GiB of disk that kept activations may take while the run goes on."""
-
-    def __post_init__(self) -> None:
-        least = {"epochs": 1, "batch": 1, "accumulate": 1, "save_every": 1}
-        for name in (*least, "steps", "validate_every", "patience", "seed"):
-            if getattr(self, name) < least.get(name, 0):
-                at_least = least.get(name, 0)
-                raise RecipeError(f"{name} must be at least {at_least}; got {getattr(self, name)}")
-        rules = {
-            "warmup": (0 <= self.warmup <= 1, "a share, in [0, 1]"),
-            "lr": (self.lr > 0, "positive"),
-            "weight_decay": (self.weight_decay >= 0, "not negative"),
-            "clip": (self.clip > 0, "positive"),
-            "activations_memory": (self.activations_memory >= 0, "not negative"),
-            "activations_disk": (self.activations_disk >= 0, "not negative"),
-        }
-        for name, (fine, must) in rules.items():
-            if not fine:
-                raise RecipeError(f"{name} must be {must}; got {getattr(self, name)}")
-        words = {"precision": PRECISIONS, "schedule": SCHEDULES, "activations": MODES}
-        for name, known in words.items():
-            if getattr(self, name) not in known:
-                hint = ", ".join(known)
-                raise RecipeError(f"{name} is one of {hint}; got {getattr(self, name)!r}")
 
 
 @dataclass(frozen=True)

@@ -12,15 +12,13 @@ from suture.audit.rows import Material, Questions, questions, read_material, tok
 from suture.checkpoint import Checkpoint, refuse_uncomputable
 from suture.data import Dataset
 from suture.errors import CheckpointError, OutputError, Problems, RecipeError, SutureError
-from suture.finetune.plan import Options as TuneOptions
 from suture.finetune.plan import Plan as TunePlan
 from suture.finetune.plan import plan_finetune
 from suture.finetune.rows import Rows as TuneRows
 from suture.headers import read_json
 from suture.models import device_named, load_tokenizer, longest_of
 from suture.opening import open_model
-from suture.outputs import apart, check_parent
-from suture.realign.plan import Options
+from suture.outputs import Options, apart, check_parent
 from suture.roles import EVERYTHING, names_in
 from suture.spec import readable
 from suture.suites.plan import Options as SuiteOptions
@@ -209,10 +207,8 @@ def _asked(
     if recipe.utility is not None:
         given = recipe.utility
         with problems.collecting():
-            suite = plan_suite(
-                list(grounds.values()), given if isinstance(given, Path) else _suite(recipe, given),
-                None, SuiteOptions(device=device),
-            )  # fmt: skip
+            what = given if isinstance(given, Path) else _suite(recipe, given.asked())
+            suite = plan_suite(list(grounds.values()), what, None, SuiteOptions(device=device))
     if suite is not None and suite.suite.dtype != DTYPES[0]:
         problems.add(RecipeError, f"utility: stitched models are asked in {DTYPES[0]}, not in "
                                   f"{suite.suite.dtype}")  # fmt: skip
@@ -290,7 +286,7 @@ def tune_plan(
         "output": {"dtype": "float32"},
         "device": device,
     }  # fmt: skip
-    options = TuneOptions(overwrite=True, resume=resume, device=device, restricted=True)
+    options = Options(overwrite=True, resume=resume, device=device, restricted=True)
     found = plan_finetune(raw, out, options)
     assert rows is not None
     empty = Dataset((), (), rows.pad)
