@@ -22,7 +22,8 @@ ORDER = [
     "vocabulary", "chat", "embeddings", "adapters", "ggufs", "opening", "forms", "publish", "writer", "held",
     "stream", "vector", "profile", "select", "stats", "importance", "maskfile", "mask", "graft", "patchfile",
     "patch", "gather", "analysis", "merges", "engine", "recipe_types", "mergekit", "recipe",
-    "card", "models", "data", "images", "persample", "snapshot", "mover", "probe", "tune", "evals", "measure",
+    "card", "models", "data", "images", "persample", "snapshot", "mover", "split", "kept",
+    "probe", "tune", "evals", "measure",
     "learned", "diagnose", "report", "page", "outputs", "workspace",
     "parts", "planning", "record", "telling", "run", "trial", "patching", "lowrank", "finetune", "tasks",
     "arithmetic", "regions", "analyze", "suites", "realign", "policy", "workshop", "demo_tasks", "demo_edits",
@@ -51,7 +52,8 @@ PLACES = {
 }
 """Where a tool may be imported; others import it nowhere."""
 TORCH = {
-    "checkpoint", "models", "data", "images", "persample", "snapshot", "mover", "probe", "tune", "evals", "finetune", "demo",
+    "checkpoint", "models", "data", "images", "persample", "snapshot", "mover", "split", "kept",
+    "probe", "tune", "evals", "finetune", "demo",
     "arithmetic", "bench", "demo_edits", "workshop", "lowrank", "measure", "learned", "diagnose", "suites", "realign",
     "audit",
 }  # fmt: skip
