@@ -13,6 +13,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from difflib import get_close_matches
@@ -107,7 +108,8 @@ def _indented(text: str) -> str:
 
 __all__ = [
     "CheckpointError", "MismatchError", "MissingExtraError", "NonFiniteError", "OutputError",
-    "Problems", "RecipeError", "SutureError", "brief", "did_you_mean", "nearest",
+    "Problems", "RecipeError", "SutureError", "brief", "did_you_mean", "in_python",
+    "nearest", "told_in_python",
 ]  # fmt: skip
 
 
@@ -122,3 +124,40 @@ def did_you_mean(word: str, known: Sequence[str]) -> str:
     """A hint for a misspelt ``word``: the nearest known one, or all there are."""
     found = nearest(word, known)
     return f"known: {', '.join(known)}" if found is None else f"did you mean {found!r}?"
+
+
+_IN_PYTHON = {
+    "overwrite": "overwrite=True", "no-resume": "resume=False", "force": "force=True",
+    "allow-nonfinite": "allow_nonfinite=True", "save-others": "save_others=True",
+    "scale": "scale", "rank": "rank", "energy": "energy", "out": "out", "values": "values=True",
+    "on-overlap last or mean": 'on_overlap="last" or on_overlap="mean"',
+    "on-overlap last": 'on_overlap="last"',
+}  # fmt: skip
+"""What the options of commands, which messages name, are called in Python."""
+_FLAG = re.compile(
+    r"(?<![\w-])--(" + "|".join(sorted(_IN_PYTHON, key=len, reverse=True)) + r")(?![\w-])"
+)
+_INSPECT = re.compile(r"`suture inspect (\w+) --check`")
+
+
+def in_python(text: str) -> str:
+    """A message with keywords of Python in the place of the options of a command.
+
+    >>> in_python("out: exists; name another folder, or add --overwrite")
+    'out: exists; name another folder, or add overwrite=True'
+    """
+    text = _INSPECT.sub(r"`suture.inspect(\1, check=True)`", text)
+    return _FLAG.sub(lambda found: _IN_PYTHON[found[1]], text)
+
+
+@contextmanager
+def told_in_python() -> Iterator[None]:
+    """Let errors that leave the block speak of keywords, where they speak of a command's options."""
+    try:
+        yield
+    except SutureError as error:
+        error.args = tuple(in_python(a) if isinstance(a, str) else a for a in error.args)
+        problems = getattr(error, "problems", None)
+        if problems is not None:
+            error.problems = tuple(map(in_python, problems))  # type: ignore[attr-defined]
+        raise
