@@ -26,7 +26,7 @@ ORDER = [
     "learned", "diagnose", "report", "page", "outputs",
     "parts", "planning", "merged", "record", "telling", "run", "trial", "patching", "lowrank", "finetune", "tasks",
     "arithmetic", "regions", "analyze", "suites", "realign", "policy", "workshop", "demo_tasks", "demo_edits",
-    "demo_rows", "demo_safety", "demo", "demo_run", "bench", "audit", "api", "terminal", "cli", "__main__",
+    "demo_rows", "demo_safety", "demo", "demo_run", "bench", "audit", "algebra", "api", "terminal", "cli", "__main__",
 ]  # fmt: skip
 """The way of a tensor, top to bottom."""
 

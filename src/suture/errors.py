@@ -17,7 +17,12 @@ import re
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from difflib import get_close_matches
+from functools import wraps
 from reprlib import repr as brief
+from typing import ParamSpec, TypeVar
+
+P = ParamSpec("P")
+T = TypeVar("T")
 
 
 class SutureError(Exception):
@@ -109,7 +114,7 @@ def _indented(text: str) -> str:
 __all__ = [
     "CheckpointError", "MismatchError", "MissingExtraError", "NonFiniteError", "OutputError",
     "Problems", "RecipeError", "SutureError", "brief", "did_you_mean", "in_python",
-    "nearest", "told_in_python",
+    "nearest", "spoken_in_python", "told_in_python",
 ]  # fmt: skip
 
 
@@ -152,7 +157,7 @@ def in_python(text: str) -> str:
 
 @contextmanager
 def told_in_python() -> Iterator[None]:
-    """Let errors that leave the block speak of keywords, where they speak of a command's options."""
+    """Let errors that leave the block name keywords, where they name options of a command."""
     try:
         yield
     except SutureError as error:
@@ -161,3 +166,14 @@ def told_in_python() -> Iterator[None]:
         if problems is not None:
             error.problems = tuple(map(in_python, problems))  # type: ignore[attr-defined]
         raise
+
+
+def spoken_in_python(function: Callable[P, T]) -> Callable[P, T]:
+    """The function, whose errors speak of keywords; for what users call from Python."""
+
+    @wraps(function)
+    def called(*args: P.args, **options: P.kwargs) -> T:
+        with told_in_python():
+            return function(*args, **options)
+
+    return called

@@ -381,4 +381,12 @@ def localize(  # noqa: PLR0913  every word of the question
     return Mask(shapes, bits, marked(about, restricted))
 
 
-__all__ = ["Located", "Mask", "check_question", "check_without", "localize", "locate", "stored_mask"]
+__all__ = [
+    "Located",
+    "Mask",
+    "check_question",
+    "check_without",
+    "localize",
+    "locate",
+    "stored_mask",
+]

@@ -9,7 +9,7 @@ import json
 import os
 import time
 from collections.abc import Iterator, Mapping
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -28,7 +28,6 @@ from suture.errors import (
     RecipeError,
     SutureError,
 )
-from suture.headers import JSON_LIMIT, read_json
 from suture.merged import Merged, check_fingerprints
 from suture.merges import method
 from suture.merges import method as method_named
@@ -46,7 +45,7 @@ from suture.planning import (
     stages_of,
 )
 from suture.recipe import read_recipe
-from suture.recipe_types import ModelEntry, Policy, Recipe
+from suture.recipe_types import ModelEntry, Policy
 from suture.record import provenance
 from suture.roles import ParamSpace
 from suture.spec import (
@@ -167,7 +166,9 @@ def _applied(
         raise RecipeError("a task vector is added to the base that it was formed with")
     if not vector.names:
         raise RecipeError("the task vector holds no tensor; nothing would change")
-    names = [f"{number} {Path(address(tuned)).name}" for number, (tuned, _) in enumerate(vector.terms)]
+    names = [
+        f"{number} {Path(address(tuned)).name}" for number, (tuned, _) in enumerate(vector.terms)
+    ]
     models = {name: tuned for name, (tuned, _) in zip(names, vector.terms, strict=True)}
     weights = {name: factor for name, (_, factor) in zip(names, vector.terms, strict=True)}
     return merged(vector.base, models, "task_arithmetic", weight=weights, dtype=dtype,
