@@ -220,6 +220,6 @@ def test_every_public_name_is_there() -> None:
     """What ``__all__`` lists can be had, and nothing else is offered."""
     for name in suture.__all__:
         assert getattr(suture, name) is not None
-    assert dir(suture) == suture.__all__
+    assert dir(suture) == sorted(suture.__all__)
     with pytest.raises(AttributeError, match="nonesuch"):
         _ = suture.nonesuch

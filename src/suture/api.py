@@ -35,6 +35,7 @@ from suture.mask import Mask
 from suture.merged import Merged
 from suture.patch import Patch, StoredPatch
 from suture.run import MergeReport
+from suture.vocabulary import tokenizer_files
 
 if TYPE_CHECKING:
     from suture.algebra import Model
@@ -50,12 +51,14 @@ if TYPE_CHECKING:
 Recipe: TypeAlias = str | os.PathLike[str] | Mapping[str, Any]
 Say: TypeAlias = Callable[[str], None]
 
-VERBS = (
-    "merge_recipe", "localize_recipe", "finetune", "realign", "evaluate", "compare", "analyze",
-    "audit", "bench", "report", "patch_make", "patch_apply", "patch_revert", "extract_lora",
-    "inspect", "diff", "measure",
-)  # fmt: skip
-"""What the commands do, and ``measure``: each name is a function here."""
+VERBS: Mapping[str, str] = {
+    "merge_recipe": "merge", "localize_recipe": "localize", "finetune": "finetune",
+    "realign": "realign", "evaluate": "eval", "compare": "compare", "analyze": "analyze",
+    "audit": "audit", "bench": "bench", "report": "report", "patch_make": "patch make",
+    "patch_apply": "patch apply", "patch_revert": "patch revert", "extract_lora": "extract-lora",
+    "inspect": "inspect", "diff": "diff", "measure": "",
+}  # fmt: skip
+"""Each function that does what a command does, and that command; ``measure`` has none."""
 
 
 def _quiet(text: str) -> None:
@@ -473,6 +476,7 @@ def _asked(
         held = trial.prepare(model.plan, name or _named_after(model), folder)
         trial.fill(held, model.plan)
         _give(tokenizer, folder)
+        _check_askable(held)
         return held
     checkpoint = copy.copy(opened(model))
     checkpoint.label = name or checkpoint.label
@@ -485,7 +489,20 @@ def _asked(
     _give(tokenizer, folder)
     checkpoint.path = checkpoint.folder = folder
     _save_head(model, folder)
+    _check_askable(checkpoint)
     return checkpoint
+
+
+def _check_askable(checkpoint: Checkpoint) -> None:
+    """Refuse a model in memory of which it is not known what it computes, or on which tokens."""
+    from suture.models import reads_images
+
+    if not checkpoint.config:
+        raise RecipeError(f"{checkpoint.label}: has no configuration; open it with "
+                          "`suture.open(model, config=...)`, or as its module")  # fmt: skip
+    if not reads_images(checkpoint.config) and not tokenizer_files(checkpoint.folder):
+        raise RecipeError(f"{checkpoint.label}: has no tokenizer; give `tokenizer=`, a folder or a "
+                          "tokenizer of transformers")  # fmt: skip
 
 
 def _named_after(merged: Merged) -> str:
@@ -542,9 +559,17 @@ def compare(
 
     Example:
         >>> import suture
-        >>> suture.compare("nowhere.json", edits=["edit.json"])
-        Traceback (most recent call last):
-        suture.errors.RecipeError: ...
+        >>> import numpy as np
+        >>> from suture.evals.results import Evaluation, Scores, SuiteResult
+        >>> def result(model, hits):
+        ...     values = np.array(hits, float)
+        ...     scores = Scores("accuracy", "share", "higher", (0, 1, 2, 3), values, np.ones(4))
+        ...     quick = Evaluation("quick", "accuracy", {}, "", False, (scores,))
+        ...     return SuiteResult(model, model, "", "mine", "", {"quick": quick}, ("quick",), {})
+        >>> base, edit = result("base", [1, 1, 0, 0]), result("edit", [1, 1, 1, 0])
+        >>> found = suture.compare(base, edits=edit, gate=["quick.accuracy >= 0.9"])
+        >>> found.lines[0].differences["edit"].value, found.held
+        (0.25, False)
     """
     from suture.evals.results import read_result
     from suture.suites import comparison
@@ -594,8 +619,9 @@ def blame(
 
     Example:
         >>> import suture
-        >>> callable(suture.blame)
-        True
+        >>> suture.blame("merge.yaml", "suite.yaml", None, [], None, [], devices="cpu")
+        Traceback (most recent call last):
+        suture.errors.RecipeError: blame: no keyword 'devices'; did you mean 'device'?
     """
     from suture.suites import blame as work
 

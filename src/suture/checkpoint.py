@@ -50,7 +50,16 @@ class Checkpoint(Mapping[str, Array]):
 
     ``checkpoint[name]`` is a new numpy array: floating tensors as float32 (float64 stays), others
     as stored. ``tensor(name)`` is the torch tensor in the dtype of the file. Subtracting another
-    checkpoint gives a ``TaskVector``; adding two is an error.
+    checkpoint gives a ``TaskVector``; adding two is an error. ``suture.open`` makes one.
+
+    Example:
+        >>> import numpy as np, suture
+        >>> base = suture.open({"layers.0.mlp.weight": np.zeros(2, np.float32)}, label="base")
+        >>> tuned = suture.open({"layers.0.mlp.weight": np.ones(2, np.float32)}, label="tuned")
+        >>> list(base), base.nbytes
+        (['layers.0.mlp.weight'], 8)
+        >>> tuned - base
+        TaskVector(+1*(tuned - base), 1 tensors)
     """
 
     notes: tuple[str, ...] = ()

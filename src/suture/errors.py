@@ -18,6 +18,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from difflib import get_close_matches
 from functools import wraps
+from inspect import signature
 from reprlib import repr as brief
 from typing import ParamSpec, TypeVar
 
@@ -26,31 +27,86 @@ T = TypeVar("T")
 
 
 class SutureError(Exception):
-    """Something is wrong with what the user gave; never a bug of ours."""
+    """Something is wrong with what the user gave; never a bug of ours.
+
+    ``problems`` has every fault, where there are several.
+
+    Example:
+        >>> import suture
+        >>> try:
+        ...     suture.open("nowhere")
+        ... except suture.SutureError as error:
+        ...     print(type(error).__name__, error)
+        CheckpointError nowhere: no such file or folder (looked for nowhere)
+    """
 
 
 class RecipeError(SutureError):
-    """A recipe, a parameter or a command that cannot be followed."""
+    """A recipe, a parameter or a command that cannot be followed.
+
+    Example:
+        >>> import numpy as np, suture
+        >>> suture.merge(None, [{"x": np.zeros(2)}], "liner")
+        Traceback (most recent call last):
+        suture.errors.RecipeError: method: no merge method 'liner'; did you mean 'linear'?
+    """
 
 
 class CheckpointError(SutureError):
-    """A file or folder that is not a readable checkpoint."""
+    """A file or folder that is not a readable checkpoint.
+
+    Example:
+        >>> import suture
+        >>> suture.open({"x": [1.0]})
+        Traceback (most recent call last):
+        suture.errors.CheckpointError: tensors: x: a torch tensor or a numpy array, not list
+    """
 
 
 class MismatchError(SutureError):
-    """Checkpoints that should hold the same tensors do not."""
+    """Checkpoints that should hold the same tensors do not.
+
+    Example:
+        >>> import numpy as np, suture
+        >>> one, two = (suture.open({n: np.zeros(2)}, label=n) for n in ("one", "two"))
+        >>> one - two
+        Traceback (most recent call last):
+        suture.errors.MismatchError: 2 problems:
+          - one against two: lacks two
+          - one against two: has one besides
+    """
 
 
 class NonFiniteError(SutureError):
-    """NaN or infinity where a number was expected."""
+    """NaN or infinity where a number was expected.
+
+    Example:
+        >>> import numpy as np, suture
+        >>> wild = {"layers.0.mlp.weight": np.array([np.nan], np.float32)}
+        >>> suture.merge(None, [wild], "linear").numpy()
+        Traceback (most recent call last):
+        suture.errors.NonFiniteError: memory:model1: layers.0.mlp.weight holds 1 NaN or ...
+    """
 
 
 class OutputError(SutureError):
-    """The place to write to cannot be written to."""
+    """The place to write to cannot be written to.
+
+    Example:
+        >>> import numpy as np, suture
+        >>> suture.save({"x": np.zeros(2)}, "/")
+        Traceback (most recent call last):
+        suture.errors.OutputError: /: ...
+    """
 
 
 class MissingExtraError(SutureError):
-    """An optional dependency is not installed."""
+    """An optional dependency is not installed.
+
+    Example:
+        >>> str(MissingExtraError("a torch tensor", "models"))
+        "a torch tensor needs the extra 'models': pip install 'suture[models]'"
+    """
 
     def __init__(self, what: str, extra: str | None = None) -> None:
         remedy = f" needs the extra {extra!r}: pip install 'suture[{extra}]'"
@@ -169,10 +225,19 @@ def told_in_python() -> Iterator[None]:
 
 
 def spoken_in_python(function: Callable[P, T]) -> Callable[P, T]:
-    """The function, whose errors speak of keywords; for what users call from Python."""
+    """The function, whose errors speak of keywords; for what users call from Python.
+
+    A keyword that it does not have is a ``RecipeError`` with the one that was meant.
+    """
+    known = signature(function).parameters
+    open_ended = any(p.kind is p.VAR_KEYWORD for p in known.values())
 
     @wraps(function)
     def called(*args: P.args, **options: P.kwargs) -> T:
+        for word in () if open_ended else options:
+            if word not in known:
+                hint = did_you_mean(word, list(known))
+                raise RecipeError(f"{function.__name__}: no keyword {word!r}; {hint}")
         with told_in_python():
             return function(*args, **options)
 

@@ -37,6 +37,15 @@ class Mask:
     """A set of entries of named tensors, one bit each (bit i of byte j is entry 8 j + i).
 
     ``&``, ``|``, ``-`` and ``~`` are those of sets, over the same tensors.
+
+    Example:
+        >>> import numpy as np, suture
+        >>> one = suture.Mask.of({"w": np.array([True, True, False, False])})
+        >>> two = suture.Mask.of({"w": np.array([True, False, True, False])})
+        >>> (one & two)["w"].tolist()
+        [True, False, False, False]
+        >>> (~one).count, round(one.jaccard(two), 3)
+        (2, 0.333)
     """
 
     def __init__(

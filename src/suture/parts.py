@@ -142,7 +142,8 @@ def check_fit(recipe: Recipe, parts: Sequence[Part], problems: Problems, notes: 
             check_selectors(getattr(recipe.space, key), names, f"space.{key}")
     names |= {old for part in parts for own in part.known.values() for old in own.values()}
     _check_patterns(recipe, names, problems, notes)
-    if not any(recipe.space.names(part.reference.specs) for part in parts):
+    left = any(recipe.space.names(part.reference.specs) for part in parts)
+    if not left and recipe.method.most != 1:  # one model taken over is copied, whatever it holds
         problems.add(RecipeError, "space: no tensor is left to merge")
 
 

@@ -64,7 +64,17 @@ from suture.writer import SHARD_SIZE, Writer
 
 @dataclass(frozen=True)
 class MergeReport:
-    """What a merge wrote and what it cost."""
+    """What a merge wrote and what it cost.
+
+    Example:
+        >>> import numpy as np, suture, tempfile
+        >>> place = tempfile.TemporaryDirectory()
+        >>> base, math = ({"layers.0.mlp.weight": np.full(4, v, np.float32)} for v in (0, 1))
+        >>> report = suture.save(suture.merge(base, {"math": math}, weight=0.5), f"{place.name}/m")
+        >>> report.method, report.merged, report.moved, report.writeback_loss
+        ('task_arithmetic', 1, 4, 0.0)
+        >>> place.cleanup()
+    """
 
     out: Path
     method: str

@@ -43,6 +43,14 @@ class Stats:
     """Statistics of one model on one set of rows, by kind and parameter.
 
     Layers that read the same input (query, key and value) share one tensor on disk.
+
+    Example:
+        >>> import numpy as np, suture
+        >>> stats = suture.Stats({"fisher/w": np.ones((2, 3), np.float32)}, {"rows": 8}, "mine")
+        >>> stats
+        Stats(mine: fisher)
+        >>> stats.names("fisher"), stats.shape("fisher", "w"), stats.facts["rows"]
+        (['w'], (2, 3), 8)
     """
 
     def __init__(self, tensors: Mapping[str, Array], facts: Mapping[str, Any], where: str) -> None:

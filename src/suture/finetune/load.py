@@ -45,6 +45,12 @@ def load_tuned(
     Raises:
         CheckpointError: the folder holds no such model.
         MismatchError: the base is not the one it was trained on.
+
+    Example:
+        >>> import suture
+        >>> suture.load_tuned("nowhere")
+        Traceback (most recent call last):
+        suture.errors.CheckpointError: nowhere: no such file or folder (looked for nowhere)
     """
     folder, base = Path(folder), None if base is None else Path(base)
     beside = folder / "head.safetensors"
