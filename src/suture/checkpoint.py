@@ -46,7 +46,7 @@ class Place(NamedTuple):
 
 
 class Checkpoint(Mapping[str, Array]):
-    """Tensors on disk, by name; read when asked for, never changed.
+    """Tensors of files or in memory, by name; read when asked for, never changed.
 
     ``checkpoint[name]`` is a new numpy array: floating tensors as float32 (float64 stays), others
     as stored. ``tensor(name)`` is the torch tensor in the dtype of the file. Subtracting another
