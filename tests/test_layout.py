@@ -18,12 +18,12 @@ import toy
 ROOT = Path(suture.__file__).parent
 
 ORDER = [
-    "errors", "spec", "roles", "loops", "ranks", "machine", "kernels", "headers", "checkpoint", "seal", "views", "layers",
+    "errors", "places", "spec", "roles", "loops", "ranks", "machine", "kernels", "headers", "checkpoint", "seal", "views", "layers",
     "vocabulary", "chat", "embeddings", "adapters", "ggufs", "opening", "forms", "publish", "writer", "held",
     "stream", "vector", "profile", "select", "stats", "importance", "maskfile", "mask", "graft", "patchfile",
     "patch", "gather", "analysis", "merges", "engine", "recipe_types", "mergekit", "recipe",
     "card", "models", "networks", "data", "images", "persample", "snapshot", "mover", "probe", "tune", "evals", "measure",
-    "learned", "diagnose", "report", "page", "outputs",
+    "learned", "diagnose", "report", "page", "outputs", "workspace",
     "parts", "planning", "merged", "record", "telling", "run", "trial", "patching", "lowrank", "finetune", "tasks",
     "arithmetic", "regions", "analyze", "suites", "realign", "policy", "workshop", "demo_tasks", "demo_edits",
     "demo_rows", "demo_safety", "demo", "demo_run", "bench", "audit", "algebra", "api", "terminal", "cli", "__main__",

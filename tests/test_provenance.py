@@ -221,7 +221,7 @@ def test_patterns_in_another_order_are_another_merge(here: Path) -> None:
 
     def key(density: dict[str, float]) -> str:
         recipe = {**RECIPE, "parameters": {"density": density}}
-        return run_key(run.plan_recipe(recipe, here / "x", run.Options(), here))
+        return run_key(run.plan_recipe(recipe, here / "x", run.MergeOptions(), here))
 
     one = {"*mlp*": 0.1, "*layers*": 0.9}
 
@@ -511,7 +511,7 @@ def test_inputs_are_never_touched(here: Path) -> None:
     }
     before = tree(here)
     for method in METHODS:
-        run.merge(recipe_of(method), here.parent / method, base_dir=here)
+        run.merge(recipe_of(method), here.parent / method, folder=here)
 
     assert tree(here) == before
     for path, (changed, digest) in digests.items():

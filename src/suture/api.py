@@ -65,12 +65,16 @@ def _quiet(text: str) -> None:
     """Say nothing."""
 
 
+def _place(folder: PathLike | None) -> Path | None:
+    return None if folder is None else Path(folder)
+
+
 def _source(recipe: Recipe) -> Path | Mapping[str, Any]:
     if isinstance(recipe, Mapping):
         return recipe
     if not isinstance(recipe, str | os.PathLike):
         raise RecipeError(f"recipe: a file or a mapping, not {type(recipe).__name__}")
-    return Path(recipe).expanduser()
+    return Path(recipe)
 
 
 @spoken_in_python
@@ -83,7 +87,7 @@ def merge_recipe(
     threads: int | None = None,
     allow_nonfinite: bool = False,
     link: bool = False,
-    base_dir: PathLike | None = None,
+    folder: PathLike | None = None,
     stage: Stage | None = None,
 ) -> MergeReport:
     """Merge models by a recipe into a folder; ``suture merge`` from Python.
@@ -97,7 +101,7 @@ def merge_recipe(
         threads: see there.
         allow_nonfinite: see there.
         link: see there.
-        base_dir: where relative paths of a mapping start.
+        folder: where relative paths start; default the file's folder, or the current one.
         stage: see there.
 
     Returns:
@@ -116,7 +120,7 @@ def merge_recipe(
           - nowhere: no such file or folder (looked for nowhere)
     """
     return run.merge(
-        _source(recipe), Path(out), base_dir=None if base_dir is None else Path(base_dir),
+        _source(recipe), Path(out), folder=_place(folder),
         stage=stage, overwrite=overwrite, resume=resume, threads=threads,
         allow_nonfinite=allow_nonfinite, link=link,
     )  # fmt: skip
@@ -135,6 +139,7 @@ def localize_recipe(
     threads: int | None = None,
     restricted: bool = False,
     values: bool = False,
+    folder: PathLike | None = None,
     say: Say = _quiet,
 ) -> dict[str, Any]:
     """Find the entries that carry skills: a folder of masks; ``suture localize`` from Python.
@@ -146,6 +151,7 @@ def localize_recipe(
         threads: default every core; changes no bit.
         restricted: mark the masks: neither they nor what is made with them may be passed on.
         values: write the marked weights, too: grafts, which stitch without their models.
+        folder: where relative paths start; default the file's folder, or the current one.
         say: is told how far it is.
 
     Returns:
@@ -170,7 +176,8 @@ def localize_recipe(
     from suture import regions
 
     plan = regions.plan_regions(_source(recipe), Path(out), threads=threads, overwrite=overwrite,
-                                values=values, restricted=restricted)  # fmt: skip
+                                values=values, restricted=restricted,
+                                folder=_place(folder))  # fmt: skip
     return regions.execute(plan, None, say)
 
 
@@ -183,6 +190,7 @@ def finetune(
     resume: bool = True,
     device: str | None = None,
     restricted: bool = False,
+    folder: PathLike | None = None,
     say: Say = _quiet,
 ) -> FinetuneReport:
     """Fine-tune a model by a recipe into a folder; ``suture finetune`` from Python.
@@ -194,6 +202,7 @@ def finetune(
         resume: go on with what an interrupted run left.
         device: ``cpu``, ``cuda``, ``cuda:1``, ...; overrides the recipe's.
         restricted: mark the output: neither it nor what is made with it may be passed on.
+        folder: where relative paths start; default the file's folder, or the current one.
         say: is told what happens.
 
     Returns:
@@ -211,7 +220,7 @@ def finetune(
     from suture.finetune import run as work
 
     return work.finetune(_source(recipe), Path(out), say=say, overwrite=overwrite, resume=resume,
-                         device=device, restricted=restricted)  # fmt: skip
+                         device=device, restricted=restricted, folder=_place(folder))  # fmt: skip
 
 
 @spoken_in_python
@@ -223,6 +232,7 @@ def realign(
     resume: bool = True,
     device: str | None = None,
     threads: int | None = None,
+    folder: PathLike | None = None,
     say: Say = _quiet,
 ) -> RealignReport:
     """Put safety that fine-tuning took away back into a model; ``suture realign`` from Python.
@@ -234,6 +244,7 @@ def realign(
         resume: see there.
         device: see there.
         threads: default every core.
+        folder: where relative paths start; default the file's folder, or the current one.
         say: see there.
 
     Returns:
@@ -251,7 +262,7 @@ def realign(
     from suture.realign import run as work
 
     return work.realign(_source(recipe), Path(out), say=say, overwrite=overwrite, resume=resume,
-                        device=device, threads=threads)  # fmt: skip
+                        device=device, threads=threads, folder=_place(folder))  # fmt: skip
 
 
 @spoken_in_python
@@ -263,6 +274,7 @@ def audit(
     resume: bool = True,
     device: str | None = None,
     threads: int | None = None,
+    folder: PathLike | None = None,
     say: Say = _quiet,
 ) -> dict[str, Any]:
     """Find out where the safety of a model lives; ``suture audit`` from Python.
@@ -274,6 +286,7 @@ def audit(
         resume: see there.
         device: see there.
         threads: default every core.
+        folder: where relative paths start; default the file's folder, or the current one.
         say: see there.
 
     Returns:
@@ -291,13 +304,14 @@ def audit(
     from suture.audit import run as work
 
     return work.audit(_source(recipe), Path(out), say=say, overwrite=overwrite, resume=resume,
-                      device=device, threads=threads)  # fmt: skip
+                      device=device, threads=threads, folder=_place(folder))  # fmt: skip
 
 
 @spoken_in_python
 def bench(
-    recipe: Recipe, out: PathLike, *, threads: int | None = None, say: Say = _quiet
-) -> dict[str, Any]:
+    recipe: Recipe, out: PathLike, *, threads: int | None = None,
+    folder: PathLike | None = None, say: Say = _quiet,
+) -> dict[str, Any]:  # fmt: skip
     """Compare fine-tuning strategies by task arithmetic; ``suture bench`` from Python.
 
     Interrupted, the same call goes on.
@@ -306,6 +320,7 @@ def bench(
         recipe: a file, or what stands in it: base, tasks, strategies, seeds.
         out: the folder of cells and tables.
         threads: of torch; as they are without it.
+        folder: where relative paths start; default the file's folder, or the current one.
         say: is told of every cell, and how long the rest will take.
 
     Returns:
@@ -322,13 +337,15 @@ def bench(
     """
     from suture.bench import run as work
 
-    return work.bench(_source(recipe), Path(out), threads=threads, say=say)
+    return work.bench(_source(recipe), Path(out), threads=threads, say=say,
+                      folder=_place(folder))  # fmt: skip
 
 
 @spoken_in_python
 def analyze(
-    recipe: Recipe, out: PathLike, *, overwrite: bool = False, threads: int | None = None
-) -> Analysis:
+    recipe: Recipe, out: PathLike, *, overwrite: bool = False, threads: int | None = None,
+    folder: PathLike | None = None,
+) -> Analysis:  # fmt: skip
     """Look at several task vectors at once; ``suture analyze`` from Python.
 
     Args:
@@ -336,6 +353,7 @@ def analyze(
         out: the folder to write.
         overwrite: replace an older analysis, at the end.
         threads: default every core; changes no number.
+        folder: where relative paths start; default the file's folder, or the current one.
 
     Returns:
         What ``analysis.json`` holds: norms, cosines, conflicts, overlaps beside chance, bases.
@@ -359,7 +377,8 @@ def analyze(
     """
     from suture.analyze import work
 
-    return work.analysis(_source(recipe), Path(out), overwrite=overwrite, threads=threads)
+    return work.analysis(_source(recipe), Path(out), overwrite=overwrite, threads=threads,
+                         folder=_place(folder))  # fmt: skip
 
 
 @spoken_in_python
@@ -411,6 +430,7 @@ def evaluate(
     resume: bool = True,
     device: str = "auto",
     limit: int = 0,
+    folder: PathLike | None = None,
     say: Say = _quiet,
 ) -> list[SuiteResult]:
     """Ask models what a suite asks; ``suture eval`` from Python.
@@ -427,6 +447,8 @@ def evaluate(
         resume: keep what a result answers already.
         device: ``auto``, ``cpu``, ``cuda``, ``cuda:1``, ...
         limit: only the first so many rows of each evaluation; 0 for what the suite says.
+        folder: where relative paths of the suite start; default the file's folder, or the current
+            one, where those of ``models`` and ``out`` always start.
         say: is told what is there already.
 
     Returns:
@@ -449,8 +471,9 @@ def evaluate(
             _asked(name, model, tokenizer, Path(place) / str(number))
             for number, (name, model) in enumerate(_several(models))
         ]
-        plan = plan_suite(asked, _source(suite), None if out is None else Path(out),
-                          Options(overwrite, resume, device, limit))  # fmt: skip
+        how = Options(overwrite=overwrite, resume=resume, device=device, limit=limit)
+        place_of_results = None if out is None else Path(out)
+        plan = plan_suite(asked, _source(suite), place_of_results, how, _place(folder))
         return execute(plan, say=say)
 
 
@@ -597,6 +620,7 @@ def blame(
     *,
     device: str = "auto",
     overwrite: bool = False,
+    folder: PathLike | None = None,
 ) -> Blame:
     """Leave out every expert of a merge in turn and ask which broken rules then hold.
 
@@ -610,6 +634,7 @@ def blame(
         out: a folder for the results of the candidates; by default they are not kept.
         device: ``auto``, ``cpu``, ``cuda``, ``cuda:1``, ...
         overwrite: replace results of candidates of another recipe.
+        folder: where relative paths of a recipe and a suite start that are mappings.
 
     Returns:
         For each expert: rules repaired and broken without it, or why there is no such merge.
@@ -628,7 +653,7 @@ def blame(
     rules = Path(gate) if isinstance(gate, str | os.PathLike) else gate
     return work.blame(_source(recipe), _source(suite), base, experts, edit, rules,
                       None if out is None else Path(out), device=device,
-                      overwrite=overwrite)  # fmt: skip
+                      overwrite=overwrite, folder=_place(folder))  # fmt: skip
 
 
 @spoken_in_python

@@ -11,7 +11,7 @@ from suture.engine import Outcome, Stage, apply, make_tensor, prepared
 from suture.errors import MismatchError, Problems, told_in_python
 from suture.headers import JSON_LIMIT, read_json
 from suture.held import Held, Sink
-from suture.outputs import Options
+from suture.outputs import MergeOptions
 from suture.planning import Plan, check_contents, make_plan
 from suture.recipe_types import Recipe
 from suture.spec import TensorSpec
@@ -64,15 +64,15 @@ class Merged(Mapping[str, Array]):
     def __init__(self, recipe: Recipe, inputs: Mapping[str, Checkpoint]) -> None:
         self.recipe = recipe
         self.inputs = dict(inputs)
-        self._ready: dict[Options, _Ready] = {}
+        self._ready: dict[MergeOptions, _Ready] = {}
         self._lock = threading.Lock()
 
     @property
     def plan(self) -> Plan:
         """The merge held against its inputs; every problem is told when it is first asked for."""
-        return self._planned(Options()).plan
+        return self._planned(MergeOptions()).plan
 
-    def _planned(self, options: Options) -> _Ready:
+    def _planned(self, options: MergeOptions) -> _Ready:
         with self._lock, told_in_python():
             if options not in self._ready:
                 plan = make_plan(self.recipe, None, options, dict(self.inputs))
@@ -103,7 +103,7 @@ class Merged(Mapping[str, Array]):
         return name in self.specs
 
     def __getitem__(self, name: str) -> Array:
-        return self._one(name, Options())[name]
+        return self._one(name, MergeOptions())[name]
 
     def tensor(
         self, name: str, *, threads: int | None = None, allow_nonfinite: bool = False
@@ -121,10 +121,10 @@ class Merged(Mapping[str, Array]):
             KeyError: there is no such tensor.
             SutureError: the inputs do not fit, or hold NaN or infinity.
         """
-        how = Options(threads=threads, allow_nonfinite=allow_nonfinite)
+        how = MergeOptions(threads=threads, allow_nonfinite=allow_nonfinite)
         return self._one(name, how).tensor(name)
 
-    def _one(self, name: str, options: Options) -> Held:
+    def _one(self, name: str, options: MergeOptions) -> Held:
         ready = self._planned(options)
         if name not in ready.plan.specs:
             raise KeyError(name)
@@ -148,7 +148,7 @@ class Merged(Mapping[str, Array]):
             SutureError: the inputs do not fit, hold NaN or infinity, or are not those that a mask
                 or statistics were made from.
         """
-        plan = self._planned(Options(threads=threads, allow_nonfinite=allow_nonfinite)).plan
+        plan = self._planned(MergeOptions(threads=threads, allow_nonfinite=allow_nonfinite)).plan
         held = Held(label or str(self), None, plan.specs, plan.config)
         with told_in_python():
             computed(plan, Sink(plan.specs, held.bytes))

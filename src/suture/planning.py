@@ -34,7 +34,7 @@ from suture.forms import check_forms
 from suture.merges import Beside, Context
 from suture.opening import open_model
 from suture.outputs import (
-    Options,
+    MergeOptions,
     apart,
     check_free,
     check_place,
@@ -53,6 +53,7 @@ from suture.parts import (
     takes_files,
     whole_shards,
 )
+from suture.places import place_of
 from suture.recipe import parse_recipe
 from suture.recipe_types import Recipe
 from suture.roles import EVERYTHING
@@ -77,7 +78,7 @@ class Plan:
     inputs: Mapping[str, Checkpoint]
     """The checkpoints by label, the base first."""
     out: Path | None
-    options: Options
+    options: MergeOptions
     config: Mapping[str, Any]
     """The ``config.json`` of the output, but for its dtype."""
     notes: tuple[str, ...] = ()
@@ -135,18 +136,25 @@ class Plan:
 def plan_recipe(
     recipe: Path | Mapping[str, Any],
     out: Path | None,
-    options: Options,
-    base_dir: Path | None = None,
+    options: MergeOptions,
+    folder: Path | None = None,
 ) -> Plan:
     """Read a recipe, open its models, and check everything that headers can tell.
+
+    Args:
+        recipe: a YAML file, or what stands in it.
+        out: the folder to write; ``None`` checks the inputs only.
+        options: how to do it.
+        folder: where the relative paths of the recipe start; by default the file's folder or the
+            current one.
 
     Raises:
         SutureError: all problems at once, those of the output folder included.
     """
     problems = Problems()
-    found = parse_recipe(recipe, base_dir, problems)
+    found = parse_recipe(recipe, folder, problems)
     if found is None and out is not None:
-        check_place(out, {}, options, problems)
+        check_place(out, {}, options.overwrite, problems)
     if isinstance(recipe, Path) and out is not None and options.overwrite:
         check_recipe_stays(recipe, out, problems)
     try:
@@ -163,7 +171,7 @@ def plan_recipe(
 def make_plan(
     recipe: Recipe,
     out: Path | None,
-    options: Options,
+    options: MergeOptions,
     opened: dict[str, Checkpoint] | None = None,
     problems: Problems | None = None,
 ) -> Plan:
@@ -188,7 +196,7 @@ def make_plan(
     return _planned(recipe, out, options, opened, problems, stages, made)
 
 
-def stages_of(recipe: Recipe, options: Options, problems: Problems) -> dict[str, Plan]:
+def stages_of(recipe: Recipe, options: MergeOptions, problems: Problems) -> dict[str, Plan]:
     """The plans of what must be made first; what one of them lacks is noted."""
     found: dict[str, Plan] = {}
     for name, stage in recipe.stages.items():
@@ -200,7 +208,7 @@ def stages_of(recipe: Recipe, options: Options, problems: Problems) -> dict[str,
                 plan = _planned(stage, None, options, None, own, found, made)
                 folder = stage_folder(plan)
                 if not folder.exists():
-                    check_free(folder, folder, options, own)
+                    check_free(folder, folder, options.overwrite, own)
                     _check_room(folder, plan, own)
                 own.raise_if_any()
                 found[name] = plan
@@ -223,12 +231,12 @@ def stage_folder(plan: Plan) -> Path:
 
 
 def _planned(
-    recipe: Recipe, out: Path | None, options: Options, opened: dict[str, Checkpoint] | None,
+    recipe: Recipe, out: Path | None, options: MergeOptions, opened: dict[str, Checkpoint] | None,
     problems: Problems, stages: Mapping[str, Plan], made: Mapping[str, str],
 ) -> Plan:  # fmt: skip
     inputs = _opened(recipe, problems, stages) if opened is None else opened
     if out is not None:
-        check_place(out, inputs, options, problems)
+        check_place(out, inputs, options.overwrite, problems)
     parts: list[Part] = []
     notes: list[str] = []
     aligned = Aligned(inputs)
@@ -379,7 +387,7 @@ def _beside(recipe: Recipe) -> dict[str, list[Path]]:
     if recipe.tokenizer is not None:
         source = recipe.tokenizer.source
         if source not in (UNION, "base", *recipe.models):
-            found["tokenizer"] = [recipe.folder / Path(source).expanduser()]
+            found["tokenizer"] = [place_of(source, recipe.folder)]
     for key, value in recipe.parameters.items():
         if takes_files(recipe.method, key):
             files = value.values() if isinstance(value, Mapping) else [value]

@@ -17,7 +17,7 @@ from suture.audit.case import Case
 from suture.audit.looks import Look, look_of
 from suture.audit.net import Change, Key, Net, Region
 from suture.audit.outcome import card, finished, record_of
-from suture.audit.plan import CELLS, RECORD, Options, Plan, check_finished, counts, plan_audit
+from suture.audit.plan import CELLS, RECORD, Plan, check_finished, counts, plan_audit
 from suture.audit.regions import Atlas, overlap
 from suture.audit.training import train
 from suture.audit.verdicts import judge
@@ -25,6 +25,7 @@ from suture.bench.ledger import Ledger, Say, digest, write
 from suture.checkpoint import Checkpoint
 from suture.engine import checkpoint_fingerprint
 from suture.errors import MismatchError
+from suture.outputs import Options
 from suture.publish import alone
 from suture.realign.parts import Models, check_ancestor, measure
 from suture.roles import EVERYTHING
@@ -34,14 +35,27 @@ STEPS = 1
 
 
 def audit(
-    recipe: Path | Mapping[str, Any], out: Path, *, say: Say = lambda _: None, **options: Any
+    recipe: Path | Mapping[str, Any],
+    out: Path,
+    *,
+    say: Say = lambda _: None,
+    folder: Path | None = None,
+    **options: Any,
 ) -> dict[str, Any]:
     """Follow a recipe file (or mapping) into a folder; keywords as the fields of ``Options``.
+
+    Args:
+        recipe: a YAML file, or what stands in it.
+        out: the folder of cells and results.
+        say: is told what is being done.
+        folder: where the relative paths of the recipe start; by default the file's folder or the
+            current one.
+        **options: the fields of ``Options``.
 
     Raises:
         SutureError: the recipe, an input or the output is at fault; all problems at once.
     """
-    return execute(plan_audit(recipe, out, Options(**options)), say=say)
+    return execute(plan_audit(recipe, out, Options(**options), folder), say=say)
 
 
 def execute(plan: Plan, *, say: Say = lambda _: None) -> dict[str, Any]:

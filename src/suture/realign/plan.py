@@ -15,8 +15,8 @@ from suture.finetune.rows import language_rows
 from suture.mask import Mask
 from suture.models import device_named, load_tokenizer, longest_of
 from suture.opening import open_model
-from suture.outputs import Options as PlaceOptions
-from suture.outputs import check_place, check_room
+from suture.outputs import Options, check_place, check_room
+from suture.places import place_of
 from suture.realign.concrete import logit_shape
 from suture.realign.pairs import PairRows, read_pairs
 from suture.realign.parts import Models, across, check_factors, masked_shapes
@@ -24,17 +24,6 @@ from suture.realign.recipe import Realign, parse_realign
 from suture.roles import check_selectors
 from suture.spec import listed, readable
 from suture.vector import align
-
-
-@dataclass(frozen=True)
-class Options:
-    """How to run, as opposed to what: none of it changes the weights on one device."""
-
-    overwrite: bool = False
-    resume: bool = True
-    device: str | None = None
-    """Overrides the recipe's."""
-    threads: int | None = None
 
 
 @dataclass(frozen=True)
@@ -123,22 +112,32 @@ class Plan:
 
 
 def plan_realign(
-    recipe: Path | Mapping[str, Any], out: Path, options: Options | None = None
+    recipe: Path | Mapping[str, Any],
+    out: Path,
+    options: Options | None = None,
+    folder: Path | None = None,
 ) -> Plan:
     """Read a recipe, open its models, read and tokenise its rows; check all that can be checked.
+
+    Args:
+        recipe: a YAML file, or what stands in it.
+        out: the folder to write.
+        options: how to run.
+        folder: where the relative paths of the recipe start; by default the file's folder or the
+            current one.
 
     Raises:
         SutureError: all problems at once.
     """
     options = options or Options()
     problems = Problems()
-    found = parse_realign(recipe, None, problems)
+    found = parse_realign(recipe, folder, problems)
     if found is None:
-        check_place(out, {}, PlaceOptions(overwrite=options.overwrite), problems)
+        check_place(out, {}, options.overwrite, problems)
         problems.raise_if_any()
     assert found is not None
     opened, models = _models(found, problems)
-    check_place(out, opened, PlaceOptions(overwrite=options.overwrite), problems)
+    check_place(out, opened, options.overwrite, problems)
     device = options.device or found.device
     with problems.collecting():
         device = device_named(device)
@@ -198,7 +197,7 @@ def _check_needs(
     mask = recipe.settings.get("mask")
     if mask:
         with problems.collecting():
-            shapes, specs = Mask.load(recipe.folder / mask).shapes, aligned.specs
+            shapes, specs = Mask.load(place_of(mask, recipe.folder)).shapes, aligned.specs
             odd = [n for n, shape in shapes.items() if n not in specs or specs[n].shape != shape]
             if odd:
                 raise MismatchError(

@@ -11,6 +11,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from suture import outputs as runs
 from suture.card import carried_tokenizer
 from suture.checkpoint import Checkpoint
 from suture.errors import OutputError, Problems, RecipeError, SutureError
@@ -30,20 +31,17 @@ from suture.models import (
 )
 from suture.opening import open_model
 from suture.outputs import check_parent
+from suture.places import place_of
 from suture.suites.rows import IMAGES, Asked, asked_in, digest, zero_shot_labels
 from suture.suites.suite import Suite, read_suite
 
 HEAD = "head.safetensors"
 
 
-@dataclass(frozen=True)
-class Options:
-    """How to run, as opposed to what is asked."""
+@dataclass(frozen=True, kw_only=True)
+class Options(runs.Options):
+    """How to ask, as opposed to what is asked."""
 
-    overwrite: bool = False
-    resume: bool = True
-    """Whether evaluations that a result holds already are kept."""
-    device: str = "auto"
     limit: int = 0
     """Only the first so many rows of each evaluation; 0 for what the suite says."""
 
@@ -95,6 +93,7 @@ def plan_suite(
     suite: Path | Mapping[str, Any],
     out: Path | None,
     options: Options | None = None,
+    folder: Path | None = None,
 ) -> Plan:
     """Read a suite and its rows, open the models, tokenise; check all that can be checked.
 
@@ -103,18 +102,20 @@ def plan_suite(
         suite: a YAML file, or what stands in it.
         out: a ``.json`` file for one model, or a folder; ``None`` writes nothing.
         options: how to run.
+        folder: where the relative paths of the suite start; by default the file's folder or the
+            current one, where those of ``models`` and ``out`` always start.
 
     Raises:
         SutureError: all problems at once.
     """
     options, problems = options or Options(), Problems()
-    found = read_suite(suite, problems)
+    found = read_suite(suite, problems, folder)
     if found is not None and options.limit:  # a quick look must not replace what took hours
         found = replace(found, name=f"{found.name}.first{options.limit}")
     asked = {} if found is None else asked_in(found, options.limit, problems)
     device = "cpu"
     with problems.collecting():
-        device = device_named(options.device)
+        device = device_named(options.device or "auto")
     given = [m.label if isinstance(m, Checkpoint) else os.fspath(m) for m in models]
     if not given:
         problems.add(RecipeError, "name at least one model")
@@ -249,7 +250,7 @@ def _labels(asked: Asked, suite: Suite, checkpoint: Checkpoint) -> tuple[tuple[s
     if options.get("labels") or options.get("label_texts"):
         raise RecipeError("labels and label_texts belong to `head: zero-shot`; a saved head has "
                           "labels of its own")  # fmt: skip
-    path = checkpoint.folder / HEAD if head == "model" else suite.folder / head
+    path = checkpoint.folder / HEAD if head == "model" else place_of(head, suite.folder)
     if head != "model" and not path.is_file():
         return (), ""  # noted when the question was read
     if not path.is_file():
