@@ -129,12 +129,12 @@ def test_the_examples_of_the_page_are_true(tmp_path: Path, monkeypatch: pytest.M
 
 
 def test_every_command_is_a_verb() -> None:
-    """What ``suture --help`` lists, but for tables, rows and the demo, is a function here."""
+    """What ``suture --help`` lists, but for tables, schemas, rows and the demo, is a function."""
     done = subprocess.run([sys.executable, "-m", "suture", "--help"], capture_output=True, text=True,
                           check=True, env={"COLUMNS": "200", "TERM": "dumb", **_ENV})  # fmt: skip
     commands = set(re.findall(r"^[│|]? +([a-z][a-z-]*) {2,}\S", done.stdout, re.MULTILINE))
     assert {"merge", "patch", "demo"} <= commands
-    tables = {"methods", "strategies", "realigners", "demo", "proxy"}
+    tables = {"methods", "strategies", "realigners", "schema", "demo", "proxy"}
     verbs = {command.split()[0] for command in suture.VERBS.values() if command}
     assert verbs == commands - tables
     shown = invoke("patch", "--help").out

@@ -117,7 +117,7 @@ def merge_recipe(
         suture.errors.RecipeError: 3 problems:
           - method: no merge method 'tis'; did you mean 'ties'?
           - base: ties works on differences to a base; name one
-          - nowhere: no such file or folder (looked for nowhere)
+          - nowhere: no such file or folder (looked for ...nowhere)
     """
     return run.merge(
         _source(recipe), Path(out), folder=_place(folder),

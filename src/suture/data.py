@@ -20,6 +20,7 @@ import torch
 from torch import Tensor
 
 from suture.errors import MissingExtraError, RecipeError, did_you_mean
+from suture.places import shown
 
 if TYPE_CHECKING:
     from suture.models import Tokenizer
@@ -99,14 +100,15 @@ def read_records(path: Path) -> list[tuple[str, Mapping[str, object]]]:
     Raises:
         RecipeError: the file is missing, of another kind, or empty.
     """
+    where = shown(path)
     if path.suffix not in READERS:
-        raise RecipeError(f"{path}: data is read from {' and '.join(READERS)} files")
+        raise RecipeError(f"{where}: data is read from {' and '.join(READERS)} files")
     try:
-        records = [(f"{path}, line {n}", record) for n, record in READERS[path.suffix](path)]
+        records = [(f"{where}, line {n}", record) for n, record in READERS[path.suffix](path)]
     except (OSError, UnicodeDecodeError) as error:
-        raise RecipeError(f"{path}: cannot be read: {error}") from error
+        raise RecipeError(f"{where}: cannot be read: {error}") from error
     if not records:
-        raise RecipeError(f"{path}: holds no rows")
+        raise RecipeError(f"{where}: holds no rows")
     return records
 
 
