@@ -19,7 +19,7 @@ from suture.errors import OutputError, SutureError
 from suture.evals import EvalResult
 from suture.recipe import read_recipe
 from suture.report import Report
-from suture.tune import TuneSettings
+from suture.settings import TuneSettings
 from suture.workshop import Workshop
 
 EXAMPLES = Path(__file__).parents[1] / "examples"

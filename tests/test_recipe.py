@@ -17,8 +17,9 @@ from hypothesis import strategies as st
 from making import RECIPE, invoke, lines_of, write_recipe
 from suture.errors import RecipeError
 from suture.merges import METHODS
-from suture.recipe import RECIPE_LIMIT, Policy, Recipe, parse_yaml, read_recipe
+from suture.recipe import Policy, Recipe, read_recipe
 from suture.roles import ParamSpace
+from suture.schema.text import RECIPE_LIMIT, parse_yaml
 
 
 def problems_of(recipe: Any) -> list[str]:
@@ -524,6 +525,8 @@ def test_the_examples_of_the_docs_are_recipes() -> None:
     pages = [root / "README.md", *(root / "docs").rglob("*.md")]
     read = []
     for page in pages:
+        if page.name == "plugins.md":  # its method is another package's: tests/test_plugins.py
+            continue
         for body in re.findall(r"^```yaml\n(.*?)^```$", page.read_text(), re.M | re.S):
             raw = yaml.safe_load(body)
             if (

@@ -20,6 +20,7 @@ import torch
 from torch import Tensor
 
 from suture.errors import MissingExtraError, RecipeError, did_you_mean
+from suture.places import shown
 
 if TYPE_CHECKING:
     from suture.models import Tokenizer
@@ -99,14 +100,15 @@ def read_records(path: Path) -> list[tuple[str, Mapping[str, object]]]:
     Raises:
         RecipeError: the file is missing, of another kind, or empty.
     """
+    where = shown(path)
     if path.suffix not in READERS:
-        raise RecipeError(f"{path}: data is read from {' and '.join(READERS)} files")
+        raise RecipeError(f"{where}: data is read from {' and '.join(READERS)} files")
     try:
-        records = [(f"{path}, line {n}", record) for n, record in READERS[path.suffix](path)]
+        records = [(f"{where}, line {n}", record) for n, record in READERS[path.suffix](path)]
     except (OSError, UnicodeDecodeError) as error:
-        raise RecipeError(f"{path}: cannot be read: {error}") from error
+        raise RecipeError(f"{where}: cannot be read: {error}") from error
     if not records:
-        raise RecipeError(f"{path}: holds no rows")
+        raise RecipeError(f"{where}: holds no rows")
     return records
 
 
@@ -207,6 +209,18 @@ def plan(lengths: Sequence[int], size: int, *, seed: int | None) -> list[list[in
         batches += [part[at : at + size] for at in range(0, len(part), size)]
     generator.shuffle(batches)
     return batches
+
+
+def fixed_plan(lengths: Sequence[int], size: int, *, seed: int) -> list[list[int]]:
+    """Batches that stay together in every epoch: sorted by length, equal lengths by chance.
+
+    Example:
+        >>> sorted(map(len, fixed_plan([5, 3, 4], 2, seed=0)))
+        [1, 2]
+    """
+    order = list(range(len(lengths)))
+    random.Random(seed).shuffle(order)
+    return [[order[i] for i in rows] for rows in plan([lengths[i] for i in order], size, seed=None)]
 
 
 def collate(data: Dataset, rows: Sequence[int]) -> Batch:

@@ -54,7 +54,8 @@ from suture.probe import fit_head
 from suture.report import Entry, Report, Task
 from suture.roles import role_of
 from suture.run import merge
-from suture.tune import Progress, TuneSettings, tune
+from suture.settings import TuneSettings
+from suture.tune import Progress, tune
 from suture.workshop import (
     EVAL_BATCH,
     Column,

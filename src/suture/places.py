@@ -53,6 +53,17 @@ def place_of(path: str | os.PathLike[str], folder: Path | None = None) -> Path:
     return found if folder is None else folder / found
 
 
+def shown(path: Path) -> str:
+    """Return a path as messages write it: short where it lies in the current folder.
+
+    Example:
+        >>> shown(Path.cwd() / "rows" / "train.jsonl")
+        'rows/train.jsonl'
+    """
+    here = Path.cwd()
+    return str(path.relative_to(here) if path.is_relative_to(here) else path)
+
+
 def _at_home(path: Path) -> Path:
     try:
         return path.expanduser()
@@ -60,4 +71,4 @@ def _at_home(path: Path) -> Path:
         return path
 
 
-__all__ = ["place_of", "recipe_folder"]
+__all__ = ["place_of", "recipe_folder", "shown"]

@@ -33,7 +33,8 @@ from suture.mask import Mask
 from suture.models import Classifier, Encoder, file_names
 from suture.mover import Mover, classification
 from suture.schema.settings import settings as settings_of
-from suture.tune import TuneResult, TuneSettings, tune
+from suture.settings import TuneSettings
+from suture.tune import TuneResult, tune
 
 BODY = "encoder.backbone."
 

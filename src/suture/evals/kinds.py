@@ -32,6 +32,7 @@ from suture.chat import as_chat
 from suture.data import Batch, Dataset, cell
 from suture.errors import Problems, RecipeError
 from suture.evals.base import Eval, Metric
+from suture.evals.decoding import Decoding
 from suture.images import Look
 from suture.schema.parameters import Text
 from suture.schema.table import Line
@@ -52,20 +53,6 @@ class Row:
     cells: Mapping[str, object]
     category: str = ""
     language: str = ""
-
-
-@dataclass(frozen=True)
-class Decoding:
-    """How a model is asked and how it answers: always the likeliest token."""
-
-    max_tokens: int = 64
-    """New tokens at most."""
-    stop: tuple[str, ...] = ()
-    """Texts that end an answer, besides the model's own end; they are not part of it."""
-    chat: bool = False
-    """Whether prompts are put into the model's chat template."""
-    system: str = ""
-    """What the system says first, in a chat."""
 
 
 @dataclass

@@ -23,7 +23,8 @@ from suture.patch import Patch
 from suture.patchfile import is_patch
 from suture.roles import DEFAULT_SPACE
 from suture.schema.table import Line
-from suture.tune import TuneResult, TuneSettings
+from suture.settings import TuneSettings
+from suture.tune import TuneResult
 
 Say = Callable[[str], None]
 

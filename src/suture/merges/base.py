@@ -6,21 +6,44 @@ is the list of its parameters: recipes, the command line and the docs read it fr
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Annotated, Any, Generic, Literal, TypeVar
+from typing import Annotated, Any, ClassVar, Generic, Literal, TypeVar
 
 import numpy as np
 
+from suture.checkpoint import MEMORY
 from suture.errors import Problems
+from suture.mask import Mask
+from suture.schema import parameters
 from suture.schema.parameters import Choice, Number
 from suture.schema.table import Line
 from suture.schema.values import PerModel, Scalar
 from suture.spec import TensorSpec
+from suture.stats import Stats
 from suture.stream import DELTA, WEIGHT, Block, Progress, Sources
 
 Array = np.ndarray[Any, Any]
 S = TypeVar("S")
+
+
+FILES = (str, os.PathLike, Mask, Stats)
+"""What may stand for a file of masks or statistics: its path, or what would be read from it."""
+
+
+def spelled(source: Any) -> str:
+    """What a record calls a file; masks and statistics in memory have a name after ``memory:``."""
+    if isinstance(source, Mask):
+        return f"{MEMORY}{source.name}"
+    return f"{MEMORY}stats" if isinstance(source, Stats) else os.fspath(source)
+
+
+@dataclass(frozen=True)
+class Files(parameters.Files):
+    """One file of masks or statistics a model, or what would be read from it."""
+
+    kinds: ClassVar[tuple[type, ...]] = FILES
 
 
 Weight = Annotated[PerModel, Number("factor on a model's contribution")]

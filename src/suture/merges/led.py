@@ -6,13 +6,13 @@ from collections.abc import Mapping
 from typing import Annotated, Literal
 
 from suture import kernels
-from suture.merges.base import Density, Merge, Scale, Scope, Seed, Weight
+from suture.merges.base import Density, Files, Merge, Scale, Scope, Seed, Weight
 from suture.merges.elections import Elected, Election, lines
 from suture.merges.marks import (
     buffers,
 )
 from suture.merges.votes import scaled
-from suture.schema.parameters import Choice, Files, ModelName, Number
+from suture.schema.parameters import Choice, ModelName, Number
 from suture.schema.values import PerModel, Scalar, each
 from suture.stream import Block, cores
 

@@ -9,23 +9,18 @@ from pathlib import Path
 from typing import Any
 
 from suture.errors import Problems, RecipeError, brief, did_you_mean
-from suture.finetune.recipe import (
-    TOO_LONG,
-    DataSpec,
-    read_held_out,
-    read_source,
-    read_training,
-)
+from suture.finetune.recipe import read_training
 from suture.realign.base import Realigner
 from suture.realign.fuse import Fusing, read_fusing
 from suture.realign.methods import REALIGNERS
 from suture.realign.pairs import PairSpec
-from suture.recipe import raw_recipe
 from suture.recipe_types import Reader, read_space, refuse_unknown, section
 from suture.roles import EVERYTHING, ParamSpace
 from suture.schema.settings import check_words, settings
+from suture.schema.text import raw_recipe
+from suture.settings import TuneSettings
+from suture.sources import TOO_LONG, DataSpec, read_held_out, read_source
 from suture.spec import WORD_OF, dtype_named
-from suture.tune import TuneSettings
 
 KEYS = (
     "method", "base", "aligned", "models", "safety", "fuse", "parameters", "space", "data",
@@ -69,7 +64,8 @@ class Realign:
         if self.method.trains:
             return tuple(asdict(self.training))
         split = () if self.data is None else ("seed",)  # of the pairs that are held out
-        return split if self.data is None and self.utility is None else ("batch", *split)
+        read = ("batch", "activations", "activations_memory", "activations_disk")
+        return split if self.data is None and self.utility is None else (*read, *split)
 
     @property
     def reads_base(self) -> bool:

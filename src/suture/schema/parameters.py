@@ -10,12 +10,13 @@ from __future__ import annotations
 
 import inspect
 import math
+import os
 import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import lru_cache
 from types import NoneType, UnionType
-from typing import Annotated, Any, Literal, Union, get_args, get_origin, get_type_hints
+from typing import Annotated, Any, ClassVar, Literal, Union, get_args, get_origin, get_type_hints
 
 from suture.errors import RecipeError, brief, did_you_mean
 from suture.schema.values import PerModel, Scalar
@@ -156,12 +157,14 @@ class Files(Meaning):
 
     instead: tuple[str, ...] = ()
     """Parameters that have no meaning beside it: the files decide what they would."""
+    kinds: ClassVar[tuple[type, ...]] = (str, os.PathLike)
+    """What may stand for a file."""
 
     def fault(self, value: object) -> str | None:
         """What is wrong with ``value``; ``None`` when nothing is."""
-        fine = isinstance(value, str) or (
+        fine = isinstance(value, str | os.PathLike) or (
             isinstance(value, Mapping)
-            and all(isinstance(k, str) and isinstance(v, str) for k, v in value.items())
+            and all(isinstance(k, str) and isinstance(v, self.kinds) for k, v in value.items())
         )
         wrong = f"{brief(value)} is neither a folder nor a mapping from models to files"
         return None if fine else wrong

@@ -13,10 +13,10 @@ from suture.data import cell
 from suture.errors import Problems, RecipeError
 from suture.evals.kinds import Row
 from suture.finetune.image_rows import labelled
-from suture.finetune.recipe import DataSpec
 from suture.finetune.rows import Record, records_of
 from suture.images import Image, checked
-from suture.places import place_of
+from suture.places import place_of, shown
+from suture.sources import DataSpec
 from suture.suites.suite import DTYPES, Question, Suite
 
 IMAGES = "image-classifier"
@@ -130,8 +130,8 @@ def _given_head(question: Question, suite: Suite, problems: Problems) -> str:
         return head
     path = place_of(head, suite.folder)
     if not path.is_file():
-        problems.add(RecipeError, f"evaluations.{question.name}.head: no file {path}; name one, or "
-                                  "say `model` or `zero-shot`")  # fmt: skip
+        problems.add(RecipeError, f"evaluations.{question.name}.head: no file {shown(path)}; "
+                                  "name one, or say `model` or `zero-shot`")  # fmt: skip
         return head
     return hashlib.blake2b(path.read_bytes(), digest_size=16).hexdigest()
 
