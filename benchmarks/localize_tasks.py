@@ -246,7 +246,7 @@ class Bench:
             for e in self.experts:
                 self.mask(e, rule, parameters["density"]).save(masks / f"{e.name}.safetensors")
             recipe |= {"method": "stitch", "parameters": {"masks": str(masks.resolve())}}
-        merge(recipe, folder, base_dir=Path())
+        merge(recipe, folder, folder=Path())
 
     def chosen(self, method: str) -> tuple[dict[str, Any], list[float]]:
         """The best parameters on validation rows, and what they reach on test rows."""
@@ -291,7 +291,7 @@ class Bench:
             how = {"base": str(self.base.folder), "method": "stitch", "models": models,
                    "parameters": {"masks": {n: grafts[n] for n in models}},
                    "policy": {"missing": "base"}, "space": {"exclude": SPACE}}  # fmt: skip
-            prints[name] = merge(how, out, base_dir=Path()).fingerprint
+            prints[name] = merge(how, out, folder=Path()).fingerprint
             shutil.rmtree(out)
         assert prints["four"] != prints["five"]
         return prints["four"] == prints["four-grafts"] and prints["five"] == prints["five-later"]

@@ -171,7 +171,7 @@ def test_an_analysis_is_plain_data_that_names_its_inputs(models: Any, tmp_path: 
     assert set(raw["inputs"]) == {"base", *models.paths}
     assert all(len(entry["fingerprint"]) == 32 for entry in raw["inputs"].values())
     assert not any(entry["path"].startswith("/") for entry in raw["inputs"].values())
-    again = analysis(raw["request"], tmp_path / "again", base_dir=out)
+    again = analysis(raw["request"], tmp_path / "again", folder=out)
     for part in ("geometry", "conflicts", "overlap", "bases"):
         assert getattr(again, part) == getattr(found, part)
 

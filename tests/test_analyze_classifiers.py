@@ -242,7 +242,7 @@ def test_the_command_tells_and_the_report_shows(shop: Path, tmp_path: Path) -> N
     )  # fmt: skip
     lines_of(said.err, "disentanglement\n", "function-localization\n", "sensitivity ")
     raw = json.loads((tmp_path / "out/analysis.json").read_text())
-    again = analysis(raw["request"], tmp_path / "again", base_dir=tmp_path / "out").to_dict()
+    again = analysis(raw["request"], tmp_path / "again", folder=tmp_path / "out").to_dict()
     for key in ("disentanglement", "function_localization", "sensitivity", "masks", "structure"):
         assert json.loads(json.dumps(again[key])) == raw[key]
     shown = invoke("report", tmp_path / "out", "-o", tmp_path / "page.html")
@@ -281,7 +281,7 @@ def test_the_command_tells_and_the_report_shows(shop: Path, tmp_path: Path) -> N
 def test_what_cannot_be_asked_is_refused(shop: Path, change: dict[str, Any], says: str) -> None:
     """Before any tensor is read, with the key and the remedy."""
     with pytest.raises(SutureError) as caught:
-        plan_analysis({**recipe(shop, "disentanglement"), **change}, base_dir=shop)
+        plan_analysis({**recipe(shop, "disentanglement"), **change}, folder=shop)
     assert says in str(caught.value)
 
 

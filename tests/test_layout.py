@@ -18,7 +18,7 @@ import toy
 ROOT = Path(suture.__file__).parent
 
 ORDER = [
-    "errors", "spec", "roles", "loops", "ranks", "machine", "kernels", "headers", "checkpoint", "seal", "views", "layers",
+    "errors", "places", "spec", "roles", "loops", "ranks", "machine", "kernels", "headers", "checkpoint", "seal", "views", "layers",
     "vocabulary", "chat", "embeddings", "adapters", "ggufs", "opening", "forms", "publish", "writer", "held",
     "stream", "vector", "profile", "select", "stats", "importance", "maskfile", "mask", "graft", "patchfile",
     "patch", "gather", "analysis", "merges", "engine", "recipe_types", "mergekit", "recipe",

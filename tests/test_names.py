@@ -50,7 +50,7 @@ def test_a_folder_may_be_called_what_reports_call_things(here: Path, name: str) 
     recipe = {"merge_method": "linear", "models": [
         {"model": name, "parameters": {"weight": 1}},
         {"model": "math", "parameters": {"weight": 3}}]}  # fmt: skip
-    merge(recipe, here / "out", base_dir=here)
+    merge(recipe, here / "out", folder=here)
 
     made, one, two = (read_model(here / n) for n in ("out", name, "math"))
     for tensor, raw in made.items():
@@ -158,7 +158,7 @@ def test_buffers_that_a_model_lacks_stop_no_mergekit_recipe(tmp_path: Path) -> N
     save_model(tmp_path / "math", llama(1), config=CONFIG)
     recipe = {"merge_method": "task_arithmetic", "base_model": "./base",
               "models": [{"model": "./math", "parameters": {"weight": 1}}]}  # fmt: skip
-    merge(recipe, tmp_path / "out", base_dir=tmp_path)
+    merge(recipe, tmp_path / "out", folder=tmp_path)
 
     made = read_model(tmp_path / "out")
     assert made["model.rotary_emb.inv_freq"].data == ids.data

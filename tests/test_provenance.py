@@ -511,7 +511,7 @@ def test_inputs_are_never_touched(here: Path) -> None:
     }
     before = tree(here)
     for method in METHODS:
-        run.merge(recipe_of(method), here.parent / method, base_dir=here)
+        run.merge(recipe_of(method), here.parent / method, folder=here)
 
     assert tree(here) == before
     for path, (changed, digest) in digests.items():

@@ -48,7 +48,7 @@ def test_a_recipe_is_types_and_defaults() -> None:
     assert recipe.space == ParamSpace()
     assert recipe.policy == Policy("error", "error", "equal")
     assert recipe.dtype is None
-    assert recipe.folder == Path("there")
+    assert recipe.folder == Path("there").resolve()
 
 
 def test_models_may_be_paths_or_mappings() -> None:

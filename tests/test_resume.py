@@ -56,7 +56,7 @@ def here(tmp_path: Path) -> Path:
 def merge(here: Path, where: str, recipe: Any = RECIPE, **how: Any) -> MergeReport:
     """Merge into ``where``/out beside the inputs; the name of the output is always the same."""
     options = {"threads": 2, "block": 64, **how}
-    return run.merge(recipe, here.parent / where / "out", base_dir=here, **options)
+    return run.merge(recipe, here.parent / where / "out", folder=here, **options)
 
 
 def same(here: Path, one: str, other: str) -> bool:
@@ -507,10 +507,10 @@ def test_outputs_beside_each_other_do_not_meet(here: Path) -> None:
             stopping(patch, Writer, "write", 12)
             with pytest.raises(Stop):
                 run.merge({**RECIPE, "parameters": {"density": density}}, here.parent / name,
-                          base_dir=here, threads=1, block=64)  # fmt: skip
+                          folder=here, threads=1, block=64)  # fmt: skip
     for name, density in (("out", 0.5), ("out2", 0.9)):
         report = run.merge({**RECIPE, "parameters": {"density": density}}, here.parent / name,
-                           base_dir=here, threads=1, block=64)  # fmt: skip
+                           folder=here, threads=1, block=64)  # fmt: skip
         assert report.resumed > 0
     assert weights(here.parent / "out") != weights(here.parent / "out2")
 

@@ -41,7 +41,7 @@ def layer_of(tensors: Tensors, layer: int) -> dict[str, bytes]:
 
 
 def follow(here: Path, recipe: dict[str, Any], name: str = "out", **options: Any) -> Tensors:
-    merge(recipe, here / name, base_dir=here, **options)
+    merge(recipe, here / name, folder=here, **options)
     return read_model(here / name)
 
 
@@ -132,7 +132,7 @@ def test_layers_are_stacked_bit_for_bit(here: Path) -> None:
 
 def test_the_fingerprints_are_those_of_the_whole_inputs(here: Path) -> None:
     """Layers that are used twice, or not at all, change nothing: the models are what is named."""
-    report = merge(STACK, here / "out", base_dir=here)
+    report = merge(STACK, here / "out", folder=here)
     record = json.loads((here / "out" / "suture.json").read_text())
 
     for name in ("math", "code"):
@@ -147,7 +147,7 @@ def test_the_fingerprints_are_those_of_the_whole_inputs(here: Path) -> None:
 
 def test_a_changed_input_is_not_the_recorded_one(here: Path) -> None:
     """A layer that no slice uses was changed: the record refuses it, for the model is another."""
-    merge(STACK, here / "out", base_dir=here)
+    merge(STACK, here / "out", folder=here)
     tensors = read_model(here / "code")
     name = "model.layers.0.input_layernorm.weight"
     tensors[name] = packed(tensors[name].values + 1)
@@ -171,8 +171,8 @@ def test_threads_and_blocks_change_no_byte_of_slices(here: Path, threads: int, b
             {"sources": {"base": [1, 4], "math": [1, 4], "code": [0, 3]},
              "parameters": {"density": 0.4}}],
     }  # fmt: skip
-    one = merge(recipe, here / "one", base_dir=here, threads=1, block=1 << 14)
-    other = merge(recipe, here / "other", base_dir=here, threads=threads, block=block)
+    one = merge(recipe, here / "one", folder=here, threads=1, block=1 << 14)
+    other = merge(recipe, here / "other", folder=here, threads=threads, block=block)
 
     assert one.fingerprint == other.fingerprint
     assert making.weights(here / "one") == making.weights(here / "other")
@@ -186,7 +186,7 @@ def test_an_interrupted_merge_of_slices_goes_on(
     """What the first slices wrote is taken over, and the result is the same, byte for byte."""
     from suture import engine
 
-    whole = merge(STACK, here / "whole", base_dir=here, threads=1)
+    whole = merge(STACK, here / "whole", folder=here, threads=1)
     seen = 0
     plain = engine._Merging.end_task
 
@@ -200,8 +200,8 @@ def test_an_interrupted_merge_of_slices_goes_on(
     with monkeypatch.context() as patch:
         patch.setattr(engine._Merging, "end_task", stopped)
         with pytest.raises(KeyboardInterrupt):
-            merge(STACK, here / "out", base_dir=here, threads=1)
-    report = merge(STACK, here / "out", base_dir=here, threads=1)
+            merge(STACK, here / "out", folder=here, threads=1)
+    report = merge(STACK, here / "out", folder=here, threads=1)
 
     assert 0 < report.resumed < report.tensors
     assert report.fingerprint == whole.fingerprint
@@ -213,7 +213,7 @@ def test_a_stack_of_models_loads_and_runs(here: Path) -> None:
     """transformers makes a model of it, with as many layers, and what it computes is finite."""
     torch = pytest.importorskip("torch")
     transformers = pytest.importorskip("transformers")
-    merge(STACK, here / "out", base_dir=here)
+    merge(STACK, here / "out", folder=here)
 
     model, told = transformers.AutoModelForCausalLM.from_pretrained(
         here / "out", output_loading_info=True
@@ -304,7 +304,7 @@ def test_stages_are_made_in_order_and_kept(here: Path) -> None:
     by_hand = {**documents[2], "models": {"second": "./second", "first": "./first"}}
     for folder in ("first", "second"):  # one folder may stand in the way of a stage's name
         assert (here / folder).is_dir()
-    merge(by_hand, here / "by-hand", base_dir=here)
+    merge(by_hand, here / "by-hand", folder=here)
 
     dry = invoke("merge", path, "-o", here / "out", "--dry-run")
     assert dry.code == 0, dry
@@ -685,7 +685,7 @@ def test_layers_of_another_shape_do_not_stack(here: Path) -> None:
               "slices": [{"sources": {"math": [0, 3]}}, {"sources": {"wide": [0, 2]}}]}  # fmt: skip
 
     with pytest.raises(SutureError, match="wide on ./math: .* one model cannot hold both"):
-        merge(recipe, here / "out", base_dir=here)
+        merge(recipe, here / "out", folder=here)
 
 
 def test_models_of_several_stacks_are_not_cut(tmp_path: Path) -> None:
@@ -698,4 +698,4 @@ def test_models_of_several_stacks_are_not_cut(tmp_path: Path) -> None:
               "slices": [{"sources": {"both": [0, 1]}}]}  # fmt: skip
 
     with pytest.raises(SutureError, match=r"one stack of layers; it has decoder\.layers\."):
-        merge(recipe, tmp_path / "out", base_dir=tmp_path)
+        merge(recipe, tmp_path / "out", folder=tmp_path)

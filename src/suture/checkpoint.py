@@ -18,6 +18,7 @@ import numpy as np
 
 from suture.errors import CheckpointError, MissingExtraError, Problems, SutureError, brief
 from suture.headers import JSON_LIMIT, Header, read_header, read_json
+from suture.places import place_of
 from suture.roles import role_of, tied_to
 from suture.spec import BF16, DTYPES, FLOAT8, TensorSpec, listed, readable
 
@@ -364,15 +365,6 @@ def locate(text: str, near: Path | None = None) -> Path:
     if _HUB_ID.fullmatch(text):
         return _from_hub(text, path)
     raise CheckpointError(f"{text}: no such file or folder{_nearby(path)}")
-
-
-def place_of(text: str, near: Path | None = None) -> Path:
-    """The path that a text means, whether or not something is there."""
-    try:
-        path = Path(text).expanduser()
-    except RuntimeError:  # the home of a user who does not exist
-        path = Path(text)
-    return near / path if near is not None and not path.is_absolute() else path
 
 
 def is_from_hub(checkpoint: Checkpoint) -> bool:

@@ -113,7 +113,7 @@ def base_model(shop: Workshop, package: Path, folder: Path) -> Model:
         weights = next(iter(sorted(package.glob("*.gguf"))))
         recipe = {"models": {"model": str(weights)}, "method": "passthrough",
                   "output": {"dtype": "float32"}}  # fmt: skip
-        merge(recipe, folder, base_dir=package)
+        merge(recipe, folder, folder=package)
         (folder / "chat_template.jinja").write_text(TEMPLATE, encoding="utf-8")
 
     key, seconds = shop.make(folder, ["SmolLM2-135M-Instruct", TEMPLATE], convert)
@@ -187,9 +187,7 @@ class Safety:
             "density": PROTECTED, "scope": "tensor", "tasks": tasks,
         }  # fmt: skip
         inputs = [[m.key for m in experts.values()], self.size.scored, PROTECTED]
-        key, _ = self.shop.make(
-            folder, inputs, lambda: _drop(locate(plan_regions(recipe, folder, folder=self._data)))
-        )
+        key, _ = self.shop.make(folder, inputs, lambda: _drop(locate(plan_regions(recipe, folder))))
         return folder.resolve(), key
 
     # -- asking ------------------------------------------------------------------------------------

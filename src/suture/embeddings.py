@@ -21,6 +21,7 @@ from suture.chat import chosen_template, with_template
 from suture.checkpoint import Checkpoint, within
 from suture.errors import CheckpointError, MismatchError, Problems, RecipeError, did_you_mean
 from suture.headers import read_json
+from suture.places import place_of
 from suture.roles import ParamSpace, has_vocabulary, tied_to
 from suture.spec import BF16, DTYPES, TensorSpec, listed
 from suture.views import Lens, Same, View
@@ -404,7 +405,7 @@ def _source(
             held = read_vocabulary(where)
         assert held is not None
         return where, held, own[label]
-    where = folder / Path(label).expanduser()
+    where = place_of(label, folder)
     if not where.is_dir():
         hint = did_you_mean(label, [UNION, "base", *inputs])
         raise RecipeError(

@@ -5,8 +5,9 @@ from __future__ import annotations
 import os
 from pathlib import Path
 
-from suture.checkpoint import Checkpoint, locate, open_checkpoint, place_of
+from suture.checkpoint import Checkpoint, locate, open_checkpoint
 from suture.errors import CheckpointError
+from suture.places import place_of
 
 
 def open_model(

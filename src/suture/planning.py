@@ -53,6 +53,7 @@ from suture.parts import (
     takes_files,
     whole_shards,
 )
+from suture.places import place_of
 from suture.recipe import parse_recipe
 from suture.recipe_types import Recipe
 from suture.roles import EVERYTHING
@@ -136,15 +137,22 @@ def plan_recipe(
     recipe: Path | Mapping[str, Any],
     out: Path | None,
     options: Options,
-    base_dir: Path | None = None,
+    folder: Path | None = None,
 ) -> Plan:
     """Read a recipe, open its models, and check everything that headers can tell.
+
+    Args:
+        recipe: a YAML file, or what stands in it.
+        out: the folder to write; ``None`` checks the inputs only.
+        options: how to do it.
+        folder: where the relative paths of the recipe start; by default the file's folder or the
+            current one.
 
     Raises:
         SutureError: all problems at once, those of the output folder included.
     """
     problems = Problems()
-    found = parse_recipe(recipe, base_dir, problems)
+    found = parse_recipe(recipe, folder, problems)
     if found is None and out is not None:
         check_place(out, {}, options, problems)
     if isinstance(recipe, Path) and out is not None and options.overwrite:
@@ -379,7 +387,7 @@ def _beside(recipe: Recipe) -> dict[str, list[Path]]:
     if recipe.tokenizer is not None:
         source = recipe.tokenizer.source
         if source not in (UNION, "base", *recipe.models):
-            found["tokenizer"] = [recipe.folder / Path(source).expanduser()]
+            found["tokenizer"] = [place_of(source, recipe.folder)]
     for key, value in recipe.parameters.items():
         if takes_files(recipe.method, key):
             files = value.values() if isinstance(value, Mapping) else [value]

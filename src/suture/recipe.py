@@ -20,6 +20,7 @@ from suture.errors import Problems, RecipeError, brief, did_you_mean, nearest
 from suture.merges import METHODS, Method, check_words, method, settings
 from suture.merges.presets import PRESETS, Preset, preset
 from suture.merges.protect import Protection, read_protection
+from suture.places import place_of, recipe_folder
 from suture.recipe_types import (
     POLICIES,
     TAKEN,
@@ -186,11 +187,11 @@ def raw_recipe(
         RecipeError: the file cannot be read, or holds no YAML mapping.
     """
     if isinstance(source, Mapping):
-        return dict(source), folder or Path()
+        return dict(source), recipe_folder(source, folder)
     lines: list[Lines] = []
     raw = parse_yaml(text_of(source, what), str(source), lines, shape)
     problems.locate = lines[0].locate
-    return raw, folder or source.parent
+    return raw, recipe_folder(source, folder)
 
 
 def parse_yaml(
@@ -267,8 +268,8 @@ def parse_recipe(
     """
     with problems.collecting():
         if isinstance(source, Mapping):
-            return _from_raw(dict(source), folder or Path(), problems)
-        return _from_file(source, folder or source.parent, problems)
+            return _from_raw(dict(source), recipe_folder(source, folder), problems)
+        return _from_file(source, recipe_folder(source, folder), problems)
     return None
 
 
@@ -526,7 +527,7 @@ def _located(how: Method, parameters: Mapping[str, Any], folder: Path) -> dict[s
     """The parameters with the paths of files taken from the recipe's folder on."""
 
     def at(path: object) -> object:
-        return str(folder / path) if isinstance(path, str) else path
+        return str(place_of(path, folder)) if isinstance(path, str) else path
 
     found = dict(parameters)
     for name in found.keys() & {n for n, p in how.parameters.items() if p.files}:

@@ -10,6 +10,7 @@ from typing import Any
 from suture.errors import Problems, RecipeError, brief, did_you_mean
 from suture.merges import METHODS, Method, settings
 from suture.merges.protect import Protection
+from suture.places import place_of
 from suture.roles import DEFAULT_SPACE, ParamSpace
 from suture.spec import WORD_OF
 from suture.vocabulary import Wanted
@@ -21,12 +22,16 @@ class Reader:
 
     Args:
         raw: what the recipe says.
-        folder: where its relative paths start.
+        folder: where its relative paths start, from ``recipe_folder``.
         problems: takes the faults.
     """
 
     def __init__(self, raw: Mapping[str, Any], folder: Path, problems: Problems) -> None:
         self.raw, self.folder, self.problems = raw, folder, problems
+
+    def place(self, path: str) -> Path:
+        """Return where a path of the recipe lies: absolute, from the folder of the recipe on."""
+        return place_of(path, self.folder)
 
     def refuse(self, text: str) -> None:
         """Note a fault."""

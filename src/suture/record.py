@@ -21,6 +21,7 @@ from suture.errors import (
 )
 from suture.forms import PLAIN, check_forms
 from suture.parts import takes_files
+from suture.places import place_of
 from suture.planning import Plan, input_paths
 from suture.recipe import SCHEMA
 from suture.spec import (
@@ -37,7 +38,7 @@ def provenance(plan: Plan, outcome: Outcome, out: Path) -> dict[str, Any]:
         _place_inputs(recipe["stages"][name], stage, out)
     tokenizer = plan.recipe.tokenizer
     if tokenizer is not None and tokenizer.source not in (UNION, *plan.inputs):
-        folder = plan.recipe.folder / Path(tokenizer.source).expanduser()
+        folder = place_of(tokenizer.source, plan.recipe.folder)
         recipe["tokenizer"]["source"] = os.path.relpath(folder.resolve(), out)
     dtypes: dict[str, int] = {}
     for spec in plan.specs.values():

@@ -195,16 +195,24 @@ def merge(
     recipe: Path | Mapping[str, Any],
     out: Path,
     *,
-    base_dir: Path | None = None,
+    folder: Path | None = None,
     stage: Stage | None = None,
     **options: Any,
 ) -> MergeReport:
-    """Follow a recipe file (or mapping) into a folder; keywords as the fields of ``Options``.
+    """Follow a recipe file (or mapping) into a folder.
+
+    Args:
+        recipe: a YAML file, or what stands in it.
+        out: the folder to write.
+        folder: where the relative paths of the recipe start; by default the file's folder or the
+            current one.
+        stage: is told when a stage begins, and of how much.
+        **options: the fields of ``Options``.
 
     Raises:
         SutureError: the recipe, an input or the output is at fault; all problems at once.
     """
-    return execute(plan_recipe(recipe, out, Options(**options), base_dir), stage)
+    return execute(plan_recipe(recipe, out, Options(**options), folder), stage)
 
 
 def execute(plan: Plan, stage: Stage | None = None) -> MergeReport:

@@ -124,9 +124,9 @@ class TaskReader(Reader):
                 self.refuse(f"{where}head: a classifier needs its head, a file that Suture wrote")
             length = self.counted(entry, "max_length", TOKENS.get(kind, 128), where)
             rows = self.counted(entry, "rows", None, where)
-            data = self.folder / entry["data"]
+            data = self.place(entry["data"])
             found[name] = Task(
-                data, kind, None if head is None else self.folder / head,
+                data, kind, None if head is None else self.place(head),
                 self.one(entry, "text", str, "text", where),
                 self.one(entry, "label", str, "label", where), length, rows,
                 self.counted(entry, "batch", 8, where), self.counted(entry, "draws", 1, where),

@@ -14,6 +14,7 @@ from suture.checkpoint import Checkpoint
 from suture.errors import MismatchError, OutputError, Problems, RecipeError
 from suture.mask import Mask
 from suture.outputs import apart, check_parent
+from suture.places import place_of
 from suture.planning import open_input
 from suture.publish import LOCK
 from suture.roles import names_in
@@ -84,9 +85,17 @@ def plan_analysis(
     *,
     overwrite: bool = False,
     threads: int | None = None,
-    base_dir: Path | None = None,
+    folder: Path | None = None,
 ) -> AnalysisPlan:
     """Read an analysis recipe, open its models and check all that headers can tell.
+
+    Args:
+        recipe: a YAML file, or what stands in it.
+        out: the folder to write; ``None`` writes nothing.
+        overwrite: replace an older output.
+        threads: default every core.
+        folder: where the relative paths of the recipe start; by default the file's folder or the
+            current one.
 
     Raises:
         SutureError: all problems at once.
@@ -94,7 +103,7 @@ def plan_analysis(
     problems = Problems()
     recipe = Path(recipe) if isinstance(recipe, str) else recipe
     out = None if out is None else Path(out)
-    request = read_request(recipe, base_dir, problems)
+    request = read_request(recipe, folder, problems)
     inputs: dict[str, Checkpoint] = {}
     names: list[str] = []
     masks, again = None, dict[str, Mask]()
@@ -162,7 +171,7 @@ def _checked_names(
 def _read_masks(
     request: Request, key: str, base: Checkpoint, names: Sequence[str], problems: Problems
 ) -> dict[str, Mask]:
-    folder = request.folder / str(getattr(request, key))
+    folder = place_of(str(getattr(request, key)), request.folder)
     found: dict[str, Mask] = {}
     for model in request.models:
         path = folder / f"{model}.safetensors"
@@ -223,7 +232,7 @@ def _held(request: Request | None, inputs: Mapping[str, Checkpoint]) -> dict[str
     if request is not None:
         for key in ("masks", "same_task"):
             if getattr(request, key) is not None:
-                held[key] = {(request.folder / getattr(request, key)).resolve()}
+                held[key] = {place_of(getattr(request, key), request.folder).resolve()}
         for name, task in request.tasks.items():
             files = [path for path in (task.data, task.head) if path is not None]
             held[f"tasks.{name}"] = {path.resolve() for path in files}

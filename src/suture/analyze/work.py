@@ -39,6 +39,7 @@ from suture.checkpoint import is_from_hub
 from suture.engine import Stage, checkpoint_fingerprint
 from suture.errors import OutputError
 from suture.mask import Mask, localize
+from suture.places import place_of
 from suture.publish import alone, publish
 from suture.recipe_types import Policy
 from suture.roles import ParamSpace
@@ -257,10 +258,10 @@ def _portable(plan: AnalysisPlan) -> dict[str, Any]:
     if "merged" in where:
         found["diagnostics"]["merged"] = where["merged"]
     if plan.request.masks is not None and plan.out is not None:
-        masks = plan.request.folder / plan.request.masks
+        masks = place_of(plan.request.masks, plan.request.folder)
         found["masks"] = os.path.relpath(masks, plan.out.resolve())
     if plan.request.same_task is not None and plan.out is not None:
-        again = plan.request.folder / plan.request.same_task
+        again = place_of(plan.request.same_task, plan.request.folder)
         found["same_task"] = os.path.relpath(again, plan.out.resolve())
     return found
 

@@ -63,15 +63,27 @@ class Plan:
         return found
 
 
-def plan_audit(recipe: Path | Mapping[str, Any], out: Path, options: Options | None = None) -> Plan:
+def plan_audit(
+    recipe: Path | Mapping[str, Any],
+    out: Path,
+    options: Options | None = None,
+    folder: Path | None = None,
+) -> Plan:
     """Read a recipe, open its models, read and tokenise its rows; check all that can be checked.
+
+    Args:
+        recipe: a YAML file, or what stands in it.
+        out: the folder of cells and results.
+        options: how to run.
+        folder: where the relative paths of the recipe start; by default the file's folder or the
+            current one.
 
     Raises:
         SutureError: all problems at once.
     """
     options = options or Options()
     problems = Problems()
-    found = read_audit(recipe, problems)
+    found = read_audit(recipe, problems, folder)
     if found is None:
         problems.raise_if_any()
     assert found is not None

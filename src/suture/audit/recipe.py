@@ -178,10 +178,12 @@ class Audit:
         return found
 
 
-def read_audit(source: Path | Mapping[str, Any], problems: Problems) -> Audit | None:
+def read_audit(
+    source: Path | Mapping[str, Any], problems: Problems, folder: Path | None = None
+) -> Audit | None:
     """Read a recipe file, or a mapping; faults are noted, lines before those of a file."""
     with problems.collecting():
-        raw, where = raw_recipe(source, None, problems)
+        raw, where = raw_recipe(source, folder, problems)
         return _Reader(raw, where, problems).recipe()
     return None
 
@@ -423,7 +425,7 @@ class _Reader(Reader):
     def utility(self) -> Path | dict[str, Any] | None:
         value = self.raw.get("utility")
         if isinstance(value, str) and value.endswith((".yaml", ".yml")):
-            path = self.folder / value
+            path = self.place(value)
             if not path.is_file():
                 self.refuse(f"utility: no file {path}")
             return path

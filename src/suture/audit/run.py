@@ -34,14 +34,27 @@ STEPS = 1
 
 
 def audit(
-    recipe: Path | Mapping[str, Any], out: Path, *, say: Say = lambda _: None, **options: Any
+    recipe: Path | Mapping[str, Any],
+    out: Path,
+    *,
+    say: Say = lambda _: None,
+    folder: Path | None = None,
+    **options: Any,
 ) -> dict[str, Any]:
     """Follow a recipe file (or mapping) into a folder; keywords as the fields of ``Options``.
+
+    Args:
+        recipe: a YAML file, or what stands in it.
+        out: the folder of cells and results.
+        say: is told what is being done.
+        folder: where the relative paths of the recipe start; by default the file's folder or the
+            current one.
+        **options: the fields of ``Options``.
 
     Raises:
         SutureError: the recipe, an input or the output is at fault; all problems at once.
     """
-    return execute(plan_audit(recipe, out, Options(**options)), say=say)
+    return execute(plan_audit(recipe, out, Options(**options), folder), say=say)
 
 
 def execute(plan: Plan, *, say: Say = lambda _: None) -> dict[str, Any]:

@@ -63,12 +63,13 @@ class Learnt:
 
 def learn(
     base: Base, line: Line, rate: float, side: Side, training: TuneSettings, seed: int,
-    checkpoints: Sequence[float],
+    checkpoints: Sequence[float], folder: Path | None = None,
 ) -> Learnt:  # fmt: skip
     """Fine-tune on one task by one strategy.
 
     Masks and low-rank updates are drawn by the benchmark's seed: masks anew for every task, the
     frozen halves of linearized low-rank updates the same for all, without which they do not add.
+    Files that a strategy reads start in ``folder``.
     """
     encoder = copy.deepcopy(base.encoder)
     backbone: Any = encoder.backbone
@@ -95,7 +96,7 @@ def learn(
 
     job = Job(
         model, BODY, side.data["train"], side.data["train"], classification, settings, "cpu",
-        base.checkpoint, base.fingerprint, places, run,
+        base.checkpoint, base.fingerprint, places, run, folder=folder or Path(),
     )  # fmt: skip
     given = {"seed": int(draw(seed, side.name) * 2**31), "adapter_seed": seed} | dict(
         line.parameters

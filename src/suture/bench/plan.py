@@ -14,6 +14,7 @@ from suture.bench.tasks import BASE, BenchTask, base_folder, divide, package_fol
 from suture.data import Split, labels_of
 from suture.errors import OutputError, Problems, RecipeError
 from suture.models import Tokenizer, load_tokenizer
+from suture.places import place_of
 
 
 @dataclass(frozen=True)
@@ -29,19 +30,25 @@ class Plan:
     out: Path
 
 
-def plan_bench(recipe: Path | Mapping[str, Any], out: Path) -> Plan:
+def plan_bench(recipe: Path | Mapping[str, Any], out: Path, folder: Path | None = None) -> Plan:
     """Read a recipe, find its packages and files, divide the rows.
+
+    Args:
+        recipe: a YAML file, or what stands in it.
+        out: the folder of cells and tables.
+        folder: where the relative paths of the recipe start; by default the file's folder or the
+            current one.
 
     Raises:
         SutureError: all problems at once.
     """
-    found = read_bench(recipe)
+    found = read_bench(recipe, folder)
     needed = {name for task in found.everything for name in task.needs}
     places = package_folders(needed | ({BASE} if found.base == MINILM else set()))
-    folder = base_folder(places) if found.base == MINILM else found.folder / found.base
+    base = base_folder(places) if found.base == MINILM else place_of(found.base, found.folder)
     problems = Problems()
-    if not (folder / "config.json").is_file():
-        problems.add(RecipeError, f"base: {folder}: no model folder: it has no config.json")
+    if not (base / "config.json").is_file():
+        problems.add(RecipeError, f"base: {base}: no model folder: it has no config.json")
     if out.exists() and (not out.is_dir() or (any(out.iterdir()) and not (out / "cells").is_dir())):
         problems.add(OutputError, f"{out}: holds something else; name a new folder for --out")
     splits: dict[int, dict[str, Split]] = {seed: {} for seed in found.seeds}
@@ -51,7 +58,7 @@ def plan_bench(recipe: Path | Mapping[str, Any], out: Path) -> Plan:
             for seed in found.seeds:
                 splits[seed][task.name] = _divided(found, task, rows, seed)
     problems.raise_if_any()
-    return Plan(found, folder, splits, load_tokenizer(folder), out)
+    return Plan(found, base, splits, load_tokenizer(base), out)
 
 
 def _divided(bench: Bench, task: BenchTask, rows: list[Any], seed: int) -> Split:

@@ -150,8 +150,8 @@ class _Reader(Reader):
         base = self.raw.get("base", MINILM)
         if not isinstance(base, str) or not base:
             self.refuse(f"base: {MINILM}, or the folder of an encoder, not {brief(base)}")
-        elif base != MINILM and not (self.folder / base).is_dir():
-            self.refuse(f"base: no folder {self.folder / base}")
+        elif base != MINILM and not self.place(base).is_dir():
+            self.refuse(f"base: no folder {self.place(base)}")
         tasks = self.tasks()
         control = self.control([t.name for t in tasks])
         lines = self.lines()
@@ -213,7 +213,7 @@ class _Reader(Reader):
         self.plain(name, where)
         with self.problems.collecting():
             called = {str(k): str(v) for k, v in texts.items()}
-            return task_of_file(name, self.folder / file, text, label, called)
+            return task_of_file(name, self.place(file), text, label, called)
         return None
 
     def control(self, tasks: list[str]) -> BenchTask | None:

@@ -49,7 +49,7 @@ STEPS = 1
 
 def bench(
     recipe: Path | Mapping[str, Any] | Plan, out: Path, *, threads: int | None = None,
-    say: Say = lambda _: None,
+    say: Say = lambda _: None, folder: Path | None = None,
 ) -> dict[str, Any]:  # fmt: skip
     """Do what a recipe asks for; the results, also written as ``results.json`` and ``.md``.
 
@@ -60,11 +60,13 @@ def bench(
         out: the folder of cells and tables.
         threads: of torch; as they are without it.
         say: is told of every cell, and how long the rest will take.
+        folder: where the relative paths of the recipe start; by default the file's folder or the
+            current one.
 
     Raises:
         SutureError: the recipe, a package, a file or the output is at fault.
     """
-    plan = recipe if isinstance(recipe, Plan) else plan_bench(recipe, out)
+    plan = recipe if isinstance(recipe, Plan) else plan_bench(recipe, out, folder)
     run = _Run(plan, say)
     before = torch.get_num_threads()
     torch.set_num_threads(threads or before)
@@ -152,8 +154,9 @@ class _Run:
 
         def make() -> dict[str, Any]:
             found = learn(
-                self.base, line, rate, side, self.bench.training, seed, self.bench.checkpoints
-            )
+                self.base, line, rate, side, self.bench.training, seed, self.bench.checkpoints,
+                self.bench.folder,
+            )  # fmt: skip
             save_vectors(found.vectors, self._vectors(key))
             if found.mask is not None and "masks" in self.bench.measure:
                 found.mask.save(self._mask(key))

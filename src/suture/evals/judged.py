@@ -16,7 +16,7 @@ from suture.evals.judges import (
 )
 from suture.evals.kinds import Doc, Job, Models, Prepare, Run, Score, Template, Word
 from suture.evals.refusal import MOST, PERPLEXITY
-from suture.evals.verdicts import decided, place_of, remembered
+from suture.evals.verdicts import decided, kept_at, remembered
 
 JUDGE = Annotated[dict[str, Any], JudgeOption()]
 KEEP = Annotated[
@@ -58,7 +58,7 @@ def judged(
             said = generate(models, job, asked)
             failed = broken(models, job, asked, said, max_perplexity)
             shown = [n for n in said if not failed[n]]
-            where = place_of(keep, one.key, job.folder)
+            where = kept_at(keep, one.key, job.folder)
             answers = [said[n] or "" for n in shown]
             verdicts = decided(one, [texts[n] for n in shown], answers, where)
             told = dict(zip(shown, verdicts, strict=True))
@@ -126,7 +126,7 @@ def preferred(
             shown = [n for n in own if not failed[n]]
             pairs = [(texts[n], own[n] or "", theirs[n] or "") for n in shown]
             swapped = [(text, b, a) for text, a, b in pairs]
-            where = place_of(keep, one.key, job.folder)
+            where = kept_at(keep, one.key, job.folder)
             found = remembered(one.key, [*pairs, *swapped], one.compare, where)
             wins, lost = dict.fromkeys(own, 0.0), dict.fromkeys(own, 0.0)
             for at, n in enumerate(shown):

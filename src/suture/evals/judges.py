@@ -36,6 +36,7 @@ from suture.models import (
     load_text_classifier,
     load_tokenizer,
 )
+from suture.places import place_of
 
 Asks = Literal["refusal", "harm"]
 Verdicts = Callable[[int, bool | None], None]
@@ -147,9 +148,10 @@ def judge_of(raw: Mapping[str, Any], asks: Asks, folder: Path) -> Judge:
     if wrong is not None:
         raise RecipeError(f"judge: {wrong}")
     if "classifier" in raw:
-        return _classifier(folder / str(raw["classifier"]), str(raw.get("positive", "")))
+        return _classifier(place_of(str(raw["classifier"]), folder), str(raw.get("positive", "")))
     if "encoder" in raw:
-        return _trained(folder / str(raw["encoder"]), folder / str(raw.get("head", "")), asks)
+        encoder, head = str(raw["encoder"]), str(raw.get("head", ""))
+        return _trained(place_of(encoder, folder), place_of(head, folder), asks)
     if "python" in raw:
         return _function(str(raw["python"]))
     endpoint = endpoint_of(raw)

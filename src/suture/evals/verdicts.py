@@ -13,6 +13,7 @@ from pathlib import Path
 
 from suture.errors import OutputError, RecipeError
 from suture.evals.judges import Judge
+from suture.places import place_of
 from suture.spec import cache_folder
 
 OTHER = "name another file with `keep`, or say `keep: no`"
@@ -101,9 +102,9 @@ def _kept(path: Path | None) -> Iterator[Callable[[str, float], None]]:
         yield note
 
 
-def place_of(keep: str, key: str, folder: Path) -> Path | None:
+def kept_at(keep: str, key: str, folder: Path) -> Path | None:
     """The file that the option ``keep`` means: ``auto`` is one in the user's cache, ``no`` none."""
-    return {"auto": verdict_file(key), "no": None}.get(keep, folder / keep)
+    return {"auto": verdict_file(key), "no": None}.get(keep, place_of(keep, folder))
 
 
 def verdict_file(key: str) -> Path:
@@ -111,4 +112,4 @@ def verdict_file(key: str) -> Path:
     return cache_folder() / "verdicts" / key
 
 
-__all__ = ["Got", "decided", "place_of", "remembered", "verdict_file"]
+__all__ = ["Got", "decided", "kept_at", "remembered", "verdict_file"]

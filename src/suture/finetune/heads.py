@@ -12,6 +12,7 @@ from torch.nn import functional as F
 from suture.data import Dataset, rows_of, tokenise
 from suture.errors import MismatchError, Problems
 from suture.models import Encoder, Head, embed, load_head
+from suture.places import place_of
 from suture.probe import fit_head
 
 TEMPLATES = ("{}", "this text is about {}", "it refers to {}")
@@ -45,7 +46,7 @@ def saved_head(path: str, folder: Path, labels: Sequence[str], dim: int | None) 
         CheckpointError: there is none.
         MismatchError: it is for other labels or another width.
     """
-    head, problems = load_head(folder / path), Problems()
+    head, problems = load_head(place_of(path, folder)), Problems()
     if head.labels != tuple(labels):
         problems.add(
             MismatchError,

@@ -21,6 +21,7 @@ from suture.images import Images
 from suture.models import device_named, load_tokenizer, longest_of, reads_images
 from suture.outputs import Options as PlaceOptions
 from suture.outputs import check_place, existing
+from suture.places import place_of
 from suture.spec import DTYPES, readable
 
 
@@ -66,9 +67,19 @@ class Plan:
 
 
 def plan_finetune(
-    recipe: Path | Mapping[str, Any], out: Path, options: Options | None = None
+    recipe: Path | Mapping[str, Any],
+    out: Path,
+    options: Options | None = None,
+    folder: Path | None = None,
 ) -> Plan:
     """Read a recipe, open its base, read and tokenise its rows; check all that can be checked.
+
+    Args:
+        recipe: a YAML file, or what stands in it.
+        out: the folder to write.
+        options: how to run.
+        folder: where the relative paths of the recipe start; by default the file's folder or the
+            current one.
 
     Raises:
         SutureError: all problems at once.
@@ -76,7 +87,7 @@ def plan_finetune(
     options = options or Options()
     problems = Problems()
     base = None
-    found = parse_finetune(recipe, None, problems)
+    found = parse_finetune(recipe, folder, problems)
     if found is not None and found.base:
         with problems.collecting():
             base = _base(found)
@@ -165,9 +176,9 @@ def named_files(recipe: Finetune) -> dict[str, Path]:
     mask = recipe.parameters.get("mask")
     found = {}
     if recipe.strategy.name == "masked" and isinstance(mask, str) and mask not in MASKS:
-        found["mask"] = recipe.folder / mask
+        found["mask"] = place_of(mask, recipe.folder)
     if recipe.head not in HEADS:
-        found["head"] = recipe.folder / recipe.head
+        found["head"] = place_of(recipe.head, recipe.folder)
     return found
 
 

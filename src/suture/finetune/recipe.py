@@ -12,6 +12,7 @@ from typing import Any
 from suture.errors import Problems, RecipeError, brief, did_you_mean, nearest
 from suture.finetune.base import Strategy, check_words
 from suture.finetune.strategies import STRATEGIES, strategy
+from suture.places import place_of
 from suture.recipe import raw_recipe
 from suture.recipe_types import Reader, refuse_unknown, section
 from suture.spec import WORD_OF, dtype_named
@@ -179,8 +180,8 @@ class _Reader(Reader):
         if not isinstance(head, str) or not head:
             self.refuse(f"head: {', '.join(HEADS)} or the file of a saved head, not {brief(head)}")
             head = "probe"
-        elif head not in HEADS and not (folder / head).is_file():
-            self.refuse(f"head: no file {folder / head}; {did_you_mean(head, HEADS)}")
+        elif head not in HEADS and not self.place(head).is_file():
+            self.refuse(f"head: no file {self.place(head)}; {did_you_mean(head, HEADS)}")
             head = "probe"
         device = self.raw.get("device", "auto")
         if not isinstance(device, str):
@@ -369,7 +370,7 @@ def read_source(
         with problems.collecting():
             return Source(str(_packaged(path.removeprefix(PACKAGE), where)))
         return None
-    local = folder / path
+    local = place_of(path, folder)
     if local.exists():
         return Source(str(local))
     looks = path.count("/") == 1 and not path.startswith((".", "/", "~")) and not Path(path).suffix

@@ -51,14 +51,24 @@ def finetune(
     *,
     say: Say = lambda _: None,
     tell: Tell | None = None,
+    folder: Path | None = None,
     **options: Any,
 ) -> FinetuneReport:
     """Follow a recipe file (or mapping) into a folder; keywords as the fields of ``Options``.
 
+    Args:
+        recipe: a YAML file, or what stands in it.
+        out: the folder to write.
+        say: is told what is being done.
+        tell: is told of every step.
+        folder: where the relative paths of the recipe start; by default the file's folder or the
+            current one.
+        **options: the fields of ``Options``.
+
     Raises:
         SutureError: the recipe, an input or the output is at fault; all problems at once.
     """
-    return execute(plan_finetune(recipe, out, Options(**options)), say=say, tell=tell)
+    return execute(plan_finetune(recipe, out, Options(**options), folder), say=say, tell=tell)
 
 
 def execute(plan: Plan, *, say: Say = lambda _: None, tell: Tell | None = None) -> FinetuneReport:

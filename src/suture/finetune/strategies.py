@@ -36,6 +36,7 @@ from suture.finetune.compact import Compact
 from suture.forms import LINEARIZED
 from suture.merges.base import Choice
 from suture.mover import Mover
+from suture.places import place_of
 from suture.roles import role_of
 
 Way = Callable[[Job], Tuned]
@@ -266,7 +267,7 @@ def masked(
 
     def make(job: Job) -> dict[str, Tensor]:
         if mask not in MASKS:
-            path = job.folder / mask
+            path = place_of(mask, job.folder)
             if not path.is_file():
                 raise RecipeError(f"parameters.mask: no file {path}; {did_you_mean(mask, MASKS)}")
             return job.masks_of(given_mask(path), str(path))

@@ -26,8 +26,10 @@ def work_of(out: Path) -> Path:
 @contextmanager
 def workshop(plan: Plan, fingerprint: str) -> Iterator[Path]:
     """The folder of a run's checkpoints, locked; removed when the run is done."""
+    recipe = plan.recipe.resolved() | {"base": "", "output": None, "device": ""}
+    recipe["data"] |= {"train": "", "validation": ""}  # what they hold counts, not where they lie
     facts: dict[str, Any] = {
-        "recipe": {**plan.recipe.resolved(), "base": "", "output": None, "device": ""},
+        "recipe": recipe,
         "base": fingerprint,
         "rows": [
             data_digest(plan.rows.train),

@@ -27,6 +27,7 @@ from suture.merges.marks import (
     ranked,
     unpacked,
 )
+from suture.places import place_of
 from suture.select import SCOPES, exact_count
 from suture.stats import Stats
 from suture.stream import DELTA, Block, cores
@@ -97,7 +98,7 @@ def read_protection(
     made = _read(raw, list(models), based, found)
     for text in found:
         problems.add(RecipeError, text)
-    return None if found or made is None else made.placed(lambda path: str(folder / path))
+    return None if found or made is None else made.placed(lambda path: str(place_of(path, folder)))
 
 
 def _read(raw: object, models: list[str], based: bool, wrong: list[str]) -> Protection | None:

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from suture.checkpoint import Checkpoint
 from suture.mask import Mask, localize
+from suture.places import place_of
 from suture.realign.base import Edit, Job, Realigned, needed
 from suture.realign.concrete import rescaled
 from suture.realign.fuse import dice
@@ -96,7 +97,7 @@ def protect(job: Job, density: float, mask: str) -> Realigned:
     """
     fused = job.fused()
     if mask:
-        found = Mask.load(job.folder / mask)
+        found = Mask.load(place_of(mask, job.folder))
     else:
         base = needed(job.models.base, "base")
         vector = TaskVector(base, [(job.models.aligned, 1.0)], job.models.names)

@@ -17,6 +17,7 @@ from suture.models import device_named, load_tokenizer, longest_of
 from suture.opening import open_model
 from suture.outputs import Options as PlaceOptions
 from suture.outputs import check_place, check_room
+from suture.places import place_of
 from suture.realign.concrete import logit_shape
 from suture.realign.pairs import PairRows, read_pairs
 from suture.realign.parts import Models, across, check_factors, masked_shapes
@@ -123,16 +124,26 @@ class Plan:
 
 
 def plan_realign(
-    recipe: Path | Mapping[str, Any], out: Path, options: Options | None = None
+    recipe: Path | Mapping[str, Any],
+    out: Path,
+    options: Options | None = None,
+    folder: Path | None = None,
 ) -> Plan:
     """Read a recipe, open its models, read and tokenise its rows; check all that can be checked.
+
+    Args:
+        recipe: a YAML file, or what stands in it.
+        out: the folder to write.
+        options: how to run.
+        folder: where the relative paths of the recipe start; by default the file's folder or the
+            current one.
 
     Raises:
         SutureError: all problems at once.
     """
     options = options or Options()
     problems = Problems()
-    found = parse_realign(recipe, None, problems)
+    found = parse_realign(recipe, folder, problems)
     if found is None:
         check_place(out, {}, PlaceOptions(overwrite=options.overwrite), problems)
         problems.raise_if_any()
@@ -198,7 +209,7 @@ def _check_needs(
     mask = recipe.settings.get("mask")
     if mask:
         with problems.collecting():
-            shapes, specs = Mask.load(recipe.folder / mask).shapes, aligned.specs
+            shapes, specs = Mask.load(place_of(mask, recipe.folder)).shapes, aligned.specs
             odd = [n for n, shape in shapes.items() if n not in specs or specs[n].shape != shape]
             if odd:
                 raise MismatchError(

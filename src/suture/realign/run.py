@@ -25,6 +25,7 @@ from suture.mask import Mask
 from suture.maskfile import marked
 from suture.models import load_language_model, parameters_of
 from suture.mover import Mover
+from suture.places import place_of
 from suture.realign.base import Edit, Job, Realigned, Say, Scores
 from suture.realign.looks import inputs_of, remembered
 from suture.realign.outcome import (
@@ -55,14 +56,24 @@ def realign(
     *,
     say: Say = lambda _: None,
     tell: Tell | None = None,
+    folder: Path | None = None,
     **options: Any,
 ) -> RealignReport:
     """Follow a recipe file (or mapping) into a folder; keywords as the fields of ``Options``.
 
+    Args:
+        recipe: a YAML file, or what stands in it.
+        out: the folder to write.
+        say: is told what is being done.
+        tell: is told of every step.
+        folder: where the relative paths of the recipe start; by default the file's folder or the
+            current one.
+        **options: the fields of ``Options``.
+
     Raises:
         SutureError: the recipe, an input or the output is at fault; all problems at once.
     """
-    return execute(plan_realign(recipe, out, Options(**options)), say=say, tell=tell)
+    return execute(plan_realign(recipe, out, Options(**options), folder), say=say, tell=tell)
 
 
 def execute(plan: Plan, *, say: Say = lambda _: None, tell: Tell | None = None) -> RealignReport:
@@ -118,7 +129,7 @@ def execute(plan: Plan, *, say: Say = lambda _: None, tell: Tell | None = None) 
 def _check_mask(plan: Plan, fingerprints: Mapping[str, str]) -> None:
     """Refuse a mask that says of which models it is, and it is none of these."""
     mask = plan.recipe.settings.get("mask")
-    about = Mask.load(plan.recipe.folder / mask).about if mask else {}
+    about = Mask.load(place_of(mask, plan.recipe.folder)).about if mask else {}
     prints = {p for word in ("base", "model") if isinstance(p := about.get(word), str)}
     if prints and not prints & set(fingerprints.values()):
         raise MismatchError(

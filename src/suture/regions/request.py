@@ -150,7 +150,7 @@ class _Reader(TaskReader):
         found = {}
         for name, value in entries.items():
             if isinstance(value, str) and value:
-                found[name] = self.folder / value
+                found[name] = self.place(value)
             else:
                 self.refuse(f"{key}.{name}: a file, not {brief(value)}")
         return found

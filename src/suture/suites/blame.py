@@ -126,6 +126,12 @@ class How:
     device: str = "auto"
     overwrite: bool = False
     """Whether results of candidates of another recipe are replaced."""
+    folder: Path | None = None
+    """Where the relative paths of mappings start; ``None`` is the current folder."""
+
+    def folder_of(self, source: Path | Mapping[str, Any]) -> Path | None:
+        """Return where the relative paths of a recipe or suite start; a file has its own folder."""
+        return None if isinstance(source, Path) else self.folder
 
 
 @dataclass(frozen=True)
@@ -145,6 +151,8 @@ def blame(
     edit: SuiteResult,
     gate: Path | str | Sequence[str],
     out: str | Path | None = None,
+    *,
+    folder: Path | None = None,
     **options: Any,
 ) -> Blame:
     """Leave out every expert of a merge in turn and ask which broken rules then hold.
@@ -157,6 +165,8 @@ def blame(
         edit: the merge that is judged.
         gate: the rules.
         out: a folder for the results of the candidates; by default they are not kept.
+        folder: where the relative paths of a recipe and a suite start that are mappings; by default
+            the current folder.
         **options: ``device`` and ``overwrite``.
 
     Raises:
@@ -168,7 +178,8 @@ def blame(
         raise RecipeError(f"blame: {error}") from None
     paths = [Path(p) if isinstance(p, str) else p for p in (recipe, suite)]
     case = Case(base, experts, edit, gate)
-    return search(paths[0], paths[1], case, None if out is None else Path(out), how)
+    place = None if out is None else Path(out)
+    return search(paths[0], paths[1], case, place, replace(how, folder=folder))
 
 
 def search(
@@ -234,7 +245,9 @@ def _planned(
         case.verdicts()
     whole, asking, left = None, None, list[trial.LeftOut]()
     with problems.collecting():
-        whole = trial.ready(plan_recipe(recipe, None, MergeOptions()), shown.stage)
+        whole = trial.ready(
+            plan_recipe(recipe, None, MergeOptions(), how.folder_of(recipe)), shown.stage
+        )
         left = trial.leave_one_out(whole)
     held: dict[str, Held] = {}
     for number, one in enumerate(left):
@@ -243,12 +256,16 @@ def _planned(
             taken = label in {other.label for other in held.values()}
             label = f"{label}-{number}" if taken else label
             held[one.expert] = trial.prepare(one.plan, label, place / str(number))
-    options = planning.Options(how.overwrite, device=how.device, limit=_limit(suite, case.base))
+    options = planning.Options(
+        how.overwrite, device=how.device, limit=_limit(suite, case.base, how)
+    )
     with problems.collecting():
         if held:
-            asking = planning.plan_suite(list(held.values()), suite, out, options)
+            asking = planning.plan_suite(
+                list(held.values()), suite, out, options, how.folder_of(suite)
+            )
         else:
-            read_suite(suite, problems)
+            read_suite(suite, problems, how.folder_of(suite))
     if asking is not None and asking.suite_hash != case.base.suite_hash:
         problems.add(MismatchError, "the suite asks something else than the results were made "
                                     "with; name theirs, as it was")  # fmt: skip
@@ -290,9 +307,9 @@ def _asked(
     return result
 
 
-def _limit(suite: Path | Mapping[str, Any], base: SuiteResult) -> int:
+def _limit(suite: Path | Mapping[str, Any], base: SuiteResult, how: How) -> int:
     """The rows to which ``suture eval --limit`` cut the suite, by the name of the results."""
-    found = read_suite(suite, Problems())
+    found = read_suite(suite, Problems(), how.folder_of(suite))
     cut = found and re.fullmatch(re.escape(found.name) + r"\.first(\d+)", base.suite)
     return int(cut[1]) if cut else 0
 

@@ -30,6 +30,7 @@ from suture.models import (
 )
 from suture.opening import open_model
 from suture.outputs import check_parent
+from suture.places import place_of
 from suture.suites.rows import IMAGES, Asked, asked_in, digest, zero_shot_labels
 from suture.suites.suite import Suite, read_suite
 
@@ -95,6 +96,7 @@ def plan_suite(
     suite: Path | Mapping[str, Any],
     out: Path | None,
     options: Options | None = None,
+    folder: Path | None = None,
 ) -> Plan:
     """Read a suite and its rows, open the models, tokenise; check all that can be checked.
 
@@ -103,12 +105,14 @@ def plan_suite(
         suite: a YAML file, or what stands in it.
         out: a ``.json`` file for one model, or a folder; ``None`` writes nothing.
         options: how to run.
+        folder: where the relative paths of the suite start; by default the file's folder or the
+            current one, where those of ``models`` and ``out`` always start.
 
     Raises:
         SutureError: all problems at once.
     """
     options, problems = options or Options(), Problems()
-    found = read_suite(suite, problems)
+    found = read_suite(suite, problems, folder)
     if found is not None and options.limit:  # a quick look must not replace what took hours
         found = replace(found, name=f"{found.name}.first{options.limit}")
     asked = {} if found is None else asked_in(found, options.limit, problems)
@@ -249,7 +253,7 @@ def _labels(asked: Asked, suite: Suite, checkpoint: Checkpoint) -> tuple[tuple[s
     if options.get("labels") or options.get("label_texts"):
         raise RecipeError("labels and label_texts belong to `head: zero-shot`; a saved head has "
                           "labels of its own")  # fmt: skip
-    path = checkpoint.folder / HEAD if head == "model" else suite.folder / head
+    path = checkpoint.folder / HEAD if head == "model" else place_of(head, suite.folder)
     if head != "model" and not path.is_file():
         return (), ""  # noted when the question was read
     if not path.is_file():

@@ -16,6 +16,7 @@ from suture.finetune.image_rows import labelled
 from suture.finetune.recipe import DataSpec
 from suture.finetune.rows import Record, records_of
 from suture.images import Image, checked
+from suture.places import place_of
 from suture.suites.suite import DTYPES, Question, Suite
 
 IMAGES = "image-classifier"
@@ -127,7 +128,7 @@ def _given_head(question: Question, suite: Suite, problems: Problems) -> str:
                           "the model reads images; name a head")  # fmt: skip
     if head in ("model", "zero-shot"):
         return head
-    path = suite.folder / head
+    path = place_of(head, suite.folder)
     if not path.is_file():
         problems.add(RecipeError, f"evaluations.{question.name}.head: no file {path}; name one, or "
                                   "say `model` or `zero-shot`")  # fmt: skip

@@ -33,6 +33,7 @@ from suture.models import (
     load_head,
     load_language_model,
 )
+from suture.places import place_of
 from suture.run import merged, save
 from suture.stream import Progress
 from suture.suites.plan import (
@@ -280,7 +281,7 @@ class _Shelf:
             )  # fmt: skip
         else:
             origin = self.subject.checkpoint.folder
-            path = origin / HEAD if head == "model" else self.plan.suite.folder / head
+            path = origin / HEAD if head == "model" else place_of(head, self.plan.suite.folder)
             made = load_head(path, device=device)
         return Classifier(body, made).to(device).eval()
 
@@ -304,6 +305,8 @@ def evaluate(
     models: str | os.PathLike[str] | Sequence[str | os.PathLike[str]],
     suite: str | Path | Mapping[str, Any],
     out: str | Path | None = None,
+    *,
+    folder: Path | None = None,
     **options: Any,
 ) -> list[SuiteResult]:
     """Ask models what a suite asks: ``evaluate(["base/", "ties/"], "suite.yaml", "results/")``.
@@ -312,6 +315,8 @@ def evaluate(
         models: one or several: a folder, hub id, GGUF file or ``BASE+ADAPTER`` each.
         suite: a YAML file, or what stands in it.
         out: a folder, or a ``.json`` file for one model; by default nothing is written.
+        folder: where the relative paths of the suite start; by default the file's folder or the
+            current one, where those of ``models`` and ``out`` always start.
         **options: the fields of ``suites.plan.Options``: ``overwrite``, ``resume``, ``device``,
             ``limit``.
 
@@ -324,4 +329,5 @@ def evaluate(
     except TypeError as error:
         raise RecipeError(f"evaluate: {error}") from None
     source = suite if isinstance(suite, Mapping) else Path(suite)
-    return execute(plan_suite(given, source, None if out is None else Path(out), how))
+    place = None if out is None else Path(out)
+    return execute(plan_suite(given, source, place, how, folder))
