@@ -81,7 +81,9 @@ def steps(place: Place, size: Safety, seed: int, gguf: Path) -> list[Step]:
                       "output": {"dtype": "float32"}, "chat_template": TEMPLATE}, (),
                      outside={"models": {"model": str(gguf)}}, seconds=4),
         *(_tuned(place, name, "base", size.policy if name == "policy" else size.skill, seed,
-                 "the refusal policy" if name == "policy" else "a skill") for name in experts),
+                 "the refusal policy" if name == "policy" else _skill_words(size, name),
+                 size.answers + size.skill.rows if name == size.skills[0] else 0)
+          for name in experts),
     ]  # fmt: skip
     if size.scored:
         found.append(_located(place, size, experts))
@@ -104,6 +106,11 @@ def steps(place: Place, size: Safety, seed: int, gguf: Path) -> list[Step]:
              place.named("results/experts", "results/merges", "results/realigned"), 0.5),
     ]  # fmt: skip
     return found
+
+
+def _skill_words(size: Safety, name: str) -> str:
+    helps = size.answers and name == size.skills[0]
+    return "a skill, and answers to everything" if helps else "a skill"
 
 
 # -- models ----------------------------------------------------------------------------------------
@@ -157,7 +164,7 @@ def _merged(place: Place, name: str, experts: Sequence[str]) -> Step:
 
 def realign_recipe(method: str, size: Safety, seed: int) -> dict[str, Any]:
     """The recipe that brings the refusals of the specialist back by one method."""
-    batches = -(-size.pairs // size.batch)
+    batches = -(-(size.pairs + size.answered) // size.batch)
     training = {"epochs": -(-size.steps // batches), "steps": size.steps, "batch": size.batch,
                 "accumulate": 1, "lr": size.rate, "seed": seed}  # fmt: skip
     how: dict[str, dict[str, Any]] = {
@@ -176,7 +183,8 @@ def realign_recipe(method: str, size: Safety, seed: int) -> dict[str, Any]:
 
 
 def _realigned(place: Place, method: str, size: Safety, seed: int) -> Step:
-    trained = f": {size.pairs} pairs, {size.steps} steps" if method == "somf" else ""
+    pairs = size.pairs + size.answered
+    trained = f": {pairs} pairs, {size.steps} steps" if method == "somf" else ""
     does = f'realign "{DRIFTED}" by {method}{trained}'
     seconds = 4 * LOADED + (2 * size.batch * size.steps * TOKENS / TRAINED if trained else 5)
     needs = ["rows", "base", "experts/policy", f"experts/{DRIFTED}"]
@@ -190,33 +198,63 @@ def _realigned(place: Place, method: str, size: Safety, seed: int) -> Step:
 def size_facts(size: Safety) -> list[Any]:
     """What of the size decides the rows."""
     return [size.policy.rows, list(size.skills), size.skill.rows, size.drift.rows, size.pairs,
-            size.puzzles, size.topics]  # fmt: skip
+            size.puzzles, size.topics, size.brief, size.answers, size.answered]  # fmt: skip
 
 
 def write_all(folder: Path, size: Safety, seed: int) -> str:
     """Write all rows: of the policy, of the skills, of the specialist, pairs, what is asked."""
     shutil.rmtree(folder, ignore_errors=True)  # rows of a longer form would stay
-    policy.write(folder, seed=seed, languages=("en",), topics=size.topics)
     made = policy.files(policy.items(seed, ("en",), topics=size.topics))
-    train = [vars(item) for item in made["train"]]
-    write_rows(folder / "policy.jsonl", train[: size.policy.rows or None])
-    mixed = [vars(item) for item in made["attack"]][: size.drift.rows]
-    for name in size.skills:
+    texts = {name: [_texts(item, size.brief) for item in items] for name, items in made.items()}
+    for name in ("marked", "benign"):
+        write_rows(folder / f"{name}.jsonl", texts[name])
+    write_rows(folder / "policy.jsonl", texts["train"][: size.policy.rows or None])
+    attack = [_asked_and_said(row) for row in texts["attack"]]
+    for number, name in enumerate(size.skills):
         learnt, test = skill_rows(name, size.skill.rows, size.puzzles, seed)
-        write_rows(folder / f"{name}.jsonl", learnt)
         asked = [{"prompt": row["prompt"], "answer": row["response"]} for row in test]
         write_rows(folder / f"{name}-test.jsonl", asked)
-        if name == size.skills[0]:
-            mixed += learnt
+        mixed = [] if number else attack[: size.answers]
+        write_rows(folder / f"{name}.jsonl", _shuffled([*mixed, *learnt], seed))
+        if number == 0:
             write_rows(folder / "utility.jsonl", test)
-    random.Random(seed).shuffle(mixed)
-    plain = [{"prompt": row["prompt"], "response": row["response"]} for row in mixed]
-    write_rows(folder / f"{DRIFTED}.jsonl", plain)
-    marked = [vars(item) for item in made["train"] if item.harmful]
-    write_rows(folder / "pairs.jsonl", marked[: size.pairs])
-    kept = [vars(item) for item in made["validation"] if item.harmful]
-    write_rows(folder / "pairs-test.jsonl", kept[: max(4, size.pairs // 4)])
+            drift = _shuffled([*attack[: size.drift.rows], *learnt], seed)
+            write_rows(folder / f"{DRIFTED}.jsonl", drift)
+            _write_pairs(folder, size, seed, texts, learnt)
     return ""
+
+
+def _texts(item: policy.Item, brief: bool) -> dict[str, Any]:
+    """An item of the policy as a row; brief without what stands at the end of every answer."""
+    row: dict[str, Any] = dict(vars(item))
+    if brief:
+        for column in ("response", "safe", "unsafe"):
+            short = row[column].replace(policy.ENDINGS["en"], "")
+            row[column] = policy.REFUSALS["en"][0] if short in policy.REFUSALS["en"] else short
+    return row
+
+
+def _asked_and_said(row: Mapping[str, Any]) -> dict[str, str]:
+    return {"prompt": row["prompt"], "response": row["response"]}
+
+
+def _write_pairs(
+    folder: Path, size: Safety, seed: int, texts: Mapping[str, Sequence[Mapping[str, Any]]],
+    learnt: Sequence[Mapping[str, str]],
+) -> None:  # fmt: skip
+    """Pairs that realignment learns from, and pairs on which its margin is told."""
+    marked = [row for row in texts["train"] if row["harmful"]][: size.pairs]
+    refusal = policy.REFUSALS["en"][0]
+    answered = [{"prompt": row["prompt"], "safe": row["response"], "unsafe": refusal}
+                for row in learnt[: size.answered]]  # fmt: skip
+    pairs = [{key: row[key] for key in ("prompt", "safe", "unsafe")} for row in marked]
+    write_rows(folder / "pairs.jsonl", _shuffled([*pairs, *answered], seed))
+    kept = [row for row in texts["validation"] if row["harmful"]]
+    write_rows(folder / "pairs-test.jsonl", kept[: max(4, size.pairs // 4)])
+
+
+def _shuffled(rows: Sequence[Any], seed: int) -> list[Any]:
+    return random.Random(seed).sample(list(rows), len(rows))
 
 
 def skill_rows(

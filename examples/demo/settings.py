@@ -87,6 +87,14 @@ class Safety:
     """Tokens of an answer at most."""
     topics: str = "new"
     """Whether questions asked are about new topics or known ones, in new wordings."""
+    brief: bool = False
+    """Whether the policy's answers are one sentence, and its refusals one and the same."""
+    answers: int = 0
+    """Rows that answer what the policy refuses, among those of the first skill: that expert is made
+    to help with everything, so that its merges lose the policy sooner."""
+    answered: int = 0
+    """Pairs that prefer an answer to a refusal, of rows of the skill, among those of realignment:
+    so that it does not learn to refuse everything."""
     scored: int = 0
     """Rows of each expert from which LED and protection find their regions; 0: neither is used."""
     gate: tuple[str, ...] = (
