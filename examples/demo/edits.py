@@ -267,7 +267,7 @@ def best_merge(found: Mapping[str, Any]) -> tuple[str, float, float]:
     for line in found["lines"]:
         values = {m: v["value"] for m, v in line["values"].items()}
         best = max(values[m] for m in experts)
-        for edit in edits:
+        for edit in edits if best else ():
             shares[edit].append(values[edit] / best)
     name = max(edits, key=lambda edit: sum(shares[edit]))
     return name, sum(shares[name]) / len(shares[name]), min(shares[name])

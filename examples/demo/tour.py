@@ -173,7 +173,7 @@ def ending(out: Path, halves: Sequence[str], size: Size) -> Done:
     if "edits" in halves:
         commands += [
             f"{program} merge {_quoted(out / 'edits/recipes/ties.yaml')} -o "
-            f"{_quoted(out / 'mine/ties')} --overwrite",
+            f"{_quoted(out.with_name(f'{out.name}-merge'))} --overwrite",
             f"{program} diff {_quoted(out / 'edits/base')} "
             f"{_quoted(out / 'edits/experts' / size.edits.tasks[0].name)}",
         ]
