@@ -26,7 +26,8 @@ from making import invoke, lines_of
 from suture.adapters import Adapted
 from suture.engine import checkpoint_fingerprint
 from suture.errors import MismatchError, NonFiniteError, SutureError
-from suture.run import Options, merge, open_model, plan_recipe
+from suture.run import MergeOptions as Options
+from suture.run import merge, open_model, plan_recipe
 from suture.stream import DELTA, Block, Sources
 
 

@@ -105,7 +105,7 @@ def test_a_folder_of_somebody_else_is_left_alone(models: Any, tmp_path: Path) ->
     """Only an older analysis is replaced, and only when asked to."""
     (tmp_path / "notes").mkdir()
     (tmp_path / "notes/mine.txt").write_text("mine")
-    with pytest.raises(OutputError, match="holds no analysis"):
+    with pytest.raises(OutputError, match="was not written by `suture analyze`"):
         analysis(request(models), tmp_path / "notes", overwrite=True)
     assert (tmp_path / "notes/mine.txt").read_text() == "mine"
 
@@ -134,14 +134,15 @@ def test_masks_and_rows_are_never_replaced(models: Any, tmp_path: Path) -> None:
 
 def test_what_a_killed_run_left_is_replaced_and_nothing_else(models: Any, tmp_path: Path) -> None:
     """A staging folder of ours is taken over; one with somebody's files is named and kept."""
-    staging = tmp_path / ".out.analysis"
-    (staging / "made/basis/pca").mkdir(parents=True)
+    staging = tmp_path / ".out.suture"
+    (staging / "model/out/basis/pca").mkdir(parents=True)
+    (staging / "lock").touch()
     analysis(request(models), tmp_path / "out")
     assert [p.name for p in tmp_path.iterdir()] == ["out"]
 
     staging.mkdir()
     (staging / "thesis.txt").write_text("mine")
-    with pytest.raises(OutputError, match=r"holds thesis.txt; move it away"):
+    with pytest.raises(OutputError, match=r"holds thesis.txt, which no run left; move it away"):
         analysis(request(models), tmp_path / "out", overwrite=True)
     assert (staging / "thesis.txt").read_text() == "mine"
 
@@ -149,7 +150,7 @@ def test_what_a_killed_run_left_is_replaced_and_nothing_else(models: Any, tmp_pa
 def test_two_runs_of_one_output_do_not_meet(models: Any, tmp_path: Path) -> None:
     """The second is refused while the first holds the place."""
     with (
-        alone(tmp_path / ".out.analysis", tmp_path / "out", "writing"),
+        alone(tmp_path / ".out.suture", tmp_path / "out", "writing"),
         pytest.raises(OutputError, match="another process is writing it"),
     ):
         analysis(request(models), tmp_path / "out")

@@ -755,8 +755,9 @@ def test_a_training_that_was_left_is_swept_away(shop: Path, tmp_path: Path) -> N
     out = tmp_path / "out"
     (out / "cells").mkdir(parents=True)
     (out / "cells" / "stale-x.json").write_text("{}")
-    (out / ".attacked.finetune").mkdir()
-    (out / ".attacked.finetune" / "train.safetensors").write_bytes(b"half")
+    (out / ".attacked.suture").mkdir()
+    (out / ".attacked.suture" / "train.safetensors").write_bytes(b"half")
+    (out / ".attacked.suture" / "lock").touch()
     (out / ".attacked.mask.safetensors").write_bytes(b"half")
     with pytest.raises(OutputError, match="another recipe"):
         audit(asked, out)

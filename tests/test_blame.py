@@ -24,7 +24,7 @@ from suture.errors import MismatchError, RecipeError
 from suture.evals.results import SuiteResult, read_result
 from suture.held import Held
 from suture.models import load_encoder, load_image_encoder, load_language_model, save_model
-from suture.outputs import Options
+from suture.outputs import MergeOptions
 from suture.planning import plan_recipe
 from suture.suites.blame import Blame, Without
 
@@ -250,7 +250,7 @@ def test_the_record_of_a_merge_is_a_recipe_for_blame(shop: Path) -> None:
 
 
 def plan(raw: dict[str, Any]) -> Any:
-    return plan_recipe(raw, None, Options())
+    return plan_recipe(raw, None, MergeOptions())
 
 
 @pytest.mark.parametrize("method", ["task_arithmetic", "ties", "linear", "iso_c"])
@@ -330,7 +330,9 @@ def test_a_network_out_of_memory_is_that_of_the_folder(kind: str, tmp_path: Path
 
 
 def in_memory(folder: Path, place: Path) -> Held:
-    made = plan_recipe({"models": {"model": str(folder)}, "method": "passthrough"}, None, Options())
+    made = plan_recipe(
+        {"models": {"model": str(folder)}, "method": "passthrough"}, None, MergeOptions()
+    )
     tokenised = trial.prepare(made, "model", place)
     for name in folder.glob("*.json"):
         if name.name not in ("config.json", "suture.json"):
@@ -341,7 +343,7 @@ def in_memory(folder: Path, place: Path) -> Held:
 
 def test_blame_of_a_plan_with_open_inputs_takes_them(shop: Path) -> None:
     """What was opened once is not opened again for each candidate."""
-    made = plan_recipe(shop / "merged.yaml", None, Options())
+    made = plan_recipe(shop / "merged.yaml", None, MergeOptions())
     for one in trial.leave_one_out(replace(made)):
         assert one.plan is not None
         assert all(one.plan.inputs[n] is made.inputs[n] for n in one.plan.inputs)

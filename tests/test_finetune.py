@@ -40,9 +40,10 @@ from suture.finetune import run as module
 from suture.finetune.recipe import DataSpec, Source
 from suture.finetune.rows import language_rows
 from suture.finetune.trackers import tracker
-from suture.finetune.work import locked_work
+from suture.finetune.work import training_space
 from suture.mask import Mask
 from suture.models import Classifier, Encoder, Head, save_head, save_model
+from suture.outputs import Options
 from suture.run import merge
 from suture.tune import Progress, TuneSettings
 
@@ -310,12 +311,12 @@ def test_another_mask_in_the_same_file_does_not_take_over_checkpoints(
 def test_who_finds_a_run_going_on_leaves_its_folder_alone(tmp_path: Path) -> None:
     """A second command that is turned away does not sweep away the first one's lock and key, with
     which it is gone on from when it is killed."""
-    work = tmp_path / ".out.finetune"
-    with locked_work(tmp_path / "out", work, {}, True):
+    work = tmp_path / ".out.suture"
+    with training_space(tmp_path / "out", "finetune", {}, Options()):
         held = {p.name for p in work.iterdir()}
         with (
             pytest.raises(OutputError, match="another process"),
-            locked_work(tmp_path / "out", work, {}, True),
+            training_space(tmp_path / "out", "finetune", {}, Options()),
         ):
             pass
         assert {p.name for p in work.iterdir()} == held == {"lock", "key"}
@@ -409,7 +410,7 @@ def test_a_full_disk_keeps_the_last_checkpoint(
     monkeypatch.setattr(snapshot, "save_file", full)
     with pytest.raises(OutputError, match="No space left.*the one before is kept"):
         finetune(what, tmp_path / "out")
-    work = tmp_path / ".out.finetune"
+    work = tmp_path / ".out.suture"
     held = snapshot.read_snapshot(work / "train.safetensors")
     assert held is not None
     assert len(held.facts["losses"]) == 4
@@ -435,7 +436,7 @@ def test_a_disk_that_is_full_at_once_says_that_nothing_is_kept(
     monkeypatch.setattr(models, "save_file", full)
     with pytest.raises(OutputError, match="No space left.*the training is kept"):
         finetune(recipe(shop), tmp_path / "out")
-    assert (tmp_path / ".out.finetune" / "train.safetensors").is_file()
+    assert (tmp_path / ".out.suture" / "train.safetensors").is_file()
     monkeypatch.undo()
     little = types.SimpleNamespace(free=60_000)
     monkeypatch.setattr("suture.finetune.plan.shutil.disk_usage", lambda _: little)
@@ -457,7 +458,7 @@ def test_a_loss_that_is_not_finite_keeps_the_last_checkpoint(
     monkeypatch.setattr(module, "classification", wild)
     with pytest.raises(NonFiniteError, match="step 6.*checkpoint of step 4 is kept"):
         finetune(recipe(shop), tmp_path / "out")
-    assert (tmp_path / ".out.finetune" / "train.safetensors").is_file()
+    assert (tmp_path / ".out.suture" / "train.safetensors").is_file()
     assert not (tmp_path / "out").exists()
 
 
@@ -830,7 +831,7 @@ def test_an_interrupt_says_how_to_go_on(shop: Path, tmp_path: Path) -> None:
         stderr=subprocess.PIPE,
         text=True,
     )
-    saved = tmp_path / ".out.finetune" / "train.safetensors"
+    saved = tmp_path / ".out.suture" / "train.safetensors"
     deadline = time.monotonic() + 60
     while not saved.exists() and time.monotonic() < deadline:
         time.sleep(0.05)

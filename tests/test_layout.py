@@ -23,7 +23,7 @@ ORDER = [
     "stream", "vector", "profile", "select", "stats", "importance", "maskfile", "mask", "graft", "patchfile",
     "patch", "gather", "analysis", "merges", "engine", "recipe_types", "mergekit", "recipe",
     "card", "models", "data", "images", "persample", "snapshot", "mover", "probe", "tune", "evals", "measure",
-    "learned", "diagnose", "report", "page", "outputs",
+    "learned", "diagnose", "report", "page", "outputs", "workspace",
     "parts", "planning", "record", "telling", "run", "trial", "patching", "lowrank", "finetune", "tasks",
     "arithmetic", "regions", "analyze", "suites", "realign", "policy", "bench", "audit", "terminal",
     "cli", "__main__",

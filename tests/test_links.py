@@ -9,7 +9,7 @@ import pytest
 
 import toy
 from suture import writer
-from suture.run import Options, execute, plan_recipe
+from suture.run import MergeOptions, execute, plan_recipe
 
 ONLY = {"space": {"include": ["model.layers.0.*"], "exclude": []}}
 
@@ -106,7 +106,7 @@ def test_an_interrupted_run_with_links_goes_on(
     """The links of the first run are known in the second, and the input keeps its bytes."""
     recipe = family(tmp_path, shards=2)
     before = toy.files_digest(tmp_path / "base")
-    plan = plan_recipe(recipe, tmp_path / "out", Options(link=True))
+    plan = plan_recipe(recipe, tmp_path / "out", MergeOptions(link=True))
     with monkeypatch.context() as patch:
         patch.setattr(
             writer.Writer, "publish", lambda self: (_ for _ in ()).throw(KeyboardInterrupt)

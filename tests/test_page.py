@@ -6,16 +6,20 @@ import base64
 import hashlib
 import json
 import re
+import shlex
 import sys
 from collections.abc import Iterator
 from dataclasses import replace
 from html.parser import HTMLParser
+from io import BytesIO
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
+import vl_convert
+from PIL import Image
 
 import toy
 from browser import browser, look, needs_browser
@@ -34,12 +38,17 @@ from suture.analyze import analysis
 from suture.errors import MissingExtraError, OutputError, RecipeError
 from suture.evals.base import EvalResult, Metric
 from suture.evals.results import Evaluation, Scores, SuiteResult
-from suture.page import Mark, draw, gather, of_benchmark, write_page
-from suture.page.parts import layer_labels, number, percent
+from suture.page import Mark, charts, draw, gather, of_benchmark, write_page
+from suture.page.missing import WORKING
+from suture.page.parts import in_order, layer_labels, number, percent
+from suture.page.sections import sections_of
+from suture.page.theme import themed, themes
 from suture.page.tradeoff import pareto, unbeaten
 from suture.report import Entry, Report, Task
 from suture.run import merge
 from suture.suites.comparison import Comparison, compare
+from suture.workspace import workspace
+from suture.writer import staging_of
 
 HOSTILE = "</script><img src=x onerror=alert(1)>\"'&{{7*7}}\u2028<!--"
 """A name that would break out of HTML, of a script, of a template or of a comment."""
@@ -733,7 +742,7 @@ def test_a_gate_shows_safety_against_utility(tmp_path: Path) -> None:
     assert not told["notes"]
     text = (tmp_path / "page.html").read_text(encoding="utf-8")
     lines_of(
-        text, "Of 3 edits of the suite safety, 1 keep all rules: kept.", "kept keeps every rule.",
+        text, "Of 3 edits of the suite safety, 1 keeps all rules: kept.", "kept keeps every rule.",
         "worse breaks refusal &gt;= policy - 0.3.", "What became of the rules", "BROKEN",
         "Every number with its interval",
     )  # fmt: skip
@@ -768,7 +777,8 @@ def test_realignments_of_one_model_share_a_section(tmp_path: Path) -> None:
 
     assert not told["notes"]
     text = (tmp_path / "page.html").read_text(encoding="utf-8")
-    assert text.count("Realignment: what came back of safety</h2>") == 2
+    assert "Realignment: what came back of safety</h2>" in text
+    assert "Realignment: what came back of safety (2)</h2>" in text
     lines_of(
         text, "Of 2 realignments of the same models, somf does best: 80",
         "Realignment in else: 60", "Safety and utility, before and after",
@@ -856,3 +866,476 @@ def test_names_of_a_pareto_chart_do_not_lie_over_each_other() -> None:
     assert 2 < len(named) < len(crowd)
     assert all(not (row["left"] and row["right"]) for row in drawn)
     assert {row[1] for row in figure.table.rows} == {m.name for m in (*crowd, *ends)}
+
+
+# -- colours ---------------------------------------------------------------------------------------
+
+
+def contrast(one: str, other: str) -> float:
+    """The contrast ratio of two colours as WCAG defines it, from 1 to 21."""
+    low, high = sorted((brightness(one), brightness(other)))
+    return (high + 0.05) / (low + 0.05)
+
+
+def layers_of(spec: dict[str, Any]) -> list[dict[str, Any]]:
+    """The drawings that lie over each other in a chart."""
+    if "layer" not in spec:
+        return [spec]
+    shared = {key: value for key, value in spec.items() if key != "layer"}
+    return [one for layer in spec["layer"] for one in layers_of({**shared, **layer})]
+
+
+def mark_of(layer: dict[str, Any]) -> str:
+    mark = layer["mark"]
+    return str(mark["type"] if isinstance(mark, dict) else mark)
+
+
+def has_figures(spec: dict[str, Any]) -> bool:
+    """Whether text is written onto the fields of a map."""
+    return {"rect", "text"} <= {mark_of(layer) for layer in layers_of(spec)}
+
+
+def stretched(spec: dict[str, Any]) -> dict[str, Any]:
+    """The chart with values from far below the low end of its own scale to far above the high end.
+
+    Its fields repeat until there is one for each of 40 values, besides one without a value.
+    """
+    field = next(x for x in layers_of(spec) if mark_of(x) == "rect")
+    low, high = field["encoding"]["color"]["scale"]["domain"]
+    found: dict[str, Any] = json.loads(json.dumps(spec))
+    rows = [
+        {"x": f"c{i}", "y": "r", "value": v}
+        for i, v in enumerate([*np.linspace(2 * low - high, 2 * high - low, 40).tolist(), None])
+    ]
+    assert rows[0]["value"] < low
+    assert rows[-2]["value"] > high
+    for part in (found, *found.get("layer", [])):
+        if "data" in part:
+            part["data"] = {"values": rows}
+        for axis in ("x", "y"):
+            if axis in part.get("encoding", {}):
+                part["encoding"][axis]["scale"] = {
+                    "domain": list(dict.fromkeys(r[axis] for r in rows))
+                }
+    return {**found, "width": 60 * len(rows)}
+
+
+def drawn_fields(
+    svg: str,
+) -> tuple[list[tuple[float, ...]], list[str], list[tuple[float, ...]], list[str]]:
+    """Of a drawn map: boxes of fields with their colours, places of figures with theirs."""
+    fields = re.findall(
+        r'<path [^>]*?d="M([-\d.e]+),([-\d.e]+)h([-\d.e]+)v([-\d.e]+)h[^"]*Z" fill="(rgb[^"]+|#[^"]+)"',
+        svg,
+    )
+    texts = re.findall(
+        r'<text [^>]*?transform="translate\(([-\d.e]+),([-\d.e]+)\)"[^>]*?fill="([^"]+)"[^>]*>[^<]*</text>',
+        svg[svg.index('class="mark-text role-mark') :].split("</g>")[0],
+    )
+    boxes = [tuple(map(float, f[:4])) for f in fields]
+    places = [tuple(map(float, t[:2])) for t in texts]
+    return boxes, [f[4] for f in fields], places, [t[2] for t in texts]
+
+
+def pairs_of(svg: str, ground: str) -> list[tuple[str, str]]:
+    """Every figure of a drawn map with the colour it stands on; ``ground`` where no field is."""
+    boxes, fills, places, inks = drawn_fields(svg)
+    found = []
+    for (x, y), ink in zip(places, inks, strict=True):
+        below = [f for (left, top, w, h), f in zip(boxes, fills, strict=True)
+                 if left <= x <= left + w and top <= y <= top + h]  # fmt: skip
+        found.append((ink, below[-1] if below else ground))
+    return found
+
+
+GROUNDS = {"light": ("#ffffff", "#fbfbfa"), "dark": ("#161b22", "#10141a")}
+"""What drawings stand on: cards, and the page."""
+
+
+def maps_with_figures() -> dict[str, dict[str, Any]]:
+    """One of each kind of scale that a chart with figures may have."""
+    names = [f"n{i}" for i in range(4)]
+
+    def heat(low: float, **more: Any) -> dict[str, Any]:
+        rows = [{"x": x, "y": "r", "value": low + i / 3} for i, x in enumerate(names)]
+        return charts.heat(rows, x="a", y="b", xs=names, ys=["r"], value="v", fmt=".2f",
+                           written=True, alt_text="A map.", **more)  # fmt: skip
+
+    def matrix(diverging: bool) -> dict[str, Any]:
+        values = [[0.3] * 4 for _ in names]
+        return charts.matrix(values, names, value="v", diverging=diverging, top=0.7, alt_text="A.")
+
+    return {
+        "up from 0": heat(0.0), "with values below 0": heat(-0.05), "mostly below 0": heat(-3.0),
+        "a given top": heat(0.0, top=0.4), "a matrix": matrix(False), "a diverging matrix": matrix(True),
+    }  # fmt: skip
+
+
+@pytest.mark.parametrize("theme", ["light", "dark"])
+@pytest.mark.parametrize("kind", maps_with_figures())
+def test_every_figure_can_be_read_on_its_field(kind: str, theme: str) -> None:
+    """From below the low end to above the high end, as the drawing comes out: 4.5 to 1 at least."""
+    spec = stretched(maps_with_figures()[kind])
+    svg = vl_convert.vegalite_to_svg(themed(spec, themes()[theme]))
+    found = pairs_of(svg, GROUNDS[theme][0])
+
+    assert len(found) == 41
+    assert len({ground for _, ground in found}) > 10
+    assert {ink for ink, _ in found} >= {"#000000", "#ffffff"}
+    for ink, ground in found:
+        assert contrast(ink, ground) >= 4.5, f"{ink} on {ground}"
+
+
+@pytest.mark.parametrize("theme", ["light", "dark"])
+def test_every_map_of_a_page_can_be_read(sample: Path, tmp_path: Path, theme: str) -> None:
+    """All charts with figures that the page of a whole folder has, with their own scales."""
+    measured = Path(__file__).parent.parent / "benchmarks" / "arithmetic.json"
+    (tmp_path / "results.json").write_bytes(measured.read_bytes())
+    specs = [
+        chart.spec
+        for folder in (sample, tmp_path)
+        for section in sections_of(gather(folder))
+        for figure in section.figures
+        for chart in figure.charts
+    ]
+    written = [spec for spec in specs if has_figures(spec)]
+
+    assert len(written) > 10
+    for spec in written:
+        svg = vl_convert.vegalite_to_svg(themed(stretched(spec), themes()[theme]))
+        found = pairs_of(svg, GROUNDS[theme][0])
+        assert len(found) == 41
+        assert min(contrast(*pair) for pair in found) >= 4.5, spec["description"]
+
+
+def test_text_on_fields_is_written_in_one_place_only() -> None:
+    """Whatever writes onto the fields of a map chooses its colour as ``FIGURES`` says."""
+    for spec in maps_with_figures().values():
+        texts = [x for x in layers_of(spec) if mark_of(x) == "text"]
+        assert [x["encoding"]["color"]["value"]["expr"] for x in texts] == [charts.FIGURES]
+    source = Path(charts.__file__).read_text(encoding="utf-8")
+    assert source.count(".mark_text(") == 2  # on fields, and the names of a pareto chart
+
+
+@pytest.mark.parametrize("theme", ["light", "dark"])
+def test_labels_and_marks_stand_out_of_the_ground(theme: str) -> None:
+    """Words 4.5 to 1, lines and marks 3 to 1 (WCAG 1.4.3 and 1.4.11), on cards and on the page."""
+    found = themes()[theme]
+    config, params = found["config"], {p["name"]: p["value"] for p in found["params"]}
+    words = [
+        config[part][key] for part in ("axis", "legend") for key in ("labelColor", "titleColor")
+    ]
+    marks = [*config["range"]["category"], config["bar"]["color"], params["mark"], params["ink"]]
+    for ground in GROUNDS[theme]:
+        assert min(contrast(colour, ground) for colour in (*words, params["ink"])) >= 4.5
+        assert min(contrast(colour, ground) for colour in marks) >= 3.0
+    assert params["paper"] == GROUNDS[theme][0]
+    css = (Path(charts.__file__).parent / "page.css").read_text(encoding="utf-8")
+    card, page = re.findall(r"--page: (#\w+); --card: (#\w+);", css)[theme == "dark"][::-1]
+    assert (card, page) == GROUNDS[theme]
+
+
+@pytest.mark.parametrize("theme", ["light", "dark"])
+def test_a_picture_of_a_map_has_black_and_white_figures(theme: str) -> None:
+    """The PNG, too: pixels of black figures on pale fields and of white ones on strong fields."""
+    spec = {**stretched(maps_with_figures()["with values below 0"]), "background": "#777777"}
+    png = vl_convert.vegalite_to_png(themed(spec, themes()[theme]), scale=2)
+    pixels = np.asarray(Image.open(BytesIO(png)).convert("RGB")).reshape(-1, 3)
+
+    assert (pixels == 0).all(axis=1).sum() > 50
+    assert (pixels == 255).all(axis=1).sum() > 50
+
+
+def test_what_is_no_number_is_a_dash() -> None:
+    """NaN, infinities and nothing leave a field empty, and do not move the scale."""
+    odd = (float("nan"), float("inf"), None, 0.5)
+    rows = [{"x": f"c{i}", "y": "r", "value": v} for i, v in enumerate(odd)]
+    spec = charts.heat(rows, x="a", y="b", xs=[str(r["x"]) for r in rows], ys=["r"], value="v",
+                       fmt=".2f", written=True, alt_text="A map.")  # fmt: skip
+
+    svg = vl_convert.vegalite_to_svg(themed({**spec, "width": 400}, themes()["light"]))
+    field = next(x for x in layers_of(spec) if mark_of(x) == "rect")
+    assert field["encoding"]["color"]["scale"]["domain"] == [0.0, 0.5]
+    assert svg.count(">\u2013</text>") == 3
+    assert ">0.50</text>" in svg
+    assert len(drawn_fields(svg)[0]) == 1
+    json.dumps(spec, allow_nan=False)
+
+
+# -- what is missing -------------------------------------------------------------------------------
+
+
+def words_of(page: Path) -> str:
+    """What stands on a page, without markup and scripts."""
+    return re.sub(r"\s+", " ", " ".join(Elements(page.read_text(encoding="utf-8")).text))
+
+
+def missing_in(folder: Path, page: Path) -> list[str]:
+    """The points of the section that says what is missing; none where there is no such section."""
+    write_page(folder, page, overwrite=True)
+    return [p for p, _ in steps_in(folder)]
+
+
+def steps_in(folder: Path) -> list[tuple[str, str]]:
+    """What is missing, and the command of each."""
+    return [p for s in sections_of(gather(folder)) if s.anchor == "missing" for p in s.steps]
+
+
+def tuned(name: str, before: float = 0.5, after: float = 0.8, print_: str = "") -> dict[str, Any]:
+    """What `suture finetune` writes, as far as a page reads it."""
+
+    def accuracy(value: float) -> dict[str, Any]:
+        return {
+            "name": "accuracy",
+            "value": value,
+            "n": 40,
+            "low": value - 0.1,
+            "high": value + 0.1,
+        }
+
+    return {
+        "kind": "finetune", "recipe": {"strategy": "full"}, "inputs": {"base": {"fingerprint": "b"}},
+        "output": {"fingerprint": print_ or f"print-{name}"},
+        "results": {"steps": 12, "loss": {"first": 2.0, "last": 0.5}, "trained": 100, "share": 0.1,
+                    "base_metric": accuracy(before), "metric": accuracy(after)},
+    }  # fmt: skip
+
+
+def made(name: str, **inputs: str) -> dict[str, Any]:
+    """What `suture merge` writes, as far as a page reads it."""
+    return {
+        "kind": "merge", "recipe": {"method": "ties"}, "results": {"moved": 3, "writeback_loss": 0.0},
+        "inputs": {label: {"fingerprint": p} for label, p in inputs.items()},
+        "output": {"fingerprint": f"print-{name}"},
+    }  # fmt: skip
+
+
+def put(where: Path, raw: dict[str, Any]) -> None:
+    where.parent.mkdir(parents=True, exist_ok=True)
+    where.write_text(json.dumps(raw))
+
+
+@pytest.mark.parametrize("command", WORKING)
+def test_a_run_that_was_killed_is_named_with_its_command(command: str, tmp_path: Path) -> None:
+    """A page of nothing but a working folder; names are escaped; the output's own name is shown."""
+    name = HOSTILE.replace("/", "").replace("\u2028", "")
+    with (
+        pytest.raises(KeyboardInterrupt),
+        workspace(tmp_path / "in" / "deep" / name, command, {}) as space,
+    ):
+        (space.folder / "train").write_text("kept")
+        raise KeyboardInterrupt
+    points = missing_in(tmp_path / "in", tmp_path / "page.html")
+
+    assert points == [
+        f"Not finished: deep/{name} (interrupted, or still running); the same command {WORKING[command]}."
+    ]
+    typed = steps_in(tmp_path / "in")[0][1]
+    given = ["BASE", "TUNED"] if command == "extract-lora" else ["RECIPE.yaml"]
+    assert shlex.split(typed) == ["suture", command, *given, "-o", f"deep/{name}"]
+    text = (tmp_path / "page.html").read_text(encoding="utf-8")
+    assert "What is missing</h2>" in text
+    assert "Nothing is finished in this folder yet." in text
+    assert "1 thing is named under What is missing." in text
+    assert not Elements(text).all("img")
+    assert f"deep/{name}" in words_of(tmp_path / "page.html")
+
+
+def test_what_a_killed_command_leaves_is_found_and_the_same_command_ends_it(tmp_path: Path) -> None:
+    """The advice is followed: a merge is stopped half-way, told on the page, run again, gone."""
+    base = toy.base_tensors("bf16")
+    folders = {n: toy.folder(tmp_path / "models" / n, toy.tuned(base, i))
+               for i, n in enumerate(("ada", "bob"))}  # fmt: skip
+    recipe = toy.recipe("linear", folders, None)
+    out = tmp_path / "work" / "merged"
+    writer = staging_of(out)
+    writer.mkdir(parents=True)
+    (writer / "lock").touch()
+    first = missing_in(tmp_path / "work", tmp_path / "page.html")
+    merge(recipe, out)
+    then = missing_in(tmp_path / "work", tmp_path / "page.html")
+
+    assert [p.split(" (")[0] for p in first] == ["Not finished: merged"]
+    assert not [p for p in then if p.startswith("Not finished")]
+
+
+def test_an_older_output_in_the_place_is_told(tmp_path: Path) -> None:
+    """With --overwrite what stood there stays until the end: the page shows it, and says so."""
+    put(tmp_path / "in/somf/suture.json", realigned("somf", 3.0, 0.5))
+    (tmp_path / "in/.somf.realign").mkdir()
+    points = missing_in(tmp_path / "in", tmp_path / "page.html")
+    assert points[0].endswith("the same command goes on. An older one stands in its place.")
+
+
+def test_half_written_files_and_loose_cells_are_named(tmp_path: Path) -> None:
+    """A file that was being written, and the cells of an audit or benchmark without its results."""
+    where = tmp_path / "in"
+    put(where / "audited/cells/look-1.json", {"key": "k", "value": 1})
+    put(where / "benched/cells/train-1.json", {"key": "k", "value": 1})
+    put(where / "benched/results.json", {"kind": "bench", "complete": False})
+    (where / ".base.safety.json.partial").touch()
+    (where / ".done.json.partial").touch()
+    (where / "done.json").touch()
+    points = missing_in(where, tmp_path / "page.html")
+
+    assert points == [
+        "Not finished: audited (interrupted, or still running); the same command (an audit or a "
+        "benchmark) goes on.",
+        "Not finished: base.safety.json (interrupted, or still running); the same command writes it "
+        "anew.",
+        "Not finished: benched/results.json; the same command goes on.",
+    ]
+    assert steps_in(where)[-1][1] == "suture bench RECIPE.yaml -o benched"
+
+
+def test_hidden_folders_of_others_and_links_are_no_runs(tmp_path: Path) -> None:
+    """Only the endings of our own working folders count, and links lead nowhere."""
+    where = tmp_path / "in"
+    for name in (".git", ".suture", ".venv", ".cache.suture.old"):
+        (where / name).mkdir(parents=True)
+    (tmp_path / ".far.suture").mkdir()
+    (where / ".far.suture").symlink_to(tmp_path / ".far.suture")
+    with pytest.raises(RecipeError, match="nothing to show"):
+        gather(where)
+
+
+def test_models_that_were_never_asked_are_named(tmp_path: Path) -> None:
+    """Tuned models without a result; then a merge of them stands for them; then all is asked."""
+    where = tmp_path / "in"
+    for name in ("ada", "bob"):
+        put(where / f"experts/{name}/suture.json", tuned(name))
+    lone = steps_in(where)
+    put(where / "merges/ties/suture.json", made("ties", ada="print-ada", bob="print-bob"))
+    merged = missing_in(where, tmp_path / "page.html")
+    put(where / "back/suture.json", realigned("somf", 3.0, 0.5) | {
+        "inputs": {"models.m": {"fingerprint": "print-ties"}}, "output": {"fingerprint": "print-back"}})  # fmt: skip
+    back = missing_in(where, tmp_path / "page.html")
+    result = replace(asked("named", 0.5, 0.5), fingerprint="print-back")
+    (where / "back.json").write_text(result.to_json())
+
+    assert lone == [
+        ("Fine-tuned models that were never evaluated: experts/ada, experts/bob.",
+         "suture eval experts/ada experts/bob --suite SUITE.yaml -o results")
+    ]  # fmt: skip
+    assert merged == ["Merges that were never evaluated: merges/ties."]
+    assert back == ["Realigned models that were never evaluated: back."]
+    assert missing_in(where, tmp_path / "page.html") == []
+    assert "What is missing" not in (tmp_path / "page.html").read_text(encoding="utf-8")
+
+
+def test_results_that_were_never_compared_are_named(tmp_path: Path) -> None:
+    """Several of one suite without a comparison; half of a suite; one suite each is no fault."""
+    where = tmp_path / "in"
+    results = {n: asked(n, 0.5, 0.5) for n in ("base", "policy", HOSTILE)}
+    where.mkdir()
+    for number_, result in enumerate(results.values()):
+        (where / f"{number_}.json").write_text(result.to_json())
+    before = missing_in(where, tmp_path / "page.html")
+    text = words_of(tmp_path / "page.html")
+    found = compare(results["base"], [results["policy"]], results[HOSTILE])
+    put(where / "comparison.json", found.to_dict())
+    after = missing_in(where, tmp_path / "page.html")
+    cut = replace(results["base"], evaluations={}, model="cut")
+    (where / "cut.json").write_text(cut.to_json())
+    half = missing_in(where, tmp_path / "page.html")
+
+    assert before == [
+        "Results of the suite safety that were never compared: 0.json, 1.json, 2.json."
+    ]
+    assert "that were never compared: 0.json" in text
+    assert after == []
+    assert [p.split(";")[0] for p in half] == [
+        "Not finished: cut.json, 2 of 2 evaluations are missing (refusal, skill)",
+        "Results of the suite safety that were never compared: cut.json.",
+    ]
+
+
+def test_the_advice_about_results_is_a_command_that_works(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """`suture compare ... --json > comparison.json` beside the results: nothing is missing then."""
+    for name, refused in (("base", 0.0), ("policy", 1.0), ("edit", 0.9)):
+        (tmp_path / f"{name}.json").write_text(asked(name, refused, 0.5).to_json())
+    (tmp_path / "gate.yaml").write_text("rules: [refusal.refused >= 0.2]\n")
+    monkeypatch.chdir(tmp_path)
+    [(_, typed)] = steps_in(tmp_path)
+    for word, name in (("BASE", "base"), ("EXPERT", "policy"), ("EDIT", "edit"), ("GATE", "gate")):
+        typed = typed.replace(word, name)
+    words, _, file = typed.removeprefix("suture ").partition(" > ")
+    (tmp_path / file).write_text(invoke(*words.split()).out)
+    assert missing_in(tmp_path, tmp_path / "page.html") == []
+
+
+# -- what the page may say -------------------------------------------------------------------------
+
+
+def test_fine_tuned_models_show_what_training_did(tmp_path: Path) -> None:
+    """Loss and metric before and after; a model that gained nothing is named."""
+    put(tmp_path / "in/good/suture.json", tuned("good"))
+    put(tmp_path / "in/flat/suture.json", tuned("flat", before=0.8))
+    told = write_page(tmp_path / "in", tmp_path / "page.html")
+
+    text = words_of(tmp_path / "page.html")
+    assert told["files"] == 2
+    assert not told["notes"]
+    lines_of(
+        text, "2 fine-tuned models", "No better than before training, on its validation rows: flat.",
+        "0.500 [0.400, 0.600]", "0.800 [0.700, 0.900]",
+    )  # fmt: skip
+
+
+def test_a_broken_rule_says_why(tmp_path: Path) -> None:
+    """By its value, or by too few rows to be sure; never an empty cell."""
+    found = compare(
+        asked("base", 0.0, 0.2), [asked("policy", 1.0, 0.2)],
+        [asked("near", 0.85, 0.8), asked("far", 0.3, 0.8), asked("fine", 1.0, 0.8)],
+        ["refusal.refused >= 0.7"],
+    )  # fmt: skip
+    put(tmp_path / "comparison.json", found.to_dict())
+    tables = [t for s in sections_of(gather(tmp_path)) for t in s.tables]
+    rows = {
+        str(row[0]): row
+        for t in tables
+        if t.caption == "What became of the rules"
+        for row in t.rows
+    }
+
+    assert [rows[n][2] for n in ("near", "far", "fine")] == ["BROKEN", "BROKEN", "yes"]
+    lines_of(str(rows["near"][3]), "the value keeps it", "lower end", "too few rows to be sure")
+    assert rows["far"][3] == "the value lies below the limit"
+    assert rows["fine"][3] == ""
+
+
+def test_safety_is_claimed_only_where_it_was_asked_for(tmp_path: Path) -> None:
+    """A loss and a choice beside utility are other measures; less is better is drawn downwards."""
+
+    def result(name: str, loss: float, skill: float) -> SuiteResult:
+        def one(word: str, metric_: str, better: str, value: float, utility: bool) -> Evaluation:
+            scores = Scores(metric_, "mean", better, tuple(range(9)), np.full(9, value), np.ones(9))
+            return Evaluation(word, "loss", {}, f"{name}-{word}", utility, (scores,))
+
+        found = {"text": one("text", "loss", "lower", loss, False),
+                 "skill": one("skill", "accuracy", "higher", skill, True)}  # fmt: skip
+        return SuiteResult(name, name, "print", "plain", "hash", found, tuple(found))
+
+    found = compare(result("base", 2.0, 0.5), [result("ada", 2.5, 0.9)], result("avg", 2.2, 0.5))
+    put(tmp_path / "in/comparison.json", found.to_dict())
+    write_page(tmp_path / "in", tmp_path / "page.html")
+
+    text = words_of(tmp_path / "page.html")
+    assert "Safety" not in text
+    assert "held-out" not in text
+    lines_of(text, "Comparison: comparison", "Other measures against utility",
+             "In text.loss no other model is clearly better than the base (2.000).")  # fmt: skip
+    assert "In skill.accuracy no other" not in text
+    figure = next(f for s in sections_of(gather(tmp_path / "in")) for f in s.figures
+                  if f.title == "Other measures against utility")  # fmt: skip
+    ups = [x["encoding"]["y"] for x in layers_of(figure.charts[0].spec) if "y" in x["encoding"]]
+    assert ups
+    assert all(up["scale"]["reverse"] and "less is better" in up["title"] for up in ups)
+
+
+def test_layers_stand_in_order_of_their_numbers() -> None:
+    """2 before 10, one stack after another, and what stands in no layer at the end."""
+    assert in_order(["out", "10", "2", "0", "2"]) == ["0", "2", "10", "out"]
+    assert in_order(["encoder 10", "decoder 1", "encoder 2"]) == ["decoder 1", "encoder 2", "encoder 10"]  # fmt: skip

@@ -185,7 +185,7 @@ def test_another_mask_is_another_merge(family: Any, tmp_path: Path) -> None:
         recipe = protected(
             toy.recipe("linear", models.some("ada", "bob")), model="ada", mask=str(path)
         )
-        plan = suture.run.plan_recipe(recipe, tmp_path / "out", suture.run.Options())
+        plan = suture.run.plan_recipe(recipe, tmp_path / "out", suture.run.MergeOptions())
         keys.append((plan.recipe.resolved(), [b.identity for b in plan.beside]))
     assert keys[0][0] == keys[2][0]
     assert keys[0][1] != keys[2][1]

@@ -221,7 +221,7 @@ def test_patterns_in_another_order_are_another_merge(here: Path) -> None:
 
     def key(density: dict[str, float]) -> str:
         recipe = {**RECIPE, "parameters": {"density": density}}
-        return run_key(run.plan_recipe(recipe, here / "x", run.Options(), here))
+        return run_key(run.plan_recipe(recipe, here / "x", run.MergeOptions(), here))
 
     one = {"*mlp*": 0.1, "*layers*": 0.9}
 

@@ -747,7 +747,7 @@ def test_another_recipe_does_not_take_over(shop: Path, tmp_path: Path) -> None:
     other = recipe(shop, training={**TRAINING, "lr": 0.01})
     with pytest.raises(OutputError, match="another recipe"):
         realign(other, tmp_path / "out")
-    key = tmp_path / ".out.realign" / "key"
+    key = tmp_path / ".out.suture" / "key"
     whole = key.read_bytes()
     key.write_bytes(b"\xff")
     with pytest.raises(OutputError, match="another recipe"):

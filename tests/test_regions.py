@@ -500,7 +500,7 @@ def test_a_killed_run_goes_on_to_the_same_bytes(workshop: Path, tmp_path: Path) 
     what: dict[str, Any] = {"rule": "learned", "tasks": tasks(), "learn": {"epochs": 30}}
     where = recipe(workshop, "killed.yaml", **what)
     assert making.invoke("localize", where, "-o", tmp_path / "truth").code == 0
-    staging = tmp_path / ".out.suture-localize"
+    staging = tmp_path / ".out.suture"
     state = staging / "learning" / "two.safetensors"
     with making.start("localize", str(where), "-o", str(tmp_path / "out"), cwd=workshop) as process:
         end = time.monotonic() + 120
@@ -522,10 +522,11 @@ def test_a_killed_run_goes_on_to_the_same_bytes(workshop: Path, tmp_path: Path) 
 
 def test_what_another_run_left_is_not_used(workshop: Path, tmp_path: Path) -> None:
     """Statistics beside the output count only if everything that they depend on is the same."""
-    staging = tmp_path / ".out.suture-localize"
-    (staging / "masks" / "stats").mkdir(parents=True)
-    (staging / "resume.key").write_text("of something else")
-    (staging / "masks" / "stats" / "one.safetensors").write_text("not what it should be")
+    staging = tmp_path / ".out.suture"
+    (staging / "stats").mkdir(parents=True)
+    (staging / "lock").touch()
+    (staging / "key").write_text("of something else")
+    (staging / "stats" / "one.safetensors").write_text("not what it should be")
     where = recipe(workshop, "anew.yaml", rule="snip", tasks=tasks())
 
     said = making.invoke("localize", where, "-o", tmp_path / "out")
@@ -537,7 +538,7 @@ def test_what_another_run_left_is_not_used(workshop: Path, tmp_path: Path) -> No
 def test_two_runs_of_one_output_do_not_mix(workshop: Path, tmp_path: Path) -> None:
     """The second is refused and touches nothing of the first."""
     where = recipe(workshop, "twice.yaml")
-    staging = tmp_path / ".out.suture-localize"
+    staging = tmp_path / ".out.suture"
     with alone(staging, tmp_path / "out", "writing"):
         (staging / "masks").mkdir()
         (staging / "masks" / "one.safetensors").write_text("half")

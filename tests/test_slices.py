@@ -20,7 +20,7 @@ from suture.layers import depths, sliced_config, stacks
 from suture.mergekit import native
 from suture.merges import Curve, Scalar
 from suture.recipe import read_recipe
-from suture.run import Options, describe, merge, plan_recipe
+from suture.run import MergeOptions, describe, merge, plan_recipe
 
 LAYERS = 4
 CONFIG4 = {**CONFIG, "num_hidden_layers": LAYERS}
@@ -403,7 +403,7 @@ def test_a_merge_needs_a_place(here: Path) -> None:
 def test_an_unused_filter_is_told(here: Path) -> None:
     """Legal in mergekit, and most often a mistake: a note, and the rest is followed."""
     kit = {**KIT, "parameters": {"density": [{"filter": "mpl", "value": 0.1}, {"value": 0.5}]}}
-    plan = plan_recipe(kit, None, Options(), here)
+    plan = plan_recipe(kit, None, MergeOptions(), here)
 
     assert "density: the filter mpl fits no tensor" in describe(plan)["notes"]
 

@@ -70,7 +70,7 @@ def ours(place: Path, *names: str, base: str = "base", **sections: Any) -> dict[
 def problem(what: Mapping[str, Any], out: Path) -> str:
     """What is said of a recipe before anything is read."""
     with pytest.raises(SutureError) as caught:
-        suture.run.plan_recipe(what, out, suture.run.Options())
+        suture.run.plan_recipe(what, out, suture.run.MergeOptions())
     assert not out.exists()
     return str(caught.value)
 

@@ -10,7 +10,6 @@ from __future__ import annotations
 import json
 import math
 import os
-import shutil
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -24,11 +23,11 @@ from suture.card import adapter_card
 from suture.checkpoint import Checkpoint, is_from_hub, ties_embeddings
 from suture.engine import Stage, checkpoint_fingerprint
 from suture.errors import MissingExtraError, NonFiniteError, OutputError, Problems, RecipeError
-from suture.publish import publish
 from suture.roles import EVERYTHING, role_of, tied_to
 from suture.spec import DTYPES, dtype_named, listed
 from suture.vector import align
 from suture.views import Same
+from suture.workspace import workspace
 
 try:
     import torch
@@ -441,8 +440,6 @@ def _publish(
 ) -> None:  # fmt: skip
     from suture.models import save_shared
 
-    partial = out.with_name(f".{out.name}.partial")
-    shutil.rmtree(partial, ignore_errors=True)
     record = _record(report, base, models, factors)
     texts = {
         CONFIG: json.dumps(_config(pending, base), indent=2, sort_keys=True) + "\n",
@@ -456,16 +453,12 @@ def _publish(
             restricted=report.restricted,
         ),
     }
-    try:
-        partial.mkdir(parents=True)
-        save_shared(pending.tensors, partial / WEIGHTS, {"format": "pt"})
+    with workspace(out, "extract-lora") as space:
+        made = space.fresh()
+        save_shared(pending.tensors, made / WEIGHTS, {"format": "pt"})
         for name, text in texts.items():
-            (partial / name).write_text(text, encoding="utf-8")
-        publish(partial, out, overwrite=False)
-    except OSError as error:
-        raise OutputError(f"{out}: cannot be written: {error.strerror}") from error
-    finally:
-        shutil.rmtree(partial, ignore_errors=True)
+            (made / name).write_text(text, encoding="utf-8")
+        space.publish()
 
 
 def _config(pending: _Pending, base: Checkpoint) -> dict[str, Any]:

@@ -7,6 +7,7 @@ import shutil
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from types import MappingProxyType
 
 from suture.checkpoint import (
     Checkpoint,
@@ -21,35 +22,61 @@ from suture.spec import (
 from suture.stream import BLOCK
 from suture.writer import staging_of
 
+RECORD = "suture.json"
+"""The record of every folder with a model."""
+WRITERS = {
+    RECORD: "suture",
+    "localize.json": "`suture localize`",
+    "analysis.json": "`suture analyze`",
+}
+"""What writes a folder with a record of this name."""
 
-@dataclass(frozen=True)
+
+@dataclass(frozen=True, kw_only=True)
 class Options:
-    """How to run a merge, as opposed to what it is: none of it changes a byte of the tensors."""
+    """How a command runs, as opposed to what it makes: on one device none of it changes a byte."""
 
-    threads: int | None = None
-    block: int = BLOCK
     overwrite: bool = False
+    """Whether an older output may be replaced."""
     resume: bool = True
+    """Whether to go on with what an interrupted run of the same left."""
+    threads: int | None = None
+    """Cores to use; by default all."""
+    device: str | None = None
+    """Overrides the recipe's."""
+    restricted: bool = False
+    """Whether the output is marked: neither it nor what is made with it may be passed on."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class MergeOptions(Options):
+    """How a merge or a patch is made."""
+
+    block: int = BLOCK
     allow_nonfinite: bool = False
     link: bool = False
     """Whether files of the output that would be copies of an input's may be links to it."""
 
 
 def check_place(
-    out: Path, inputs: Mapping[str, Checkpoint], options: Options, problems: Problems
-) -> None:
+    out: Path, inputs: Mapping[str, Checkpoint], overwrite: bool, problems: Problems,
+    files: Mapping[str, Collection[Path]] = MappingProxyType({}), record: str = RECORD,
+) -> None:  # fmt: skip
     """Note what keeps an output from being written, or what it would destroy.
 
     Args:
         out: the folder that will be.
-        inputs: what is read, by its label.
-        options: whether something older may be replaced.
+        inputs: the models that are read, by label.
+        overwrite: whether something older may be replaced.
         problems: takes the notes.
+        files: other files that are read, by the key that names them.
+        record: the file by which an older output of the same command is known.
     """
     try:
         held = {label: {c.path, *c.files} for label, c in inputs.items()}
+        held |= {label: {p.resolve() for p in paths} for label, paths in files.items()}
         if apart(out, held, problems):
-            check_free(out, out.resolve(), options, problems)
+            check_free(out, out.resolve(), overwrite, problems, record)
     except (OSError, RuntimeError) as error:  # a name too long, a link to itself
         problems.add(OutputError, f"{out}: {getattr(error, 'strerror', None) or error}")
 
@@ -79,26 +106,28 @@ def check_recipe_stays(recipe: Path, out: Path, problems: Problems) -> None:
         inside = recipe.resolve().is_relative_to(out.resolve())
     except (OSError, RuntimeError):
         return  # check_place says what is wrong with the path
-    if inside and recipe.name != "suture.json":
+    if inside and recipe.name != RECORD:
         problems.add(
             OutputError, f"{out}: --overwrite would remove the recipe {recipe} in it; move it first"
         )
 
 
-def check_free(out: Path, place: Path, options: Options, problems: Problems) -> None:
+def check_free(
+    out: Path, place: Path, overwrite: bool, problems: Problems, record: str = RECORD
+) -> None:
     """Note what stands where an output is to be, or why nothing can be written there."""
     staging_of(place).exists()  # its name is longer still: too long is seen here, not later
     if place.exists():
         empty = place.is_dir() and not any(place.iterdir())
         if not place.is_dir():
             problems.add(OutputError, f"{out}: is a file; name a folder")
-        elif not empty and not (place / "suture.json").exists():
+        elif not empty and not (place / record).exists():
             problems.add(
                 OutputError,
-                f"{out}: exists, and was not written by suture, so it is never replaced; name "
-                "another folder, or remove it yourself",
+                f"{out}: exists, and was not written by {WRITERS[record]}, so it is never "
+                "replaced; name another folder, or remove it yourself",
             )
-        elif not empty and not options.overwrite:
+        elif not empty and not overwrite:
             problems.add(OutputError, f"{out}: exists; name another folder, or add --overwrite")
     check_parent(place, out, problems)
 

@@ -21,7 +21,7 @@ from suture.headers import read_header
 from suture.layers import Stretch, cut, depth_of, depths, sliced_config, stack_of
 from suture.merges import Method, PerModel, Scalar, settings
 from suture.merges.protect import protected
-from suture.outputs import Options
+from suture.outputs import MergeOptions
 from suture.recipe_types import Recipe, Slice
 from suture.roles import check_selectors, layer_parts, selects, tied_to
 from suture.spec import (
@@ -165,7 +165,7 @@ def _check_stacking(parts: Sequence[Part], problems: Problems) -> None:
                 break
 
 
-def job_of(recipe: Recipe, part: Part, options: Options, problems: Problems) -> Job:
+def job_of(recipe: Recipe, part: Part, options: MergeOptions, problems: Problems) -> Job:
     """What the engine does for one part: the method with its numbers, over its tensors."""
     reference = part.reference
     how = recipe.method.make(**_bound(recipe.settings_of(part.cut, part.rows), part))

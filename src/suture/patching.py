@@ -32,7 +32,7 @@ from suture.errors import (
 from suture.gather import Checked, Gather, compare, differing, masked, selected
 from suture.mask import Mask
 from suture.merges import Merge
-from suture.outputs import Options, check_place, check_room
+from suture.outputs import MergeOptions, check_place, check_room
 from suture.patch import ON_OVERLAP, UNDO, Patch, StoredPatch, check_free
 from suture.patchfile import Spool, write_patch
 from suture.planning import check_ties
@@ -92,13 +92,13 @@ def make_patch(
     Without ``mask`` and ``density`` it has every entry whose bits differ, of every tensor: applied,
     it gives the tuned model, bit for bit. With ``density`` it has the share of entries that moved
     most, over floating tensors other than embeddings, heads and buffers; with ``mask``, those.
-    Keywords beyond these are fields of ``Options``.
+    Keywords beyond these are fields of ``MergeOptions``.
 
     Raises:
         SutureError: the models do not fit, the parameters are wrong, or the output cannot be
             written; all problems at once, before a tensor is read.
     """
-    path, how = Path(out), Options(**options)
+    path, how = Path(out), MergeOptions(**options)
     problems = Problems()
     _check_choice(mask, density, scope, problems)
     names = DEFAULT_SPACE.names(base.specs) if density is not None else sorted(base.specs)
@@ -246,7 +246,7 @@ class _Work:
     view: View
     said: Mapping[str, Any]
     out: Path
-    options: Options
+    options: MergeOptions
 
     @property
     def restricted(self) -> bool:
@@ -274,7 +274,7 @@ def apply_patches(
         on_overlap: ``error``, ``last`` (the last patch wins) or ``mean`` (of the deltas).
         force: whether the model may be another than the base; the deltas are then added.
         stage: told what begins.
-        **options: fields of ``Options``.
+        **options: fields of ``MergeOptions``.
 
     Raises:
         SutureError: what is wrong, with nothing written.
@@ -308,10 +308,10 @@ def _run(
 ) -> PatchReport:  # fmt: skip
     begun = time.perf_counter()
     problems = Problems()
-    how = Options(**options)
+    how = MergeOptions(**options)
     place = Path(out)
     inputs = {"model": model, **{p.label: p.file.held for p in given}}
-    check_place(place, inputs, how, problems)
+    check_place(place, inputs, how.overwrite, problems)
     with problems.collecting():
         patch.check_fit(model)
     with problems.collecting():
@@ -340,7 +340,7 @@ def _run(
             outcome = apply([job], writer, {"patched": view}, inner)
             view.check_unchanged()
             undo = _add_files(work, writer, found, outcome, spool)
-            check_place(place, inputs, how, problems)  # once more: time has passed
+            check_place(place, inputs, how.overwrite, problems)  # once more: time has passed
             problems.raise_if_any()
             writer.publish()
         except (MismatchError, NonFiniteError, RecipeError):  # the same again would fail the same

@@ -34,7 +34,7 @@ from suture.forms import check_forms
 from suture.merges import Beside, Context
 from suture.opening import open_model
 from suture.outputs import (
-    Options,
+    MergeOptions,
     apart,
     check_free,
     check_place,
@@ -78,7 +78,7 @@ class Plan:
     inputs: Mapping[str, Checkpoint]
     """The checkpoints by label, the base first."""
     out: Path | None
-    options: Options
+    options: MergeOptions
     config: Mapping[str, Any]
     """The ``config.json`` of the output, but for its dtype."""
     notes: tuple[str, ...] = ()
@@ -136,7 +136,7 @@ class Plan:
 def plan_recipe(
     recipe: Path | Mapping[str, Any],
     out: Path | None,
-    options: Options,
+    options: MergeOptions,
     folder: Path | None = None,
 ) -> Plan:
     """Read a recipe, open its models, and check everything that headers can tell.
@@ -154,7 +154,7 @@ def plan_recipe(
     problems = Problems()
     found = parse_recipe(recipe, folder, problems)
     if found is None and out is not None:
-        check_place(out, {}, options, problems)
+        check_place(out, {}, options.overwrite, problems)
     if isinstance(recipe, Path) and out is not None and options.overwrite:
         check_recipe_stays(recipe, out, problems)
     try:
@@ -171,7 +171,7 @@ def plan_recipe(
 def make_plan(
     recipe: Recipe,
     out: Path | None,
-    options: Options,
+    options: MergeOptions,
     opened: dict[str, Checkpoint] | None = None,
     problems: Problems | None = None,
 ) -> Plan:
@@ -196,7 +196,7 @@ def make_plan(
     return _planned(recipe, out, options, opened, problems, stages, made)
 
 
-def stages_of(recipe: Recipe, options: Options, problems: Problems) -> dict[str, Plan]:
+def stages_of(recipe: Recipe, options: MergeOptions, problems: Problems) -> dict[str, Plan]:
     """The plans of what must be made first; what one of them lacks is noted."""
     found: dict[str, Plan] = {}
     for name, stage in recipe.stages.items():
@@ -208,7 +208,7 @@ def stages_of(recipe: Recipe, options: Options, problems: Problems) -> dict[str,
                 plan = _planned(stage, None, options, None, own, found, made)
                 folder = stage_folder(plan)
                 if not folder.exists():
-                    check_free(folder, folder, options, own)
+                    check_free(folder, folder, options.overwrite, own)
                     _check_room(folder, plan, own)
                 own.raise_if_any()
                 found[name] = plan
@@ -231,12 +231,12 @@ def stage_folder(plan: Plan) -> Path:
 
 
 def _planned(
-    recipe: Recipe, out: Path | None, options: Options, opened: dict[str, Checkpoint] | None,
+    recipe: Recipe, out: Path | None, options: MergeOptions, opened: dict[str, Checkpoint] | None,
     problems: Problems, stages: Mapping[str, Plan], made: Mapping[str, str],
 ) -> Plan:  # fmt: skip
     inputs = _opened(recipe, problems, stages) if opened is None else opened
     if out is not None:
-        check_place(out, inputs, options, problems)
+        check_place(out, inputs, options.overwrite, problems)
     parts: list[Part] = []
     notes: list[str] = []
     aligned = Aligned(inputs)

@@ -33,7 +33,7 @@ from suture.merges import method
 from suture.merges import method as method_named
 from suture.merges.presets import preset as preset_named
 from suture.opening import open_model
-from suture.outputs import Options, check_place
+from suture.outputs import MergeOptions, check_place
 from suture.parts import takes_files
 from suture.planning import (
     Plan,
@@ -183,12 +183,14 @@ def _applied(
 def save(
     what: Merged, out: str | os.PathLike[str], *, stage: Stage | None = None, **options: Any
 ) -> MergeReport:
-    """Do a merge and write its folder; keywords as the fields of ``Options``.
+    """Do a merge and write its folder; keywords as the fields of ``MergeOptions``.
 
     Raises:
         SutureError: an input does not fit, or the output cannot be written; all problems at once.
     """
-    return execute(make_plan(what.recipe, Path(out), Options(**options), dict(what.inputs)), stage)
+    return execute(
+        make_plan(what.recipe, Path(out), MergeOptions(**options), dict(what.inputs)), stage
+    )
 
 
 def merge(
@@ -207,12 +209,12 @@ def merge(
         folder: where the relative paths of the recipe start; by default the file's folder or the
             current one.
         stage: is told when a stage begins, and of how much.
-        **options: the fields of ``Options``.
+        **options: the fields of ``MergeOptions``.
 
     Raises:
         SutureError: the recipe, an input or the output is at fault; all problems at once.
     """
-    return execute(plan_recipe(recipe, out, Options(**options), folder), stage)
+    return execute(plan_recipe(recipe, out, MergeOptions(**options), folder), stage)
 
 
 def execute(plan: Plan, stage: Stage | None = None) -> MergeReport:
@@ -242,7 +244,9 @@ def execute(plan: Plan, stage: Stage | None = None) -> MergeReport:
         told = convert_tokenizer(plan, writer)
         synced = time.perf_counter()
         problems = Problems()
-        check_place(plan.out, plan.inputs, plan.options, problems)  # once more: time has passed
+        check_place(
+            plan.out, plan.inputs, plan.options.overwrite, problems
+        )  # once more: time has passed
         problems.raise_if_any()
         writer.publish()
     except (MismatchError, NonFiniteError, RecipeError):  # the same again would fail the same way
@@ -411,7 +415,22 @@ def report_lines(report: MergeReport) -> Iterator[str]:
 
 
 __all__ = [
-    "SHARD_SIZE", "MergeReport", "Merged", "ModelEntry", "Options", "Plan", "check_contents",
-    "describe", "execute", "explain", "make_plan", "merge", "merged", "method", "open_model",
-    "plan_recipe", "report_lines", "save",
+    "SHARD_SIZE",
+    "MergeOptions",
+    "MergeReport",
+    "Merged",
+    "ModelEntry",
+    "Plan",
+    "check_contents",
+    "describe",
+    "execute",
+    "explain",
+    "make_plan",
+    "merge",
+    "merged",
+    "method",
+    "open_model",
+    "plan_recipe",
+    "report_lines",
+    "save",
 ]  # fmt: skip

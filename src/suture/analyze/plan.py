@@ -11,19 +11,18 @@ from suture.analyze.classifiers import check_classifiers
 from suture.analyze.diagnostics import check_diagnostics
 from suture.analyze.request import ANALYSES, CLASSES, Request, read_request
 from suture.checkpoint import Checkpoint
-from suture.errors import MismatchError, OutputError, Problems, RecipeError
+from suture.errors import MismatchError, Problems, RecipeError
 from suture.mask import Mask
-from suture.outputs import apart, check_parent
+from suture.outputs import check_place
 from suture.places import place_of
 from suture.planning import open_input
-from suture.publish import LOCK
 from suture.roles import names_in
 from suture.spec import listed
 from suture.tasks import Material, read_material
 from suture.vector import align
+from suture.workspace import check_workspace
 
-MADE = "made"
-"""Where in the staging folder the output grows."""
+RECORD = "analysis.json"
 
 
 @dataclass(frozen=True)
@@ -124,7 +123,8 @@ def plan_analysis(
             request = _on_device(request, problems)
             material = read_material(request.tasks, problems, seed=request.seed)
     if out is not None:
-        _check_out(out, request, inputs, overwrite, problems)
+        check_place(out, inputs, overwrite, problems, _files(request), RECORD)
+        check_workspace(out, problems)
     problems.raise_if_any()
     assert request is not None
     space = tuple(names)
@@ -204,44 +204,18 @@ def _check_again(
                                         "that it is compared with")  # fmt: skip
 
 
-def _check_out(
-    out: Path, request: Request | None, inputs: Mapping[str, Checkpoint], overwrite: bool,
-    problems: Problems,
-) -> None:  # fmt: skip
-    try:
-        place = out.resolve()
-        if not apart(out, _held(request, inputs), problems):
-            return
-        if place.exists() and (not place.is_dir() or any(place.iterdir())):
-            if not (place / "analysis.json").is_file():
-                problems.add(OutputError, f"{out}: exists, and holds no analysis; name another")
-            elif not overwrite:
-                problems.add(OutputError, f"{out}: exists; name another folder, or --overwrite")
-        staging = staging_of(place)
-        held = {p.name for p in staging.iterdir()} if staging.exists() else set()
-        if held - {LOCK, MADE, f"{MADE}.old"}:
-            problems.add(OutputError, f"{staging}: holds {listed(sorted(held))}; move it away")
-        check_parent(place, out, problems)
-    except (OSError, RuntimeError) as error:
-        problems.add(OutputError, f"{out}: {getattr(error, 'strerror', None) or error}")
+def _files(request: Request | None) -> dict[str, set[Path]]:
+    """The files that are read besides models, by the key that names them."""
+    if request is None:
+        return {}
+    found = {
+        key: {place_of(getattr(request, key), request.folder)}
+        for key in ("masks", "same_task")
+        if getattr(request, key) is not None
+    }
+    for name, task in request.tasks.items():
+        found[f"tasks.{name}"] = {p for p in (task.data, task.head) if p is not None}
+    return found
 
 
-def _held(request: Request | None, inputs: Mapping[str, Checkpoint]) -> dict[str, set[Path]]:
-    """Everything that is read, by what it is called."""
-    held = {label: {c.path, *c.files} for label, c in inputs.items()}
-    if request is not None:
-        for key in ("masks", "same_task"):
-            if getattr(request, key) is not None:
-                held[key] = {place_of(getattr(request, key), request.folder).resolve()}
-        for name, task in request.tasks.items():
-            files = [path for path in (task.data, task.head) if path is not None]
-            held[f"tasks.{name}"] = {path.resolve() for path in files}
-    return held
-
-
-def staging_of(out: Path) -> Path:
-    """Where the folder is prepared: beside the output, so that relative paths hold in both."""
-    return out.with_name(f".{out.name}.analysis")
-
-
-__all__ = ["MADE", "AnalysisPlan", "plan_analysis", "staging_of"]
+__all__ = ["RECORD", "AnalysisPlan", "plan_analysis"]

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import json
 import os
-import shutil
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -33,20 +32,19 @@ from suture.analysis import (
 from suture.analysis.masks import NULLS, densities, pairwise, structure
 from suture.analyze.classifiers import classifiers
 from suture.analyze.diagnostics import diagnostics
-from suture.analyze.plan import MADE, AnalysisPlan, plan_analysis, staging_of
+from suture.analyze.plan import RECORD, AnalysisPlan, plan_analysis
 from suture.analyze.request import CLASSES, MASKED, Request
 from suture.checkpoint import is_from_hub
 from suture.engine import Stage, checkpoint_fingerprint
-from suture.errors import OutputError
 from suture.mask import Mask, localize
 from suture.places import place_of
-from suture.publish import alone, publish
 from suture.recipe_types import Policy
 from suture.roles import ParamSpace
 from suture.run import merged, save
 from suture.select import select
 from suture.stream import Sources, sweep, tasks_of
 from suture.vector import TaskVector
+from suture.workspace import workspace
 
 SCHEMA = 1
 """Version of the layout of ``analysis.json``."""
@@ -295,29 +293,20 @@ def run_analysis(plan: AnalysisPlan, stage: Stage = _silent) -> Analysis:
         SutureError: an input or the output is at fault; then nothing was written.
     """
     assert plan.out is not None
-    out = plan.out.resolve()
-    staging = staging_of(out)
-    with alone(staging, plan.out, "writing"):
-        try:
-            found = analyse(plan, stage)
-            made = staging / MADE
-            shutil.rmtree(made, ignore_errors=True)  # of a run that was killed
-            made.mkdir()
-            written = {
-                basis.kind: _write_basis(plan, basis, made / "basis" / basis.kind, stage)
-                for basis in found.bases
-                if basis.kind in plan.request.bases.write
-            }
-            found = Analysis(**{**vars(found), "written": written})
-            for checkpoint in plan.inputs.values():
-                checkpoint.check_unchanged()
-            text = json.dumps(found.to_dict(), indent=1, allow_nan=False) + "\n"
-            (made / "analysis.json").write_text(text, encoding="utf-8")
-            publish(made, out, overwrite=plan.overwrite)
-        except OSError as error:
-            raise OutputError(f"{plan.out}: {error.strerror}") from None
-        finally:
-            shutil.rmtree(staging, ignore_errors=True)
+    with workspace(plan.out, "analyze", overwrite=plan.overwrite) as space:
+        found = analyse(plan, stage)
+        made = space.fresh()
+        written = {
+            basis.kind: _write_basis(plan, basis, made / "basis" / basis.kind, stage)
+            for basis in found.bases
+            if basis.kind in plan.request.bases.write
+        }
+        found = Analysis(**{**vars(found), "written": written})
+        for checkpoint in plan.inputs.values():
+            checkpoint.check_unchanged()
+        text = json.dumps(found.to_dict(), indent=1, allow_nan=False) + "\n"
+        (made / RECORD).write_text(text, encoding="utf-8")
+        space.publish()
     return found
 
 

@@ -12,15 +12,13 @@ from suture.audit.rows import Material, Questions, questions, read_material, tok
 from suture.checkpoint import Checkpoint, refuse_uncomputable
 from suture.data import Dataset
 from suture.errors import CheckpointError, OutputError, Problems, RecipeError, SutureError
-from suture.finetune.plan import Options as TuneOptions
 from suture.finetune.plan import Plan as TunePlan
 from suture.finetune.plan import plan_finetune
 from suture.finetune.rows import Rows as TuneRows
 from suture.headers import read_json
 from suture.models import device_named, load_tokenizer, longest_of
 from suture.opening import open_model
-from suture.outputs import apart, check_parent
-from suture.realign.plan import Options
+from suture.outputs import Options, apart, check_parent
 from suture.roles import EVERYTHING, names_in
 from suture.spec import readable
 from suture.suites.plan import Options as SuiteOptions
@@ -290,7 +288,7 @@ def tune_plan(
         "output": {"dtype": "float32"},
         "device": device,
     }  # fmt: skip
-    options = TuneOptions(overwrite=True, resume=resume, device=device, restricted=True)
+    options = Options(overwrite=True, resume=resume, device=device, restricted=True)
     found = plan_finetune(raw, out, options)
     assert rows is not None
     empty = Dataset((), (), rows.pad)

@@ -17,7 +17,7 @@ from suture.audit.case import Case
 from suture.audit.looks import Look, look_of
 from suture.audit.net import Change, Key, Net, Region
 from suture.audit.outcome import card, finished, record_of
-from suture.audit.plan import CELLS, RECORD, Options, Plan, check_finished, counts, plan_audit
+from suture.audit.plan import CELLS, RECORD, Plan, check_finished, counts, plan_audit
 from suture.audit.regions import Atlas, overlap
 from suture.audit.training import train
 from suture.audit.verdicts import judge
@@ -25,6 +25,7 @@ from suture.bench.ledger import Ledger, Say, digest, write
 from suture.checkpoint import Checkpoint
 from suture.engine import checkpoint_fingerprint
 from suture.errors import MismatchError
+from suture.outputs import Options
 from suture.publish import alone
 from suture.realign.parts import Models, check_ancestor, measure
 from suture.roles import EVERYTHING

@@ -43,7 +43,9 @@ def evaluate(
         from suture.suites import plan as planning
         from suture.suites import work
 
-        how = planning.Options(overwrite, not no_resume, device, limit)
+        how = planning.Options(
+            overwrite=overwrite, resume=not no_resume, device=device, limit=limit
+        )
         plan = planning.plan_suite(models, suite, out, how)
         if dry_run:
             found = planning.describe(plan)

@@ -152,7 +152,7 @@ def merge(
                 "name the folder to write: -o OUT", param_hint="'--out' / '-o'"
             )
         machine.announce = lambda: say("compiling for this processor (once, some ten seconds)")
-        how = run.Options(threads=threads, overwrite=overwrite, resume=not no_resume,
+        how = run.MergeOptions(threads=threads, overwrite=overwrite, resume=not no_resume,
                           allow_nonfinite=allow_nonfinite, link=link)  # fmt: skip
         plan = run.plan_recipe(recipe, out, how)
         if dry_run:

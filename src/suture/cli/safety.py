@@ -44,8 +44,8 @@ def realign(
     """Put safety that fine-tuning took away back into a new model; interrupted, it goes on."""
     with errors(as_json):
         from suture.finetune.trackers import tracker
+        from suture.outputs import Options as How
         from suture.realign import describe, execute, plan_realign, report_rows
-        from suture.realign.plan import Options as How
 
         how = How(overwrite=overwrite, resume=not no_resume, device=device, threads=threads)
         plan = plan_realign(recipe, out, how)
@@ -94,9 +94,9 @@ def audit(
     """Find out where the safety of a model lives; interrupted, the same command goes on."""
     with errors(as_json):
         from suture.audit import describe, execute, lines, plan_audit
-        from suture.audit.plan import Options as How
+        from suture.outputs import Options as How
 
-        how = How(overwrite, not no_resume, device, threads)
+        how = How(overwrite=overwrite, resume=not no_resume, device=device, threads=threads)
         plan = plan_audit(recipe, out, how)
         found = describe(plan) if dry_run else execute(plan, say=silent if as_json else say)
     if as_json:

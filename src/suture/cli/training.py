@@ -46,7 +46,9 @@ def finetune(
         from suture.finetune import run
         from suture.finetune.trackers import tracker
 
-        how = run.Options(overwrite, not no_resume, device, restricted)
+        how = run.Options(
+            overwrite=overwrite, resume=not no_resume, device=device, restricted=restricted
+        )
         plan = run.plan_finetune(recipe, out, how)
         if dry_run:
             found = run.describe(plan)

@@ -14,7 +14,6 @@ import yaml
 from safetensors import SafetensorError
 from torch import Tensor
 
-from suture import publish as whole
 from suture.card import (
     carry,
     config_text,
@@ -122,14 +121,6 @@ def write_beside(
             save_head(head, folder / "head.safetensors")
     except (OSError, SafetensorError) as error:
         raise _full(folder, error) from error
-
-
-def publish(folder: Path, out: Path, *, overwrite: bool) -> None:
-    """Make the folder appear under its name, whole, in one step."""
-    try:
-        whole.publish(folder, out, overwrite=overwrite)
-    except OSError as error:
-        raise _full(out, error) from error
 
 
 def _full(folder: Path, error: OSError | SafetensorError) -> OutputError:

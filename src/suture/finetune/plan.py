@@ -19,22 +19,9 @@ from suture.finetune.rows import Rows, classification_rows, language_rows
 from suture.finetune.strategies import MASKS
 from suture.images import Images
 from suture.models import device_named, load_tokenizer, longest_of, reads_images
-from suture.outputs import Options as PlaceOptions
-from suture.outputs import check_place, existing
+from suture.outputs import Options, check_place, existing
 from suture.places import place_of
 from suture.spec import DTYPES, readable
-
-
-@dataclass(frozen=True)
-class Options:
-    """How to run, as opposed to what: none of it changes the weights on one device."""
-
-    overwrite: bool = False
-    resume: bool = True
-    device: str | None = None
-    """Overrides the recipe's."""
-    restricted: bool = False
-    """Whether the output is marked: neither it nor what is made with it may be passed on."""
 
 
 @dataclass(frozen=True)
@@ -92,7 +79,7 @@ def plan_finetune(
         with problems.collecting():
             base = _base(found)
     inputs = {} if base is None else {"base": base}
-    check_place(out, inputs, PlaceOptions(overwrite=options.overwrite), problems)
+    check_place(out, inputs, options.overwrite, problems)
     if found is None:
         problems.raise_if_any()
     assert found is not None

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import shutil
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import replace
@@ -23,9 +22,9 @@ from suture.finetune.base import Job, Say, Tuned, backbone_of
 from suture.finetune.heads import make_head
 from suture.finetune.load import encoder_of
 from suture.finetune.outcome import FinetuneReport, provenance, report_of, report_rows
-from suture.finetune.output import PATCH, publish, write_beside, write_weights
+from suture.finetune.output import PATCH, write_beside, write_weights
 from suture.finetune.packed import Place, unpack
-from suture.finetune.plan import Options, Plan, describe, plan_finetune
+from suture.finetune.plan import Plan, describe, plan_finetune
 from suture.finetune.work import workshop
 from suture.maskfile import marked
 from suture.models import (
@@ -36,10 +35,12 @@ from suture.models import (
     recompute_activations,
 )
 from suture.mover import Mover, classification, next_token
+from suture.outputs import Options
 from suture.patching import make_patch
 from suture.recipe import SCHEMA
 from suture.spec import listed
 from suture.tune import Progress, TuneResult, TuneSettings, tune
+from suture.workspace import Workspace
 
 Tell = Callable[[str, Progress], None]
 """Is told the phase and where training stands, after every step."""
@@ -79,7 +80,8 @@ def execute(plan: Plan, *, say: Say = lambda _: None, tell: Tell | None = None) 
     """
     began = time.perf_counter()
     fingerprint = checkpoint_fingerprint(plan.base)
-    with workshop(plan, fingerprint) as work:
+    with workshop(plan, fingerprint) as space:
+        work = space.folder
         model, head = _model(plan)
         job = _job(plan, model, fingerprint, work, say, tell)
         evaluation = _evaluation(plan)
@@ -96,7 +98,7 @@ def execute(plan: Plan, *, say: Say = lambda _: None, tell: Tell | None = None) 
             assert isinstance(model, Classifier)
             head = model.head()
         report = report_of(plan, tuned, before, after, began, trained_for)
-        return _written(plan, job, tuned, head, report, work)
+        return _written(plan, job, tuned, head, report, space)
 
 
 def _model(plan: Plan) -> tuple[nn.Module, Head | None]:
@@ -210,11 +212,9 @@ def _score(plan: Plan) -> Callable[[nn.Module], float] | None:
 
 
 def _written(
-    plan: Plan, job: Job, tuned: Tuned, head: Head | None, report: FinetuneReport, work: Path
+    plan: Plan, job: Job, tuned: Tuned, head: Head | None, report: FinetuneReport, space: Workspace
 ) -> FinetuneReport:
-    folder = work / "output" / plan.out.name
-    shutil.rmtree(folder, ignore_errors=True)
-    folder.mkdir(parents=True)
+    folder = space.fresh()
     trained, form = _moved(job), plan.recipe.form
     try:
         fingerprint = write_weights(plan.base, trained, job.places, plan.recipe.dtype, folder)
@@ -238,7 +238,7 @@ def _written(
     record = provenance(plan, job, tuned, report)
     write_beside(plan.base, plan.recipe, record, head, folder, plan.out.name)
     plan.base.check_unchanged()
-    publish(folder, plan.out.resolve(), overwrite=plan.options.overwrite)
+    space.publish()
     return report
 
 

@@ -14,6 +14,7 @@ from suture.page.parts import (
     Figure,
     Section,
     Table,
+    in_order,
     layer_labels,
     listed_words,
     percent,
@@ -276,7 +277,7 @@ def _places(found: Raw, told: str) -> Iterator[Figure]:
         roles = sorted(place["roles"], key=lambda r: -float(place["roles"][r]["enrichment"]))
         text = f"{label}: densest in {listed_words(roles[:2])}"
         charted.append(Chart(label, charts.heat(
-            rows, x="layer", y="part", xs=list(dict.fromkeys(labels.values())),
+            rows, x="layer", y="part", xs=in_order(labels.values()),
             ys=list(place["roles"]), value="enrichment", fmt=".2f", top=max(every, default=1.0),
             alt_text=text,
         ), text))  # fmt: skip

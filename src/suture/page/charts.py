@@ -6,6 +6,7 @@ no name from a file ever becomes part of an expression.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -22,6 +23,8 @@ STEP = 20
 """Pixels for a row of a drawing."""
 WRITTEN = 10
 """A matrix with at most so many rows has its numbers written into it."""
+HALO = ((7, "paper"), (3, "ink"))
+"""Strokes of a tick on a bar, below and above: its rim is the page's, so it stands out of both."""
 
 
 def _finished(chart: Any, alt_text: str) -> dict[str, Any]:
@@ -30,8 +33,14 @@ def _finished(chart: Any, alt_text: str) -> dict[str, Any]:
     return found
 
 
+def _known(value: Any) -> Any:
+    """The value, or ``None`` where it is a number that JSON has not: NaN and infinities."""
+    return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
 def _chart(rows: Sequence[Row]) -> Any:
-    return alt.Chart(alt.Data(values=list(rows)))  # type: ignore[no-untyped-call]
+    values = [{k: _known(v) for k, v in row.items()} for row in rows]
+    return alt.Chart(alt.Data(values=values))  # type: ignore[no-untyped-call]
 
 
 def _order(names: Sequence[str]) -> Any:
@@ -43,14 +52,47 @@ def _legend(title: str) -> Any:
     return alt.Legend(title=title, orient="top", gradientLength=140, gradientThickness=8)
 
 
-def _written(base: Any, fmt: str, top: float) -> Any:
-    """The numbers on the fields, in whichever colour can be read there."""
-    strong = f"abs(datum.value) > {0.55 * top:.6g}"
+def _shades(low: float, high: float, *, diverging: bool) -> Any:
+    """The scale of a map's colours; what lies beyond an end has the colour of that end.
+
+    Args:
+        low: the value of the first colour.
+        high: the value of the last one.
+        diverging: whether both ends are to differ from 0, which has the colour in the middle.
+    """
+    if diverging:
+        top = max(abs(low), abs(high))
+        return alt.Scale(domain=[-top, top], domainMid=0, interpolate="lab", clamp=True)
+    return alt.Scale(domain=[low, high], interpolate="lab", clamp=True)
+
+
+BLACK, WHITE = "#000000", "#ffffff"
+FIGURES = (
+    f"!isValid(datum.value) ? ink : contrast(scale('color', datum.value), '{BLACK}') >= "
+    f"contrast(scale('color', datum.value), '{WHITE}') ? '{BLACK}' : '{WHITE}'"
+)
+"""The colour of a figure: black or white, whichever stands out more from the field it stands on.
+
+One of the two has a contrast of 4.58 or more with any colour (the square root of 21 is the least),
+and the field's colour is asked of the scale that draws it: no threshold has to agree with a theme.
+A field without a value is not drawn, and its dash stands on the page's own ground.
+"""
+
+
+def _written(base: Any, fmt: str) -> Any:
+    """The numbers on the fields of a map; a dash where there is none."""
     room = alt.expr("bandwidth('x') < 30 ? 0 : 1")  # on a phone the colours have to do
     return base.mark_text(fontSize=11, opacity=room).encode(
-        text=alt.Text("value:Q", format=fmt),
-        color=alt.condition(strong, alt.value(alt.expr("paper")), alt.value(alt.expr("ink"))),
+        text=alt.condition(
+            "isValid(datum.value)", alt.Text("value:Q", format=fmt), alt.value("\u2013")
+        ),
+        color=alt.value(alt.expr(FIGURES)),
     )
+
+
+def _numbers(rows: Sequence[Row]) -> list[float]:
+    """The values of rows that have one."""
+    return [v for r in rows if (v := _known(r["value"])) is not None]
 
 
 def heat(
@@ -75,15 +117,15 @@ def heat(
         y: what runs down.
         xs: the names along, in order.
         ys: the names down, in order.
-        value: what the colour says.
+        value: what the colour says; where some are below 0, 0 has the colour in the middle.
         fmt: how its number is written.
         top: the value of the strongest colour, so that maps side by side can be compared.
         alt_text: the map in a sentence.
         tooltips: more fields to show.
         written: whether the numbers stand on the fields, where there are few columns.
     """
-    most = top or max((abs(r["value"]) for r in rows if r["value"] is not None), default=1.0) or 1.0
-    low = min([0.0, *(r["value"] for r in rows if r["value"] is not None)])
+    most = top or max(map(abs, _numbers(rows)), default=1.0) or 1.0
+    low = min([0.0, *_numbers(rows)])
     angle = 0 if all(len(name) < 4 for name in xs) else -35
     base = _chart(rows).encode(
         x=alt.X(
@@ -105,11 +147,11 @@ def heat(
             "value:Q",
             title=value,
             legend=_legend(value),
-            scale=alt.Scale(domain=[low, most], interpolate="lab"),
+            scale=_shades(low, most, diverging=low < 0),
         ),
     )
     if written and len(xs) <= WRITTEN:
-        drawn = drawn + _written(base, fmt, most)
+        drawn = drawn + _written(base, fmt)
     return _finished(drawn.properties(height=alt.Step(STEP)), alt_text)
 
 
@@ -144,16 +186,12 @@ def matrix(
             alt.Tooltip("value:Q", title=value, format=".4f"),
         ],
     )
-    scale = (
-        alt.Scale(domain=[-top, top], domainMid=0, interpolate="lab")
-        if diverging
-        else alt.Scale(domain=[0, top], interpolate="lab")
-    )
+    scale = _shades(-top if diverging else 0.0, top, diverging=diverging)
     drawn = base.mark_rect().encode(
         color=alt.Color("value:Q", title=value, scale=scale, legend=_legend(value)),
     )
     if len(names) <= WRITTEN:
-        drawn = drawn + _written(base, fmt, top)
+        drawn = drawn + _written(base, fmt)
     return _finished(drawn.properties(height=alt.Step(max(STEP, 26))), alt_text)
 
 
@@ -186,9 +224,10 @@ def bars(
         x=alt.X("value:Q", title=value, stack=None, scale=alt.Scale(zero=True)), tooltip=tips
     )
     if marked:
-        drawn = drawn + base.mark_tick(thickness=3, size=18).encode(
-            x=alt.X("mark:Q", title=value), color=alt.value(alt.expr("ink")), tooltip=tips
-        )
+        for thickness, colour in HALO:
+            drawn = drawn + base.mark_tick(thickness=thickness, size=18).encode(
+                x=alt.X("mark:Q", title=value), color=alt.value(alt.expr(colour)), tooltip=tips
+            )
     return _finished(drawn.properties(height=alt.Step(STEP + 4)), alt_text)
 
 
@@ -214,7 +253,7 @@ def intervals(
             alt.Tooltip("n:Q", title="rows"),
         ],
     )
-    wide = alt.Scale(zero=False, nice=True)
+    wide = alt.Scale(zero=False, nice=False, padding=8)  # a mark at an end keeps off the names
     lines = base.mark_rule(strokeWidth=2).encode(
         x=alt.X("low:Q", title=value, scale=wide), x2=alt.X2("high:Q")
     )
@@ -231,6 +270,8 @@ def lines(
     """Measured points joined by lines, with intervals where there are some."""
     scale = alt.Scale(type="log") if logarithmic else alt.Scale(zero=False, nice=False)
     axis = alt.Axis(format="~g") if logarithmic else alt.Axis()
+    if not logarithmic and all(float(row["x"]).is_integer() for row in rows):
+        axis = alt.Axis(tickMinStep=1)  # no steps between the first and the second
     series = alt.Scale(domain=list(names))
     legend = alt.Legend(orient="top", columns=3, labelLimit=120)
     picked = alt.selection_point(fields=["name"], bind="legend")
@@ -282,7 +323,7 @@ def surface(
         color=alt.Color(
             "value:Q",
             title=value,
-            scale=alt.Scale(domain=[0, top], interpolate="lab"),
+            scale=_shades(0.0, top, diverging=False),
             legend=_legend(value),
         ),
         tooltip=[
@@ -294,20 +335,26 @@ def surface(
     inside = [f"{a:g}" for a in xs if 0 <= a <= 1]
     if len(inside) > 1:
         ends = {"left": inside[0], "right": inside[-1], "low": inside[0], "high": inside[-1]}
-        frame = _chart([ends]).mark_rect(filled=False, strokeWidth=2)
-        box = frame.encode(
-            x=alt.X("left:N", scale=_order(ordered), bandPosition=0),
-            x2=alt.X2("right", bandPosition=1),
-            y=alt.Y("high:N", scale=_order(down), bandPosition=0),
-            y2=alt.Y2("low", bandPosition=1),
-            stroke=alt.value(alt.expr("mark")),
-        )
-        drawn = drawn + box
+        for thickness, colour in ((5, "paper"), (2, "mark")):
+            frame = _chart([ends]).mark_rect(filled=False, strokeWidth=thickness)
+            drawn = drawn + frame.encode(
+                x=alt.X("left:N", scale=_order(ordered), bandPosition=0),
+                x2=alt.X2("right", bandPosition=1),
+                y=alt.Y("high:N", scale=_order(down), bandPosition=0),
+                y2=alt.Y2("low", bandPosition=1),
+                stroke=alt.value(alt.expr(colour)),
+            )
     return _finished(drawn.properties(height=260), alt_text)
 
 
 def pareto(
-    rows: Sequence[Row], *, x: str, y: str, kinds: Sequence[str], alt_text: str
+    rows: Sequence[Row],
+    *,
+    x: str,
+    y: str,
+    kinds: Sequence[str],
+    alt_text: str,
+    better: tuple[str, str] = ("higher", "higher"),
 ) -> dict[str, Any]:
     """Named marks over two numbers, with the intervals of both where there are some.
 
@@ -318,10 +365,19 @@ def pareto(
         y: what runs up.
         kinds: what marks differ by, in order.
         alt_text: the chart in a sentence.
+        better: ``higher`` or ``lower`` for both; a lower one is drawn backwards, so that better is
+            always further right and further up.
     """
     scale, legend = alt.Scale(domain=list(kinds)), alt.Legend(orient="top", columns=4)
-    wide = alt.Scale(zero=False, nice=True, padding=12)
-    across, up = alt.X("x:Q", title=x, scale=wide), alt.Y("y:Q", title=y, scale=wide)
+    sides, runs = [], []
+    for title, word in zip((x, y), better, strict=True):
+        back = word == "lower"
+        sides.append(f"{title} (less is better)" if back else title)
+        runs.append(alt.Scale(zero=False, nice=False, padding=12, reverse=back))
+    across, up = (
+        alt.X("x:Q", title=sides[0], scale=runs[0]),
+        alt.Y("y:Q", title=sides[1], scale=runs[1]),
+    )
     base = _chart(rows).encode(
         tooltip=[
             alt.Tooltip("name:N", title="model"),
@@ -336,12 +392,12 @@ def pareto(
         x=across, y=up, shape=alt.Shape("kind:N", title=None, scale=scale, legend=legend)
     )
     if any(row.get("y_low") is not None for row in rows):
-        drawn = coloured.mark_rule(opacity=0.45).encode(
-            x=across, y=alt.Y("y_low:Q", title=y, scale=wide), y2=alt.Y2("y_high:Q")
+        drawn = coloured.mark_rule(opacity=0.75).encode(
+            x=across, y=alt.Y("y_low:Q", title=sides[1], scale=runs[1]), y2=alt.Y2("y_high:Q")
         ) + drawn  # fmt: skip
     if any(row.get("x_low") is not None for row in rows):
-        drawn = coloured.mark_rule(opacity=0.45).encode(
-            y=up, x=alt.X("x_low:Q", title=x, scale=wide), x2=alt.X2("x_high:Q")
+        drawn = coloured.mark_rule(opacity=0.75).encode(
+            y=up, x=alt.X("x_low:Q", title=sides[0], scale=runs[0]), x2=alt.X2("x_high:Q")
         ) + drawn  # fmt: skip
     for align, dx in (("left", 8), ("right", -8)):
         drawn = drawn + base.mark_text(align=align, dx=dx, dy=-8, fontSize=10).encode(

@@ -14,6 +14,7 @@ from suture.page.parts import (
     Figure,
     Section,
     Table,
+    in_order,
     layer_labels,
     listed_words,
     percent,
@@ -148,7 +149,7 @@ def _places(found: Raw) -> Iterator[Figure]:
             f"{name}: {percent(one['query_key'])} in queries and keys; the largest share, "
             f"{percent(float(most['more0']))}, in {most['y']} of layer {most['x']}"
         )
-        spec = charts.heat(rows, x="layer", y="part", xs=list(dict.fromkeys(labels.values())),
+        spec = charts.heat(rows, x="layer", y="part", xs=in_order(labels.values()),
                            ys=list(dict.fromkeys(r["y"] for r in rows)), value="density",
                            fmt=".1%", tooltips=("share of the mask",), alt_text=told)  # fmt: skip
         drawn.append(Chart(name, spec, told))

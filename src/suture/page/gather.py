@@ -10,9 +10,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
 from suture.errors import MissingExtraError, RecipeError, SutureError, brief
+from suture.page.missing import Unfinished, unfinished
 
 if TYPE_CHECKING:
     from suture.evals.base import EvalResult
+    from suture.evals.results import SuiteResult
     from suture.report import Report
 
 LIMIT = 32 << 20
@@ -27,9 +29,14 @@ OURS = ("suture.json", "analysis.json", "localize.json", "results.json", "audit.
 class Found:
     """Everything a page can show, by what it is; each with the path below the folder."""
 
+    name: str = ""
+    """What the folder is called."""
     merges: list[tuple[str, dict[str, Any]]] = field(default_factory=list)
+    tunings: list[tuple[str, dict[str, Any]]] = field(default_factory=list)
     reports: list[tuple[str, Report]] = field(default_factory=list)
     results: list[tuple[str, EvalResult]] = field(default_factory=list)
+    suites: list[tuple[str, SuiteResult]] = field(default_factory=list)
+    """Whole files of `suture eval`, whose evaluations stand in ``results`` one by one."""
     analyses: list[tuple[str, dict[str, Any]]] = field(default_factory=list)
     localizations: list[tuple[str, dict[str, Any]]] = field(default_factory=list)
     maps: list[tuple[str, dict[str, Any]]] = field(default_factory=list)
@@ -42,6 +49,8 @@ class Found:
     """Benchmarks that have refusals beside utility."""
     withheld: list[str] = field(default_factory=list)
     """Paths of files that are marked restricted; nothing else of them is kept."""
+    unfinished: list[Unfinished] = field(default_factory=list)
+    """Runs that stopped, or still go on."""
     notes: list[str] = field(default_factory=list)
 
     @property
@@ -49,6 +58,7 @@ class Found:
         """How many files are shown."""
         kinds = (
             self.merges,
+            self.tunings,
             self.reports,
             self.results,
             self.analyses,
@@ -61,7 +71,8 @@ class Found:
             self.realignments,
             self.tables,
         )
-        return len({where for kind in kinds for where, _ in kind})
+        shown = {where for kind in kinds for where, _ in kind}
+        return len(shown | {where for where, _ in self.suites})
 
     def take(self, where: str, raw: Mapping[str, Any], text: str) -> None:
         """Put one object where it belongs; what nobody knows is left alone.
@@ -80,6 +91,7 @@ class Found:
             "bench": self.benchmarks,
             "audit": self.audits,
             "realign": self.realignments,
+            "finetune": self.tunings,
         }
         if isinstance(kind, str) and kind in plain:
             plain[kind].append((where, dict(raw)))
@@ -87,7 +99,9 @@ class Found:
             maps = inside.get("maps") if isinstance(inside, Mapping) else None
             self.maps += [(where, dict(one)) for one in (maps or ()) if isinstance(one, Mapping)]
         elif kind == "evaluation":
-            self.results += [(where, one) for one in _suite_results(text)]
+            result = _suite_result(text)
+            self.suites.append((where, result))
+            self.results += [(where, one) for one in result.each()]
         elif {"title", "tasks", "entries"} <= raw.keys():
             self.reports.append((where, _scores()[0].from_json(text)))
         elif {"model", "task", "metrics", "kind"} <= raw.keys():
@@ -120,11 +134,11 @@ def is_table(raw: Mapping[str, Any]) -> bool:
     )
 
 
-def _suite_results(text: str) -> list[EvalResult]:
-    """What `suture eval` wrote, one evaluation after another."""
+def _suite_result(text: str) -> SuiteResult:
+    """What `suture eval` wrote."""
     from suture.evals.results import SuiteResult
 
-    return SuiteResult.from_json(text).each()
+    return SuiteResult.from_json(text)
 
 
 def _scores() -> tuple[type[Report], type[EvalResult]]:
@@ -138,7 +152,7 @@ def _scores() -> tuple[type[Report], type[EvalResult]]:
 
 
 def gather(folder: Path) -> Found:
-    """Read every JSON file below a folder that a page can show.
+    """Read every JSON file below a folder that a page can show, and see which runs have not ended.
 
     Hidden folders are left out, links are not followed.
 
@@ -147,7 +161,7 @@ def gather(folder: Path) -> Found:
     """
     if not folder.is_dir():
         raise RecipeError(f"{folder}: is no folder; name the one that holds results or analyses")
-    found = Found()
+    found = Found(folder.resolve().name, unfinished=unfinished(folder))
     for number, path in enumerate(_files(folder)):
         where = path.relative_to(folder).as_posix()
         if number == MOST:
@@ -171,7 +185,7 @@ def gather(folder: Path) -> Found:
         for vector in (vectors if isinstance(vectors, list) else ())
     }
     found.merges = [(where, raw) for where, raw in found.merges if where not in basis]
-    if not found.files and not found.withheld:
+    if not found.files and not found.withheld and not found.unfinished:
         raise RecipeError(
             f"{folder}: nothing to show; a report is made of suture.json, results.json, "
             "analysis.json, localize.json, audit.json and results of `suture eval`"

@@ -15,6 +15,7 @@ from suture.page.parts import (
     Figure,
     Section,
     Table,
+    in_order,
     layer_labels,
     layer_words,
     listed_words,
@@ -72,7 +73,7 @@ def glance(raw: Raw) -> Iterator[str]:
 
 def _places(masks: Mapping[str, Raw]) -> Iterator[Figure]:
     labels = layer_labels(k for f in masks.values() for k in f["layers"])
-    across = list(dict.fromkeys(labels.values()))
+    across = in_order(labels.values())
     for section, xs, x, title, explains, value in (
         (
             "layers", across, "layer", "Share of each mask by layer",

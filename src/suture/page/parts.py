@@ -19,6 +19,11 @@ class Table:
     head: tuple[str, ...]
     rows: tuple[tuple[Cell, ...], ...]
 
+    def numeric(self, column: int) -> bool:
+        """Whether a column holds numbers, and nothing else but empty cells."""
+        cells = [row[column] for row in self.rows if row[column] is not None]
+        return bool(cells) and not any(isinstance(cell, str) for cell in cells)
+
 
 @dataclass(frozen=True)
 class Chart:
@@ -60,6 +65,8 @@ class Section:
     """Headings with text to be shown as it is."""
     points: tuple[str, ...] = ()
     """Sentences of a list."""
+    steps: tuple[tuple[str, str], ...] = ()
+    """Sentences of a list, each with a command to type; with nothing where there is none."""
 
 
 @dataclass
@@ -138,9 +145,19 @@ def layer_labels(keys: Iterable[str]) -> dict[str, str]:
     return labels
 
 
+def in_order(labels: Iterable[str]) -> list[str]:
+    """Labels of layers, each once, by stack and number; what stands in no layer comes last."""
+
+    def place(label: str) -> tuple[bool, str, int]:
+        stack, _, digits = label.rpartition(" ")
+        return label == OUTSIDE, stack, int(digits) if digits.isdecimal() else -1
+
+    return sorted(dict.fromkeys(labels), key=place)
+
+
 def layer_words(labels: Sequence[str]) -> str:
-    """``layers 3 to 5 and weights outside of layers``."""
-    numbers = [label for label in labels if label != OUTSIDE]
+    """``layers 3 to 5 and weights outside of layers``, in order of number."""
+    numbers = [label for label in in_order(labels) if label != OUTSIDE]
     word = "layer" if len(numbers) == 1 else "layers"
     ranges: list[list[str]] = []
     for label in numbers:

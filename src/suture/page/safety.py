@@ -16,7 +16,9 @@ from suture.page.parts import (
     Figure,
     Section,
     Table,
+    in_order,
     listed_words,
+    number,
     percent,
 )
 from suture.page.tradeoff import Mark, ends_of, of_benchmark, pareto
@@ -25,6 +27,8 @@ Raw = Mapping[str, Any]
 Row = dict[str, Any]
 MOST = 4
 """Panels of a figure."""
+SAFETY = frozenset({"refused", "safe", "harmful", "unanswered"})
+"""First metrics of evaluations that ask for safety: refusals, and answers before a judge."""
 
 
 # -- results against a gate ------------------------------------------------------------------------
@@ -34,38 +38,91 @@ def comparison(where: str, raw: Raw, builder: Builder) -> Iterator[Section]:
     """Base, experts and edits of one suite, and what became of the rules."""
     figures = builder.attempt("safety against utility", partial(_against, raw))
     figures += builder.attempt("the numbers", partial(_numbers, raw))
+    safe = any(
+        builder.attempt("it", lambda: [line["metric"] in SAFETY for line in _first_lines(raw)])
+    )
     verdicts = list(raw.get("verdicts") or ())
-    head = ("model", "rule", "held", "value", "limit", "judged on", "from", "to", "why")
+    head = ("model", "rule", "held", "why", "value", "limit", "judged on", "from", "to")
     gate = Table(
         "What became of the rules",
         head,
         tuple(
-            (str(v["edit"]), str(v["rule"]), "yes" if v["held"] else "BROKEN", v["value"],
-             v["limit"], v["margin"]["value"], v["margin"]["low"], v["margin"]["high"],
-             str(v.get("reason") or ""))
+            (str(v["edit"]), str(v["rule"]), "yes" if v["held"] else "BROKEN", _why(v), v["value"],
+             v["limit"], v["margin"]["value"], v["margin"]["low"], v["margin"]["high"])
             for v in verdicts
         ),
     )  # fmt: skip
-    stem = where.rpartition("/")[2].removesuffix(".json")
+    told = [str(t) for t in raw["told"]] if raw.get("told") else list(_broken(verdicts))
+    told += builder.attempt("what gains nothing", partial(_no_better, raw))
+    judged = " A rule is judged on the end of an interval that speaks against it."
     yield Section(
-        "safety",
-        f"Safety against utility: {stem}",
-        f"From {where}: suite {raw['suite']}, 95 % intervals. A rule is judged on the end of an "
-        "interval that speaks against it.",
+        "safety" if safe else "comparison",
+        f"{'Safety against utility' if safe else 'Comparison'}: {where.removesuffix('.json')}",
+        f"From {where}: suite {raw['suite']}, 95 % intervals.{judged if verdicts else ''}",
         tuple(figures),
         (gate,) if gate.rows else (),
-        points=tuple(str(t) for t in raw["told"]) if raw.get("told") else tuple(_broken(verdicts)),
+        points=tuple(told),
     )
 
 
-def glance(raw: Raw) -> Iterator[str]:
-    """How many edits pass, in a sentence."""
+def _why(verdict: Raw) -> str:
+    """Why a rule is broken, in words; nothing where it is held.
+
+    An edit may keep a rule by its value and break it by an end of its interval: then rows are too
+    few to be sure.
+    """
+    if verdict["held"]:
+        return ""
+    if verdict.get("reason"):
+        return str(verdict["reason"])
+    value, limit = verdict["value"], verdict["limit"]
+    sign = next((s for s in (">=", "<=", ">", "<") if s in str(verdict["rule"])), "")
+    if value is None or limit is None or not sign:
+        return "nothing to judge by"
+    value, limit = float(value), float(limit)
+    kept = {">=": value >= limit, "<=": value <= limit, ">": value > limit, "<": value < limit}
+    if not kept[sign]:
+        return f"the value {'lies on' if value == limit else 'lies ' + SIDE[sign[0]]} the limit"
+    low = sign[0] == ">"
+    end = verdict["margin"]["low" if low else "high"]
+    return (
+        f"the value keeps it, but the {'lower' if low else 'upper'} end of its interval, "
+        f"{number(end)} under judged on, does not: too few rows to be sure"
+    )
+
+
+SIDE = {">": "below", "<": "above"}
+"""On which side of its limit a value lies that breaks a rule."""
+
+
+def _no_better(raw: Raw) -> Iterator[str]:
+    """Where neither an expert nor an edit clearly beats the base, a sentence each."""
+    base = next((m for m, role in raw["models"].items() if role == "base"), None)
+    for line in _first_lines(raw):
+        others = {m: d for m, d in line["differences"].items() if m != base}
+        ends = [
+            d["low"] if line["better"] == "higher" else -float(d["high"])
+            for d in others.values() if d["low"] is not None and d["high"] is not None
+        ]  # fmt: skip
+        if ends and base in line["values"] and not any(float(end) > 0 for end in ends):
+            name = f"{line['evaluation']}.{line['metric']}"
+            yield (
+                f"In {name} no other model is clearly better than the base "
+                f"({number(line['values'][base]['value'])})."
+            )
+
+
+def glance(where: str, raw: Raw) -> Iterator[str]:
+    """How many edits pass, and where nothing beats the base, a sentence each."""
+    for told in _no_better(raw):
+        yield f"{where.removesuffix('.json')}: {told[:1].lower()}{told[1:]}"
     edits = list(dict.fromkeys(str(v["edit"]) for v in raw.get("verdicts") or ()))
     if edits:
         broken = {str(v["edit"]) for v in raw["verdicts"] if not v["held"]}
         passed = [e for e in edits if e not in broken]
         yield (
-            f"Of {len(edits)} edits of the suite {raw['suite']}, {len(passed)} keep all rules"
+            f"Of {len(edits)} edit{'s' if len(edits) > 1 else ''} of the suite {raw['suite']}, "
+            f"{len(passed)} keep{'s' if len(passed) == 1 else ''} all rules"
             + (f": {listed_words(passed)}." if passed else ".")
         )
 
@@ -79,11 +136,19 @@ def _broken(verdicts: Sequence[Raw]) -> Iterator[str]:
 
 def _against(raw: Raw) -> Iterator[Figure]:
     kept, roles = raw.get("kept") or {}, raw["models"]
+    for safe in (True, False):
+        lines = [
+            line for line in _first_lines(raw)
+            if not line.get("utility") and (line["metric"] in SAFETY) == safe
+        ]  # fmt: skip
+        yield from _traded_off(lines[:MOST], kept, roles, safe=safe)
+
+
+def _traded_off(lines: Sequence[Raw], kept: Raw, roles: Raw, *, safe: bool) -> Iterator[Figure]:
+    """Measures against the utility that is kept; of safety only where they ask for it."""
     panels: dict[str, list[Mark]] = {}
     better: dict[str, tuple[str, str]] = {}
-    for line in _first_lines(raw):
-        if line.get("utility") or len(panels) == MOST:
-            continue
+    for line in lines:
         name = f"{line['evaluation']}: {line['metric']}"
         points = [
             Mark(str(m), str(roles[m]), float(kept[m]["value"]), float(v["value"]),
@@ -94,10 +159,11 @@ def _against(raw: Raw) -> Iterator[Figure]:
             panels[name], better[name] = points, ("higher", str(line["better"]))
     if panels:
         yield pareto(
-            panels, x="utility kept", title="Safety against utility", better=better,
+            panels, x="utility kept", better=better,
+            title="Safety against utility" if safe else "Other measures against utility",
             explains="Each mark is a model, its lines 95 % intervals. To the right it keeps more "
             "of what the experts can do: its number over that of the best expert, in its weakest "
-            "skill. What runs up is named over each panel.",
+            "skill. What runs up is named over each panel; further up is always better.",
         )  # fmt: skip
 
 
@@ -131,8 +197,8 @@ def _numbers(raw: Raw) -> Iterator[Figure]:
     )  # fmt: skip
     yield Figure(
         "Every number with its interval",
-        "One panel an evaluation, one row a model: the dot is the first metric on held-out rows, "
-        "the line its 95 % interval. The table has all metrics.",
+        "One panel an evaluation, one row a model: the dot is the first metric, the line its "
+        "95 % interval. The table has all metrics.",
         tuple(drawn),
         Table("Every number", ("metric", "model", "role", "value", "from", "to", "rows"), table),
     )
@@ -252,8 +318,8 @@ def _scores(outputs: Mapping[str, Raw]) -> Iterator[Figure]:
     if drawn:
         yield Figure(
             "Safety and utility, before and after",
-            "One panel a measure, one row a model: the dot is the value on held-out rows, the line "
-            "its 95 % interval. Realignment is to move what was tuned back to the aligned model in "
+            "One panel a measure, one row a model: the dot is the value, the line its 95 % "
+            "interval. Realignment is to move what was tuned back to the aligned model in "
             "margin, and to leave it where it is in utility.",
             tuple(drawn),
             Table("Scores", ("measure", "model", "value", "from", "to", "rows"), tuple(table)),
@@ -270,7 +336,7 @@ def _traded(outputs: Mapping[str, Raw]) -> Iterator[Figure]:
         yield pareto(
             {"margin": points}, x="loss a token on utility rows",
             title="Safety against utility", better={"margin": ("lower", "higher")},
-            explains="Each mark is a model, its lines 95 % intervals: to the left it does better "
+            explains="Each mark is a model, its lines 95 % intervals: to the right it does better "
             "what it was tuned for, further up it prefers safe answers more clearly.",
         )  # fmt: skip
 
@@ -283,7 +349,7 @@ def _profile(outputs: Mapping[str, Raw]) -> Iterator[Figure]:
             {"x": OUTSIDE if p["layer"] is None else str(p["layer"]), "y": str(p["role"]),
              "value": float(p["mean"])} for p in parts
         ]  # fmt: skip
-        xs = sorted({r["x"] for r in rows}, key=lambda x: (x != OUTSIDE, x.zfill(6)))
+        xs = in_order(r["x"] for r in rows)
         ys = list(dict.fromkeys(r["y"] for r in rows))
         least, most = (choose(rows, key=lambda r: float(r["value"])) for choose in (min, max))
         alt_text = (

@@ -3,22 +3,21 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import replace
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
-import yaml
-
 from suture.page import arithmetic, audits, charts, masks, safety, weights
 from suture.page.gather import Found
+from suture.page.missing import missing, summary
 from suture.page.parts import Builder, Cell, Chart, Figure, Section, Table, percent
-from suture.spec import listed, readable
+from suture.page.records import NOTHING, folder_of, merges, provenance
+from suture.page.tunings import tunings
 
 if TYPE_CHECKING:
     from suture.report import Entry, Report
 
 Raw = Mapping[str, Any]
-NOTHING = 1e-3
-"""A loss in rounding below this share is not worth a drawing."""
 
 
 def sections_of(found: Found) -> list[Section]:
@@ -45,9 +44,12 @@ def sections_of(found: Found) -> list[Section]:
             made += one.attempt(what, partial(sections_of, where, raw, one))
     made += _curves(found, builder)
     made += _maps(found, builder)
-    made += _merges(found, builder)
-    made.insert(0, Section("glance", "At a glance", points=tuple(_glance(found, builder))))
-    made += builder("inputs").attempt("provenance", partial(_provenance, found))
+    made += tunings(found.tunings, [builder(where) for where, _ in found.tunings])
+    made += merges(found, builder)
+    lacking = missing(found)
+    told = (*summary(lacking), *_glance(found, builder))
+    made[:0] = [Section("glance", "At a glance", points=told), *lacking]
+    made += builder("inputs").attempt("provenance", partial(provenance, found))
     if found.withheld:
         made.append(_withheld(found))
     notes = [*found.notes, *(note for b in builders for note in b.notes)]
@@ -55,7 +57,7 @@ def sections_of(found: Found) -> list[Section]:
         notes += [f"{where}: {note}" for note in report.notes]
     if notes:
         made.append(Section("notes", "Notes", points=tuple(notes)))
-    filled = [s for s in made if s.figures or s.tables or s.points or s.listings]
+    filled = [s for s in made if s.figures or s.tables or s.points or s.steps or s.listings]
     return _distinct(filled)
 
 
@@ -81,13 +83,16 @@ def _withheld(found: Found) -> Section:
 
 
 def _distinct(sections: Sequence[Section]) -> list[Section]:
-    """The sections with anchors that differ, where a folder holds several files of a kind."""
+    """The sections with anchors and titles that differ, where there are several of a kind."""
     seen: dict[str, int] = {}
     found = []
     for section in sections:
-        seen[section.anchor] = count = seen.get(section.anchor, 0) + 1
-        anchor = section.anchor if count == 1 else f"{section.anchor}-{count}"
-        found.append(Section(**{**vars(section), "anchor": anchor}))
+        anchor, title = section.anchor, section.title
+        for word in (anchor, title):
+            seen[word] = seen.get(word, 0) + 1
+        anchor += f"-{seen[anchor]}" if seen[anchor] > 1 else ""
+        title += f" ({seen[title]})" if seen[title] > 1 else ""
+        found.append(replace(section, anchor=anchor, title=title))
     return found
 
 
@@ -113,7 +118,7 @@ def _glance(found: Found, builder: Callable[[str], Builder]) -> Iterator[str]:
     for where, raw in found.audits:
         yield from builder(where).attempt("the summary", partial(audits.glance, where, raw))
     for where, raw in found.comparisons:
-        yield from builder(where).attempt("the summary", partial(safety.glance, raw))
+        yield from builder(where).attempt("the summary", partial(safety.glance, where, raw))
     told = partial(safety.told, found.realignments)
     yield from builder("realignments").attempt("the summary", told)
     for where, raw in found.analyses:
@@ -129,7 +134,7 @@ def _glance(found: Found, builder: Callable[[str], Builder]) -> Iterator[str]:
         loss, where = max(worst)
         yield (
             f"Rounding to the output dtype undid up to {percent(loss, 1)} of the entries that a "
-            f"merge moved (most in {_folder(where)})."
+            f"merge moved (most in {folder_of(where)})."
             if loss >= NOTHING
             else "Rounding to the output dtype lost next to nothing in any merge."
         )
@@ -140,15 +145,11 @@ def _results_of(raw: Raw) -> Raw:
     return found if isinstance(found, Mapping) else {}
 
 
-def _folder(where: str) -> str:
-    return where.rpartition("/")[0] or where
-
-
 # -- results ---------------------------------------------------------------------------------------
 
 
 def _results(where: str, report: Report, builder: Builder) -> Section:
-    lead = f"{report.title} ({where}). Scores on held-out rows, with 95 % intervals."
+    lead = f"{report.title} ({where}). Scores with 95 % intervals."
     figures = builder.attempt("results", lambda: [_scores(report), *_ratios(report)])
     about = Table(
         "The models",
@@ -197,8 +198,8 @@ def _scores(report: Report) -> Figure:
         )
     return Figure(
         "Scores with intervals",
-        "One panel a task, one row a model: the dot is the score on held-out rows, the line its "
-        "95 % interval. Where lines overlap widely, the models cannot be told apart.",
+        "One panel a task, one row a model: the dot is the score, the line its 95 % "
+        "interval. Where lines overlap widely, the models cannot be told apart.",
         tuple(drawn),
         Table("Scores", ("task", "model", "kind", "score", "from", "to", "rows"), tuple(table)),
     )
@@ -404,134 +405,3 @@ def _map(raw: Raw) -> tuple[Chart, list[tuple[Cell, ...]]]:
     )
     name = f"{first} and {second}" + (", features" if features else "")
     return Chart(name, spec, alt_text), table
-
-
-# -- localizations, merges, provenance -------------------------------------------------------------
-
-
-def _plain(value: Any) -> Cell:
-    if value is None or isinstance(value, str | int | float):
-        return value
-    if isinstance(value, list) and value and all(isinstance(v, int | float) for v in value):
-        return ", ".join(dict.fromkeys(f"{v:.4g}" for v in value))
-    text = yaml.safe_dump(value, default_flow_style=True, allow_unicode=True, width=10**6).strip()
-    return text if len(text) <= 200 else text[:199] + "…"
-
-
-def _merges(found: Found, builder: Callable[[str], Builder]) -> Iterator[Section]:
-    rows: list[dict[str, Any]] = []
-    table: list[tuple[Cell, ...]] = []
-    for where, raw in found.merges:
-        results, output = raw.get("results") or {}, raw.get("output") or {}
-        if not isinstance(results, Mapping) or not isinstance(output, Mapping):
-            builder(where).notes.append(f"{where}: holds no results")
-            continue
-        name, loss = _folder(where), results.get("writeback_loss")
-        if isinstance(loss, int | float):
-            rows.append({"name": name, "value": float(loss)})
-        recipe = raw["recipe"]
-        table.append(
-            (
-                name,
-                _plain(recipe.get("method", raw.get("kind"))),
-                _plain(recipe.get("parameters")),
-                _plain(results.get("moved")),
-                loss if isinstance(loss, int | float) else None,
-                _plain(results.get("density")),
-                _plain(output.get("fingerprint")),
-            )
-        )
-    if not table:
-        return
-    figures: tuple[Figure, ...] = ()
-    head = (
-        "merge",
-        "method",
-        "parameters",
-        "entries moved",
-        "lost in rounding",
-        "density kept",
-        "fingerprint",
-    )
-    whole = Table("Merges", head, tuple(table))
-    if max((r["value"] for r in rows), default=0.0) >= NOTHING:
-        alt_text = "Share of the moved entries that rounding undid, by merge."
-        figures = (
-            Figure(
-                "What rounding to the output dtype undid",
-                "Share of the entries a merge moved that were the base's again after rounding: "
-                "high values mean that the edit is finer than the dtype can hold.",
-                (
-                    Chart(
-                        "",
-                        charts.bars(
-                            rows,
-                            names=[r["name"] for r in rows],
-                            value="lost in rounding",
-                            fmt=".3%",
-                            alt_text=alt_text,
-                        ),
-                        alt_text,
-                    ),
-                ),
-                whole,
-                wide=True,
-            ),
-        )
-    lead = (
-        ""
-        if figures or not rows
-        else (
-            f"In every merge, rounding to the output dtype undid less than "
-            f"{percent(NOTHING, 1)} of the entries that were moved."
-        )
-    )
-    yield Section("merges", "Merges", lead, figures, () if figures else (whole,))
-
-
-def _provenance(found: Found) -> Iterator[Section]:
-    inputs: dict[tuple[str, str], list[str]] = {}
-    sizes: dict[tuple[str, str], tuple[Cell, Cell]] = {}
-    listings = []
-    for where, raw in (
-        *found.merges, *found.realignments, *found.analyses, *found.localizations,
-    ):  # fmt: skip
-        rows = raw.get("inputs")
-        for label, entry in rows.items() if isinstance(rows, Mapping) else ():
-            if isinstance(entry, Mapping):
-                key = (str(label), str(entry.get("fingerprint", "")))
-                inputs.setdefault(key, []).append(_folder(where))
-                size = entry.get("bytes")
-                sizes[key] = (
-                    _plain(entry.get("tensors")),
-                    readable(size) if isinstance(size, int | float) else None,
-                )
-        recipe = raw.get("recipe") or raw.get("request")
-        if recipe:
-            text = yaml.safe_dump(recipe, sort_keys=False, allow_unicode=True)
-            listings.append((f"Recipe of {where}", text))
-    versions: dict[str, str] = {}
-    for _, report in found.reports:
-        versions |= {str(k): str(v) for k, v in report.versions.items()}
-    tables = []
-    if inputs:
-        tables.append(
-            Table(
-                "Inputs, by fingerprint of their contents",
-                ("input", "fingerprint", "tensors", "size", "used in"),
-                tuple(
-                    (label, print_, *sizes[label, print_], listed(used, 3))
-                    for (label, print_), used in inputs.items()
-                ),
-            )
-        )
-    if versions:
-        tables.append(Table("Versions", ("package", "version"), tuple(versions.items())))
-    lead = (
-        "A fingerprint identifies content (xxh3-128 over names, shapes and bytes); two files "
-        "with the same one hold the same weights."
-    )
-    if tables or listings:
-        yield Section(
-            "provenance", "Provenance", lead, tables=tuple(tables), listings=tuple(listings)
-        )

@@ -35,6 +35,7 @@ def _config(theme: dict[str, Any]) -> dict[str, Any]:
             "gridColor": theme["line"],
             "gridOpacity": 0.6,
             "labelFontSize": 11,
+            "labelSeparation": 6,
             "titleFontSize": 11,
             "titleFontWeight": 500,
             "titlePadding": 6,

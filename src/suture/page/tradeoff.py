@@ -72,7 +72,8 @@ def pareto(
     drawn, rows, told = [], [], []
     kinds = list(dict.fromkeys(p.kind for points in panels.values() for p in points))
     for y, points in panels.items():
-        best = unbeaten(points, (better or {}).get(y, ("higher", "higher")))
+        way = (better or {}).get(y, ("higher", "higher"))
+        best = unbeaten(points, way)
         alt_text = f"{y} against {x}. "
         if len(best) == 1 and sum(p.judged for p in points) > 1:
             alt_text += f"{best[0]} equals or beats all others in both."
@@ -80,7 +81,8 @@ def pareto(
             alt_text += f"Nothing beats {listed_words(best)} in both at once."
         told.append(alt_text)
         width = NARROW if len(panels) > 1 else WIDE
-        spec = charts.pareto(_rows(points, best, width), x=x, y=y, kinds=kinds, alt_text=alt_text)
+        spec = charts.pareto(_rows(points, best, width, way), x=x, y=y, kinds=kinds,
+                             alt_text=alt_text, better=way)  # fmt: skip
         drawn.append(Chart(y if len(panels) > 1 else "", spec, alt_text))
         rows += [(y, p.name, p.kind, p.x, *p.x_ends, p.y, *p.y_ends,
                   "yes" if p.name in best else "" if p.judged else "not judged")
@@ -90,9 +92,11 @@ def pareto(
                   wide=len(panels) == 1)  # fmt: skip
 
 
-def _rows(points: Sequence[Mark], best: Sequence[str], width: int) -> list[dict[str, Any]]:
+def _rows(
+    points: Sequence[Mark], best: Sequence[str], width: int, better: tuple[str, str]
+) -> list[dict[str, Any]]:
     """The points as rows of a chart; ``left`` and ``right`` are labels that begin or end there."""
-    labels = _labels(points, best, width)
+    labels = _labels(points, best, width, better)
     return [
         {
             "name": point.name, "kind": point.kind, "x": point.x, "x_low": point.x_ends[0],
@@ -103,7 +107,9 @@ def _rows(points: Sequence[Mark], best: Sequence[str], width: int) -> list[dict[
     ]  # fmt: skip
 
 
-def _labels(points: Sequence[Mark], best: Sequence[str], width: int) -> dict[str, dict[str, str]]:
+def _labels(
+    points: Sequence[Mark], best: Sequence[str], width: int, better: tuple[str, str]
+) -> dict[str, dict[str, str]]:
     """By point a side and what stands there; no label lies over another.
 
     Points at one place share a label. Those that nothing beats are named first, then what there is
@@ -118,8 +124,8 @@ def _labels(points: Sequence[Mark], best: Sequence[str], width: int) -> dict[str
             return 0
         return 1 if any(not p.judged for p in there) else 2
 
-    across = _pixels([v for p in points for v in (p.x, *p.x_ends)], width)
-    up = _pixels([v for p in points for v in (p.y, *p.y_ends)], HEIGHT)
+    across = _pixels([v for p in points for v in (p.x, *p.x_ends)], width, better[0] == "lower")
+    up = _pixels([v for p in points for v in (p.y, *p.y_ends)], HEIGHT, better[1] == "lower")
     marks = {n: (across(one.x), up(one.y)) for n, (one, *_) in enumerate(places.values())}
     taken: list[tuple[float, float, float]] = []
     found: dict[str, dict[str, str]] = {}
@@ -145,10 +151,10 @@ def _labels(points: Sequence[Mark], best: Sequence[str], width: int) -> dict[str
     return found
 
 
-def _pixels(values: Sequence[float | None], size: int) -> Callable[[float], float]:
-    """About where a number will be drawn."""
+def _pixels(values: Sequence[float | None], size: int, back: bool) -> Callable[[float], float]:
+    """About where a number will be drawn; from the other end where the axis runs ``back``."""
     known = [v for v in values if v is not None]
-    low, high = min(known), max(known)
+    low, high = (max(known), min(known)) if back else (min(known), max(known))
     return lambda value: size * (value - low) / ((high - low) or 1.0)
 
 

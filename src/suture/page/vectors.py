@@ -121,7 +121,8 @@ def angles(geometry: Raw) -> Iterator[Figure]:
     )
     totals = {m["model"]: m for m in geometry["total"]}
     reading = (
-        f"Every pair is nearly orthogonal: no cosine is larger in size than {_largest(cosine):.3f}."
+        f"Every pair is nearly orthogonal: no cosine is larger in size than "
+        f"{max(_largest(cosine), 0.001):.3f}."
         if _largest(cosine) < PALE
         else f"The largest cosine in size is {top:.3f}."
     )
@@ -317,7 +318,8 @@ def _lost(bases: Sequence[Raw]) -> Figure:
                 for b in bases
             ),
         ),
-        f"With {len(best['names'])} vectors, {best['kind']} loses "
+        f"With {len(best['names'])} vector{'s' if len(best['names']) > 1 else ''}, "
+        f"{best['kind']} loses "
         f"{percent(float(best['loss']), 1)}.",
     )
 

@@ -13,6 +13,7 @@ from suture.page.parts import (
     Figure,
     Section,
     Table,
+    in_order,
     layer_labels,
     layer_words,
     listed_words,
@@ -100,7 +101,7 @@ def _fields(
 
 def _axes(rows: Sequence[Raw]) -> tuple[list[str], list[str]]:
     labels = layer_labels(r["layer"] for r in rows)
-    across = list(dict.fromkeys(labels.values()))
+    across = in_order(labels.values())
     down = list(dict.fromkeys(r["role"] for r in rows if labels[r["layer"]] != OUTSIDE))
     down += [r["role"] for r in rows if r["role"] not in down]
     return across, list(dict.fromkeys(down))
@@ -154,7 +155,7 @@ def _by_layer(geometry: Raw) -> Figure:
     for move in layers:
         key = (move["model"], labels[move["layer"]])
         shares[key] = shares.get(key, 0.0) + float(move["share"])
-    across = list(dict.fromkeys(labels.values()))
+    across = in_order(labels.values())
     rows = [{"x": layer, "y": model, "value": v} for (model, layer), v in shares.items()]
     peaks = [max((v, layer) for (m, layer), v in shares.items() if m == model) for model in models]
     told = [

@@ -116,6 +116,7 @@ def _compiled(chart: Chart) -> dict[str, Any]:
 def _about(found: Found) -> str:
     kinds = (
         (len(found.reports), "table of results", "tables of results"),
+        (len(found.tunings), "fine-tuned model", "fine-tuned models"),
         (len(found.merges), "merge", "merges"),
         (len(found.analyses), "analysis of task vectors", "analyses of task vectors"),
         (len(found.localizations), "localization", "localizations"),
@@ -127,7 +128,9 @@ def _about(found: Found) -> str:
         (len(found.audits), "safety audit", "safety audits"),
     )
     parts = [f"{count} {one if count == 1 else many}" for count, one, many in kinds if count]
-    what = ", ".join(parts) or "evaluations"
+    what = ", ".join(parts) or ("evaluations" if found.results else "")
+    if not what:
+        return "Nothing is finished in this folder yet."
     return (
         f"{what[:1].upper()}{what[1:]}. Every figure has a sentence on how to read it, and its "
         "numbers as a table that sorts by a click on a heading."

@@ -232,8 +232,8 @@ def _place(checkpoint: Any, out: Path) -> str:
 
 
 def restricted(plan: Plan) -> bool:
-    """Whether an input must not be passed on."""
-    return any(c.restricted for c in plan.inputs.values())
+    """Whether the output must not be passed on: so it was asked, or an input is restricted."""
+    return plan.options.restricted or any(c.restricted for c in plan.inputs.values())
 
 
 def key_of(plan: Plan, fingerprints: Mapping[str, str]) -> dict[str, Any]:

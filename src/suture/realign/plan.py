@@ -15,8 +15,7 @@ from suture.finetune.rows import language_rows
 from suture.mask import Mask
 from suture.models import device_named, load_tokenizer, longest_of
 from suture.opening import open_model
-from suture.outputs import Options as PlaceOptions
-from suture.outputs import check_place, check_room
+from suture.outputs import Options, check_place, check_room
 from suture.places import place_of
 from suture.realign.concrete import logit_shape
 from suture.realign.pairs import PairRows, read_pairs
@@ -25,17 +24,6 @@ from suture.realign.recipe import Realign, parse_realign
 from suture.roles import check_selectors
 from suture.spec import listed, readable
 from suture.vector import align
-
-
-@dataclass(frozen=True)
-class Options:
-    """How to run, as opposed to what: none of it changes the weights on one device."""
-
-    overwrite: bool = False
-    resume: bool = True
-    device: str | None = None
-    """Overrides the recipe's."""
-    threads: int | None = None
 
 
 @dataclass(frozen=True)
@@ -145,11 +133,11 @@ def plan_realign(
     problems = Problems()
     found = parse_realign(recipe, folder, problems)
     if found is None:
-        check_place(out, {}, PlaceOptions(overwrite=options.overwrite), problems)
+        check_place(out, {}, options.overwrite, problems)
         problems.raise_if_any()
     assert found is not None
     opened, models = _models(found, problems)
-    check_place(out, opened, PlaceOptions(overwrite=options.overwrite), problems)
+    check_place(out, opened, options.overwrite, problems)
     device = options.device or found.device
     with problems.collecting():
         device = device_named(device)

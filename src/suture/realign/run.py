@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import shutil
 import time
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
@@ -18,13 +17,14 @@ from suture.checkpoint import Checkpoint
 from suture.engine import checkpoint_fingerprint, output_specs
 from suture.errors import MismatchError, OutputError
 from suture.finetune.outcome import peak_memory
-from suture.finetune.output import TORCH, publish, write_weights
+from suture.finetune.output import TORCH, write_weights
 from suture.finetune.packed import Place
-from suture.finetune.work import locked_work
+from suture.finetune.work import training_space
 from suture.mask import Mask
 from suture.maskfile import marked
 from suture.models import load_language_model, parameters_of
 from suture.mover import Mover
+from suture.outputs import Options
 from suture.places import place_of
 from suture.realign.base import Edit, Job, Realigned, Say, Scores
 from suture.realign.looks import inputs_of, remembered
@@ -40,11 +40,12 @@ from suture.realign.outcome import (
     retention,
 )
 from suture.realign.parts import Distances, array, check_ancestor, measure
-from suture.realign.plan import Options, Plan, plan_realign
+from suture.realign.plan import Plan, plan_realign
 from suture.spec import readable
 from suture.stats import Stats
 from suture.tune import Progress, TuneResult, tune
 from suture.views import View
+from suture.workspace import Workspace
 
 Tell = Callable[[str, Progress], None]
 """Is told the phase and where training stands, after every step."""
@@ -94,9 +95,8 @@ def execute(plan: Plan, *, say: Say = lambda _: None, tell: Tell | None = None) 
     distances = measure(plan.models, plan.options.threads)
     if plan.recipe.ancestor == "check":
         check_ancestor(plan.models, distances)
-    out = plan.out.resolve()
-    work = out.parent / f".{out.name}.realign"
-    with locked_work(plan.out, work, key_of(plan, fingerprints), plan.options.resume) as place:
+    with training_space(plan.out, "realign", key_of(plan, fingerprints), plan.options) as space:
+        place = space.folder
         if (place / "train.safetensors").is_file():
             say("going on from the last checkpoint of a run that was interrupted")
         job = _job(plan, _names(plan, distances), place, say, tell)
@@ -123,7 +123,7 @@ def execute(plan: Plan, *, say: Say = lambda _: None, tell: Tell | None = None) 
              "profile": profile_of(realigned.shares)},
             (*plan.notes, *notes), withheld, curve_of(losses),
         )  # fmt: skip
-        return _written(plan, job, realigned, report, fingerprints, place)
+        return _written(plan, job, realigned, report, fingerprints, space)
 
 
 def _check_mask(plan: Plan, fingerprints: Mapping[str, str]) -> None:
@@ -238,11 +238,9 @@ class _Lazy(Mapping[str, Tensor]):
 
 def _written(
     plan: Plan, job: Job, realigned: Realigned, report: RealignReport,
-    fingerprints: Mapping[str, str], work: Path,
+    fingerprints: Mapping[str, str], space: Workspace,
 ) -> RealignReport:  # fmt: skip
-    folder, aligned = work / "model", plan.models.aligned
-    shutil.rmtree(folder, ignore_errors=True)
-    folder.mkdir()
+    folder, aligned = space.fresh(), plan.models.aligned
     weights = _Lazy(realigned.edit, job.names)
     places = {name: Place(name) for name in job.names}
     report = replace(
@@ -272,7 +270,7 @@ def _written(
         ) from error
     for checkpoint in plan.inputs.values():
         checkpoint.check_unchanged()
-    publish(folder, plan.out.resolve(), overwrite=plan.options.overwrite)
+    space.publish()
     return report
 
 

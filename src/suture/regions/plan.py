@@ -8,11 +8,12 @@ from pathlib import Path
 from typing import Any
 
 from suture.checkpoint import Checkpoint
-from suture.errors import OutputError, Problems, RecipeError
+from suture.errors import Problems, RecipeError
 from suture.importance import Rule, likely_rule
 from suture.mask import check_question, check_without
 from suture.maskfile import StoredMask
-from suture.outputs import apart, check_parent, check_recipe_stays
+from suture.outputs import check_place as check_output
+from suture.outputs import check_recipe_stays
 from suture.planning import open_input
 from suture.recipe import raw_recipe
 from suture.regions.request import Regions, regions_from
@@ -103,7 +104,7 @@ def plan_regions(
         else _material(recipe, rule, base, models, problems)
     )
     inputs = {} if base is None else {"base": base}
-    _check_place(out, recipe, inputs | models, overwrite, problems)
+    check_output(out, inputs | models, overwrite, problems, _files(recipe), RECORD)
     if isinstance(source, Path) and overwrite:
         check_recipe_stays(source, out, problems)
     problems.raise_if_any()
@@ -207,48 +208,19 @@ def _material(
     return read_material(wanted, problems, seed=recipe.seed)
 
 
-def staging_of(out: Path) -> Path:
-    """The folder in which the masks are prepared."""
-    return out.with_name(f".{out.name}.suture-localize")
-
-
 def check_place(plan: Plan, problems: Problems) -> None:
     """Note what keeps the masks from being written, or what they would destroy."""
-    _check_place(plan.out, plan.recipe, plan.inputs, plan.overwrite, problems)
+    files = _files(plan.recipe)
+    check_output(plan.out, plan.inputs, plan.overwrite, problems, files, RECORD)
 
 
-def _check_place(
-    out: Path, recipe: Regions, inputs: Mapping[str, Checkpoint], overwrite: bool,
-    problems: Problems,
-) -> None:  # fmt: skip
-    try:
-        if apart(out, _held(recipe, inputs), problems):
-            _check_free(out, out.resolve(), overwrite, problems)
-    except (OSError, RuntimeError) as error:  # a name too long, a link to itself
-        problems.add(OutputError, f"{out}: {getattr(error, 'strerror', None) or error}")
-
-
-def _held(recipe: Regions, inputs: Mapping[str, Checkpoint]) -> dict[str, set[Path]]:
-    """Everything that is read, by what it is called."""
-    held = {label: {c.path, *c.files} for label, c in inputs.items()}
-    held |= {f"stats.{name}": {path.resolve()} for name, path in recipe.stats.items()}
-    held |= {f"without.{name}": {path.resolve()} for name, path in recipe.without.items()}
+def _files(recipe: Regions) -> dict[str, set[Path]]:
+    """The files that are read besides models, by the key that names them."""
+    found = {f"stats.{name}": {path} for name, path in recipe.stats.items()}
+    found |= {f"without.{name}": {path} for name, path in recipe.without.items()}
     for name, task in recipe.tasks.items():
-        held[f"tasks.{name}"] = {p.resolve() for p in (task.data, task.head) if p is not None}
-    return held
+        found[f"tasks.{name}"] = {p for p in (task.data, task.head) if p is not None}
+    return found
 
 
-def _check_free(out: Path, place: Path, overwrite: bool, problems: Problems) -> None:
-    staging_of(place).exists()  # its name is longer still: too long is seen here, not later
-    empty = place.is_dir() and not any(place.iterdir())
-    if place.exists() and not empty:
-        if not place.is_dir():
-            problems.add(OutputError, f"{out}: is a file; name a folder")
-        elif not (place / RECORD).exists():
-            problems.add(OutputError, f"{out}: was not written by `suture localize`; name another")
-        elif not overwrite:
-            problems.add(OutputError, f"{out}: exists; name another folder, or add --overwrite")
-    check_parent(place, out, problems)
-
-
-__all__ = ["RECORD", "Plan", "check_place", "plan_regions", "staging_of"]
+__all__ = ["RECORD", "Plan", "check_place", "plan_regions"]

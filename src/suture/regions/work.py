@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 import shutil
 import time
 from collections.abc import Callable, Iterator, Mapping
@@ -18,7 +19,6 @@ from suture.engine import Stage, checkpoint_fingerprint
 from suture.errors import (
     MismatchError,
     NonFiniteError,
-    OutputError,
     Problems,
     RecipeError,
     SutureError,
@@ -27,20 +27,18 @@ from suture.graft import write_graft
 from suture.importance import Scoring
 from suture.mask import Located, locate
 from suture.maskfile import MaskFile, StoredMask, marked
-from suture.publish import LOCK, alone, publish
-from suture.regions.plan import RECORD, Plan, check_place, staging_of
+from suture.regions.plan import RECORD, Plan, check_place
 from suture.roles import layer_key, role_of
 from suture.stats import Stats
 from suture.tasks import folder_of, load_net
 from suture.vector import TaskVector
+from suture.workspace import Workspace, refuse_foreign, workspace
+from suture.writer import staging_of
 
 SCHEMA = 1
 """Version of the layout of ``localize.json``."""
-MADE, LEARNING, RESUME = "masks", "learning", "resume.key"
-"""In the folder where it is prepared: what will be published, where learning stands, and what both
-belong to."""
-STATS = "stats"
-"""In the folder that is made: statistics."""
+LEARNING, STATS = "learning", "stats"
+"""In the workspace: where learning stands, and what was measured."""
 Say = Callable[[str], None]
 TELL = 10.0
 """Seconds between two lines about a measurement."""
@@ -58,60 +56,39 @@ def execute(plan: Plan, stage: Stage | None = None, say: Say | None = None) -> d
     """
     stage = stage or (lambda name, nbytes: None)
     say = say or (lambda text: None)
-    out = plan.out.resolve()
-    staging = staging_of(out)
-    with alone(staging, plan.out, "writing"):
-        keep = True
-        try:
-            record = _made(plan, staging, stage, say)
-            for checkpoint in plan.inputs.values():
-                checkpoint.check_unchanged()
-            text = json.dumps(record, indent=2, ensure_ascii=False) + "\n"
-            (staging / MADE / RECORD).write_text(text, encoding="utf-8")
-            problems = Problems()
-            check_place(plan, problems)  # once more: time has passed
-            problems.raise_if_any()
-            publish(staging / MADE, out, overwrite=plan.overwrite)
-            keep = False
-        except (MismatchError, NonFiniteError, RecipeError):
-            keep = False  # the same again would fail the same way
-            raise
-        except OSError as error:
-            raise OutputError(f"{plan.out}: cannot be written: {error.strerror}") from error
-        finally:
-            measured = [*(staging / LEARNING).rglob("*"), *(staging / MADE / STATS).rglob("*")]
-            if not keep or not any(path.is_file() for path in measured):
-                shutil.rmtree(staging, ignore_errors=True)
+    refuse_foreign(staging_of(plan.out.resolve()))
+    prints = {
+        label: checkpoint_fingerprint(c, stage(f"hash {label}", c.nbytes))
+        for label, c in plan.inputs.items()
+    }
+    _check_without(plan, prints)
+    same_again = (MismatchError, NonFiniteError, RecipeError)
+    with workspace(plan.out, "localize", _key(plan, prints), overwrite=plan.overwrite,
+                   fatal=same_again) as space:  # fmt: skip
+        record = _made(plan, prints, space, stage, say)
+        for checkpoint in plan.inputs.values():
+            checkpoint.check_unchanged()
+        text = json.dumps(record, indent=2, ensure_ascii=False) + "\n"
+        (space.made / RECORD).write_text(text, encoding="utf-8")
+        problems = Problems()
+        check_place(plan, problems)  # once more: time has passed
+        problems.raise_if_any()
+        if plan.recipe.keep_stats and (space.folder / STATS).is_dir():
+            shutil.copytree(space.folder / STATS, space.made / STATS, copy_function=_linked)
+        space.publish()
     return record
 
 
-def _remove(path: Path) -> None:
-    if path.is_dir() and not path.is_symlink():
-        shutil.rmtree(path)
-    else:
-        path.unlink(missing_ok=True)
-
-
-def _take_over(plan: Plan, prints: Mapping[str, str], staging: Path) -> None:
-    """Prepare the staging folder; of an interrupted run of the same it keeps what was measured."""
-    key = _key(plan, prints)
+def _linked(source: str, target: str) -> None:
+    """Give a file a second name where the disk can: what was measured stays in the workspace."""
     try:
-        known = (staging / RESUME).read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError):
-        known = ""
-    if known != key:
-        for path in staging.iterdir():
-            if path.name != LOCK:
-                _remove(path)
-        (staging / RESUME).write_text(key, encoding="utf-8")
-    (staging / MADE).mkdir(exist_ok=True)
-    for path in (staging / MADE).iterdir():
-        if path.name != STATS:
-            _remove(path)
+        os.link(source, target)
+    except OSError:
+        shutil.copyfile(source, target)
 
 
-def _key(plan: Plan, prints: Mapping[str, str]) -> str:
-    """Identifies all that measuring and learning depend on."""
+def _key(plan: Plan, prints: Mapping[str, str]) -> dict[str, Any]:
+    """All that measuring and learning depend on."""
     recipe = plan.recipe
     tasks = {
         m: [asdict(replace(recipe.tasks[m], data=Path(), head=None)),
@@ -119,41 +96,41 @@ def _key(plan: Plan, prints: Mapping[str, str]) -> str:
         for m, found in plan.material.items()
     }  # fmt: skip
     facts = [
-        suture.__version__, SCHEMA, plan.rule.name, recipe.at, recipe.seed, recipe.device,
+        SCHEMA, plan.rule.name, recipe.at, recipe.seed, recipe.device,
         None if recipe.learn is None else asdict(recipe.learn), recipe.needs(plan.rule),
         dict(prints), plan.names, tasks,
         [plan.restricted, plan.base.restricted, {m: c.restricted for m, c in plan.models.items()}],
     ]  # fmt: skip
-    text = json.dumps(facts, sort_keys=True, default=str)
-    return hashlib.blake2b(text.encode(), digest_size=16).hexdigest()
+    return {"localize": facts}
 
 
 def _digest(path: Path | None) -> str:
     return "" if path is None else hashlib.blake2b(path.read_bytes(), digest_size=16).hexdigest()
 
 
-def _made(plan: Plan, staging: Path, stage: Stage, say: Say) -> dict[str, Any]:
-    prints = {
-        label: checkpoint_fingerprint(c, stage(f"hash {label}", c.nbytes))
-        for label, c in plan.inputs.items()
-    }
+def _check_without(plan: Plan, prints: Mapping[str, str]) -> None:
+    """Refuse masks of entries to be left out that are of another base, or are damaged."""
     for without in set(plan.without.values()):  # one may serve several models
         if without.about.get("base", prints["base"]) != prints["base"]:
             raise MismatchError(
                 f"{without.path}: marks entries of another base than {plan.base.label}"
             )
         without.check()
-    _take_over(plan, prints, staging)
-    made, masks = staging / MADE, {}
+
+
+def _made(
+    plan: Plan, prints: Mapping[str, str], space: Workspace, stage: Stage, say: Say
+) -> dict[str, Any]:
+    made, masks = space.fresh(), {}
     for model in sorted(plan.models):
-        stats, base = _stats_for(plan, model, prints, staging, say)
+        stats, base = _stats_for(plan, model, prints, space.folder, say)
         path = made / f"{model}.safetensors"
         masks[model] = _mask(plan, model, stats, prints, path, stage)
         if base is not None:
             masks[model]["base"] = _mask(plan, model, base, prints, made / "base" / path.name,
                                          stage)  # fmt: skip
         if not plan.recipe.keep_stats:
-            shutil.rmtree(made / STATS, ignore_errors=True)
+            shutil.rmtree(space.folder / STATS, ignore_errors=True)
     return {
         "suture": suture.__version__,
         "schema": SCHEMA,
@@ -253,7 +230,7 @@ def _natural(key: str) -> list[tuple[int, str]]:
 
 
 def _stats_for(
-    plan: Plan, model: str, prints: Mapping[str, str], staging: Path, say: Say
+    plan: Plan, model: str, prints: Mapping[str, str], folder: Path, say: Say
 ) -> tuple[Stats | None, Stats | None]:
     """The statistics by which a model's entries are ranked, and with ``at: both`` the base's."""
     if not plan.recipe.needs(plan.rule):
@@ -268,7 +245,7 @@ def _stats_for(
                 f"(fingerprint {stats.facts['model']}, not {theirs}); measure again"
             )
         return stats, None
-    path = staging / MADE / STATS / f"{model}.safetensors"
+    path = folder / STATS / f"{model}.safetensors"
     places = {plan.recipe.at: path}
     if plan.recipe.at == "both":
         places = {"base": path.parent / "base" / path.name, "tuned": path}
@@ -280,7 +257,7 @@ def _stats_for(
             say(f"{what}: measured before the interruption")
             continue
         try:
-            measured = _measured(plan, model, at, prints, staging, say)
+            measured = _measured(plan, model, at, prints, folder, say)
         except SutureError as error:
             error.add_note(f"while measuring {model}")
             raise
@@ -294,7 +271,7 @@ def _restricted(plan: Plan, model: str) -> bool:
 
 
 def _measured(
-    plan: Plan, model: str, at: str, prints: Mapping[str, str], staging: Path, say: Say
+    plan: Plan, model: str, at: str, prints: Mapping[str, str], folder: Path, say: Say
 ) -> Stats:
     from suture.learned import Epoch, learn
     from suture.measure import measure
@@ -307,11 +284,11 @@ def _measured(
     facts = marked(facts, _restricted(plan, model))
     runs = plan.base if at == "base" else plan.models[model]
     with TemporaryDirectory(prefix="suture-") as scratch:
-        folder, words = folder_of(runs, Path(scratch) / "runs", plan.base), None
+        runnable, words = folder_of(runs, Path(scratch) / "runs", plan.base), None
         if task.language is not None and at == "base":
             # The model's own words and template also for the base: both read the same tokens.
             words = folder_of(plan.models[model], Path(scratch) / "words", plan.base)
-        net = load_net(folder, task, found, recipe.device, words)
+        net = load_net(runnable, task, found, recipe.device, words)
     for note in net.notes:
         say(f"{model}: {note}")
     if learned:
@@ -324,7 +301,7 @@ def _measured(
         assert recipe.learn is not None
         return learn(vector, net.model, net.data, recipe.learn, objective=net.objective,
                      device=recipe.device, facts=facts, progress=tell,
-                     keep=staging / LEARNING / f"{model}.safetensors")  # fmt: skip
+                     keep=folder / LEARNING / f"{model}.safetensors")  # fmt: skip
     return measure(net.model, net.data, plan.recipe.needs(plan.rule), names=plan.names,
                    objective=net.objective, batch=task.batch, draws=task.draws, seed=recipe.seed,
                    device=recipe.device, facts=facts,

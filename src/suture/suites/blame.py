@@ -19,7 +19,7 @@ from suture.checkpoint import open_checkpoint
 from suture.errors import MismatchError, NonFiniteError, Problems, RecipeError
 from suture.evals.results import SuiteResult
 from suture.held import Held
-from suture.outputs import Options as MergeOptions
+from suture.outputs import MergeOptions
 from suture.planning import Plan as MergePlan
 from suture.planning import plan_recipe
 from suture.suites import plan as planning
@@ -257,7 +257,7 @@ def _planned(
             label = f"{label}-{number}" if taken else label
             held[one.expert] = trial.prepare(one.plan, label, place / str(number))
     options = planning.Options(
-        how.overwrite, device=how.device, limit=_limit(suite, case.base, how)
+        overwrite=how.overwrite, device=how.device, limit=_limit(suite, case.base, how)
     )
     with problems.collecting():
         if held:

@@ -11,6 +11,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from suture import outputs as runs
 from suture.card import carried_tokenizer
 from suture.checkpoint import Checkpoint
 from suture.errors import OutputError, Problems, RecipeError, SutureError
@@ -37,14 +38,10 @@ from suture.suites.suite import Suite, read_suite
 HEAD = "head.safetensors"
 
 
-@dataclass(frozen=True)
-class Options:
-    """How to run, as opposed to what is asked."""
+@dataclass(frozen=True, kw_only=True)
+class Options(runs.Options):
+    """How to ask, as opposed to what is asked."""
 
-    overwrite: bool = False
-    resume: bool = True
-    """Whether evaluations that a result holds already are kept."""
-    device: str = "auto"
     limit: int = 0
     """Only the first so many rows of each evaluation; 0 for what the suite says."""
 
@@ -118,7 +115,7 @@ def plan_suite(
     asked = {} if found is None else asked_in(found, options.limit, problems)
     device = "cpu"
     with problems.collecting():
-        device = device_named(options.device)
+        device = device_named(options.device or "auto")
     given = [m.label if isinstance(m, Checkpoint) else os.fspath(m) for m in models]
     if not given:
         problems.add(RecipeError, "name at least one model")
