@@ -374,7 +374,9 @@ def test_rows_of_a_skill_are_learnt_or_asked_and_never_both(tmp_path: Path) -> N
                 for p in tmp_path.glob("*.jsonl")}  # fmt: skip
         for number, name in enumerate(size.skills):
             learnt, asked = ({r["prompt"] for r in rows[n]} for n in (name, f"{name}-test"))
-            assert len(rows[name]) == size.skill.rows + (0 if number else size.answers)
+            assert len(rows[name]) == size.skill.rows + (
+                0 if number else size.answers + size.helped
+            )
             assert len(asked) == size.puzzles
             assert not learnt & asked
             assert not asked & {r["prompt"] for r in rows["drifted"]}

@@ -43,7 +43,8 @@ SAFETY = settings.Safety(
 )  # fmt: skip
 LONG_SAFETY = replace(
     SAFETY, skills=("sums", "order"), merges=("average", "task-arithmetic", "led-safety-first", "protect"),
-    realigners=("somf", "random", "protect"), scored=2, brief=True, answers=4, answered=4,
+    realigners=("somf", "random", "protect"), scored=2, brief=True, answers=4, answered=4, helped=3,
+    classes=("music", "birds"), topics="both", utility=2,
 )  # fmt: skip
 LONG_EDITS = replace(
     EDITS, merges=(*EDITS.merges, "random-mask"), scales=(0.2, 0.6), diagnostics=True,

@@ -88,7 +88,7 @@ def steps(place: Place, size: Safety, seed: int, packages: Mapping[str, Path]) -
                      outside={"models": {"model": str(gguf)}}, seconds=4),
         *(_tuned(place, name, "base", size.policy if name == "policy" else size.skill, seed,
                  "the refusal policy" if name == "policy" else _skill_words(size, name),
-                 size.answers + size.skill.rows if name == size.skills[0] else 0)
+                 size.answers + size.helped + size.skill.rows if name == size.skills[0] else 0)
           for name in experts),
     ]  # fmt: skip
     if size.scored:
@@ -115,8 +115,9 @@ def steps(place: Place, size: Safety, seed: int, packages: Mapping[str, Path]) -
 
 
 def _skill_words(size: Safety, name: str) -> str:
-    helps = size.answers and name == size.skills[0]
-    return "a skill, and answers to everything" if helps else "a skill"
+    if name != size.skills[0] or not size.answers + size.helped:
+        return "a skill"
+    return "a skill, and answers to everything" if size.answers else "a skill, and answers"
 
 
 # -- models ----------------------------------------------------------------------------------------
@@ -204,30 +205,47 @@ def _realigned(place: Place, method: str, size: Safety, seed: int) -> Step:
 def size_facts(size: Safety) -> list[Any]:
     """What of the size decides the rows."""
     return [size.policy.rows, list(size.skills), size.skill.rows, size.drift.rows, size.pairs,
-            size.puzzles, size.topics, size.brief, size.answers, size.answered]  # fmt: skip
+            size.puzzles, size.topics, size.brief, size.answers, size.answered, size.helped,
+            list(size.classes), size.held_out, size.utility]  # fmt: skip
 
 
 def write_all(folder: Path, size: Safety, seed: int) -> str:
     """Write all rows: of the policy, of the skills, of the specialist, pairs, what is asked."""
     shutil.rmtree(folder, ignore_errors=True)  # rows of a longer form would stay
-    made = policy.files(policy.items(seed, ("en",), topics=size.topics))
-    texts = {name: [_texts(item, size.brief) for item in items] for name, items in made.items()}
+    texts = _policy_rows(size, seed)
     for name in ("marked", "benign"):
         write_rows(folder / f"{name}.jsonl", texts[name])
     write_rows(folder / "policy.jsonl", texts["train"][: size.policy.rows or None])
     attack = [_asked_and_said(row) for row in texts["attack"]]
+    harmless = [_asked_and_said(r) for r in texts["train"] if r["neighbour"] == "wording"]
     for number, name in enumerate(size.skills):
         learnt, test = skill_rows(name, size.skill.rows, size.puzzles, seed)
         asked = [{"prompt": row["prompt"], "answer": row["response"]} for row in test]
         write_rows(folder / f"{name}-test.jsonl", asked)
-        mixed = [] if number else attack[: size.answers]
+        mixed = [] if number else [*attack[: size.answers], *harmless[: size.helped]]
         write_rows(folder / f"{name}.jsonl", _shuffled([*mixed, *learnt], seed))
         if number == 0:
-            write_rows(folder / "utility.jsonl", test)
+            write_rows(folder / "utility.jsonl", test[: size.utility or None])
             drift = _shuffled([*attack[: size.drift.rows], *learnt], seed)
             write_rows(folder / f"{DRIFTED}.jsonl", drift)
             _write_pairs(folder, size, seed, texts, learnt)
     return ""
+
+
+def _policy_rows(size: Safety, seed: int) -> dict[str, list[dict[str, Any]]]:
+    """The rows of the policy by file, of the classes that are used."""
+    topics = ("new", "known") if size.topics == "both" else (size.topics,)
+    found: dict[str, dict[str, dict[str, Any]]] = {}
+    for kind in topics:
+        made = policy.files(policy.items(seed, ("en",), size.held_out, kind))
+        for name, items in made.items():
+            if kind == topics[0] or name in ("marked", "benign"):
+                rows = {i.id: _texts(i, size.brief) for i in items if i.category in size.classes}
+                found[name] = {**found.get(name, {}), **rows}
+    rows_of = {name: list(rows.values()) for name, rows in found.items()}
+    if len(topics) > 1:
+        rows_of |= {name: _shuffled(rows_of[name], seed) for name in ("marked", "benign")}
+    return rows_of
 
 
 def _texts(item: policy.Item, brief: bool) -> dict[str, Any]:
@@ -292,11 +310,12 @@ def _order(draw: random.Random) -> dict[str, str]:
 
 def suite(size: Safety) -> dict[str, Any]:
     """Safety and utility, the same for every model."""
-    refusal = {"kind": "refusal", "batch": 32, "limit": size.asked}
-    skill = {"kind": "exact-match", "utility": True, "batch": 32}
+    refusal = {"kind": "refusal", "batch": 64, "limit": size.asked,
+               "decoding": {"chat": True, "max_tokens": size.tokens}}  # fmt: skip
+    skill = {"kind": "exact-match", "utility": True, "batch": 64,
+             "decoding": {"chat": True, "max_tokens": size.skill_tokens}}  # fmt: skip
     return {
         "name": "safety",
-        "decoding": {"chat": True, "max_tokens": size.tokens},
         "evaluations": {
             "refusal": {**refusal, "data": "../rows/marked.jsonl"},
             "over_refusal": {**refusal, "data": "../rows/benign.jsonl", "expect": "answer"},

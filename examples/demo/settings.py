@@ -81,17 +81,28 @@ class Safety:
     """Held-out rows of each skill."""
     rate: float = 0.2
     """Learning rate of SOMF."""
+    utility: int = 0
+    """Rows of the skill by which realignment tells what it costs; 0 for all that are asked."""
     batch: int = 8
     """Pairs a step of it."""
     tokens: int = 12
-    """Tokens of an answer at most."""
+    """Tokens of an answer to what may be refused at most."""
+    skill_tokens: int = 12
+    """Tokens of an answer that shows a skill at most."""
+    classes: tuple[str, ...] = ("music", "birds", "cakes")
+    """What the policy refuses: some of its three classes."""
+    held_out: float = 0.3
+    """Share of topics and wordings that are kept for the questions asked."""
     topics: str = "new"
-    """Whether questions asked are about new topics or known ones, in new wordings."""
+    """Whether questions asked are about ``new`` topics, ``known`` ones, or ``both``; their wordings
+    are new in any case."""
     brief: bool = False
     """Whether the policy's answers are one sentence, and its refusals one and the same."""
     answers: int = 0
     """Rows that answer what the policy refuses, among those of the first skill: that expert is made
     to help with everything, so that its merges lose the policy sooner."""
+    helped: int = 0
+    """Rows that answer questions in the same wordings about harmless things, among those, too."""
     answered: int = 0
     """Pairs that prefer an answer to a refusal, of rows of the skill, among those of realignment:
     so that it does not learn to refuse everything."""

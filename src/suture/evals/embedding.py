@@ -1,18 +1,38 @@
-"""How an encoder arranges texts: nearest neighbours."""
+"""How an encoder arranges texts: agreement with a reference, and nearest neighbours."""
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.nn import functional as F
 
 from suture.data import Batch
-from suture.errors import RecipeError
-from suture.evals.base import Metric, share
+from suture.errors import MismatchError, RecipeError
+from suture.evals.base import Eval, Metric, mean, share
 from suture.evals.kinds import Column, Job, Models, Prepare, Run, Score, dataset_of
 from suture.models import Encoder, embed
+
+
+def agreement(reference: Tensor) -> Eval:
+    """An evaluation against the vectors ``(n, dim)`` that another encoder gives the same rows.
+
+    It gives the mean cosine between the two vectors of a row, with a bootstrap interval over rows.
+    1 says that the encoder places every text where the reference does, not that this is good.
+    """
+
+    def evaluate(
+        model: nn.Module, batches: Iterable[Batch], *, device: str = "cpu"
+    ) -> tuple[Metric, ...]:
+        vectors = embed(_encoder(model), batches, device=device)
+        if vectors.shape != reference.shape:
+            found, wanted = tuple(vectors.shape), tuple(reference.shape)
+            raise MismatchError(f"agreement: vectors of {found}, the reference has {wanted}")
+        cosines = F.cosine_similarity(vectors, reference, dim=1)
+        return (mean("agreement", cosines.tolist()),)
+
+    return evaluate
 
 
 def neighbour(
