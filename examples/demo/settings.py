@@ -124,19 +124,23 @@ class Size:
     safety: Safety
 
 
-def _text(name: str, texts: str, rows: int, epochs: int, test: int) -> TextTask:
-    return TextTask(name, Training(rows, epochs, 1e-4), test, texts)
+def _text(
+    name: str, rows: int, test: int, *, epochs: int = 1, lr: float = 1e-4, batch: int = 8
+) -> TextTask:
+    return TextTask(name, Training(rows, epochs, lr, batch), test, TEXTS[name])
 
 
-TOPICS, LANGUAGES, QUESTIONS, ORDER, BIAS = (
-    "headlines of the news by topic", "lines of small talk by language",
-    "questions by the collection they come from", "sentences whose words are in order or not",
-    "sentences by the kind of group they are about",
-)  # fmt: skip
+TEXTS = {
+    "topics": "headlines of the news by topic",
+    "bias": "sentences by the kind of group they are about",
+    "languages": "lines of small talk by language",
+    "questions": "questions by the collection they come from",
+    "order": "sentences whose words are in order or not",
+}
 SHORT = Size(
     Edits(
-        tasks=(_text("topics", TOPICS, 250, 1, 250), _text("languages", LANGUAGES, 720, 1, 270),
-               _text("questions", QUESTIONS, 720, 1, 270)),
+        tasks=(_text("bias", 450, 270, lr=1.5e-4), _text("questions", 720, 270),
+               _text("order", 1200, 250, lr=2e-4, batch=16)),
         merges=("average", "task-arithmetic", "ties", "dare-ties", "consensus"),
     ),
     Safety(
@@ -147,8 +151,8 @@ SHORT = Size(
 )  # fmt: skip
 LONG = Size(
     Edits(
-        tasks=(_text("topics", TOPICS, 1300, 2, 750), _text("languages", LANGUAGES, 3600, 2, 720),
-               _text("questions", QUESTIONS, 3600, 1, 720), _text("order", ORDER, 3000, 1, 800)),
+        tasks=(_text("topics", 1300, 750, epochs=2), _text("bias", 1200, 900),
+               _text("languages", 3600, 720, epochs=2), _text("order", 3000, 800)),
         merges=("average", "task-arithmetic", "ties", "dare-ties", "consensus", "random-mask"),
         scales=(0.2, 0.4, 0.6, 0.8, 1.0), diagnostics=True, published=True,
     ),
