@@ -35,7 +35,8 @@ from suture.models import (
 )
 from suture.probe import fit_head
 from suture.roles import role_of
-from suture.tune import TuneSettings, tune
+from suture.settings import TuneSettings
+from suture.tune import tune
 
 Say = Callable[[str], None]
 STEPS = 1

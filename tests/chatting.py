@@ -13,7 +13,8 @@ from tokenizers.models import WordLevel
 from tokenizers.pre_tokenizers import Whitespace
 
 from suture.errors import Problems
-from suture.evals.kinds import Decoding, Job, Row
+from suture.evals.decoding import Decoding
+from suture.evals.kinds import Job, Row
 from suture.models import LanguageModel, save_model
 
 WORDS = [

@@ -44,6 +44,16 @@ def request(models: Any, **more: Any) -> dict[str, Any]:
 # -- what is refused -------------------------------------------------------------------------------
 
 
+def test_masks_are_compared_where_there_are_some(models: Any) -> None:
+    """Without a density or a folder there are none, which is told beside other faults."""
+    with pytest.raises(SutureError) as caught:
+        plan_analysis(request(models, analyses=["overlap", "structure"], bases={"size": 9}))
+    lines_of(
+        str(caught.value), "analyses: overlap compares masks; give a density, or a folder",
+        "analyses: structure shows masks", "bases.size: from 1 to 3",
+    )  # fmt: skip
+
+
 def test_everything_wrong_is_told_at_once(models: Any, tmp_path: Path) -> None:
     """Keys, values, models, masks and the output: one message, nothing written."""
     wrong = request(
@@ -56,7 +66,7 @@ def test_everything_wrong_is_told_at_once(models: Any, tmp_path: Path) -> None:
 
     lines_of(
         str(caught.value), "did you mean 'density'", "in (0, 1], not 0", "scope: 'world'",
-        "overlap compares masks", "'angles' is not known", "did you mean 'pca'", "from 1 to 4",
+        "'angles' is not known", "did you mean 'pca'", "from 1 to 4",
         "'nosuchrole' is no role", "seed: a whole number", "nowhere", "holds the input",
     )  # fmt: skip
 

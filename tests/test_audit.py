@@ -775,11 +775,11 @@ WRONG: dict[str, tuple[dict[str, Any], list[str]]] = {
         ["languages.fr.probe: no rows of 'fr'", "has de, en, es"],
     ),
     "a language that stands twice": (
-        {"languages": ["en", "de", "en"]}, ["languages: different languages, not ['en', 'de', 'en']"],
+        {"languages": ["en", "de", "en"]}, ["languages: different names, not ['en', 'de', 'en']"],
     ),
     "an attack of an unknown key": (
         {"attacked": None, "attack": {"train": "a.jsonl", "training": {"epoch": 2, "lr": -1}}},
-        ["attack.training: unknown key 'epoch'", "attack.training.lr: must be positive"],
+        ["attack.training: unknown key 'epoch'", "attack.training.lr: a positive number, not -1"],
     ),
     "a language without lists": ({"languages": ["en", "xx"]}, ["no lists of refusals for 'xx'"]),
     "a side that is missing": (
@@ -799,7 +799,7 @@ WRONG: dict[str, tuple[dict[str, Any], list[str]]] = {
     "seeds of a given model": ({"seeds": [1, 2]}, ["seeds: several belong to an `attack`"]),
     "useful": ({"useful": {"share": 1, "resp": "x"}}, ["useful: unknown key 'resp'", "useful.rows", "useful.share: 1 leaves no entry"]),
     "snip": ({"controls": ["snip"], "scores": {"signed": True}}, ["controls: snip takes absolute"]),
-    "controls": ({"controls": ["rnadom"]}, ["controls: 'rnadom'", "did you mean 'random'?"]),
+    "controls": ({"controls": ["rnadom"]}, ["controls[0]: 'rnadom'", "did you mean 'random'?"]),
     "a space of nothing": ({"space": {"include": ["nonesuch*"]}}, ["space.include: 'nonesuch*'"]),
     "chat without a template": ({"evaluation": {"chat": True}}, ["chat template"]),
 }  # fmt: skip

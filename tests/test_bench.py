@@ -48,7 +48,7 @@ from suture.finetune.tangent import LinearizedBody
 from suture.mask import Mask
 from suture.models import Classifier, Head, device_of, load_encoder, load_tokenizer
 from suture.page.gather import gather
-from suture.tune import TuneSettings
+from suture.settings import TuneSettings
 
 STRATEGIES: dict[str, dict[str, Any]] = {
     "full": {"parameters": {"embeddings": False}},

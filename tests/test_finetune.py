@@ -37,7 +37,6 @@ from suture.errors import (
 from suture.evals import EVALS
 from suture.finetune import STRATEGIES, finetune, load_tuned, plan_finetune, read_finetune
 from suture.finetune import run as module
-from suture.finetune.recipe import DataSpec, Source
 from suture.finetune.rows import language_rows
 from suture.finetune.trackers import tracker
 from suture.finetune.work import training_space
@@ -45,7 +44,9 @@ from suture.mask import Mask
 from suture.models import Classifier, Encoder, Head, save_head, save_model
 from suture.outputs import Options
 from suture.run import merge
-from suture.tune import Progress, TuneSettings
+from suture.settings import TuneSettings
+from suture.sources import DataSpec, Source
+from suture.tune import Progress
 
 EXAMPLES: dict[str, dict[str, Any]] = {
     "full": {},

@@ -20,7 +20,8 @@ from suture.finetune.compact import Compact
 from suture.finetune.tangent import LinearizedBody, Tangent, product
 from suture.models import Classifier, Head, recompute_activations
 from suture.mover import classification
-from suture.tune import TuneSettings, refuse_sharded, slope, tune
+from suture.settings import TuneSettings
+from suture.tune import refuse_sharded, slope, tune
 
 SETTINGS = TuneSettings(epochs=9, batch=8, lr=2e-3, weight_decay=0.1, clip=0.5, seed=1)
 

@@ -18,7 +18,7 @@ import toy
 ROOT = Path(suture.__file__).parent
 
 ORDER = [
-    "errors", "places", "spec", "roles", "loops", "ranks", "machine", "kernels", "headers", "checkpoint", "seal", "views", "layers",
+    "errors", "places", "spec", "roles", "sources", "settings", "schema", "task_rows", "loops", "ranks", "machine", "kernels", "headers", "checkpoint", "seal", "views", "layers",
     "vocabulary", "chat", "embeddings", "adapters", "ggufs", "opening", "forms", "publish", "writer", "held",
     "stream", "vector", "profile", "select", "stats", "importance", "maskfile", "mask", "graft", "patchfile",
     "patch", "gather", "analysis", "merges", "engine", "recipe_types", "mergekit", "recipe",
@@ -202,7 +202,7 @@ except SystemExit:
     pass
 print(json.dumps(sorted(sys.modules)))
 """
-    assert not set(python(code)) & {*HEAVY, "numpy", "numba", "llvmlite", "yaml"}
+    assert not set(python(code)) & {*HEAVY, "numpy", "numba", "llvmlite", "yaml", "pydantic"}
 
 
 def test_importing_suture_costs_nothing() -> None:

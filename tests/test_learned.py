@@ -15,17 +15,12 @@ import suture
 import tiny_model
 from suture.data import Dataset, tokenise
 from suture.errors import NonFiniteError, Problems, RecipeError
-from suture.learned import (
-    PRESETS,
-    LearnSettings,
-    _Trainer,
-    gradient,
-    learn,
-    penalty,
-    settings_from,
-)
+from suture.learned import _Trainer, gradient, learn, penalty
 from suture.measure import OBJECTIVES, measure
 from suture.models import Classifier, Head, load_encoder, save_model
+from suture.regions import Regions
+from suture.schema.read import parse
+from suture.settings import LEARN_PRESETS, LearnSettings
 from suture.stats import Stats
 
 LABELS = ("colour", "sky")
@@ -183,11 +178,19 @@ def test_one_step_ranks_by_the_saving(task: Any) -> None:
     assert saving[marks].min() >= saving[~marks].max()
 
 
+def settings_from(learning: dict[str, Any], problems: Problems) -> LearnSettings | None:
+    """What a recipe says about learning."""
+    what = {"base": "base", "models": {"a": "a"}, "rule": "learned", "learn": learning}
+    found = parse(Regions, what, Path(), problems, whole=False)
+    return None if found is None else found.learn
+
+
 def test_the_released_schedule() -> None:
     """The preset has the numbers of the published code, and single ones can be changed."""
     problems = Problems()
     found = settings_from({"preset": "released", "epochs": 2}, problems)
 
+    assert found is not None
     assert (found.lr, found.logit, found.reg, found.strength, found.start) == (
         1e7,
         5.0,
@@ -195,7 +198,7 @@ def test_the_released_schedule() -> None:
         10.0,
         1e-5,
     )
-    assert (found.epochs, PRESETS["released"].epochs, found.step) == (2, 10, "raw")
+    assert (found.epochs, LEARN_PRESETS["released"].epochs, found.step) == (2, 10, "raw")
     assert not problems
 
 

@@ -17,7 +17,8 @@ from suture import mover
 from suture.data import Batch, Dataset
 from suture.models import LanguageModel
 from suture.mover import Mover, ReadOutLoss, next_token
-from suture.tune import TuneSettings, tune
+from suture.settings import TuneSettings
+from suture.tune import tune
 
 ROWS = Dataset(
     ((2, 3, 4, 5, 6, 7), (3, 4, 5, 9), (8, 2, 8)), (-1, -1, -1), 0,

@@ -27,8 +27,9 @@ from making import (
     write_recipe,
 )
 from suture.mergekit import native
-from suture.recipe import parse_yaml, read_recipe
+from suture.recipe import read_recipe
 from suture.run import merge
+from suture.schema.text import parse_yaml
 
 
 @pytest.fixture(autouse=True)

@@ -1162,7 +1162,7 @@ def test_what_a_killed_command_leaves_is_found_and_the_same_command_ends_it(tmp_
 def test_an_older_output_in_the_place_is_told(tmp_path: Path) -> None:
     """With --overwrite what stood there stays until the end: the page shows it, and says so."""
     put(tmp_path / "in/somf/suture.json", realigned("somf", 3.0, 0.5))
-    (tmp_path / "in/.somf.realign").mkdir()
+    (tmp_path / "in/.somf.suture").mkdir()
     points = missing_in(tmp_path / "in", tmp_path / "page.html")
     assert points[0].endswith("the same command goes on. An older one stands in its place.")
 

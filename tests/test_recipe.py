@@ -17,8 +17,9 @@ from hypothesis import strategies as st
 from making import RECIPE, invoke, lines_of, write_recipe
 from suture.errors import RecipeError
 from suture.merges import METHODS
-from suture.recipe import RECIPE_LIMIT, Policy, Recipe, parse_yaml, read_recipe
+from suture.recipe import Policy, Recipe, read_recipe
 from suture.roles import ParamSpace
+from suture.schema.text import RECIPE_LIMIT, parse_yaml
 
 
 def problems_of(recipe: Any) -> list[str]:

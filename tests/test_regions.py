@@ -396,10 +396,10 @@ def test_everything_wrong_is_told_at_once(workshop: Path, tmp_path: Path) -> Non
     assert said.code == 2
     making.lines_of(
         said.err, "did you mean 'density'?", "did you mean 'global'?", "nonesuch: no such file",
-        "models.two.density: the share of entries kept, in (0, 1]; got 0", "seed: from 0",
-        "did you mean 'embedding'?", "at: where statistics are measured", "nothing.jsonl",
-        "tasks.two.head: a classifier needs its head", "tasks.two.rows: at least 1",
-        "no model 'three'", "measure: no statistics 'grams'; did you mean 'gram'?", "needs data for 'one': `tasks: {one: {data: ..., head: ...}}`, or `stats: {one: FILE}`",
+        "models.two.density: the share of entries kept, in (0, 1], not 0", "seed: a whole number from 0",
+        "did you mean 'embedding'?", "at: 'here' is not known; known: tuned, base, both", "nothing.jsonl",
+        "tasks.two.head: a classifier needs its head", "tasks.two.rows: a whole number from 1, not 0",
+        "no model 'three'", "measure[0]: 'grams' is not known; did you mean 'gram'?", "needs data for 'one': `tasks: {one: {data: ..., head: ...}}`, or `stats: {one: FILE}`",
     )  # fmt: skip
     assert "missing" not in said.err, "a density that is refused is not missing"
     assert not list(tmp_path.iterdir())

@@ -21,9 +21,10 @@ from suture.data import rows_of, tokenise
 from suture.errors import MismatchError, OutputError, Problems, RecipeError, SutureError
 from suture.evals.accuracy import accuracy
 from suture.evals.choice import options_of
+from suture.evals.decoding import Decoding
 from suture.evals.exact import EXTRACTORS
 from suture.evals.generate import _uncached, generate, questions
-from suture.evals.kinds import Decoding, Job, Kind, Models, Prepare, Row, Run, Score, Template
+from suture.evals.kinds import Job, Kind, Models, Prepare, Row, Run, Score, Template
 from suture.evals.loss import loss
 from suture.evals.results import SuiteResult, read_result
 from suture.evals.table import EVALS

@@ -18,7 +18,8 @@ from suture.evals import EVALS
 from suture.models import Classifier, Head, embed
 from suture.mover import next_token
 from suture.probe import fit_head
-from suture.tune import Progress, TuneSettings, classification, slope, tune
+from suture.settings import TuneSettings
+from suture.tune import Progress, classification, slope, tune
 
 SETTINGS = TuneSettings(epochs=2, batch=8, lr=3e-3, seed=1)
 

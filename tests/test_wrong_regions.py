@@ -85,8 +85,8 @@ DATA = {
     "no file": ("nowhere.jsonl", "nowhere.jsonl: cannot be read"),
 }  # fmt: skip
 CASES = {
-    "localize at density 0": Case("localize", {"density": 0}, ("in (0, 1]; got 0",)),
-    "localize at density 2": Case("localize", {"density": 2}, ("in (0, 1]; got 2",)),
+    "localize at density 0": Case("localize", {"density": 0}, ("in (0, 1], not 0",)),
+    "localize at density 2": Case("localize", {"density": 2}, ("in (0, 1], not 2",)),
     "localize without density": Case("localize", {}, ("density: missing",)),
     "analyze at density 0": Case("analyze", {"density": 0}, ("in (0, 1], not 0",)),
     "stitch at density 0": Case("merge", {**STITCH, "parameters": {"density": 0}}, ("(0, 1]", "0")),

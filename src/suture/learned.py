@@ -15,7 +15,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, fields, replace
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -23,95 +23,15 @@ import torch
 from torch import Tensor, nn
 
 from suture.data import Dataset
-from suture.errors import NonFiniteError, Problems, RecipeError, brief, did_you_mean
+from suture.errors import NonFiniteError
 from suture.mask import localize
 from suture.measure import OBJECTIVES, Objective, check_rows, data_hash
 from suture.models import evaluating, parameters_of
 from suture.mover import to
+from suture.settings import LearnSettings
 from suture.snapshot import Snapshot, read_snapshot, write_snapshot
 from suture.stats import Stats
 from suture.vector import TaskVector
-
-REGS = ("l1", "polarize", "none")
-STEPS = ("rms", "adam", "raw")
-
-
-@dataclass(frozen=True)
-class LearnSettings:
-    """How to train the logits."""
-
-    start: float = 0.01
-    """Density of the masks at the start: the largest changes are open."""
-    logit: float = 3.0
-    """Where open logits start; closed ones start at minus that."""
-    reg: str = "l1"
-    """``l1`` closes (the paper's penalty), ``polarize`` pushes away from 0 (the released code),
-    ``none`` lets the loss decide alone."""
-    strength: float = 0.1
-    """Of the penalty; with the steps ``rms`` and ``adam`` relative to the size of the gradient."""
-    epochs: int = 10
-    """Steps; each sees every row once."""
-    step: str = "rms"
-    """``rms``: the gradient with respect to open masks divided by its root mean square; ``adam``;
-    ``raw``: the gradient of the summed batches as it is, as released."""
-    lr: float = 10.0
-    """Length of a step; ``adam`` wants about 0.3, ``raw`` 1e7."""
-    batch: int = 16
-    """Rows that go through the model together."""
-
-    def problems(self) -> Iterator[str]:
-        """What is wrong, a line each."""
-        for name in ("epochs", "batch"):
-            value = getattr(self, name)
-            if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-                yield f"{name}: a whole number from 1 on, not {brief(value)}"
-        for name in ("start", "logit", "strength", "lr"):
-            value = getattr(self, name)
-            fine = isinstance(value, int | float) and not isinstance(value, bool)
-            if (
-                not fine
-                or not math.isfinite(value)
-                or value < 0
-                or (value == 0) > (name == "strength")
-            ):
-                yield f"{name}: a positive number, not {brief(value)}"
-            elif name == "start" and value > 1:
-                yield f"start: a density, in (0, 1]; got {brief(value)}"
-        for name, known in (("reg", REGS), ("step", STEPS)):
-            if getattr(self, name) not in known:
-                given = getattr(self, name)
-                hint = did_you_mean(str(given), known)
-                yield f"{name}: {brief(given)} is not one of {', '.join(known)}; {hint}"
-
-
-PRESETS: dict[str, LearnSettings] = {
-    "default": LearnSettings(),
-    "released": LearnSettings(start=1e-5, logit=5.0, reg="polarize", strength=10.0, epochs=10,
-                              step="raw", lr=1e7, batch=8),
-}  # fmt: skip
-"""``released``: the schedule of the published code for its language tasks. Its gradient is the sum
-over batches of mean gradients, so that more data make longer steps."""
-
-
-def settings_from(
-    raw: Mapping[str, Any], problems: Problems, where: str = "learn"
-) -> LearnSettings:
-    """Read settings from plain data; ``preset`` names those that are not given."""
-    given = dict(raw)
-    preset = given.pop("preset", "default")
-    if not isinstance(preset, str) or preset not in PRESETS:
-        hint = did_you_mean(str(preset), list(PRESETS))
-        problems.add(RecipeError, f"{where}.preset: no preset {brief(preset)}; {hint}")
-        preset = "default"
-    known = [f.name for f in fields(LearnSettings)]
-    for key in [k for k in given if k not in known]:
-        hint = did_you_mean(str(key), ["preset", *known])
-        problems.add(RecipeError, f"{where}: unknown key {key!r}; {hint}")
-        del given[key]
-    found = replace(PRESETS[preset], **given)
-    for problem in found.problems():
-        problems.add(RecipeError, f"{where}.{problem}")
-    return found
 
 
 def pull(logits: Tensor, reg: str, strength: float) -> Tensor | float:
@@ -156,7 +76,7 @@ def learn(  # noqa: PLR0913  every word of the question
     vector: TaskVector,
     model: nn.Module,
     data: Dataset,
-    settings: LearnSettings = PRESETS["default"],
+    settings: LearnSettings = LearnSettings(),
     *,
     objective: Objective = OBJECTIVES["classification"],
     device: str = "cpu",
@@ -180,11 +100,9 @@ def learn(  # noqa: PLR0913  every word of the question
 
     Raises:
         NonFiniteError: the loss became NaN or infinite.
-        RecipeError: there are no rows, labels are missing, or the settings are wrong.
+        RecipeError: there are no rows, labels are missing.
         MismatchError: the model lacks a parameter.
     """
-    for problem in settings.problems():
-        raise RecipeError(f"learn.{problem}")
     check_rows(data, objective)
     parameters = parameters_of(model, vector.names)
     start = localize(vector, density=settings.start)
@@ -336,6 +254,5 @@ class _Trainer:
 
 
 __all__ = [
-    "PRESETS", "REGS", "STEPS", "Epoch", "LearnSettings", "gradient", "learn", "penalty", "pull",
-    "settings_from",
+    "Epoch", "gradient", "learn", "penalty", "pull",
 ]  # fmt: skip

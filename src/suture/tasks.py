@@ -12,40 +12,17 @@ from typing import TYPE_CHECKING, Any
 
 from suture.card import carry
 from suture.checkpoint import Checkpoint, open_checkpoint
-from suture.errors import Problems, RecipeError, brief, did_you_mean
-from suture.recipe_types import Policy, Reader, refuse_unknown, section
+from suture.errors import Problems, RecipeError, did_you_mean
+from suture.recipe_types import Policy
 from suture.roles import EVERYTHING
 from suture.run import merged, save
+from suture.task_rows import Task
 
 if TYPE_CHECKING:
     from suture.data import Dataset, Row
-    from suture.finetune.recipe import DataSpec
     from suture.finetune.rows import Record
     from suture.measure import Objective
     from suture.models import Head
-
-TASK_KEYS = ("data", "kind", "head", "text", "label", "prompt", "response", "messages", "format",
-             "chat", "max_length", "rows", "batch", "draws")  # fmt: skip
-TOKENS = {"classification": 128, "causal": 1024}
-"""Most tokens of a row, where the recipe does not say."""
-
-
-@dataclass(frozen=True)
-class Task:
-    """The data of one model, as a recipe names them."""
-
-    data: Path
-    kind: str = "classification"
-    head: Path | None = None
-    text: str = "text"
-    label: str = "label"
-    max_length: int = 128
-    rows: int | None = None
-    """Most rows of each label, or of all where there are none."""
-    batch: int = 8
-    draws: int = 1
-    language: DataSpec | None = None
-    """The columns of a language model's rows."""
 
 
 @dataclass(frozen=True)
@@ -73,81 +50,6 @@ class Net:
     objective: Objective
     notes: tuple[str, ...] = ()
     """About rows that were cut or left out."""
-
-
-class TaskReader(Reader):
-    """Reads the keys of a recipe and notes everything that is wrong."""
-
-    def one(
-        self, raw: Mapping[str, Any], key: str, kind: type, default: Any, where: str = ""
-    ) -> Any:
-        """A value of one kind."""
-        found = raw.get(key, default)
-        fine = isinstance(found, kind) and (kind is bool or not isinstance(found, bool))
-        if found is not default and not fine:
-            words = {str: "a word", int: "a whole number", bool: "true or false"}
-            self.refuse(f"{where}{key}: {words[kind]}, not {brief(found)}")
-            return default
-        return found
-
-    def counted(self, raw: Mapping[str, Any], key: str, default: Any, where: str) -> Any:
-        """A whole number from 1 on."""
-        found = self.one(raw, key, int, default, where)
-        if isinstance(found, int) and found < 1:
-            self.refuse(f"{where}{key}: at least 1, not {found}")
-            return default
-        return found
-
-    def paired(self, key: str, models: Mapping[str, str]) -> dict[str, Any]:
-        """A section with one entry a model, by name."""
-        found = section(self.raw, key, self.problems)
-        for name in found:
-            if name not in models:
-                hint = did_you_mean(name, list(models)) if models else "there are none"
-                self.refuse(f"{key}: no model {name!r}; {hint}")
-        return {n: v for n, v in found.items() if n in models}
-
-    def tasks(self, models: Mapping[str, str]) -> dict[str, Task]:
-        """The section ``tasks``, paired with models by name."""
-        found = {}
-        for name, entry in self.paired("tasks", models).items():
-            where = f"tasks.{name}."
-            if not isinstance(entry, Mapping) or not isinstance(entry.get("data"), str):
-                self.refuse(f"tasks.{name}: a mapping with data, a .jsonl or .csv file")
-                continue
-            refuse_unknown(entry, TASK_KEYS, f"tasks.{name}: ", self.problems)
-            kind = self.one(entry, "kind", str, "classification", where)
-            if kind not in ("classification", "causal"):
-                self.refuse(f"{where}kind: classification or causal, not {kind!r}")
-            head = self.one(entry, "head", str, None, where)
-            if kind == "classification" and head is None:
-                self.refuse(f"{where}head: a classifier needs its head, a file that Suture wrote")
-            length = self.counted(entry, "max_length", TOKENS.get(kind, 128), where)
-            rows = self.counted(entry, "rows", None, where)
-            data = self.place(entry["data"])
-            found[name] = Task(
-                data, kind, None if head is None else self.place(head),
-                self.one(entry, "text", str, "text", where),
-                self.one(entry, "label", str, "label", where), length, rows,
-                self.counted(entry, "batch", 8, where), self.counted(entry, "draws", 1, where),
-                self.language(entry, where, data, length, rows) if kind == "causal" else None,
-            )  # fmt: skip
-        return found
-
-    def language(
-        self, entry: Mapping[str, Any], where: str, data: Path, length: int, rows: int | None
-    ) -> DataSpec:
-        """Which columns a language model's rows have; chats go through its own template."""
-        from suture.finetune.recipe import DataSpec, Source
-
-        words = {key: self.one(entry, key, str, key, where)
-                 for key in ("text", "prompt", "response", "messages")}  # fmt: skip
-        kind = self.one(entry, "format", str, "", where)
-        if kind not in ("", "text", "prompt", "chat"):
-            self.refuse(f"{where}format: text, prompt or chat, not {kind!r}")
-        return DataSpec(Source(str(data)), share=0.0, format=kind, max_length=length,
-                        too_long="cut", limit=rows or 0, **words,
-                        chat=self.one(entry, "chat", bool, False, where))  # fmt: skip
 
 
 def read_material(
@@ -263,6 +165,6 @@ def load_net(
 
 
 __all__ = [
-    "TASK_KEYS", "Material", "Net", "Task", "TaskReader", "check_loadable", "folder_of", "load_net",
+    "Material", "Net", "check_loadable", "folder_of", "load_net",
     "read_material",
 ]  # fmt: skip

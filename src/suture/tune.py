@@ -20,68 +20,8 @@ from suture.data import Batch, Dataset, collate, plan
 from suture.errors import CheckpointError, MissingExtraError, NonFiniteError, RecipeError
 from suture.mover import Loss, Mover, classification, to
 from suture.probe import fit_head as fit_head  # where it was
+from suture.settings import TuneSettings
 from suture.snapshot import Snapshot, read_snapshot, write_snapshot
-
-PRECISIONS = ("no", "fp16", "bf16")
-"""What ``TuneSettings.precision`` may be."""
-
-
-SCHEDULES = ("linear", "cosine", "constant")
-"""What ``TuneSettings.schedule`` may be."""
-
-
-@dataclass(frozen=True)
-class TuneSettings:
-    """How to train."""
-
-    epochs: int = 1
-    """How often every row is seen."""
-    steps: int = 0
-    """Stop after so many steps, if the epochs have more; 0: they decide."""
-    batch: int = 32
-    """Rows in a batch."""
-    accumulate: int = 1
-    """Batches whose gradients are averaged into one step."""
-    lr: float = 5e-5
-    """Peak learning rate."""
-    warmup: float = 0.1
-    """Share of the steps over which the rate rises linearly to its peak."""
-    schedule: str = "linear"
-    """How the rate falls to 0 after the peak: linear or cosine; or constant, it does not."""
-    weight_decay: float = 0.01
-    """Decoupled weight decay of matrices; vectors (norms, biases) are never decayed."""
-    clip: float = 1.0
-    """Largest norm of the gradient."""
-    precision: str = "no"
-    """Mixed precision: no, fp16 or bf16."""
-    seed: int = 0
-    """Seed of the order of rows and of dropout."""
-    validate_every: int = 0
-    """Steps between looks at the validation rows; 0: after each epoch."""
-    patience: int = 0
-    """Stop after so many looks without a better one, and keep the best; 0: never."""
-    save_every: int = 100
-    """Steps between checkpoints to resume from."""
-
-    def __post_init__(self) -> None:
-        least = {"epochs": 1, "batch": 1, "accumulate": 1, "save_every": 1}
-        for name in (*least, "steps", "validate_every", "patience", "seed"):
-            if getattr(self, name) < least.get(name, 0):
-                at_least = least.get(name, 0)
-                raise RecipeError(f"{name} must be at least {at_least}; got {getattr(self, name)}")
-        rules = {
-            "warmup": (0 <= self.warmup <= 1, "a share, in [0, 1]"),
-            "lr": (self.lr > 0, "positive"),
-            "weight_decay": (self.weight_decay >= 0, "not negative"),
-            "clip": (self.clip > 0, "positive"),
-        }
-        for name, (fine, must) in rules.items():
-            if not fine:
-                raise RecipeError(f"{name} must be {must}; got {getattr(self, name)}")
-        for name, known in (("precision", PRECISIONS), ("schedule", SCHEDULES)):
-            if getattr(self, name) not in known:
-                hint = ", ".join(known)
-                raise RecipeError(f"{name} is one of {hint}; got {getattr(self, name)!r}")
 
 
 @dataclass(frozen=True)

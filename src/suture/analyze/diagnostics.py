@@ -32,6 +32,8 @@ def check_diagnostics(
 def factors(request: Request) -> dict[str, float]:
     """The merge's factor on each task vector; without any in the recipe the plain average."""
     given = request.diagnostics.weights
+    if not isinstance(given, Mapping):
+        return dict.fromkeys(request.models, given)
     return {m: given.get(m, 0.0) if given else 1 / len(request.models) for m in request.models}
 
 

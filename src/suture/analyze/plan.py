@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -140,7 +140,7 @@ def _on_device(request: Request, problems: Problems) -> Request:
     from suture.models import device_named
 
     with problems.collecting():
-        return replace(request, device=device_named(request.device))
+        return request.model_copy(update={"device": device_named(request.device)})
     return request
 
 

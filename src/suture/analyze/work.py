@@ -243,7 +243,7 @@ def _bases(
 
 def _portable(plan: AnalysisPlan) -> dict[str, Any]:
     """The request with paths that hold wherever the output and the inputs move together."""
-    found = plan.request.to_dict()
+    found = plan.request.resolved()
     where = _paths(plan)
     found["base"] = where["base"]
     for section in ("models", "unseen"):

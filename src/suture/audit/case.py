@@ -48,7 +48,7 @@ class Case:
         attacked = self.ask("attacked", self.whole(self.outside))
         self._gradients()
         own = self._curve(f"region-{recipe.region}", partial(atlas.region, recipe.region), attacked)
-        nulls = {
+        nulls: dict[str, dict[float, Look]] = {
             rule: self._curve(rule, partial(atlas.control, rule), attacked)
             for rule in recipe.controls
         }

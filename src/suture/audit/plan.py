@@ -207,10 +207,8 @@ def _asked(
     if recipe.utility is not None:
         given = recipe.utility
         with problems.collecting():
-            suite = plan_suite(
-                list(grounds.values()), given if isinstance(given, Path) else _suite(recipe, given),
-                None, SuiteOptions(device=device),
-            )  # fmt: skip
+            what = given if isinstance(given, Path) else _suite(recipe, given.asked())
+            suite = plan_suite(list(grounds.values()), what, None, SuiteOptions(device=device))
     if suite is not None and suite.suite.dtype != DTYPES[0]:
         problems.add(RecipeError, f"utility: stitched models are asked in {DTYPES[0]}, not in "
                                   f"{suite.suite.dtype}")  # fmt: skip

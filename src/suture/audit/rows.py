@@ -14,11 +14,12 @@ from suture.audit.recipe import SIDES, Audit
 from suture.checkpoint import Checkpoint
 from suture.data import Dataset
 from suture.errors import Problems, RecipeError
-from suture.evals.kinds import Decoding, Job, Row, Run
+from suture.evals.decoding import Decoding
+from suture.evals.kinds import Job, Row, Run
 from suture.evals.table import EVALS
-from suture.finetune.recipe import DataSpec, Source
 from suture.finetune.rows import Record, language_data, records_of
 from suture.models import longest_of
+from suture.sources import DataSpec, Source
 from suture.suites.plan import digest, tokenizer_of
 
 

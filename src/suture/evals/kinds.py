@@ -33,6 +33,7 @@ from suture.chat import as_chat
 from suture.data import Batch, Dataset, cell
 from suture.errors import Problems, RecipeError, brief
 from suture.evals.base import Eval, Metric
+from suture.evals.decoding import Decoding
 from suture.images import Look
 from suture.merges.base import Parameter
 
@@ -109,20 +110,6 @@ class Row:
     cells: Mapping[str, object]
     category: str = ""
     language: str = ""
-
-
-@dataclass(frozen=True)
-class Decoding:
-    """How a model is asked and how it answers: always the likeliest token."""
-
-    max_tokens: int = 64
-    """New tokens at most."""
-    stop: tuple[str, ...] = ()
-    """Texts that end an answer, besides the model's own end; they are not part of it."""
-    chat: bool = False
-    """Whether prompts are put into the model's chat template."""
-    system: str = ""
-    """What the system says first, in a chat."""
 
 
 @dataclass

@@ -25,7 +25,8 @@ from suture.mover import Loss, Mover
 from suture.patch import Patch
 from suture.patchfile import is_patch
 from suture.roles import DEFAULT_SPACE, ROLES
-from suture.tune import TuneResult, TuneSettings
+from suture.settings import TuneSettings
+from suture.tune import TuneResult
 
 Say = Callable[[str], None]
 

@@ -9,7 +9,6 @@ from typing import Any
 from suture.checkpoint import Checkpoint
 from suture.data import cell
 from suture.errors import Problems, RecipeError, did_you_mean
-from suture.finetune.recipe import DataSpec, Source
 from suture.finetune.rows import Rows, held_out, need_columns, numbered, records_of
 from suture.headers import read_json
 from suture.images import (
@@ -23,6 +22,7 @@ from suture.images import (
     idx_images,
     is_idx,
 )
+from suture.sources import DataSpec, Source
 
 PREPROCESSOR = "preprocessor_config.json"
 

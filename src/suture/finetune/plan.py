@@ -14,13 +14,14 @@ from suture.errors import CheckpointError, OutputError, Problems, RecipeError
 from suture.finetune.base import given_mask
 from suture.finetune.heads import saved_head
 from suture.finetune.image_rows import image_rows, look_of
-from suture.finetune.recipe import HEADS, IMAGES, UNREAD, Finetune, parse_finetune
+from suture.finetune.recipe import HEADS, IMAGES, Finetune, parse_finetune
 from suture.finetune.rows import Rows, classification_rows, language_rows
 from suture.finetune.strategies import MASKS
 from suture.images import Images
 from suture.models import device_named, load_tokenizer, longest_of, reads_images
 from suture.outputs import Options, check_place, existing
 from suture.places import place_of
+from suture.sources import UNREAD
 from suture.spec import DTYPES, readable
 
 

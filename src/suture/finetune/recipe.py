@@ -2,74 +2,25 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, fields, replace
-from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
 from suture.errors import Problems, RecipeError, brief, did_you_mean, nearest
 from suture.finetune.base import Strategy, check_words
 from suture.finetune.strategies import STRATEGIES, strategy
-from suture.places import place_of
-from suture.recipe import raw_recipe
 from suture.recipe_types import Reader, refuse_unknown, section
+from suture.schema.text import raw_recipe
+from suture.settings import TuneSettings
+from suture.sources import TOO_LONG, UNREAD, DataSpec, read_held_out, read_source
 from suture.spec import WORD_OF, dtype_named
-from suture.tune import TuneSettings
 
 KEYS = ("base", "strategy", "parameters", "task", "data", "head", "training", "output", "device")
 IMAGES = "image-classification"
 TASKS = ("classification", IMAGES, "language-model")
 HEADS = ("probe", "zero-shot", "learned")
 FORMS = ("model", "patch", "both")
-TOO_LONG = ("error", "cut", "drop")
-
-
-@dataclass(frozen=True)
-class Source:
-    """Where rows come from: a file, or a data set of the hub."""
-
-    path: str
-    split: str = ""
-    """Of a hub data set."""
-    config: str | None = None
-    revision: str | None = None
-
-
-@dataclass(frozen=True)
-class DataSpec:
-    """The rows and what their columns are called."""
-
-    train: Source
-    validation: Source | None = None
-    share: float = 0.1
-    """Share of the training rows held out for validation, where it has no source of its own."""
-    text: str = "text"
-    label: str = "label"
-    prompt: str = "prompt"
-    response: str = "response"
-    messages: str = "messages"
-    image: str = "image"
-    size: int = 0
-    """Pixels that images are scaled to, in both directions; 0 for what the base was made for."""
-    format: str = ""
-    """text, prompt or chat; found out from the columns unless given."""
-    labels: tuple[str, ...] = ()
-    """The labels there are, in order; by default those of the training rows, sorted."""
-    label_texts: Mapping[str, str] = field(default_factory=dict)
-    """What a zero-shot head reads for a label, where not its name."""
-    max_length: int = 0
-    """Most tokens of a row; 0 for what the model can read."""
-    too_long: str = "error"
-    limit: int = 0
-    """Use only the first so many training rows; 0 for all."""
-    chat: bool = False
-    """Whether prompts and responses are put into the chat template."""
-
-
-UNREAD = DataSpec(Source(""))
-"""Stands in a recipe whose rows cannot be found or read, until that is reported."""
 
 
 @dataclass(frozen=True)
@@ -312,69 +263,3 @@ def read_training(
             problems.add(RecipeError, f"{place}.{key}: {told}")
             del fine[key]
     return replace(default, **fine)
-
-
-def read_held_out(
-    raw: Mapping[str, Any], where: str, default: float, folder: Path, problems: Problems
-) -> tuple[Source | None, float]:
-    """The key ``validation``: rows to choose by, a source of their own or a share of the others."""
-    given = raw.get("validation", default)
-    if not isinstance(given, int | float) or isinstance(given, bool):
-        return read_source(given, where, folder, "validation", problems), default
-    share = float(given)
-    if not 0 <= share < 1:
-        problems.add(RecipeError, f"{where}: a share is in [0, 1), not {share}")
-    return None, share
-
-
-PACKAGE = "package:"
-"""Before the path of a file that an installed Python package carries; its code is not run."""
-
-
-def _packaged(path: str, where: str) -> Path:
-    """A file of an installed package, read where it lies.
-
-    Raises:
-        RecipeError: there is no such package, or no such file in it.
-    """
-    name, _, rest = path.partition("/")
-    spec = find_spec(name) if re.fullmatch(r"[A-Za-z_]\w*", name) else None
-    if spec is None or not spec.submodule_search_locations:
-        raise RecipeError(f"{where}: the package {name} is not installed; install it, or take rows "
-                          "of your own")  # fmt: skip
-    for place in map(Path, spec.submodule_search_locations):
-        found = place / rest
-        if found.is_file() and place.resolve() in found.resolve().parents:
-            return found
-    raise RecipeError(f"{where}: the package {name} has no file {rest}")
-
-
-def read_source(
-    value: object, where: str, folder: Path, split: str, problems: Problems
-) -> Source | None:
-    """Where rows come from: a file or a data set of the hub; ``split`` is the hub's by default."""
-    raw = {"path": value} if isinstance(value, str) else value
-    if not isinstance(raw, Mapping) or not isinstance(raw.get("path"), str) or not raw["path"]:
-        problems.add(
-            RecipeError,
-            f"{where}: a file (.jsonl, .json, .csv, .parquet; of images also .npz or a folder) or "
-            f"a data set of the hub, not {brief(value)}",
-        )
-        return None
-    refuse_unknown(raw, ("path", "split", "config", "revision"), f"{where}: ", problems)
-    for key in ("split", "config", "revision"):
-        if not isinstance(raw.get(key) or "", str):
-            problems.add(RecipeError, f"{where}.{key}: a word, not {brief(raw[key])}")
-    path = str(raw["path"])
-    if path.startswith(PACKAGE):
-        with problems.collecting():
-            return Source(str(_packaged(path.removeprefix(PACKAGE), where)))
-        return None
-    local = place_of(path, folder)
-    if local.exists():
-        return Source(str(local))
-    looks = path.count("/") == 1 and not path.startswith((".", "/", "~")) and not Path(path).suffix
-    if not looks:
-        problems.add(RecipeError, f"{where}: no file {local}")
-        return None
-    return Source(path, str(raw.get("split") or split), raw.get("config"), raw.get("revision"))

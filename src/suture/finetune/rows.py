@@ -10,7 +10,7 @@ from typing import Any, NamedTuple, TypeVar
 from suture.chat import as_chat
 from suture.data import Dataset, Row, cell, draw, read_records
 from suture.errors import MissingExtraError, Problems, RecipeError, did_you_mean
-from suture.finetune.recipe import DataSpec, Source
+from suture.sources import DataSpec, Source
 
 R = TypeVar("R")
 Record = tuple[str, Mapping[str, object]]

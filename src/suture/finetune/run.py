@@ -38,8 +38,9 @@ from suture.mover import Mover, classification, next_token
 from suture.outputs import Options
 from suture.patching import make_patch
 from suture.recipe import SCHEMA
+from suture.settings import TuneSettings
 from suture.spec import listed
-from suture.tune import Progress, TuneResult, TuneSettings, tune
+from suture.tune import Progress, TuneResult, tune
 from suture.workspace import Workspace
 
 Tell = Callable[[str, Progress], None]

@@ -19,8 +19,9 @@ from suture.models import parameters_of
 from suture.realign.fuse import Fuser, Fusing, fuser
 from suture.realign.pairs import Pairs, answers_of, margins
 from suture.realign.parts import Models
+from suture.settings import TuneSettings
 from suture.stats import Stats
-from suture.tune import TuneResult, TuneSettings
+from suture.tune import TuneResult
 
 Say = Callable[[str], None]
 Edit = Callable[[str], Tensor]

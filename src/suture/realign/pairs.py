@@ -19,10 +19,10 @@ from torch.nn import functional as F
 from suture.data import Batch, Dataset, cell, collate, draw
 from suture.errors import NonFiniteError, Problems, RecipeError
 from suture.evals.base import Metric, mean, share
-from suture.finetune.recipe import Source
 from suture.finetune.rows import Record, Tokens, answer_tokens, need_columns, records_of
 from suture.models import evaluating
 from suture.mover import to, wanted
+from suture.sources import Source
 
 SIDES = ("train", "validation", "test")
 

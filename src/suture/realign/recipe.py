@@ -10,22 +10,17 @@ from typing import Any
 
 from suture.errors import Problems, RecipeError, brief, did_you_mean, nearest
 from suture.finetune.base import check_words
-from suture.finetune.recipe import (
-    TOO_LONG,
-    DataSpec,
-    read_held_out,
-    read_source,
-    read_training,
-)
+from suture.finetune.recipe import read_training
 from suture.realign.base import Realigner
 from suture.realign.fuse import Fusing, read_fusing
 from suture.realign.methods import METHODS, method
 from suture.realign.pairs import PairSpec
-from suture.recipe import raw_recipe
 from suture.recipe_types import Reader, read_space, refuse_unknown, section
 from suture.roles import EVERYTHING, ParamSpace
+from suture.schema.text import raw_recipe
+from suture.settings import TuneSettings
+from suture.sources import TOO_LONG, DataSpec, read_held_out, read_source
 from suture.spec import WORD_OF, dtype_named
-from suture.tune import TuneSettings
 
 KEYS = (
     "method", "base", "aligned", "models", "safety", "fuse", "parameters", "space", "data",

@@ -15,9 +15,9 @@ from suture.maskfile import StoredMask
 from suture.outputs import check_place as check_output
 from suture.outputs import check_recipe_stays
 from suture.planning import open_input
-from suture.recipe import raw_recipe
-from suture.regions.request import Regions, regions_from
+from suture.regions.request import Regions
 from suture.roles import names_in
+from suture.schema.read import read
 from suture.stats import Stats
 from suture.tasks import Material, check_loadable, read_material
 from suture.vector import align
@@ -91,10 +91,12 @@ def plan_regions(
         SutureError: all problems at once.
     """
     problems = Problems()
-    raw, place = raw_recipe(source, folder, problems)
-    recipe = regions_from(raw, place, problems)
+    recipe = read(Regions, source, problems, folder, whole=False)
+    if recipe is None:
+        problems.raise_if_any()
+    assert recipe is not None
     rule = _question(recipe, problems)
-    base, models = _opened(recipe, place, problems)
+    base, models = _opened(recipe, problems)
     names = _names(recipe, base, problems)
     stats = _stats(recipe, rule, base, names, problems)
     without = _without(recipe, base, names, problems)
@@ -139,17 +141,15 @@ def _why(recipe: Regions, rule: Rule) -> str:
     return f"the rule {rule.name}" if rule.needs else f"measure: {', '.join(recipe.measure)}"
 
 
-def _opened(
-    recipe: Regions, folder: Path, problems: Problems
-) -> tuple[Checkpoint | None, dict[str, Checkpoint]]:
+def _opened(recipe: Regions, problems: Problems) -> tuple[Checkpoint | None, dict[str, Checkpoint]]:
     base = None
     models = {}
     if recipe.base:
         with problems.collecting():
-            base = open_input(recipe.base, folder, None)
-    for name, path in recipe.models.items():
+            base = open_input(recipe.base, recipe.folder, None)
+    for name, entry in recipe.models.items():
         with problems.collecting():
-            models[name] = open_input(path, folder, base)
+            models[name] = open_input(entry.path, recipe.folder, base)
             if base is not None:
                 align(base, models[name], problems, buffers=True)
     return base, models
@@ -178,7 +178,7 @@ def _without(
     recipe: Regions, base: Checkpoint | None, names: Sequence[str], problems: Problems
 ) -> dict[str, StoredMask]:
     found, opened = {}, dict[Path, StoredMask]()
-    for name, path in recipe.without.items() if base is not None else ():
+    for name, path in recipe.masks_without.items() if base is not None else ():
         with problems.collecting():
             if path not in opened:
                 mask = opened[path] = StoredMask(path)
@@ -217,7 +217,7 @@ def check_place(plan: Plan, problems: Problems) -> None:
 def _files(recipe: Regions) -> dict[str, set[Path]]:
     """The files that are read besides models, by the key that names them."""
     found = {f"stats.{name}": {path} for name, path in recipe.stats.items()}
-    found |= {f"without.{name}": {path} for name, path in recipe.without.items()}
+    found |= {f"without.{name}": {path} for name, path in recipe.masks_without.items()}
     for name, task in recipe.tasks.items():
         found[f"tasks.{name}"] = {p for p in (task.data, task.head) if p is not None}
     return found

@@ -1,170 +1,158 @@
-"""The recipe of a localization: YAML to frozen types, all faults at once."""
+"""The recipe of a localization."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Annotated, Any, Literal
 
-from suture.errors import (
-    Problems,
-    brief,
-    did_you_mean,
-)
+from annotated_types import Gt, Le
+
+from suture.errors import did_you_mean
 from suture.importance import Rule, likely_rule
-from suture.recipe_types import read_space, refuse_unknown, section
-from suture.roles import DEFAULT_SPACE, ParamSpace
-from suture.stats import KINDS
-from suture.tasks import Task, TaskReader
+from suture.roles import DEFAULT_SPACE
+from suture.schema.fields import (
+    Becomes,
+    FilePath,
+    Files,
+    Listed,
+    ModelPath,
+    Named,
+    Says,
+    Seed,
+    Space,
+    Word,
+    plain,
+    section_of,
+)
+from suture.schema.sections import Faults, Recipe, Section, check
+from suture.settings import LEARN_PRESETS, LearnSettings
+from suture.task_rows import Task
 
-if TYPE_CHECKING:
-    from suture.learned import LearnSettings
-
-KEYS = ("base", "models", "rule", "density", "scope", "positive", "seed", "space", "stats", "tasks",
-        "at", "learn", "measure", "keep_stats", "device", "without")  # fmt: skip
-PLACES = ("base", "tuned", "both")
+Density = Annotated[float, Gt(0), Le(1), Says("the share of entries kept, in (0, 1]")]
+LearnKeys = section_of(
+    LearnSettings, {"preset": (Literal[tuple(LEARN_PRESETS)], "default")}
+)  # fmt: skip
 
 
-@dataclass(frozen=True)
-class Regions:
-    """A localization, as data: every key is known and every value checked."""
+def _learn(keys: Section, _: Path) -> LearnSettings:
+    given = keys.model_dump(exclude_unset=True)
+    return replace(LEARN_PRESETS[given.pop("preset", "default")], **given)
 
-    base: str = ""
-    models: Mapping[str, str] = field(default_factory=dict)
-    densities: Mapping[str, float | None] = field(default_factory=dict)
-    rule: str = "magnitude"
-    scope: str = "global"
+
+class TunedModel(Section):
+    """A model whose mask is made."""
+
+    short = "path"
+    shape = "a path, or a mapping with a path"
+    absent = {"density": 1.0}
+
+    path: ModelPath
+    """A folder, a file, a hub id, or BASE+ADAPTER."""
+    density: Density | None = None
+    """Of this mask; by default that of the recipe."""
+
+
+class Regions(Recipe):
+    """A localization: every key is known and every value checked."""
+
+    absent = {"base": "", "models": {}, "density": 1.0}
+
+    base: ModelPath
+    """What the models were tuned from."""
+    models: Annotated[Mapping[str, TunedModel], Named(
+        r"[^/\\]+", "cannot be the name of a mask file",
+        "a mapping from names to paths, with at least one model", taken=("base", "stats"), least=1,
+    )]  # fmt: skip
+    """The fine-tuned models by name."""
+    rule: Word = "magnitude"
+    """The line of the table by which entries are ranked."""
+    density: Density | None = None
+    """The share of entries kept."""
+    scope: Word = "global"
+    """Where the share is counted: global, layer or tensor."""
     positive: bool = False
-    seed: int = 0
-    space: ParamSpace = DEFAULT_SPACE
-    stats: Mapping[str, Path] = field(default_factory=dict)
-    tasks: Mapping[str, Task] = field(default_factory=dict)
-    at: str = "tuned"
-    learn: LearnSettings | None = None
-    measure: tuple[str, ...] = ()
+    """Whether only entries above 0 are kept."""
+    seed: Seed = 0
+    """Of the rule random."""
+    space: Space = DEFAULT_SPACE
+    """The tensors in which masks lie."""
+    stats: Annotated[Mapping[str, FilePath], Named(
+        ".*", "", "a mapping from names of models to files of statistics"
+    )] = {}  # fmt: skip
+    """Statistics that were measured before, by model."""
+    tasks: Annotated[Mapping[str, Task], Named(
+        ".*", "", "a mapping from names of models to their rows"
+    )] = {}  # fmt: skip
+    """Rows by model, for rules that measure."""
+    at: Literal["tuned", "base", "both"] = "tuned"
+    """Where statistics are measured."""
+    learn: Annotated[LearnSettings, Becomes(LearnKeys, _learn, plain)] | None = None
+    """How masks are trained, by the rule learned."""
+    measure: Annotated[
+        tuple[Literal["fisher", "empirical_fisher", "abs_grad", "grad", "input_norm", "gram"], ...],
+        Listed(one=False),
+    ] = ()  # fmt: skip
     """Statistics that are kept besides those that the rule needs, for merges by statistics."""
-    device: str = "cpu"
     keep_stats: bool = True
     """Whether what was measured stays beside the masks, which are much smaller."""
-    without: Mapping[str, Path] = field(default_factory=dict)
-    """Masks of entries that are never kept, by model."""
-    raw: Mapping[str, Any] = field(default_factory=dict)
-    """As it was written."""
+    device: Word = "cpu"
+    without: Files = {}
+    """Masks of entries that are never kept, one for all models or one for each."""
+
+    @property
+    def densities(self) -> dict[str, float | None]:
+        """The density of each model's mask."""
+        return {n: m.density or self.density for n, m in self.models.items()}
+
+    @property
+    def masks_without(self) -> Mapping[str, Path]:
+        """The masks of entries that are never kept, by model."""
+        given = self.without
+        return given if isinstance(given, Mapping) else dict.fromkeys(self.models, given)
+
+    @property
+    def meant(self) -> str:
+        """The rule, or that which a misspelt one is likely to mean."""
+        found = likely_rule(self.rule)
+        return self.rule if found is None else found.name
 
     def needs(self, rule: Rule) -> tuple[str, ...]:
         """Every kind of statistics that is wanted."""
         return tuple(dict.fromkeys((*rule.needs, *self.measure)))
 
+    @check
+    def _names_are_models(self) -> Faults:
+        known = list(self.models)
+        for key in ("stats", "tasks", "without"):
+            given = getattr(self, key)
+            for name in given if isinstance(given, Mapping) else ():
+                if name not in known:
+                    hint = did_you_mean(name, known) if known else "there are none"
+                    yield key, f"no model {name!r}; {hint}"
 
-class _Reader(TaskReader):
-    """Reads a recipe into ``Regions`` and notes everything that is wrong."""
+    @check
+    def _learning_is_asked_for(self) -> Faults:
+        if self.learn is not None and self.meant != "learned":
+            yield "learn", f"belongs to the rule learned, not to {self.rule}"
 
-    def regions(self) -> Regions:
-        refuse_unknown(self.raw, KEYS, "", self.problems)
-        base = self.one(self.raw, "base", str, "")
-        if not base:
-            self.refuse("base: missing; what the models were tuned from")
-        models, densities = self.models()
-        rule = self.one(self.raw, "rule", str, "magnitude")
-        meant = likely_rule(rule)
-        word = rule if meant is None else meant.name
-        at = self.one(self.raw, "at", str, "tuned")
-        if at not in PLACES:
-            self.refuse(f"at: where statistics are measured, base, tuned or both, not {at!r}")
-        if at == "both" and word == "learned":
-            self.refuse("at: the rule learned trains between base and model; leave it out")
-        seed = self.one(self.raw, "seed", int, 0)
-        if not 0 <= seed < 2**63:
-            self.refuse(f"seed: from 0 to 2**63 - 1, not {seed}")
-        learn = section(self.raw, "learn", self.problems)
-        settings = None
-        if word == "learned":
-            from suture.learned import settings_from
+    @check
+    def _learning_has_its_place(self) -> Faults:
+        if self.at == "both" and self.meant == "learned":
+            yield "at", "the rule learned trains between base and model; leave it out"
 
-            settings = settings_from(learn, self.problems)
-        elif learn:
-            self.refuse(f"learn: belongs to the rule learned, not to {rule}")
-        return Regions(
-            base, models, densities, rule, self.one(self.raw, "scope", str, "global"),
-            self.one(self.raw, "positive", bool, False), seed,
-            read_space(self.raw, self.problems),
-            self.stats(models), self.tasks(models), at, settings, self.measured(word),
-            self.one(self.raw, "device", str, "cpu"),
-            self.one(self.raw, "keep_stats", bool, True), self.without(models), dict(self.raw),
-        )  # fmt: skip
+    @check
+    def _learning_measures_nothing(self) -> Faults:
+        if self.measure and self.meant == "learned":
+            yield "measure", "the rule learned trains and measures nothing; use another recipe"
 
-    def models(self) -> tuple[dict[str, str], dict[str, float | None]]:
-        paths: dict[str, str] = {}
-        densities: dict[str, float | None] = {}
-        entries = section(self.raw, "models", self.problems)
-        if not entries:
-            self.refuse("models: a mapping from names to paths, with at least one model")
-        for name, entry in entries.items():
-            found = {"path": entry} if isinstance(entry, str) else entry
-            if not isinstance(found, Mapping) or not isinstance(found.get("path"), str):
-                self.refuse(f"models.{name}: a path, or a mapping with a path, not {brief(entry)}")
-                continue
-            refuse_unknown(found, ("path", "density"), f"models.{name}: ", self.problems)
-            if name in ("base", "stats", "") or not name.isprintable() or set(name) & set("/\\"):
-                self.refuse(f"models: {name!r} cannot be the name of a mask file")
-                continue
-            paths[name] = found["path"]
-            densities[name] = self.density(found, name)
-        return paths, densities
-
-    def density(self, entry: Mapping[str, Any], name: str) -> float | None:
-        where = f"models.{name}.density" if "density" in entry else "density"
-        found = entry.get("density", self.raw.get("density"))
-        if found is None:
-            return None
-        if isinstance(found, bool) or not isinstance(found, int | float) or not 0 < found <= 1:
-            self.refuse(f"{where}: the share of entries kept, in (0, 1]; got {brief(found)}")
-            return 1.0  # refused already; without a number it would be called missing, too
-        return float(found)
-
-    def measured(self, rule: str) -> tuple[str, ...]:
-        """The kinds that are measured besides."""
-        found = self.raw.get("measure", [])
-        if not isinstance(found, list) or not all(isinstance(k, str) for k in found):
-            self.refuse(f"measure: a list of kinds of statistics, not {brief(found)}")
-            return ()
-        for kind in found:
-            if kind not in KINDS or kind == "logit":
-                known = [k for k in KINDS if k != "logit"]
-                self.refuse(f"measure: no statistics {kind!r}; {did_you_mean(kind, known)}")
-        if found and rule == "learned":
-            self.refuse("measure: the rule learned trains and measures nothing; use another recipe")
-        return tuple(k for k in found if k in KINDS)
-
-    def stats(self, models: Mapping[str, str]) -> dict[str, Path]:
-        return self.files("stats", self.paired("stats", models))
-
-    def without(self, models: Mapping[str, str]) -> dict[str, Path]:
-        one = self.raw.get("without")
-        if isinstance(one, str):
-            return self.files("without", dict.fromkeys(models, one))
-        return self.files("without", self.paired("without", models))
-
-    def files(self, key: str, entries: Mapping[str, Any]) -> dict[str, Path]:
-        found = {}
-        for name, value in entries.items():
-            if isinstance(value, str) and value:
-                found[name] = self.place(value)
-            else:
-                self.refuse(f"{key}.{name}: a file, not {brief(value)}")
-        return found
+    def settled(self) -> Mapping[str, Any]:
+        """Return the settings of learning, and only what belongs to a model."""
+        learn = LearnSettings() if self.meant == "learned" and self.learn is None else self.learn
+        known = {key: {n: v for n, v in getattr(self, key).items() if n in self.models}
+                 for key in ("stats", "tasks")}  # fmt: skip
+        return {"learn": learn, **known}
 
 
-def regions_from(raw: Mapping[str, Any], folder: Path, problems: Problems) -> Regions:
-    """The request that a recipe makes; everything that is wrong with it is noted.
-
-    Args:
-        raw: what stands in the recipe.
-        folder: where relative paths start.
-        problems: takes the notes.
-    """
-    return _Reader(raw, folder, problems).regions()
-
-
-__all__ = ["Regions", "regions_from"]
+__all__ = ["Regions", "TunedModel"]

@@ -8,7 +8,7 @@ import os
 import shutil
 import time
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import asdict, replace
+from dataclasses import asdict
 from itertools import combinations
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -91,7 +91,7 @@ def _key(plan: Plan, prints: Mapping[str, str]) -> dict[str, Any]:
     """All that measuring and learning depend on."""
     recipe = plan.recipe
     tasks = {
-        m: [asdict(replace(recipe.tasks[m], data=Path(), head=None)),
+        m: [recipe.tasks[m].model_dump(mode="json", exclude={"data", "head"}),
             found.texts, _digest(recipe.tasks[m].head)]
         for m, found in plan.material.items()
     }  # fmt: skip
@@ -136,7 +136,7 @@ def _made(
         "schema": SCHEMA,
         "kind": "localize",
         **({"restricted": True} if any(m.get("restricted") for m in masks.values()) else {}),
-        "recipe": dict(plan.recipe.raw),
+        "recipe": dict(plan.recipe.written),
         "rule": {"name": plan.rule.name, "title": plan.rule.title, "paper": plan.rule.paper},
         "inputs": {
             label: {"path": c.label, "fingerprint": prints[label]}

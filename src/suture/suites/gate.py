@@ -24,7 +24,7 @@ from pathlib import Path
 from typing import Any
 
 from suture.errors import Problems, RecipeError, brief
-from suture.recipe import Lines, parse_yaml, text_of
+from suture.schema.text import Lines, parse_yaml, text_of
 
 OPS: dict[str, Callable[[float, float], bool]] = {
     ">=": lambda a, b: a >= b,

@@ -13,10 +13,10 @@ from suture.data import cell
 from suture.errors import Problems, RecipeError
 from suture.evals.kinds import Row
 from suture.finetune.image_rows import labelled
-from suture.finetune.recipe import DataSpec
 from suture.finetune.rows import Record, records_of
 from suture.images import Image, checked
 from suture.places import place_of
+from suture.sources import DataSpec
 from suture.suites.suite import DTYPES, Question, Suite
 
 IMAGES = "image-classifier"

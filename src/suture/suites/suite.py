@@ -9,11 +9,12 @@ from pathlib import Path
 from typing import Any
 
 from suture.errors import Problems, brief, did_you_mean
-from suture.evals.kinds import Decoding, Kind
+from suture.evals.decoding import Decoding
+from suture.evals.kinds import Kind
 from suture.evals.table import EVALS
-from suture.finetune.recipe import TOO_LONG, Source, read_source
-from suture.recipe import raw_recipe
 from suture.recipe_types import Reader, refuse_unknown, section
+from suture.schema.text import raw_recipe
+from suture.sources import TOO_LONG, Source, read_source
 
 KEYS = ("name", "evaluations", "decoding", "reference", "dtype")
 DTYPES = ("float32", "bfloat16", "float16")

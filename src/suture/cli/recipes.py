@@ -1,0 +1,42 @@
+"""The command about recipes themselves: their schemas."""
+
+from __future__ import annotations
+
+from importlib import import_module
+from typing import Annotated
+
+import typer
+
+from suture.cli.parts import app, errors
+from suture.errors import RecipeError, did_you_mean
+from suture.terminal import show_json, tell
+
+RECIPES = {
+    "analyze": ("suture.analyze.request", "Request"),
+    "audit": ("suture.audit.recipe", "Audit"),
+    "localize": ("suture.regions.request", "Regions"),
+}
+"""Where the recipe of a command is defined."""
+
+
+@app.command()
+def schema(
+    command: Annotated[
+        str | None, typer.Argument(help="Whose recipes: see the list without it.")
+    ] = None,
+) -> None:
+    """Print the JSON Schema of a command's recipes, by which editors complete and check them."""
+    with errors(False):
+        if command is None:
+            for name in RECIPES:
+                tell(name)
+            return
+        if command not in RECIPES:
+            raise RecipeError(f"no schema of {command!r}; {did_you_mean(command, list(RECIPES))}")
+        from suture.schema.export import schema_of
+
+        module, name = RECIPES[command]
+        show_json(schema_of(getattr(import_module(module), name), f"Recipe of suture {command}"))
+
+
+__all__ = ["RECIPES", "schema"]
