@@ -137,6 +137,8 @@ TEXTS = {
     "questions": "questions by the collection they come from",
     "order": "sentences whose words are in order or not",
 }
+UPPER: dict[str, Any] = {"embeddings": False}
+"""What the short form trains of the chat model."""
 SHORT = Size(
     Edits(
         tasks=(_text("bias", 450, 270, lr=1.5e-4), _text("questions", 720, 270),
@@ -144,9 +146,12 @@ SHORT = Size(
         merges=("average", "task-arithmetic", "ties", "dare-ties", "consensus"),
     ),
     Safety(
-        policy=Training(128, 2, 2e-4), skills=("sums",), skill=Training(32, 2, 1e-4),
-        drift=Training(20, 2, 1e-4), merges=("average",), realigners=("somf",), pairs=16, steps=6,
-        somf={"granularity": "row", "rescale": "none"}, asked=20, puzzles=12,
+        policy=Training(180, 2, 5e-4, parameters=UPPER), skills=("sums",),
+        skill=Training(64, 2, 4e-4, parameters=UPPER),
+        drift=Training(24, 2, 3e-4, parameters=UPPER), merges=("average",), realigners=("somf",),
+        pairs=32, steps=10, somf={"granularity": "row", "rescale": "none"}, rate=0.5, asked=40,
+        puzzles=24, tokens=7, skill_tokens=11, classes=("music", "birds"), held_out=0.25,
+        topics="both", brief=True, helped=24, utility=8,
     ),
 )  # fmt: skip
 LONG = Size(
