@@ -163,8 +163,8 @@ class Clock:
 
     def words(self) -> str:
         """The time that is left, in words."""
-        # The guess counts as much as twenty seconds of what was seen.
-        factor = (self.took + 20) / (self.expected + 20)
+        # The guess counts as much as a minute of what was seen.
+        factor = (self.took + 60) / (self.expected + 60)
         return f"about {duration(self.left * factor)} left" if self.left > 0.5 else "done"
 
 
