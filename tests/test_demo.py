@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import shlex
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -204,6 +205,38 @@ def test_a_run_that_is_stopped_anywhere_ends_with_the_same_tables(
     assert len(stops["begin"]) == len(stops["finish"]) > 10
     whole = {name: text for name, text in tables(small / "demo").items() if name.startswith(half)}
     assert tables(out) == whole
+
+
+def test_work_of_other_inputs_is_not_gone_on_with(tmp_path: Path) -> None:
+    """A step goes on from its own work only: not before it has replaced what other inputs left."""
+    said, stop = list[bool](), [0]
+
+    def runs(inputs: int, ticks: int) -> None:
+        def make(now: Any) -> str:
+            said.append(now.resume)
+            for _ in range(ticks):
+                now.tick(0.1)
+            if stop[0]:
+                raise KeyboardInterrupt
+            (tmp_path / "out").write_text(str(inputs))
+            return ""
+
+        journal = steps.Journal(tmp_path, {})
+        one = [steps.Step("out", "make it", inputs, make)]
+        journal.enter(one)
+        with suppress(KeyboardInterrupt):
+            steps.run_steps(journal, one, lambda _: None)
+
+    stop[0] = 1
+    runs(1, 1)  # the first of all may look for what is there: nothing
+    runs(1, 1)
+    runs(2, 0)  # of other inputs, stopped before it did anything
+    runs(2, 1)
+    runs(2, 0)  # now the work is its own
+    stop[0] = 0
+    runs(2, 0)
+    runs(2, 0)  # there already
+    assert said == [True, True, False, False, True, True]
 
 
 def test_the_long_form_has_more_of_all_and_leaves_nothing_behind(tmp_path: Path, run: Any) -> None:

@@ -86,7 +86,9 @@ class Journal:
         return same and entry["sizes"] == sizes(self.folder / name)
 
     def begin(self, name: str) -> bool:
-        """Note that a step begins; whether an earlier run began the very same.
+        """Note that a step begins; whether it may go on from what an interrupted run left.
+
+        It may not where a run of other inputs was the last, until this one has replaced its work.
 
         Raises:
             OutputError: something stands there that no run of the demo has made.
@@ -95,8 +97,13 @@ class Journal:
         if not entry and (self.folder / name).exists():
             raise OutputError(f"{self.folder / name} was not made by the demo; move it, or name "
                               "another folder with --out")  # fmt: skip
-        self._write(name, {"key": self.keys[name]})
-        return bool(entry.get("key") == self.keys[name])
+        same = entry.get("key") == self.keys[name] and bool(entry.get("resume", True))
+        self.note(name, resume=same or not entry)
+        return same or not entry
+
+    def note(self, name: str, *, resume: bool) -> None:
+        """Note whether what a running step has left so far is of this very step."""
+        self._write(name, {"key": self.keys[name], "resume": resume})
 
     def finish(self, name: str, seconds: float, told: str) -> None:
         """Note that the output is there."""
@@ -191,7 +198,7 @@ def run_steps(journal: Journal, steps: Sequence[Step], write: Callable[[str], ob
         began = time.perf_counter()
         (journal.folder / step.name).parent.mkdir(parents=True, exist_ok=True)
         try:
-            told = step.make(Now(resume, _quarters(write)))
+            told = step.make(Now(resume, _ticks(journal, step.name, resume, write)))
         except BaseException:
             write("stopped\n")
             raise
@@ -201,11 +208,16 @@ def run_steps(journal: Journal, steps: Sequence[Step], write: Callable[[str], ob
         write(f"{f'{told}; ' if told else ''}{took:.1f} s ({clock.words()})\n")
 
 
-def _quarters(write: Callable[[str], object]) -> Callable[[float], None]:
-    """Tell each quarter of a step, once."""
-    told = [0]
+def _ticks(
+    journal: Journal, name: str, resume: bool, write: Callable[[str], object]
+) -> Callable[[float], None]:
+    """Tell each quarter of a step, once; once it moves, what it leaves is its own."""
+    told, noted = [0], [resume]
 
     def tick(share: float) -> None:
+        if not noted[0]:
+            noted[0] = True
+            journal.note(name, resume=True)
         quarter = min(3, int(4 * share))
         if quarter > told[0]:
             told[0] = quarter
