@@ -138,6 +138,27 @@ def test_every_strategy_goes_from_a_recipe_to_a_folder(
     assert (again.losses, again.metric) == (report.losses, report.metric)
 
 
+@pytest.mark.parametrize("name", ["full", "linearized", "lora", "linearized-lora", "talos"])
+def test_only_the_last_blocks_are_trained(name: str, shop: Path, tmp_path: Path) -> None:
+    """With ``blocks: 1`` every tensor below the last block keeps its bits; the report counts the
+    entries that are left. Of a BERT, the norm of the embeddings stands below."""
+    parameters = {**EXAMPLES[name], "blocks": 1}
+    report = finetune(recipe(shop, name, parameters=parameters), tmp_path / "out")
+    base, tuned = suture.open(shop / "base"), suture.open(tmp_path / "out")
+    changed = {n for n in base if not np.array_equal(base[n], tuned[n])}
+    assert changed
+    assert all(n.startswith("encoder.layer.1.") for n in changed)
+    if name in ("full", "linearized"):
+        block = [n for n in base if n.startswith("encoder.layer.1.")]
+        assert report.trained == sum(base[n].size for n in block)
+    elif "lora" in name:
+        whole = finetune(recipe(shop, name), tmp_path / "whole")
+        assert report.trained * 2 == whole.trained
+    for more in {"full", "lora"} & {name}:
+        with pytest.raises(RecipeError, match="blocks: the model has 2 blocks, not 3"):
+            finetune(recipe(shop, more, parameters={"blocks": 3}), tmp_path / "x")
+
+
 def test_the_files_of_a_sentence_encoder_come_along(shop: Path, tmp_path: Path) -> None:
     """A base made by sentence-transformers has files in folders of their own."""
     base = tmp_path / "base"

@@ -22,6 +22,7 @@ from suture.finetune.calibrate import (
     sensitivity,
     smallest,
     structure,
+    upper,
 )
 from suture.finetune.packed import Place, unpack
 from suture.models import Classifier, Head, LanguageModel
@@ -53,6 +54,26 @@ def test_what_is_prunable() -> None:
     assert {n for n in names if ".layer.1." in n} == set(prunable(classifier(), blocks=1))
     with pytest.raises(RecipeError, match="has 2 blocks"):
         prunable(classifier(), blocks=3)
+
+
+def test_the_norm_above_the_blocks_belongs_to_them() -> None:
+    """In the names of Llama, GPT-2, BERT, OPT, ViT and CLIP; norms below the blocks do not."""
+    above = {
+        "model.norm.weight": ("model.layers.0.w", "model.layers.1.w"),
+        "transformer.ln_f.bias": ("transformer.h.0.w", "transformer.h.1.w"),
+        "model.decoder.final_layer_norm.weight": ("decoder.layers.0.w", "decoder.layers.1.w"),
+        "vit.layernorm.weight": ("vit.layers.0.w", "vit.layers.1.w"),
+        "vision_model.post_layernorm.weight": ("layers.0.w", "layers.1.w"),
+    }
+    below = [
+        "embeddings.LayerNorm.weight", "vision_model.pre_layrnorm.weight", "wte.weight",
+        "word_embeddings_layernorm.weight", "lm_head.weight",
+    ]  # fmt: skip
+    for norm, (first, last) in above.items():
+        assert upper([*below, first, norm, last], 1) == [norm, last]
+        assert upper([*below, first, norm, last], 0) == [*below, first, norm, last]
+    with pytest.raises(RecipeError, match="has 2 blocks, not 3"):
+        upper(["layers.0.w", "layers.1.w"], 3)
 
 
 @pytest.mark.parametrize("score", ["fisher", "logit"])

@@ -357,7 +357,7 @@ def test_overlaps_are_refused_unless_it_is_said_what_they_become(
     two = models.patch("two", models.bob, density=0.5)
     before = tree(tmp_path)
     with pytest.raises(
-        MismatchError, match=r"entries near element \d+ stand in more than one patch.*--on-overlap"
+        MismatchError, match=r"entries near element \d+ stand in more than one patch.*on_overlap="
     ):
         apply_patches(models.base, [one, two], tmp_path / "out")
     assert tree(tmp_path) == before
@@ -504,7 +504,7 @@ def test_another_base_is_refused(models: Any, tmp_path: Path) -> None:
     patch = models.patch("p", density=0.2)
     before = tree(tmp_path)
     with pytest.raises(
-        MismatchError, match=r"not what .* was made on: \d+ of \d+ tensors .*--force"
+        MismatchError, match=r"not what .* was made on: \d+ of \d+ tensors .*force=True"
     ):
         apply_patches(models.bob, [patch], tmp_path / "out")
     with pytest.raises(MismatchError, match="does not hold at element"):

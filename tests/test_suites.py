@@ -557,7 +557,7 @@ def test_a_corrupted_result_is_refused_and_replaced_only_if_asked(
     """It may be somebody's file: nothing is written over it without `--overwrite`."""
     out = tmp_path / "r.json"
     out.write_text(text, encoding="latin-1")
-    with pytest.raises(OutputError, match=r"r\.json: .*--overwrite"):
+    with pytest.raises(OutputError, match=r"r\.json: .*overwrite=True"):
         suture.evaluate(shop / "base", suite(shop), out)
     assert out.read_text(encoding="latin-1") == text
     suture.evaluate(shop / "base", suite(shop), out, overwrite=True)
@@ -567,7 +567,7 @@ def test_a_corrupted_result_is_refused_and_replaced_only_if_asked(
 def test_the_result_of_another_model_or_suite_is_not_replaced(shop: Path, tmp_path: Path) -> None:
     out, made = tmp_path / "r.json", suite(shop, words={"kind": "loss"})
     suture.evaluate(shop / "base", made, out)
-    with pytest.raises(OutputError, match="fingerprint .* name another place, or --overwrite"):
+    with pytest.raises(OutputError, match="fingerprint .* name another place, or overwrite=True"):
         suture.evaluate(shop / "edit", made, out)
     with pytest.raises(OutputError, match="is a result of the suite 'tiny'"):
         suture.evaluate(shop / "base", {**made, "name": "other"}, out)

@@ -277,6 +277,8 @@ def adapter_card(
 
 def model_name(checkpoint: Checkpoint) -> str:
     """How a card names a model: its hub id, or the last part of its path, never a whole path."""
+    if checkpoint.in_memory:
+        return checkpoint.label
     hub = is_from_hub(checkpoint)
     return checkpoint.label.partition("@")[0] if hub else checkpoint.path.name
 

@@ -12,7 +12,7 @@ import weakref
 from collections.abc import Iterator, Mapping
 from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 
@@ -25,9 +25,14 @@ from suture.spec import BF16, DTYPES, FLOAT8, TensorSpec, listed, readable
 if TYPE_CHECKING:
     import torch
 
+    from suture.vector import TaskVector
+
 INDEX = "model.safetensors.index.json"
 WEIGHTS = "model.safetensors"
 PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
+
+MEMORY = "memory:"
+"""In the place of a path: what follows is the name of something that is in no file."""
 
 Array = np.ndarray[Any, Any]
 
@@ -42,17 +47,28 @@ class Place(NamedTuple):
 
 
 class Checkpoint(Mapping[str, Array]):
-    """Tensors on disk, by name; read when asked for, never changed.
+    """Tensors of files or in memory, by name; read when asked for, never changed.
 
     ``checkpoint[name]`` is a new numpy array: floating tensors as float32 (float64 stays), others
     as stored. ``tensor(name)`` is the torch tensor in the dtype of the file. Subtracting another
-    checkpoint gives a ``TaskVector``; adding two is an error.
+    checkpoint gives a ``TaskVector``; adding two is an error. ``suture.open`` makes one.
+
+    Example:
+        >>> import numpy as np, suture
+        >>> base = suture.open({"layers.0.mlp.weight": np.zeros(2, np.float32)}, label="base")
+        >>> tuned = suture.open({"layers.0.mlp.weight": np.ones(2, np.float32)}, label="tuned")
+        >>> list(base), base.nbytes
+        (['layers.0.mlp.weight'], 8)
+        >>> tuned - base
+        TaskVector(+1*(tuned - base), 1 tensors)
     """
 
     notes: tuple[str, ...] = ()
     """What whoever uses it should know."""
     has_tokenizer = False
     """Whether a tokenizer stands in the file of weights itself."""
+    in_memory = False
+    """Whether its tensors lie in no file, so that no record can say where to find them."""
 
     def __init__(
         self, where: Path, label: str, files: list[Path], index: Mapping[str, str] | None = None
@@ -245,6 +261,10 @@ class Checkpoint(Mapping[str, Array]):
         """The dtype of a tensor in its file, which a view may have widened."""
         return self.specs[name].dtype
 
+    def home(self, name: str) -> Path:
+        """The file that holds a tensor; of tensors in memory, what they are called."""
+        return self.files[self.places[name].file] if self.files else self.path
+
     def as_stored(self, name: str) -> bool:
         """Whether a tensor is read just as its file has it, under its own name."""
         return True
@@ -256,11 +276,14 @@ class Checkpoint(Mapping[str, Array]):
                  if role_of(n).kind == "embedding" and len(s.shape) == 2]  # fmt: skip
         return max(sizes, default=None)
 
-    difference: ClassVar[Any]
-    """What subtraction does; set by ``suture.vector``, which stands below this module."""
+    def __sub__(self, base: object) -> TaskVector:
+        if not isinstance(base, Checkpoint):
+            return NotImplemented
+        # The one import against the order: an operator belongs to its left operand, what it gives
+        # is made below. It is written here, so that nobody has to import `vector` for its effect.
+        from suture.vector import TaskVector
 
-    def __sub__(self, base: object) -> Any:
-        return self.difference(self, base) if isinstance(base, Checkpoint) else NotImplemented
+        return TaskVector.between(self, base)
 
     def __add__(self, other: object) -> Any:
         if isinstance(other, Checkpoint):
@@ -362,9 +385,29 @@ def locate(text: str, near: Path | None = None) -> Path:
     path = place_of(text, near)
     if _there(path):
         return path.resolve()
+    refuse_memory(text)
     if _HUB_ID.fullmatch(text):
         return _from_hub(text, path)
     raise CheckpointError(f"{text}: no such file or folder{_nearby(path)}")
+
+
+def address(checkpoint: Checkpoint) -> str:
+    """What a recipe calls an open checkpoint: its path, or ``memory:NAME`` where it has none."""
+    return f"{MEMORY}{checkpoint.label}" if checkpoint.in_memory else str(checkpoint.path)
+
+
+def refuse_memory(text: str) -> None:
+    """Refuse what a record calls something that was in memory only.
+
+    Raises:
+        CheckpointError: it is such a name.
+    """
+    name = text if text.startswith(MEMORY) else Path(text).name
+    if name.startswith(MEMORY):
+        raise CheckpointError(
+            f"{name}: lay in memory when this was written, and in no file; save it with "
+            "`suture.save`, and name that place here"
+        )
 
 
 def is_from_hub(checkpoint: Checkpoint) -> bool:

@@ -279,6 +279,36 @@ def bytes_read(job: Job, names: Iterable[str]) -> int:
     return sum(c.specs[n].nbytes for n in names for c in job.sources.all if n in c.specs)
 
 
+def prepared(jobs: Sequence[Job], stage: Stage = _silent) -> list[Any]:
+    """What each merge has to know of all tensors before it makes one: read once, in order."""
+    progress = stage("prepare", sum(bytes_read(j, j.names) * j.merge.passes for j in jobs))
+    return [
+        job.merge.prepare(
+            Context(job.sources, job.names, job.models, job.threads, job.block, progress)
+        )
+        for job in jobs
+    ]
+
+
+def make_tensor(name: str, jobs: Sequence[Job], states: Sequence[Any], writer: Sink) -> None:
+    """Merge one tensor alone, into the writer: the bytes that ``apply`` gives it.
+
+    Args:
+        name: of the tensor; one of the jobs makes it.
+        jobs: of the whole merge.
+        states: what ``prepared`` gave for them.
+        writer: where the tensor goes.
+
+    Raises:
+        SutureError: an input is at fault.
+    """
+    for job, state in zip(jobs, states, strict=True):
+        if name in job.specs:
+            merging = _Merging(job, state, writer, _Done())
+            sweep(job.sources, tasks_of([name], job.specs), merging, threads=job.threads,
+                  block=job.block)  # fmt: skip
+
+
 def apply(
     jobs: Sequence[Job], writer: Sink, inputs: Mapping[str, Checkpoint], stage: Stage = _silent
 ) -> Outcome:
@@ -302,15 +332,9 @@ def apply(
         done.verify(writer, stage("verify", done.nbytes(writer.specs)))
     resumed = len(done.pieces)
     work = [_left(job, done) for job in jobs]
-    ahead = stage("prepare", sum(bytes_read(j, j.names) * j.merge.passes for j in jobs))
     # Also where nothing is left to do: the state has the facts of the record.
-    states = [
-        job.merge.prepare(
-            Context(job.sources, job.names, job.models, job.threads, job.block, ahead)
-        )
-        for job in jobs
-    ]
-    prepared = time.perf_counter()
+    states = prepared(jobs, stage)
+    ready = time.perf_counter()
     left = sum(
         _nbytes(job, piece)
         for job, tasks in zip(jobs, work, strict=True)
@@ -324,8 +348,8 @@ def apply(
               progress=progress)  # fmt: skip
     outcome = _outcome(jobs, done, states, inputs, writer.specs, resumed)
     outcome.seconds = {
-        "prepare": prepared - begun,
-        "merge": time.perf_counter() - prepared,
+        "prepare": ready - begun,
+        "merge": time.perf_counter() - ready,
     }
     return outcome
 
@@ -478,6 +502,8 @@ __all__ = [
     "Outcome",
     "apply",
     "checkpoint_fingerprint",
+    "make_tensor",
     "output_specs",
     "peak_memory",
+    "prepared",
 ]

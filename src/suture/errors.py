@@ -13,38 +13,100 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from difflib import get_close_matches
+from functools import wraps
+from inspect import signature
 from reprlib import repr as brief
+from typing import ParamSpec, TypeVar
+
+P = ParamSpec("P")
+T = TypeVar("T")
 
 
 class SutureError(Exception):
-    """Something is wrong with what the user gave; never a bug of ours."""
+    """Something is wrong with what the user gave; never a bug of ours.
+
+    ``problems`` has every fault, where there are several.
+
+    Example:
+        >>> import suture
+        >>> try:
+        ...     suture.open("nowhere")
+        ... except suture.SutureError as error:
+        ...     print(type(error).__name__, error)
+        CheckpointError nowhere: no such file or folder (looked for nowhere)
+    """
 
 
 class RecipeError(SutureError):
-    """A recipe, a parameter or a command that cannot be followed."""
+    """A recipe, a parameter or a command that cannot be followed.
+
+    Example:
+        >>> import numpy as np, suture
+        >>> suture.merge(None, [{"x": np.zeros(2)}], "liner")
+        Traceback (most recent call last):
+        suture.errors.RecipeError: method: no merge method 'liner'; did you mean 'linear'?
+    """
 
 
 class CheckpointError(SutureError):
-    """A file or folder that is not a readable checkpoint."""
+    """A file or folder that is not a readable checkpoint.
+
+    Example:
+        >>> import suture
+        >>> suture.open({"x": [1.0]})
+        Traceback (most recent call last):
+        suture.errors.CheckpointError: tensors: x: a torch tensor or a numpy array, not list
+    """
 
 
 class MismatchError(SutureError):
-    """Checkpoints that should hold the same tensors do not."""
+    """Checkpoints that should hold the same tensors do not.
+
+    Example:
+        >>> import numpy as np, suture
+        >>> one, two = (suture.open({n: np.zeros(2)}, label=n) for n in ("one", "two"))
+        >>> one - two
+        Traceback (most recent call last):
+        suture.errors.MismatchError: 2 problems:
+          - one against two: lacks two
+          - one against two: has one besides
+    """
 
 
 class NonFiniteError(SutureError):
-    """NaN or infinity where a number was expected."""
+    """NaN or infinity where a number was expected.
+
+    Example:
+        >>> import numpy as np, suture
+        >>> wild = {"layers.0.mlp.weight": np.array([np.nan], np.float32)}
+        >>> suture.merge(None, [wild], "linear").numpy()
+        Traceback (most recent call last):
+        suture.errors.NonFiniteError: memory:model1: layers.0.mlp.weight holds 1 NaN or ...
+    """
 
 
 class OutputError(SutureError):
-    """The place to write to cannot be written to."""
+    """The place to write to cannot be written to.
+
+    Example:
+        >>> import numpy as np, suture
+        >>> suture.save({"x": np.zeros(2)}, "/")
+        Traceback (most recent call last):
+        suture.errors.OutputError: /: ...
+    """
 
 
 class MissingExtraError(SutureError):
-    """An optional dependency is not installed."""
+    """An optional dependency is not installed.
+
+    Example:
+        >>> str(MissingExtraError("a torch tensor", "models"))
+        "a torch tensor needs the extra 'models': pip install 'suture[models]'"
+    """
 
     def __init__(self, what: str, extra: str | None = None) -> None:
         remedy = f" needs the extra {extra!r}: pip install 'suture[{extra}]'"
@@ -107,7 +169,8 @@ def _indented(text: str) -> str:
 
 __all__ = [
     "CheckpointError", "MismatchError", "MissingExtraError", "NonFiniteError", "OutputError",
-    "Problems", "RecipeError", "SutureError", "brief", "did_you_mean", "nearest",
+    "Problems", "RecipeError", "SutureError", "brief", "did_you_mean", "in_python",
+    "nearest", "spoken_in_python", "told_in_python",
 ]  # fmt: skip
 
 
@@ -122,3 +185,60 @@ def did_you_mean(word: str, known: Sequence[str]) -> str:
     """A hint for a misspelt ``word``: the nearest known one, or all there are."""
     found = nearest(word, known)
     return f"known: {', '.join(known)}" if found is None else f"did you mean {found!r}?"
+
+
+_IN_PYTHON = {
+    "overwrite": "overwrite=True", "no-resume": "resume=False", "force": "force=True",
+    "allow-nonfinite": "allow_nonfinite=True", "save-others": "save_others=True",
+    "scale": "scale", "rank": "rank", "energy": "energy", "out": "out", "values": "values=True",
+    "on-overlap last or mean": 'on_overlap="last" or on_overlap="mean"',
+    "on-overlap last": 'on_overlap="last"',
+}  # fmt: skip
+"""What the options of commands, which messages name, are called in Python."""
+_FLAG = re.compile(
+    r"(?<![\w-])--(" + "|".join(sorted(_IN_PYTHON, key=len, reverse=True)) + r")(?![\w-])"
+)
+_INSPECT = re.compile(r"`suture inspect (\w+) --check`")
+
+
+def in_python(text: str) -> str:
+    """A message with keywords of Python in the place of the options of a command.
+
+    >>> in_python("out: exists; name another folder, or add --overwrite")
+    'out: exists; name another folder, or add overwrite=True'
+    """
+    text = _INSPECT.sub(r"`suture.inspect(\1, check=True)`", text)
+    return _FLAG.sub(lambda found: _IN_PYTHON[found[1]], text)
+
+
+@contextmanager
+def told_in_python() -> Iterator[None]:
+    """Let errors that leave the block name keywords, where they name options of a command."""
+    try:
+        yield
+    except SutureError as error:
+        error.args = tuple(in_python(a) if isinstance(a, str) else a for a in error.args)
+        problems = getattr(error, "problems", None)
+        if problems is not None:
+            error.problems = tuple(map(in_python, problems))  # type: ignore[attr-defined]
+        raise
+
+
+def spoken_in_python(function: Callable[P, T]) -> Callable[P, T]:
+    """The function, whose errors speak of keywords; for what users call from Python.
+
+    A keyword that it does not have is a ``RecipeError`` with the one that was meant.
+    """
+    known = signature(function).parameters
+    open_ended = any(p.kind is p.VAR_KEYWORD for p in known.values())
+
+    @wraps(function)
+    def called(*args: P.args, **options: P.kwargs) -> T:
+        for word in () if open_ended else options:
+            if word not in known:
+                hint = did_you_mean(word, list(known))
+                raise RecipeError(f"{function.__name__}: no keyword {word!r}; {hint}")
+        with told_in_python():
+            return function(*args, **options)
+
+    return called

@@ -328,7 +328,7 @@ def _widened(checkpoint: Checkpoint, name: str, start: int, count: int) -> Array
     checkpoint.read_into(name, start, raw)
     if kernels.widen(raw, dtype.code, count, row):
         spec, wild = checkpoint.specs[name], count_nonfinite(checkpoint, name)
-        file = checkpoint.files[checkpoint.places[name].file]
+        file = checkpoint.home(name)
         raise NonFiniteError(
             f"{file}: {name} holds {wild} NaN or infinite values of {spec.numel}; repair the model "
             "or fetch it again (`suture inspect MODEL --check` finds them all)"

@@ -56,7 +56,9 @@ def below(name: str) -> bool:
     kind = role_of(name).kind
     if kind in ("head", "pooler"):
         return False
-    return kind in ("embedding", "position", "patch") or "embed" in name.lower()
+    # CLIP calls the norm between its patches and its layers so, in this spelling
+    early = ("embed", "pre_layrnorm", "pre_layernorm")
+    return kind in ("embedding", "position", "patch") or any(w in name.lower() for w in early)
 
 
 class Stretch(NamedTuple):

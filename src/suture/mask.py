@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import hashlib
+import os
 import threading
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
@@ -35,6 +37,15 @@ class Mask:
     """A set of entries of named tensors, one bit each (bit i of byte j is entry 8 j + i).
 
     ``&``, ``|``, ``-`` and ``~`` are those of sets, over the same tensors.
+
+    Example:
+        >>> import numpy as np, suture
+        >>> one = suture.Mask.of({"w": np.array([True, True, False, False])})
+        >>> two = suture.Mask.of({"w": np.array([True, False, True, False])})
+        >>> (one & two)["w"].tolist()
+        [True, False, False, False]
+        >>> (~one).count, round(one.jaccard(two), 3)
+        (2, 0.333)
     """
 
     def __init__(
@@ -146,7 +157,24 @@ class Mask:
             counts[name] = Shared(size, popcount(bits), popcount(theirs[name]), both)
         return overlap_of(counts, seed=seed, draws=draws)
 
-    def save(self, path: Path) -> None:
+    def __repr__(self) -> str:
+        tensors = f"{len(self.shapes)} tensor{'' if len(self.shapes) == 1 else 's'}"
+        return f"Mask({self.count:,} of {self.size:,} entries, {self.density:.3%}, {tensors})"
+
+    def stored(self) -> StoredMask:
+        """The mask as merges read one, by pieces; its bits stay where they are."""
+        return StoredMask.in_memory(self.name, self.shapes, self.bits, self.about)
+
+    @property
+    def name(self) -> str:
+        """What records call it where it is in no file: ``mask-`` and a digest of its bits."""
+        digest = hashlib.blake2b(digest_size=8)
+        for name, bits in sorted(self.bits.items()):
+            digest.update(f"{name} {self.shapes[name]}".encode())
+            digest.update(np.ascontiguousarray(bits).data)
+        return f"mask-{digest.hexdigest()}"
+
+    def save(self, path: str | os.PathLike[str]) -> None:
         """Write the mask as a safetensors file, with a digest of all of it; see ``maskfile``.
 
         Raises:
@@ -157,7 +185,7 @@ class Mask:
                 file.put(name, 0, bits)
 
     @classmethod
-    def load(cls, path: Path) -> Mask:
+    def load(cls, path: str | os.PathLike[str]) -> Mask:
         """Read a mask that ``save`` wrote, or the mask in a file of marked weights.
 
         Raises:
@@ -166,6 +194,19 @@ class Mask:
         stored = StoredMask(Path(path))
         stored.check()
         return cls(stored.shapes, {n: stored.whole(n) for n in stored.shapes}, stored.about)
+
+
+def stored_mask(source: str | os.PathLike[str] | Mask) -> StoredMask:
+    """A mask as merges read one, of a file or of a mask in memory.
+
+    Raises:
+        SutureError: the file is not a mask, or it is none.
+    """
+    if isinstance(source, Mask):
+        return source.stored()
+    if not isinstance(source, str | os.PathLike):
+        raise SutureError(f"a mask, or the file of one, not {type(source).__name__}")
+    return StoredMask(Path(source))
 
 
 Sink = Callable[[str, int, Array], None]
@@ -349,4 +390,12 @@ def localize(  # noqa: PLR0913  every word of the question
     return Mask(shapes, bits, marked(about, restricted))
 
 
-__all__ = ["Located", "Mask", "check_question", "check_without", "localize", "locate"]
+__all__ = [
+    "Located",
+    "Mask",
+    "check_question",
+    "check_without",
+    "localize",
+    "locate",
+    "stored_mask",
+]

@@ -17,9 +17,10 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from suture.checkpoint import Array, Checkpoint
+from suture.checkpoint import MEMORY, Array, Checkpoint, refuse_memory
 from suture.errors import CheckpointError, OutputError, SutureError, brief
 from suture.headers import read_header
+from suture.held import TensorCheckpoint
 from suture.publish import sync_folder
 from suture.seal import BLANK, seal, unbroken
 from suture.spec import TensorSpec
@@ -122,6 +123,7 @@ class StoredMask:
     """
 
     def __init__(self, path: Path) -> None:
+        refuse_memory(str(path))
         metadata = read_header(path).metadata
         if metadata.get("format") not in (FORMAT, GRAFT):
             raise SutureError(f"{path}: not a mask")
@@ -145,6 +147,19 @@ class StoredMask:
         if metadata["format"] == FORMAT:
             for name in self.checkpoint.specs.keys() - self.shapes.keys():
                 raise SutureError(f"{path}: the mask of {name} has no shape")
+
+    @classmethod
+    def in_memory(
+        cls, name: str, shapes: Mapping[str, tuple[int, ...]], bits: Mapping[str, Array],
+        about: Mapping[str, Any],
+    ) -> StoredMask:  # fmt: skip
+        """Packed bits that lie in memory, read as those of a file are; see ``Mask.stored``."""
+        made = cls.__new__(cls)
+        made.path, made.digest = Path(f"{MEMORY}{name}"), None
+        made.checkpoint = TensorCheckpoint(bits, name)
+        made.about, made.shapes = dict(about), dict(shapes)
+        made.restricted = made.checkpoint.restricted = about.get("restricted") is True
+        return made
 
     def _add(self, name: str, text: str) -> None:
         words = text.split(",")

@@ -288,6 +288,49 @@ def file_names(model: nn.Module) -> dict[str, str]:
     return stored
 
 
+def named_in_files(model: nn.Module, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The tensors of a ``state_dict`` by the names that they have in files; see ``file_names``.
+
+    Where an architecture joins several tensors of its files into one, they are cut apart again.
+    """
+    try:
+        from transformers.core_model_loading import revert_weight_conversion
+    except ImportError:  # transformers 4 renames nothing
+        return dict(tensors)
+    if not isinstance(model, transformers.PreTrainedModel):
+        return dict(tensors)
+    return dict(revert_weight_conversion(model, dict(tensors)))
+
+
+def files_of(model: nn.Module) -> Path | None:
+    """The folder that transformers loaded a model from, or its snapshot in the cache of the Hub.
+
+    ``None`` where there is none any more, or its configuration is of another vocabulary. The Hub
+    is not asked.
+    """
+    named = str(getattr(getattr(model, "config", None), "_name_or_path", "") or "")
+    if not named:
+        return None
+    place = Path(named) / "config.json"
+    if not place.is_file():
+        from huggingface_hub import try_to_load_from_cache
+        from huggingface_hub.errors import HFValidationError
+
+        try:
+            found = try_to_load_from_cache(named, "config.json")
+        except HFValidationError:
+            return None
+        if not isinstance(found, str):
+            return None
+        place = Path(found)
+    try:
+        size = json.loads(place.read_bytes()).get("vocab_size")
+    except (OSError, ValueError, AttributeError):
+        return None
+    same = size == getattr(getattr(model, "config", None), "vocab_size", None)
+    return place.parent.resolve() if same else None
+
+
 @torch.inference_mode()
 def embed(encoder: Encoder, batches: Iterable[Tokens], *, device: str = "cpu") -> Tensor:
     """Vectors ``(n, dim)`` of all rows on the CPU in float32, in the order of the data.

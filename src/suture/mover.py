@@ -139,6 +139,10 @@ class Mover:
             return int((wanted(batch)[:, 1:] != 0).sum())
         return len(batch.rows)
 
+    def asked(self, batch: Batch) -> Batch:
+        """What the model is asked for a batch of the loop: the same, where rows are no pairs."""
+        return batch
+
     def before(self, accelerator: Any, lr: float) -> None:
         """Between the last gradient of a step and clipping."""
 

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from suture.checkpoint import Checkpoint, ties_embeddings
+from suture.checkpoint import Checkpoint, refuse_memory, ties_embeddings
 from suture.engine import (
     Job,
     output_specs,
@@ -107,13 +108,19 @@ def _check_files(recipe: Recipe, problems: Problems) -> None:
     found = settings(recipe.method, recipe.parameters, [(n, {}) for n in recipe.models], Problems())
     for key, files in found.items():
         for model, path in (files or {}).items() if takes_files(recipe.method, key) else ():
-            if not Path(path).exists():
-                problems.add(RecipeError, f"parameters.{key}.{model}: no such file: {path}")
+            _check_there(f"parameters.{key}.{model}", path, problems)
     if recipe.protect is not None:
         for key in ("mask", "stats"):
-            path = getattr(recipe.protect, key)
-            if path is not None and not Path(path).exists():
-                problems.add(RecipeError, f"protect.{key}: no such file: {path}")
+            _check_there(f"protect.{key}", getattr(recipe.protect, key), problems)
+
+
+def _check_there(where: str, source: Any, problems: Problems) -> None:
+    """Note a file that is missing; masks and statistics in memory are there."""
+    if isinstance(source, str | os.PathLike):
+        with problems.collecting(f"{where}: "):
+            refuse_memory(os.fspath(source))
+            if not Path(source).exists():
+                raise RecipeError(f"no such file: {source}")
 
 
 def check_fit(recipe: Recipe, parts: Sequence[Part], problems: Problems, notes: list[str]) -> None:
@@ -135,7 +142,8 @@ def check_fit(recipe: Recipe, parts: Sequence[Part], problems: Problems, notes: 
             check_selectors(getattr(recipe.space, key), names, f"space.{key}")
     names |= {old for part in parts for own in part.known.values() for old in own.values()}
     _check_patterns(recipe, names, problems, notes)
-    if not any(recipe.space.names(part.reference.specs) for part in parts):
+    left = any(recipe.space.names(part.reference.specs) for part in parts)
+    if not left and recipe.method.most != 1:  # one model taken over is copied, whatever it holds
         problems.add(RecipeError, "space: no tensor is left to merge")
 
 

@@ -77,6 +77,18 @@ class Patch:
     """Entries of some tensors: what stood there and what replaces it.
 
     ``Patch.load``, ``Patch.compose``, ``patch.scaled`` and ``patch.reversed`` make one, lazily.
+
+    Example:
+        >>> import numpy as np, suture, tempfile
+        >>> place = tempfile.TemporaryDirectory()
+        >>> base = suture.open({"w": np.zeros(4, np.float32)})
+        >>> tuned = suture.open({"w": np.array([0, 1, 0, 2], np.float32)})
+        >>> patch = suture.patch_make(base, tuned, f"{place.name}/math.patch.safetensors")
+        >>> patch.apply(base)["w"].tolist()
+        [0.0, 1.0, 0.0, 2.0]
+        >>> patch.scaled(0.5).apply(base)["w"].tolist()
+        [0.0, 0.5, 0.0, 1.0]
+        >>> place.cleanup()
     """
 
     label: str

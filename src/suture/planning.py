@@ -394,7 +394,7 @@ def _beside(recipe: Recipe) -> dict[str, list[Path]]:
             found[key] = [Path(file) for file in files if isinstance(file, str)]
     for key in ("mask", "stats"):
         file = None if recipe.protect is None else getattr(recipe.protect, key)
-        if file is not None:
+        if isinstance(file, str):
             found[f"protect.{key}"] = [Path(file)]
     return found
 

@@ -77,7 +77,7 @@ def inspect_model(
         found["each"] = {
             name: {"dtype": WORD_OF.get(spec.dtype, spec.dtype.lower()), "shape": list(spec.shape),
                    "role": kind(name), "layer": role_of(name).layer, "bytes": spec.nbytes,
-                   "file": checkpoint.files[checkpoint.places[name].file].name}
+                   "file": checkpoint.home(name).name}
             for name, spec in specs.items()
         }  # fmt: skip
     return found

@@ -7,6 +7,7 @@ mergekit recipe, which ``suture.mergekit`` translates.
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -332,7 +333,9 @@ def _located(how: Method, parameters: Mapping[str, Any], folder: Path) -> dict[s
     """The parameters with the paths of files taken from the recipe's folder on."""
 
     def at(path: object) -> object:
-        return str(place_of(path, folder)) if isinstance(path, str) else path
+        return (
+            str(place_of(os.fspath(path), folder)) if isinstance(path, str | os.PathLike) else path
+        )
 
     found = dict(parameters)
     for name in found.keys() & {n for n, p in how.parameters.items() if p.files}:

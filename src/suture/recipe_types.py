@@ -9,6 +9,7 @@ from typing import Any
 
 from suture.errors import Problems, RecipeError, brief, did_you_mean
 from suture.merges import METHODS, Method, settings
+from suture.merges.base import Parameter, spelled
 from suture.merges.protect import Protection
 from suture.places import place_of
 from suture.roles import DEFAULT_SPACE, ParamSpace
@@ -173,7 +174,8 @@ class Recipe:
     def resolved(self) -> dict[str, Any]:
         """The recipe with every default written out, as plain data that can be read again."""
         known, idle = self.method.parameters, self.method.idle(self.parameters)
-        shared = {n: self.parameters.get(n, p.default) for n, p in known.items() if n not in idle}
+        shared = {n: _plain(p, self.parameters.get(n, p.default)) for n, p in known.items()
+                  if n not in idle}  # fmt: skip
         found: dict[str, Any] = {
             "base": self.base,
             "models": {n: {"path": e.path, **e.parameters} for n, e in self.models.items()},
@@ -203,6 +205,15 @@ class Recipe:
         if self.stages:
             found["stages"] = {name: stage.resolved() for name, stage in self.stages.items()}
         return found
+
+
+def _plain(parameter: Parameter, value: Any) -> Any:
+    """The value of a parameter as a record has it: files by their paths."""
+    if not parameter.files or value is None:
+        return value
+    if isinstance(value, Mapping):
+        return {model: spelled(file) for model, file in value.items()}
+    return spelled(value)
 
 
 def checked(recipe: Recipe, problems: Problems) -> Recipe:

@@ -10,6 +10,7 @@ from typing import Any
 import suture
 from suture.checkpoint import (
     Checkpoint,
+    address,
     is_from_hub,
 )
 from suture.engine import (
@@ -20,6 +21,7 @@ from suture.errors import (
     Problems,
 )
 from suture.forms import PLAIN, check_forms
+from suture.merges.base import spelled
 from suture.parts import takes_files
 from suture.places import place_of
 from suture.planning import Plan, input_paths
@@ -95,15 +97,21 @@ def _place_inputs(recipe: dict[str, Any], plan: Plan, out: Path) -> dict[str, st
     for name, entry in recipe["models"].items():
         entry["path"] = paths[name]
     if plan.recipe.protect is not None:
-        moved = plan.recipe.protect.placed(lambda path: os.path.relpath(path, out))
+        moved = plan.recipe.protect.placed(lambda path: _file(path, out))
         recipe["protect"] = moved.plain()
     for name in [n for n in recipe["parameters"] if takes_files(plan.recipe.method, n)]:
         files = plan.recipe.parameters.get(name)
         if isinstance(files, Mapping):
-            recipe["parameters"][name] = {m: os.path.relpath(f, out) for m, f in files.items()}
+            recipe["parameters"][name] = {m: _file(f, out) for m, f in files.items()}
         elif files is not None:
-            recipe["parameters"][name] = os.path.relpath(files, out)
+            recipe["parameters"][name] = _file(files, out)
     return paths
+
+
+def _file(source: Any, out: Path) -> str:
+    """A file of masks or statistics, seen from the output; by its name where it is in memory."""
+    in_file = isinstance(source, str | os.PathLike)
+    return os.path.relpath(source, out) if in_file else spelled(source)
 
 
 def _form(plan: Plan) -> dict[str, str]:
@@ -120,6 +128,8 @@ def portable(checkpoint: Checkpoint, out: Path) -> str:
         return f"{portable(checkpoint.put_on, out)}+{_place(checkpoint.adapters[-1], out)}"
     if is_from_hub(checkpoint):
         return checkpoint.label
+    if checkpoint.in_memory:
+        return address(checkpoint)
     return os.path.relpath(checkpoint.path, out)
 
 

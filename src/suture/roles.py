@@ -164,7 +164,13 @@ NAME_LIMIT = 1000
 
 @lru_cache(maxsize=1 << 18)
 def role_of(name: str) -> Role:
-    """The role of the tensor called ``name``; never fails, unknown names are ``other``."""
+    """The role of the tensor called ``name``; never fails, unknown names are ``other``.
+
+    Example:
+        >>> import suture
+        >>> suture.role_of("model.layers.3.self_attn.q_proj.weight")
+        Role(kind='q', layer=3)
+    """
     if len(name) > NAME_LIMIT:
         return Role("other", None)
     found = _BLOCK.search(name)
@@ -215,6 +221,15 @@ class ParamSpace(NamedTuple):
 
     ``include`` and ``exclude`` hold roles or name globs; a tensor is edited when it is floating,
     no buffer, fits ``include`` (empty: everything) and does not fit ``exclude``.
+
+    Example:
+        >>> import numpy as np, suture
+        >>> names = ("embed_tokens.weight", "layers.0.self_attn.q_proj.weight", "norm.weight")
+        >>> model = suture.open({name: np.zeros((2, 2)) for name in names})
+        >>> suture.ParamSpace().names(model.specs)
+        ['layers.0.self_attn.q_proj.weight', 'norm.weight']
+        >>> suture.ParamSpace(include=("q",)).names(model.specs)
+        ['layers.0.self_attn.q_proj.weight']
     """
 
     include: tuple[str, ...] = ()

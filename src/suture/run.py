@@ -9,12 +9,12 @@ import json
 import os
 import time
 from collections.abc import Iterator, Mapping
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, Protocol
 
 from suture.card import carried_files, config_text, model_card
-from suture.checkpoint import Checkpoint
+from suture.checkpoint import Checkpoint, address
 from suture.engine import (
     Outcome,
     Stage,
@@ -28,7 +28,7 @@ from suture.errors import (
     RecipeError,
     SutureError,
 )
-from suture.headers import JSON_LIMIT, read_json
+from suture.merged import Merged, check_fingerprints
 from suture.merges import method
 from suture.merges import method as method_named
 from suture.merges.presets import preset as preset_named
@@ -45,7 +45,7 @@ from suture.planning import (
     stages_of,
 )
 from suture.recipe import read_recipe
-from suture.recipe_types import ModelEntry, Policy, Recipe
+from suture.recipe_types import ModelEntry, Policy
 from suture.record import provenance
 from suture.roles import ParamSpace
 from suture.spec import (
@@ -64,7 +64,17 @@ from suture.writer import SHARD_SIZE, Writer
 
 @dataclass(frozen=True)
 class MergeReport:
-    """What a merge wrote and what it cost."""
+    """What a merge wrote and what it cost.
+
+    Example:
+        >>> import numpy as np, suture, tempfile
+        >>> place = tempfile.TemporaryDirectory()
+        >>> base, math = ({"layers.0.mlp.weight": np.full(4, v, np.float32)} for v in (0, 1))
+        >>> report = suture.save(suture.merge(base, {"math": math}, weight=0.5), f"{place.name}/m")
+        >>> report.method, report.merged, report.moved, report.writeback_loss
+        ('task_arithmetic', 1, 4, 0.0)
+        >>> place.cleanup()
+    """
 
     out: Path
     method: str
@@ -92,14 +102,6 @@ class MergeReport:
         return {**asdict(self), "out": str(self.out)}
 
 
-@dataclass(frozen=True)
-class Merged:
-    """A merge that was asked for and not yet done; ``save`` does it."""
-
-    recipe: Recipe
-    inputs: Mapping[str, Checkpoint] = field(repr=False)
-
-
 def merged(  # noqa: PLR0913  every section of a recipe
     base: Checkpoint | None,
     models: Mapping[str, Checkpoint] | TaskVector,
@@ -109,7 +111,7 @@ def merged(  # noqa: PLR0913  every section of a recipe
     preset: str | None = None,
     space: ParamSpace | None = None,
     dtype: str | None = None,
-    policy: Policy | None = None,
+    policy: Policy | Mapping[str, str] | None = None,
     protect: Mapping[str, Any] | None = None,
     **parameters: Any,
 ) -> Merged:
@@ -149,17 +151,18 @@ def merged(  # noqa: PLR0913  every section of a recipe
     raw: dict[str, Any] = {
         **({"method": name} if name else {}),
         **({"preset": preset} if preset else {}),
-        "models": {m: {"path": str(c.path), **own[m]} for m, c in models.items()},
+        "models": {m: {"path": address(c), **own[m]} for m, c in models.items()},
         "parameters": parameters,
         **({"protect": dict(protect)} if protect is not None else {}),
+        **({"policy": dict(policy)} if isinstance(policy, Mapping) else {}),
     }
     if base is not None:
-        raw["base"] = str(base.path)
+        raw["base"] = address(base)
     recipe = read_recipe(raw)
     recipe = replace(
         recipe,
         space=space or recipe.space,
-        policy=policy or recipe.policy,
+        policy=policy if isinstance(policy, Policy) else recipe.policy,
         dtype=None if dtype is None else dtype_named(dtype),
     )
     inputs = {**({"base": base} if base is not None else {}), **models}
@@ -173,7 +176,9 @@ def _applied(
         raise RecipeError("a task vector is added to the base that it was formed with")
     if not vector.names:
         raise RecipeError("the task vector holds no tensor; nothing would change")
-    names = [f"{number} {tuned.path.name}" for number, (tuned, _) in enumerate(vector.terms)]
+    names = [
+        f"{number} {Path(address(tuned)).name}" for number, (tuned, _) in enumerate(vector.terms)
+    ]
     models = {name: tuned for name, (tuned, _) in zip(names, vector.terms, strict=True)}
     weights = {name: factor for name, (_, factor) in zip(names, vector.terms, strict=True)}
     return merged(vector.base, models, "task_arithmetic", weight=weights, dtype=dtype,
@@ -299,33 +304,6 @@ def _linked(plan: Plan, writer: Writer) -> list[str]:
     return [
         f"{len(writer.linked)} files are links to those of an input: never change either in place"
     ]
-
-
-def check_fingerprints(plan: Plan, outcome: Outcome) -> None:
-    problems = Problems()
-    for label, expected in plan.recipe.fingerprints.items():
-        found = outcome.fingerprints.get(label)
-        if found != expected:
-            problems.add(
-                MismatchError,
-                f"{label}: {plan.inputs[label].label} is not the model that was merged then "
-                f"(fingerprint {found}, not {expected})",
-            )
-    for label, expected in [item for one in plan.beside for item in one.expected.items()]:
-        if outcome.fingerprints.get(label) != expected:
-            problems.add(
-                MismatchError,
-                f"{label}: {plan.inputs[label].label} is not the model that the masks or "
-                "statistics of this recipe were made from; make them again",
-            )
-    for label in plan.made:
-        folder = plan.inputs[label].path
-        kept = read_json(folder / "suture.json", JSON_LIMIT).get("output")
-        if not isinstance(kept, dict) or kept.get("fingerprint") != outcome.fingerprints[label]:
-            problems.add(
-                MismatchError, f"{label}: {folder} was changed since it was made; remove it"
-            )
-    problems.raise_if_any()
 
 
 class Files(Protocol):

@@ -48,6 +48,14 @@ class TuneSettings:
     """Stop after so many looks without a better one, and keep the best; 0: never."""
     save_every: Count = 100
     """Steps between checkpoints to resume from."""
+    activations: Literal["auto", "memory", "disk", "recompute"] = "auto"
+    """Where the activations under the lowest block that is trained are kept: ``memory``, ``disk``
+    or nowhere (``recompute``); ``auto``: in memory within its bound, else on disk within its
+    bound, else nowhere. The result is the same."""
+    activations_memory: Annotated[float, Ge(0)] = 1.0
+    """GiB of memory that kept activations may take."""
+    activations_disk: Annotated[float, Ge(0)] = 10.0
+    """GiB of disk that kept activations may take while the run goes on."""
 
     def __post_init__(self) -> None:
         check_bounds(self)

@@ -8,15 +8,17 @@ measurement (fingerprint of the model, hash of the data, rows, loss, ...) as JSO
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from suture.checkpoint import Array, Checkpoint
+from suture.checkpoint import Array, Checkpoint, refuse_memory
 from suture.errors import CheckpointError, MismatchError, RecipeError, did_you_mean
 from suture.headers import read_header
+from suture.held import TensorCheckpoint
 from suture.publish import appearing
 from suture.spec import TensorSpec, listed
 
@@ -41,6 +43,14 @@ class Stats:
     """Statistics of one model on one set of rows, by kind and parameter.
 
     Layers that read the same input (query, key and value) share one tensor on disk.
+
+    Example:
+        >>> import numpy as np, suture
+        >>> stats = suture.Stats({"fisher/w": np.ones((2, 3), np.float32)}, {"rows": 8}, "mine")
+        >>> stats
+        Stats(mine: fisher)
+        >>> stats.names("fisher"), stats.shape("fisher", "w"), stats.facts["rows"]
+        (['w'], (2, 3), 8)
     """
 
     def __init__(self, tensors: Mapping[str, Array], facts: Mapping[str, Any], where: str) -> None:
@@ -144,7 +154,14 @@ class Stats:
                     f"has {list(specs[name].shape)}"
                 )
 
-    def save(self, path: Path) -> None:
+    def stored(self) -> Stats:
+        """The same as merges read them: tensors in memory behind a checkpoint."""
+        if isinstance(self.tensors, Checkpoint):
+            return self
+        arrays = {k: np.asarray(v, np.float32, order="C") for k, v in self.tensors.items()}
+        return Stats(TensorCheckpoint(arrays, "stats"), self.facts, self.where)
+
+    def save(self, path: str | os.PathLike[str]) -> None:
         """Write a safetensors file, whole or not at all; the same statistics, the same bytes.
 
         Raises:
@@ -161,19 +178,20 @@ class Stats:
             end = span[1]
         text = json.dumps(header, separators=(",", ":")).encode()
         text += b" " * (-len(text) % 8)
-        with appearing(path) as file:
+        with appearing(Path(path)) as file:
             file.write(len(text).to_bytes(8, "little") + text)
             for _, tensor in sorted(tensors.items()):
                 file.write(tensor.reshape(-1).view(np.uint8).data)
 
     @classmethod
-    def load(cls, path: Path) -> Stats:
+    def load(cls, path: str | os.PathLike[str]) -> Stats:
         """Open a file that ``save`` wrote; tensors are read when they are asked for.
 
         Raises:
             CheckpointError: the file is missing, damaged, or holds no statistics.
         """
         path = Path(path)
+        refuse_memory(str(path))
         metadata = read_header(path).metadata
         checkpoint = Checkpoint(path, str(path), [path])
         try:
@@ -189,6 +207,20 @@ class Stats:
         return cls(checkpoint, facts, str(path))
 
 
+def stored_stats(source: str | os.PathLike[str] | Stats) -> Stats:
+    """Statistics as merges read them, of a file or of what ``measure`` gave.
+
+    Raises:
+        CheckpointError: the file is missing, damaged, or holds no statistics.
+        RecipeError: it is neither.
+    """
+    if isinstance(source, Stats):
+        return source.stored()
+    if not isinstance(source, str | os.PathLike):
+        raise RecipeError(f"statistics, or the file of some, not {type(source).__name__}")
+    return Stats.load(source)
+
+
 def check_kinds(kinds: Iterable[str]) -> tuple[str, ...]:
     """Return the kinds, if there are such.
 
@@ -202,4 +234,4 @@ def check_kinds(kinds: Iterable[str]) -> tuple[str, ...]:
     return found
 
 
-__all__ = ["FORMAT", "KINDS", "OF_INPUTS", "Stats", "check_kinds"]
+__all__ = ["FORMAT", "KINDS", "OF_INPUTS", "Stats", "check_kinds", "stored_stats"]

@@ -295,7 +295,7 @@ class Block:
         for checkpoint in guilty:
             spec = checkpoint.specs[self.name]
             count = count_nonfinite(checkpoint, self.name)
-            file = checkpoint.files[checkpoint.places[self.name].file]
+            file = checkpoint.home(self.name)
             problems.add(
                 NonFiniteError,
                 f"{file}: {self.name} holds {count} NaN or infinite values of {spec.numel}; repair "

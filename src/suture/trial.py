@@ -7,13 +7,14 @@ from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from suture.engine import Outcome, Stage, apply
+from suture.engine import Outcome, Stage
 from suture.errors import Problems, RecipeError, SutureError
 from suture.forms import LINEARIZED, check_forms
 from suture.held import Beside, Held, Sink
-from suture.planning import Plan, check_contents, make_plan
+from suture.merged import computed
+from suture.planning import Plan, make_plan
 from suture.recipe_types import Recipe, checked
-from suture.run import add_files, after_stages, check_fingerprints, convert_tokenizer, execute
+from suture.run import add_files, after_stages, convert_tokenizer, execute
 
 MOST = 8 << 30
 """Bytes of a merge that is held in memory; a larger one is written into a temporary folder."""
@@ -45,7 +46,7 @@ def fingerprint_of(plan: Plan, stage: Stage | None = None) -> str:
     Raises:
         SutureError: an input is at fault.
     """
-    return _merged(plan, Sink(plan.specs, None), stage).fingerprints["output"]
+    return computed(plan, Sink(plan.specs, None), stage).fingerprints["output"]
 
 
 def leave_one_out(plan: Plan) -> list[LeftOut]:
@@ -111,7 +112,7 @@ def fill(held: Held, plan: Plan, stage: Stage | None = None) -> Outcome:
     Raises:
         SutureError: an input is at fault.
     """
-    return _merged(plan, Sink(plan.specs, held.bytes), stage)
+    return computed(plan, Sink(plan.specs, held.bytes), stage)
 
 
 def must_be_written(plan: Plan) -> str:
@@ -132,15 +133,6 @@ def written(plan: Plan, folder: Path, stage: Stage | None = None) -> None:
 def label_of(edit: str, expert: str) -> str:
     """What to call an edit without an expert; fit for the name of a file."""
     return re.sub(r"[^\w.+-]", "-", f"{edit}-without-{expert}")
-
-
-def _merged(plan: Plan, sink: Sink, stage: Stage | None) -> Outcome:
-    check_contents(plan)
-    outcome = apply(plan.jobs, sink, plan.inputs, stage or (lambda name, nbytes: None))
-    for checkpoint in plan.inputs.values():
-        checkpoint.check_unchanged()
-    check_fingerprints(plan, outcome)
-    return outcome
 
 
 __all__ = ["LeftOut", "fill", "fingerprint_of", "label_of", "leave_one_out", "must_be_written",

@@ -6,9 +6,10 @@
 from __future__ import annotations
 
 import math
+import random
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -16,8 +17,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from suture.data import Batch, Dataset, collate, plan
+from suture.data import Batch, Dataset, collate, fixed_plan, plan
 from suture.errors import CheckpointError, MissingExtraError, NonFiniteError, RecipeError
+from suture.kept import Kept
 from suture.mover import Loss, Mover, classification, to
 from suture.probe import fit_head as fit_head  # where it was
 from suture.settings import TuneSettings
@@ -75,6 +77,7 @@ def tune(  # noqa: PLR0913 - who trains by hand needs each of these now and then
     mover: Mover | None = None,
     score: Callable[[nn.Module], float] | None = None,
     checkpoint: Path | None = None,
+    kept: Kept | None = None,
 ) -> TuneResult:
     """Train the parameters of ``model`` that ask for gradients, in place.
 
@@ -92,6 +95,8 @@ def tune(  # noqa: PLR0913 - who trains by hand needs each of these now and then
         score: looks at validation rows; the larger the better.
         checkpoint: a file to resume from, if it is there, and to save to. An interrupted run that
             goes on from it ends with the same losses and the same weights.
+        kept: activations that stay as they are. The same rows then stand together in every epoch,
+            and only the order of the batches is drawn anew.
 
     Raises:
         MissingExtraError: accelerate is not installed.
@@ -122,12 +127,12 @@ def tune(  # noqa: PLR0913 - who trains by hand needs each of these now and then
 
     # the loop
     with _seeded(settings.seed, accelerator.device):
-        run = _Run(mover, optimizer, stepper, accelerator, checkpoint)
+        run = _Run(mover, optimizer, stepper, accelerator, checkpoint, kept)
         run.resume()
         for step in range(run.step, 0 if run.stopped else steps):
             epoch, place = divmod(step, epoch_steps)
             if place == 0 or step == run.first:
-                order = plan(lengths, settings.batch, seed=settings.seed * 1_000_003 + epoch)
+                order = _order(lengths, settings, epoch, kept is not None)
                 mine = order[accelerator.process_index :: accelerator.num_processes][:each]
             rows = mine[place * settings.accumulate :][: settings.accumulate]
             group = [to(collate(data, r), accelerator.device) for r in rows]
@@ -154,6 +159,22 @@ def tune(  # noqa: PLR0913 - who trains by hand needs each of these now and then
     return TuneResult(run.step, examples, tuple(run.losses), seconds, tuple(run.scores), run.kept)
 
 
+def groups_of(lengths: Sequence[int], settings: TuneSettings) -> list[list[int]]:
+    """The rows that stand together in every epoch, where activations may be kept."""
+    return fixed_plan(lengths, settings.batch, seed=settings.seed * 1_000_003)
+
+
+def _order(
+    lengths: Sequence[int], settings: TuneSettings, epoch: int, together: bool
+) -> list[list[int]]:
+    seed = settings.seed * 1_000_003 + epoch
+    if not together:
+        return plan(lengths, settings.batch, seed=seed)
+    groups = groups_of(lengths, settings)
+    random.Random(seed).shuffle(groups)
+    return groups
+
+
 def _is_time(step: int, steps: int, every: int) -> bool:
     """Whether something is due after a step, counted from 0; always after the last."""
     return (step + 1) % every == 0 or step + 1 == steps
@@ -174,7 +195,11 @@ class _Run:
         stepper: Any,
         accelerator: Any,
         path: Path | None,
+        kept: Kept | None,
     ) -> None:
+        self.activations = kept
+        if kept is not None and accelerator.num_processes > 1:
+            kept.share_nothing()
         self.mover, self.optimizer, self.stepper = mover, optimizer, stepper
         self.accelerator, self.path = accelerator, path
         self.trained = mover.trained()
@@ -202,10 +227,12 @@ class _Run:
             part["lr"] = lr
         weights = [self.mover.weight(batch) for batch in group]
         every = max(1, sum(weights))
-        total = sum(
-            self.mover.gradients(self.accelerator, batch, weight / every, batch is group[-1])
-            for batch, weight in zip(group, weights, strict=True)
-        )
+        total = 0.0
+        for batch, weight in zip(group, weights, strict=True):
+            with self.fed(batch):
+                total += self.mover.gradients(
+                    self.accelerator, batch, weight / every, batch is group[-1]
+                )
         if not math.isfinite(total):
             return total
         self.mover.before(self.accelerator, lr)
@@ -218,6 +245,12 @@ class _Run:
         tokens = sum(int(batch.attention_mask.sum()) for batch in group)
         self.tokens += tokens * self.accelerator.num_processes
         return total
+
+    def fed(self, batch: Batch) -> AbstractContextManager[None]:
+        """Inside, the model is given the activations that are kept for a batch, if any are."""
+        if self.activations is None:
+            return nullcontext()
+        return self.activations.feeding(self.mover.asked(batch), self.accelerator.autocast)
 
     def progress(self, steps: int, lr: float) -> Progress:
         """Where training stands now."""

@@ -132,6 +132,18 @@ class TaskVector(Mapping[str, Array]):
 
     Made by subtracting checkpoints: ``tuned - base``. Task vectors over the same base add, subtract
     and scale; ``select`` narrows them to some tensors.
+
+    Example:
+        >>> import numpy as np, suture
+        >>> base, math, code = (
+        ...     suture.open({"layers.0.mlp.weight": np.array(value, np.float32)}, label=label)
+        ...     for label, value in (("base", [0, 0]), ("math", [3, 4]), ("code", [0, 2]))
+        ... )
+        >>> both = (math - base) + 0.5 * (code - base)
+        >>> both["layers.0.mlp.weight"].tolist()
+        [3.0, 5.0]
+        >>> (math - base).norm(), (math - base).dot(code - base)
+        (5.0, 8.0)
     """
 
     def __init__(
@@ -238,7 +250,3 @@ class TaskVector(Mapping[str, Array]):
 
     def __eq__(self, other: object) -> bool:
         return self is other
-
-
-# A checkpoint stands above this module and cannot know it; here it learns to subtract.
-Checkpoint.difference = staticmethod(TaskVector.between)

@@ -79,11 +79,11 @@ def analyze(
 ) -> None:
     """Look at several task vectors at once: profiles, angles, conflicts, masks, bases."""
     with errors(as_json), Bars(as_json) as bars:
-        from suture import analyze as work
+        from suture.analyze import plan_analysis, run_analysis, summary_lines
 
-        plan = work.plan_analysis(recipe, out, overwrite=overwrite, threads=threads)
-        found = plan.describe() if dry_run else work.run_analysis(plan, bars.stage).to_dict()
-        told = work.summary_lines(plan, found) if not as_json else ()
+        plan = plan_analysis(recipe, out, overwrite=overwrite, threads=threads)
+        found = plan.describe() if dry_run else run_analysis(plan, bars.stage).to_dict()
+        told = summary_lines(plan, found) if not as_json else ()
         for line in told:
             tell(line)
     if as_json:

@@ -14,7 +14,7 @@ from suture.data import Batch
 from suture.errors import NonFiniteError
 from suture.evals.base import Metric, ratio
 from suture.evals.kinds import Job, Models, Prepare, Run, Score, Word, dataset_of
-from suture.models import evaluating
+from suture.models import LanguageModel, evaluating
 
 
 @torch.inference_mode()
@@ -33,8 +33,8 @@ def loss(model: nn.Module, batches: Iterable[Batch], *, device: str = "cpu") -> 
         for batch in batches:
             ids, mask = batch.input_ids.to(device), batch.attention_mask.to(device)
             if batch.targets is not None:  # the answer is judged, not the prompt
-                mask = batch.targets.to(device)
-                each = token_losses(model(ids, batch.attention_mask.to(device)), ids, mask)
+                seen, mask = mask, batch.targets.to(device)
+                each = target_losses(model, ids, seen, mask)
             else:
                 each = token_losses(model(ids, mask), ids, mask)
             sums += each.sum(1).tolist()
@@ -60,6 +60,23 @@ def token_losses(logits: Tensor, input_ids: Tensor, attention_mask: Tensor) -> T
     targets = input_ids[:, 1:]
     flat = F.cross_entropy(wide(logits[:, :-1]).flatten(0, 1), targets.flatten(), reduction="none")
     return flat.view(targets.shape) * attention_mask[:, 1:]
+
+
+def target_losses(
+    model: nn.Module, input_ids: Tensor, attention_mask: Tensor, targets: Tensor
+) -> Tensor:
+    """The same for tokens that are targets, 0 for others, whose logits are not computed.
+
+    A model whose read-out is more than a matrix gives all logits.
+    """
+    head = model.read_out() if isinstance(model, LanguageModel) else None
+    if head is None:
+        return token_losses(model(input_ids, attention_mask), input_ids, targets)
+    assert isinstance(model, LanguageModel)
+    marks = targets[:, 1:] != 0
+    states = model.hidden(input_ids, attention_mask)[:, :-1][marks]
+    each = F.cross_entropy(wide(head(states)), input_ids[:, 1:][marks], reduction="none")
+    return each.new_zeros(marks.shape).masked_scatter(marks, each)
 
 
 @torch.inference_mode()

@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import random
 from collections import defaultdict
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -21,6 +21,7 @@ from torch import Tensor, nn
 
 from suture.data import Batch, Dataset, collate, plan
 from suture.errors import NonFiniteError, RecipeError
+from suture.layers import below
 from suture.models import evaluating
 from suture.mover import to, wanted
 from suture.persample import covered, persample, squares
@@ -71,11 +72,50 @@ def prunable(model: nn.Module, *, blocks: int = 0) -> list[str]:
         if not (n.endswith(".bias") and role_of(n.removesuffix("bias") + "weight").kind == "k")
     ]
     if blocks:
-        layers = sorted({layer for n in names if (layer := role_of(n).layer) is not None})
-        if blocks > len(layers):
-            raise RecipeError(f"blocks: the model has {len(layers)} blocks, not {blocks}")
-        names = [n for n in names if role_of(n).layer in layers[-blocks:]]
+        kept = last_blocks(names, blocks)
+        names = [n for n in names if role_of(n).layer in kept]
     return sorted(names)
+
+
+def last_blocks(names: Iterable[str], blocks: int) -> frozenset[int]:
+    """The numbers of the last so many transformer blocks, as the names of parameters count them.
+
+    Example:
+        >>> sorted(last_blocks(["layers.0.w", "layers.1.w", "layers.2.w", "norm.w"], 2))
+        [1, 2]
+
+    Raises:
+        RecipeError: there are fewer.
+    """
+    layers = sorted({layer for n in names if (layer := role_of(n).layer) is not None})
+    if blocks > len(layers):
+        raise RecipeError(f"blocks: the model has {len(layers)} blocks, not {blocks}")
+    return frozenset(layers[len(layers) - blocks :])
+
+
+def upper(names: Iterable[str], blocks: int) -> list[str]:
+    """The parameters of the last so many transformer blocks and of the norm above them; 0: all.
+
+    The norm above belongs to them, since nothing but what they give passes through it. Read-out,
+    embeddings and a norm of embeddings do not.
+
+    Example:
+        >>> upper(["embed.weight", "layers.0.w", "layers.1.w", "norm.weight", "lm_head.weight"], 1)
+        ['layers.1.w', 'norm.weight']
+
+    Raises:
+        RecipeError: there are fewer blocks.
+    """
+    names = list(names)
+    if not blocks:
+        return names
+    kept = last_blocks(names, blocks)
+    return [
+        n
+        for n in names
+        if role_of(n).layer in kept
+        or (role_of(n).layer is None and role_of(n).kind == "norm" and not below(n))
+    ]
 
 
 def sensitivity(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -27,7 +28,8 @@ from suture.models import (
 
 
 def load_tuned(
-    folder: Path, *, head: Path | None = None, base: Path | None = None, device: str = "cpu",
+    folder: str | os.PathLike[str], *, head: str | os.PathLike[str] | None = None,
+    base: str | os.PathLike[str] | None = None, device: str = "cpu",
     weights: Checkpoint | None = None, dtype: torch.dtype = torch.float32,
 ) -> nn.Module:  # fmt: skip
     """Load what ``suture finetune`` wrote, or a merge of such folders, ready to be evaluated.
@@ -43,10 +45,16 @@ def load_tuned(
     Raises:
         CheckpointError: the folder holds no such model.
         MismatchError: the base is not the one it was trained on.
+
+    Example:
+        >>> import suture
+        >>> suture.load_tuned("nowhere")
+        Traceback (most recent call last):
+        suture.errors.CheckpointError: nowhere: no such file or folder (looked for nowhere)
     """
-    head = head or (
-        folder / "head.safetensors" if (folder / "head.safetensors").is_file() else None
-    )
+    folder, base = Path(folder), None if base is None else Path(base)
+    beside = folder / "head.safetensors"
+    head = Path(head) if head is not None else beside if beside.is_file() else None
     checkpoint = open_checkpoint(folder) if weights is None else weights
     if form_of(checkpoint).kind != LINEARIZED:
         body = _body(folder, head, device, weights, dtype)

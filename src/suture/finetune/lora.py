@@ -19,6 +19,7 @@ from torch import nn
 
 from suture.errors import MissingExtraError, RecipeError
 from suture.finetune.base import Job, backbone_of
+from suture.finetune.calibrate import last_blocks
 from suture.persample import is_linear
 from suture.roles import role_of
 
@@ -35,6 +36,7 @@ class Adapter:
         targets: Sequence[str],
         dropout: float,
         seed: int,
+        blocks: int = 0,
     ) -> None:
         try:
             from peft import LoraConfig, get_peft_model
@@ -42,6 +44,10 @@ class Adapter:
             raise MissingExtraError("low-rank fine-tuning", "finetune") from error
         backbone: Any = backbone_of(job.model, job.body)
         linear = {n: m for n, m in backbone.named_modules() if is_linear(m)}
+        kept = last_blocks((f"{n}.weight" for n in linear), blocks)
+        linear = {
+            n: m for n, m in linear.items() if not blocks or role_of(f"{n}.weight").layer in kept
+        }
         names = [n for n in linear if role_of(f"{n}.weight").kind in targets]
         if not names:
             there = sorted({role_of(f"{n}.weight").kind for n in linear})

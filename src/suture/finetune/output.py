@@ -153,7 +153,7 @@ def card(base: Checkpoint, recipe: Finetune, record: Mapping[str, Any], name: st
         lines.append(
             "**These weights are those of a linearized model.** They are the base plus a "
             "direction; evaluate them to first order around the base "
-            "(`suture.finetune.load_tuned`), not as an ordinary model.\n"
+            "(`suture.load_tuned`), not as an ordinary model.\n"
         )
     if recipe.form != "model":
         lines.append(

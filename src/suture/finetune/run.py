@@ -17,10 +17,10 @@ import suture
 from suture.checkpoint import Checkpoint, open_checkpoint
 from suture.engine import checkpoint_fingerprint
 from suture.errors import CheckpointError, OutputError, Problems
-from suture.evals import EVALS, Metric
 from suture.finetune.base import Job, Say, Tuned, backbone_of
 from suture.finetune.heads import make_head
 from suture.finetune.load import encoder_of
+from suture.finetune.looks import Looks
 from suture.finetune.outcome import FinetuneReport, provenance, report_of, report_rows
 from suture.finetune.output import PATCH, write_beside, write_weights
 from suture.finetune.packed import Place, unpack
@@ -84,16 +84,16 @@ def execute(plan: Plan, *, say: Say = lambda _: None, tell: Tell | None = None) 
     with workshop(plan, fingerprint) as space:
         work = space.folder
         model, head = _model(plan)
-        job = _job(plan, model, fingerprint, work, say, tell)
-        evaluation = _evaluation(plan)
-        before = None if evaluation is None else evaluation(model)
+        looks = Looks(plan, model, work, say)
+        job = _job(plan, model, fingerprint, work, looks, tell)
         way = plan.recipe.strategy.make(
             **plan.recipe.strategy.settings(plan.recipe.parameters, Problems())
         )
         started = time.perf_counter()
         tuned = way(job)
         trained_for = time.perf_counter() - started
-        after = None if evaluation is None else evaluation(tuned.evaluated or model)
+        before, after = looks.before, looks.after(tuned)
+        looks.done()
         tuned.finish()
         if head is not None:
             assert isinstance(model, Classifier)
@@ -125,29 +125,30 @@ def _model(plan: Plan) -> tuple[nn.Module, Head | None]:
 
 
 def _job(
-    plan: Plan, model: nn.Module, fingerprint: str, work: Path, say: Say, tell: Tell | None
+    plan: Plan, model: nn.Module, fingerprint: str, work: Path, looks: Looks, tell: Tell | None
 ) -> Job:
     recipe = plan.recipe
     body = "backbone." if plan.task == "language-model" else "encoder.backbone."
     backbone = backbone_of(model, body)
     stored = file_names(backbone)
     apart = unpack(backbone) if recipe.strategy.sparse else {}
-    score = _score(plan)
 
     def run(mover: Mover, phase: str, settings: TuneSettings) -> TuneResult:
         if phase == "dense":  # a means to a mask: not looked at, never stopped early
             settings = replace(settings, patience=0)
+        looks.begin(mover.model)
         return tune(
             mover.model, plan.rows.train, settings, device=plan.device, mover=mover,
             progress=None if tell is None else lambda at: tell(phase, at),
-            score=None if phase == "dense" else score, checkpoint=work / f"{phase}.safetensors",
+            score=None if phase == "dense" else looks.score,
+            checkpoint=work / f"{phase}.safetensors", kept=looks.kept,
         )  # fmt: skip
 
     loss = next_token if plan.task == "language-model" else classification
     calibration = plan.rows.validation if len(plan.rows.validation) else plan.rows.train
     return Job(
         model, body, plan.rows.train, calibration, loss, recipe.training, plan.device, plan.base,
-        fingerprint, places_of(model, body, stored, apart, plan.base), run, work, say,
+        fingerprint, places_of(model, body, stored, apart, plan.base), run, work, looks.say,
         recipe.folder,
     )  # fmt: skip
 
@@ -192,24 +193,6 @@ def places_of(
             "transformers, save it with save_pretrained, and start from that folder"
         )
     return found
-
-
-def _evaluation(plan: Plan) -> Callable[[nn.Module], Metric] | None:
-    rows = plan.rows.validation
-    if not len(rows):
-        return None
-    kind = "loss" if plan.task == "language-model" else "accuracy"
-    return lambda model: EVALS[kind](
-        model, rows.batches(plan.recipe.training.batch), device=plan.device
-    )[0]
-
-
-def _score(plan: Plan) -> Callable[[nn.Module], float] | None:
-    measure = _evaluation(plan)
-    if measure is None:
-        return None
-    sign = -1.0 if plan.task == "language-model" else 1.0
-    return lambda model: sign * measure(model).value
 
 
 def _written(

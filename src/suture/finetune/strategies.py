@@ -31,6 +31,7 @@ from suture.finetune.calibrate import (
     sensitivity,
     smallest,
     structure,
+    upper,
 )
 from suture.finetune.compact import Compact
 from suture.forms import LINEARIZED
@@ -42,6 +43,9 @@ from suture.roles import role_of
 Way = Callable[[Job], Tuned]
 
 Embeddings = Annotated[bool, Choice("whether token and position embeddings are trained, too")]
+Blocks = Annotated[
+    int, Number("only the last so many transformer blocks; 0 for all", 0, 10**6, whole=True)
+]
 Rank = Annotated[int, Number("rank of the updates", 1, 65536, whole=True)]
 Alpha = Annotated[float, Number("updates are scaled by alpha / rank", positive=True)]
 Targets = Annotated[Words, Roles("the matrices that get updates, by role")]
@@ -53,39 +57,47 @@ Score = Annotated[
 ]
 
 
-def full(embeddings: Embeddings = True) -> Way:
-    """Train every weight of the pretrained part."""
+def full(embeddings: Embeddings = True, blocks: Blocks = 0) -> Way:
+    """Train every weight of the pretrained part.
+
+    With ``blocks``, only those of the last so many transformer blocks and of the norm above them:
+    embeddings, what stands below these blocks and the read-out stay as they are.
+    """
 
     def way(job: Job) -> Tuned:
-        count = _everything(job, embeddings)
+        count = _everything(job, embeddings, blocks)
         return Tuned(job.train(Mover(job.model, job.loss)), count)
 
     return way
 
 
-def _everything(job: Job, embeddings: bool) -> int:
+def _everything(job: Job, embeddings: bool, blocks: int) -> int:
     """Let every parameter of the body ask for gradients; how many entries that is."""
+    names = [n for n, _ in job.model.named_parameters() if n.startswith(job.body)]
+    learning = {
+        n
+        for n in upper(names, blocks)
+        if n in job.places and (embeddings or role_of(n).kind not in ("embedding", "position"))
+    }
     count = 0
-    for name, parameter in job.model.named_parameters():
-        if name.startswith(job.body):
-            learns = name in job.places and (
-                embeddings or role_of(name).kind not in ("embedding", "position")
-            )
-            parameter.requires_grad_(learns)
-            count += parameter.numel() if learns else 0
+    for name in names:
+        parameter = job.model.get_parameter(name)
+        parameter.requires_grad_(name in learning)
+        count += parameter.numel() if name in learning else 0
     return count
 
 
-def linearized(embeddings: Embeddings = True) -> Way:
+def linearized(embeddings: Embeddings = True, blocks: Blocks = 0) -> Way:
     r"""Train the model's first-order expansion, :math:`f(x, \theta_0) + J \tau`, exactly.
 
-    The output says that it is linearized; it is evaluated and combined as such.
+    The output says that it is linearized; it is evaluated and combined as such. ``blocks`` means
+    what it means to ``full``.
     """
 
     def way(job: Job) -> Tuned:
         from suture.finetune.tangent import Tangent
 
-        count = _everything(job, embeddings)
+        count = _everything(job, embeddings, blocks)
         mover = Tangent(job.model, job.loss)
         result = job.train(mover)
         evaluated = mover.evaluated
@@ -99,6 +111,7 @@ def lora(
     alpha: Alpha = 32.0,
     targets: Targets = ("q", "v"),
     dropout: Annotated[float, Number("share of inputs dropped in training", 0, 0.99)] = 0.0,
+    blocks: Blocks = 0,
 ) -> Way:
     r"""Train low-rank updates, :math:`W = W_0 + (\alpha / r) B A`.
 
@@ -109,7 +122,9 @@ def lora(
         from suture.finetune.lora import Adapter
 
         seed = job.settings.seed
-        adapter = Adapter(job, rank=rank, alpha=alpha, targets=targets, dropout=dropout, seed=seed)
+        adapter = Adapter(
+            job, rank=rank, alpha=alpha, targets=targets, dropout=dropout, seed=seed, blocks=blocks
+        )
         count = adapter.count
         result = job.train(Mover(job.model, job.loss))
         return Tuned(result, count, save=adapter.save, finish=adapter.merge)
@@ -124,6 +139,7 @@ def linearized_lora(
     adapter_seed: Annotated[
         int, Number("seed of the frozen halves; the same for all tasks", 0, 2**31, whole=True)
     ] = 0,
+    blocks: Blocks = 0,
 ) -> Way:
     r"""Low-rank updates, each linearized: :math:`W = W_0 + (\alpha / r) B A_0`, frozen :math:`A_0`.
 
@@ -135,8 +151,9 @@ def linearized_lora(
         from suture.finetune.lora import Adapter
 
         adapter = Adapter(
-            job, rank=rank, alpha=alpha, targets=targets, dropout=0.0, seed=adapter_seed
-        )
+            job, rank=rank, alpha=alpha, targets=targets, dropout=0.0, seed=adapter_seed,
+            blocks=blocks,
+        )  # fmt: skip
         digest = adapter.freeze_a()
         count = adapter.count
         result = job.train(Mover(job.model, job.loss))
@@ -209,9 +226,7 @@ def talos(
         Literal["entry", "row"],
         Choice("whether single entries are chosen, or whole rows of matrices"),
     ] = "entry",
-    blocks: Annotated[
-        int, Number("only the last so many transformer blocks; 0 for all", 0, 10**6, whole=True)
-    ] = 0,
+    blocks: Blocks = 0,
     least: Annotated[
         float, Number("a tensor with a smaller share chosen is left alone", 0, 1)
     ] = 0.01,

@@ -23,6 +23,8 @@ def workshop(plan: Plan, fingerprint: str) -> Iterator[Workspace]:
     """The folder of a run's checkpoints, locked; removed when the run is done."""
     recipe = plan.recipe.resolved() | {"base": "", "output": None, "device": ""}
     recipe["data"] |= {"train": "", "validation": ""}  # what they hold counts, not where they lie
+    how = recipe["training"]  # where activations are kept changes no bit
+    recipe["training"] = {k: v for k, v in how.items() if not k.startswith("activations")}
     facts: dict[str, Any] = {
         "recipe": recipe,
         "base": fingerprint,

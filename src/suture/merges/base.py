@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import inspect
 import math
+import os
 import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -16,9 +17,12 @@ from typing import Annotated, Any, Generic, Literal, TypeVar, get_args, get_orig
 
 import numpy as np
 
+from suture.checkpoint import MEMORY
 from suture.errors import Problems, brief, did_you_mean
+from suture.mask import Mask
 from suture.roles import selects
 from suture.spec import TensorSpec
+from suture.stats import Stats
 from suture.stream import DELTA, WEIGHT, Block, Progress, Sources
 
 Array = np.ndarray[Any, Any]
@@ -142,6 +146,17 @@ class Number:
         return None
 
 
+FILES = (str, os.PathLike, Mask, Stats)
+"""What may stand for a file of masks or statistics: its path, or what would be read from it."""
+
+
+def spelled(source: Any) -> str:
+    """What a record calls a file; masks and statistics in memory have a name after ``memory:``."""
+    if isinstance(source, Mask):
+        return f"{MEMORY}{source.name}"
+    return f"{MEMORY}stats" if isinstance(source, Stats) else os.fspath(source)
+
+
 @dataclass(frozen=True)
 class Files:
     """What a parameter that names one file a model means: a folder, or a mapping by model."""
@@ -152,9 +167,9 @@ class Files:
 
     def problem(self, value: object) -> str | None:
         """What is wrong with ``value``; ``None`` when nothing is."""
-        if isinstance(value, str) or (
+        if isinstance(value, str | os.PathLike) or (
             isinstance(value, Mapping)
-            and all(isinstance(k, str) and isinstance(v, str) for k, v in value.items())
+            and all(isinstance(k, str) and isinstance(v, FILES) for k, v in value.items())
         ):
             return None
         return f"{self.doc}; {brief(value)} is neither a folder nor a mapping from models to files"

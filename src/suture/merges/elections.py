@@ -5,14 +5,13 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from suture.errors import MismatchError, Problems
 from suture.importance import Scoring, rule_named
-from suture.maskfile import StoredMask
+from suture.mask import stored_mask
 from suture.merges.base import (
     Array,
     Beside,
@@ -30,7 +29,7 @@ from suture.merges.marks import (
     ranked,
 )
 from suture.roles import role_of
-from suture.stats import Stats
+from suture.stats import stored_stats
 from suture.stream import sweep, tasks_of
 
 NEEDS = ("abs_grad",)
@@ -174,7 +173,7 @@ class Election:
         pair = []
         for key, path, at in places:
             with problems.collecting(f"parameters.{key}.{model}: "):
-                stats = Stats.load(Path(path))
+                stats = stored_stats(path)
                 pair.append(stats)
                 identity.append(tuple(stats.tensors.identity))  # type: ignore[attr-defined]
                 known = check_stats(stats, NEEDS, context, model, at)
@@ -198,7 +197,7 @@ class Election:
         restricted = False
         for key, path, at in places:
             with problems.collecting(f"parameters.{key}.{model}: "):
-                mask = StoredMask(Path(path))
+                mask = stored_mask(path)
                 restricted |= mask.restricted
                 identity.append(tuple(mask.checkpoint.identity))
                 agreed(expected, check_mask(mask, held, model, context.names), path, problems)
@@ -236,17 +235,17 @@ class Election:
             paths = [self.masks[m] for m in context.models]
             if self.asks_base and self.base_masks is not None:
                 paths += [self.base_masks[m] for m in context.models]
-            return Masked(tuple(StoredMask(Path(path)) for path in paths))
+            return Masked(tuple(stored_mask(path) for path in paths))
         assert self.stats is not None
         rule, base = rule_named("snip"), context.sources.base
         assert base is not None
         scorings, number = [], len(context.models)
         for model, tuned in zip(context.models, context.sources.models, strict=True):
-            own = Stats.load(Path(self.stats[model]))
+            own = stored_stats(self.stats[model])
             scorings.append(Scoring(rule, base, tuned, own))
         for model in context.models if self.asks_base else ():
             assert self.base_stats is not None
-            own = Stats.load(Path(self.base_stats[model]))
+            own = stored_stats(self.base_stats[model])
             scorings.append(Scoring(rule, base, base, own))
         times = len(scorings) // number
 

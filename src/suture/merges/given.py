@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
@@ -126,21 +127,21 @@ def _shared(
 
 def _files(
     parameter: Parameter, value: object, models: Sequence[str], where: str, problems: Problems
-) -> dict[str, str] | None:
-    """The file of each model, paired by name."""
+) -> dict[str, Any] | None:
+    """The file of each model, or what is in it, paired by name."""
     if value is None:
         if parameter.required:
             problems.add(RecipeError, f"{where}: missing; {parameter.doc}")
         return None
     if not _check(parameter, value, where, problems):
         return None
-    if isinstance(value, str):
-        return {m: f"{value}/{m}.safetensors" for m in models}
+    if isinstance(value, str | os.PathLike):
+        return {m: f"{os.fspath(value)}/{m}.safetensors" for m in models}
     assert isinstance(value, Mapping)
     for model in sorted({*models} ^ {*value}):
         hint = f"is given, but {did_you_mean(model, models)}" if model in value else "has no file"
         problems.add(RecipeError, f"{where}: {model!r} {hint}; files are paired by model name")
-    return {m: str(value[m]) for m in models if m in value}
+    return {m: value[m] for m in models if m in value}
 
 
 def _check(parameter: Parameter, value: object, where: str, problems: Problems) -> bool:

@@ -6,7 +6,6 @@ import threading
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from functools import lru_cache
-from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import numpy as np
@@ -26,7 +25,7 @@ from suture.merges.base import (
     each,
 )
 from suture.merges.votes import scaled
-from suture.stats import Stats
+from suture.stats import Stats, stored_stats
 from suture.stream import DELTA, Block, Sources
 
 Statistics = Annotated[
@@ -42,7 +41,7 @@ Alpha = Annotated[float, Number("share of the off-diagonal of Gram matrices, 0 t
 
 
 def _stats(files: Mapping[str, str], context: Context) -> list[Stats]:
-    return [Stats.load(Path(files[model])) for model in context.models]
+    return [stored_stats(files[model]) for model in context.models]
 
 
 def _beside(files: Mapping[str, str], kind: str, context: Context, problems: Problems) -> Beside:
@@ -51,7 +50,7 @@ def _beside(files: Mapping[str, str], kind: str, context: Context, problems: Pro
     specs = {name: context.sources.spec(name) for name in context.names}
     for model in context.models:
         with problems.collecting(f"parameters.stats.{model}: "):
-            stats = Stats.load(Path(files[model]))
+            stats = stored_stats(files[model])
             stats.check([kind], specs)
             identity.append(tuple(stats.tensors.identity))  # type: ignore[attr-defined]
             marked += [model] if stats.restricted else []

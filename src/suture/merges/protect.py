@@ -15,8 +15,9 @@ import numpy as np
 
 from suture.errors import Problems, RecipeError, brief, did_you_mean
 from suture.importance import RULES, Scoring, likely_rule, rule_named
+from suture.mask import Mask, stored_mask
 from suture.maskfile import StoredMask
-from suture.merges.base import Beside, Context, Merge, Number
+from suture.merges.base import Beside, Context, Merge, Number, spelled
 from suture.merges.marks import (
     Masked,
     Ranked,
@@ -29,7 +30,7 @@ from suture.merges.marks import (
 )
 from suture.places import place_of
 from suture.select import SCOPES, exact_count
-from suture.stats import Stats
+from suture.stats import Stats, stored_stats
 from suture.stream import DELTA, Block, cores
 
 KEYS = ("model", "mask", "rule", "density", "scope", "stats", "seed", "scale")
@@ -42,24 +43,25 @@ class Protection:
 
     model: str
     """Who alone may write."""
-    mask: str | None = None
-    """A file of bits; or else a rule with a density."""
+    mask: str | Mask | None = None
+    """A file of bits, or a mask in memory; or else a rule with a density."""
     rule: str | None = None
     """How entries are ranked; beside a mask a control that marks as many entries of each tensor."""
     density: float | None = None
     scope: str = "tensor"
-    stats: str | None = None
+    stats: str | Stats | None = None
     seed: int = 0
     scale: float = 1.0
 
     def plain(self) -> dict[str, Any]:
         """As a recipe has it, with nothing in it that is a default."""
-        return {k: getattr(self, k) for k in KEYS if getattr(self, k) != getattr(_DEFAULT, k)}
+        given = {k: getattr(self, k) for k in KEYS if getattr(self, k) != getattr(_DEFAULT, k)}
+        return {k: spelled(v) if k in ("mask", "stats") else v for k, v in given.items()}
 
     def placed(self, move: Any) -> Protection:
         """The same with other paths of its files."""
         return replace(self, **{k: move(v) for k in ("mask", "stats")
-                                if (v := getattr(self, k)) is not None})  # fmt: skip
+                                if isinstance(v := getattr(self, k), str)})  # fmt: skip
 
     @property
     def told(self) -> str:
@@ -67,10 +69,10 @@ class Protection:
         if self.mask is None:
             which = f"where the rule {self.rule} marks {self.density:g} of the entries"
         elif self.rule is None:
-            which = f"where {Path(self.mask).name} marks entries"
+            which = f"where {Path(spelled(self.mask)).name} marks entries"
         else:
             which = (f"where the rule {self.rule} marks as many entries of each tensor as "
-                     f"{Path(self.mask).name}")  # fmt: skip
+                     f"{Path(spelled(self.mask)).name}")  # fmt: skip
         own = "has what that model has" if self.scale == 1 else (
             f"has the base plus {self.scale:g} times the change of that model")  # fmt: skip
         return (f"protect: {which}, only {self.model} writes: the output {own} there, whatever "
@@ -130,8 +132,8 @@ def _odd_words(given: Mapping[str, Any], models: list[str]) -> Iterator[str]:
     elif given["model"] not in models:
         hint = did_you_mean(str(given["model"]), models) if models else "there are none"
         yield f"protect.model: no model {brief(given['model'])}; {hint}"
-    for key in ("mask", "stats", "rule"):
-        if not isinstance(given.get(key, ""), str):
+    for key, more in (("mask", Mask), ("stats", Stats), ("rule", str)):
+        if not isinstance(given.get(key, ""), str | more):
             yield f"protect.{key}: a word, not {brief(given[key])}"
     for key, bound in _NUMBERS.items():
         if key in given and (problem := bound.problem(given[key])) is not None:
@@ -191,7 +193,7 @@ def protected(merge: Merge[Any], how: Protection) -> Merge[Any]:
     Raises:
         SutureError: the file of the mask cannot be read.
     """
-    stored = None if how.mask is None else StoredMask(Path(how.mask))
+    stored = None if how.mask is None else stored_mask(how.mask)
 
     def prepare(context: Context) -> _State:
         marks, count = _marks(how, stored, context)
@@ -245,7 +247,7 @@ def _marks(
     base = context.sources.base
     assert base is not None
     tuned = context.sources.models[context.models.index(how.model)]
-    stats = None if how.stats is None else Stats.load(Path(how.stats))
+    stats = None if how.stats is None else stored_stats(how.stats)
     scoring = Scoring(rule_named(str(how.rule)), base, tuned, stats, how.seed, how.model)
     if stored is None:
         density = how.density
@@ -269,7 +271,7 @@ def _beside(merge: Merge[Any], how: Protection, context: Context, problems: Prob
     with problems.collecting(f"protect.{key}: "):
         model = context.sources.models[context.models.index(how.model)]
         if how.mask is not None:
-            mask = StoredMask(Path(how.mask))
+            mask = stored_mask(how.mask)
             identity.append(tuple(mask.checkpoint.identity))
             marked += [how.model] if mask.restricted else []
             known = check_mask(mask, model, how.model, context.names)
@@ -277,7 +279,7 @@ def _beside(merge: Merge[Any], how: Protection, context: Context, problems: Prob
                 known.pop("base", None)
             agreed(expected, known, mask.path, problems)
         if how.stats is not None:
-            stats = Stats.load(Path(how.stats))
+            stats = stored_stats(how.stats)
             identity.append(tuple(stats.tensors.identity))  # type: ignore[attr-defined]
             marked += [how.model] if stats.restricted else []
             at = str(stats.facts.get("at", "tuned"))

@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from pathlib import Path
 from typing import Annotated, Any
 
 from suture import kernels
 from suture.errors import MismatchError, Problems
-from suture.maskfile import StoredMask
+from suture.mask import stored_mask
 from suture.merges.base import (
     Array,
     Beside,
@@ -69,7 +68,7 @@ def _combine(weight: Any, scale: Scalar) -> Any:
 
 def _from_masks(files: Mapping[str, str], weight: Any, scale: Scalar) -> Merge[Any]:
     def opened(context: Context) -> Masked:
-        return Masked(tuple(StoredMask(Path(files[model])) for model in context.models))
+        return Masked(tuple(stored_mask(files[model]) for model in context.models))
 
     def combine(block: Block, state: Masked) -> None:
         bits = state.bits(block.name, block.start, block.count)
@@ -89,7 +88,7 @@ def _beside(files: Mapping[str, str], context: Context, problems: Problems) -> B
     marked = []
     for model, checkpoint in zip(context.models, context.sources.models, strict=True):
         with problems.collecting(f"parameters.masks.{model}: "):
-            mask = StoredMask(Path(files[model]))
+            mask = stored_mask(files[model])
             found.append(mask.checkpoint.identity)
             marked += [model] if mask.restricted else []
             known = check_mask(mask, checkpoint, model, context.names)

@@ -14,6 +14,7 @@ from suture.data import Dataset
 from suture.errors import RecipeError
 from suture.evals import EVALS, Metric
 from suture.finetune.base import Strategy
+from suture.kept import Kept
 from suture.mask import Mask
 from suture.models import parameters_of
 from suture.realign.fuse import Fuser, Fusing, fuser
@@ -66,6 +67,8 @@ class Job:
     threads: int | None = None
     folder: Path = field(default_factory=Path)
     """Where relative paths of the recipe start."""
+    kept: Kept | None = None
+    """Activations under the tensors that change: every model that is looked at has the same."""
     _parameters: dict[str, nn.Parameter] = field(default_factory=dict)
 
     def parameters(self, names: Sequence[str] | None = None) -> dict[str, nn.Parameter]:
@@ -110,17 +113,24 @@ class Job:
         """The aligned weights, as an edit that changes nothing."""
         return self.models.whole(name).safe
 
+    def answers(
+        self, model: nn.Module, pairs: Pairs, groups: int | Sequence[Sequence[int]]
+    ) -> Tensor:
+        """Log-probabilities of all answers; see ``answers_of``."""
+        return answers_of(model, pairs, groups, self.device, self.kept)
+
     def scores(self, pairs: Pairs | None, utility: Dataset | None) -> Scores:
         """What the model, as it is now, makes of pairs and of rows of utility."""
         assert self.model is not None
         found: Scores = {}
         if pairs is not None and len(pairs):
-            answers = answers_of(self.model, pairs, self.settings.batch, self.device)
+            answers = self.answers(self.model, pairs, self.settings.batch)
             margin, preferred = margins(answers, pairs)
             found |= {"margin": margin, "preferred": preferred}
         if utility is not None:
             batches = utility.batches(self.settings.batch)
-            found["utility"] = EVALS["loss"](self.model, batches, device=self.device)[0]
+            fed = batches if self.kept is None else self.kept.fed(batches)
+            found["utility"] = EVALS["loss"](self.model, fed, device=self.device)[0]
         return found
 
 

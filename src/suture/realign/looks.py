@@ -13,15 +13,21 @@ from typing import Any
 import torch
 
 import suture
+from suture.data import collate
+from suture.data import plan as batch_plan
 from suture.errors import OutputError, SutureError
 from suture.evals import Metric
 from suture.finetune.outcome import data_digest
+from suture.kept import Kept, keep, positions
+from suture.mover import to
 from suture.publish import appearing
 from suture.realign.base import Job, Scores
+from suture.realign.pairs import Pairs, batches_of, positions_of
 from suture.realign.plan import Plan
 from suture.spec import cache_folder
+from suture.tune import groups_of
 
-LOOKS = 1
+LOOKS = 2
 """Version of what scoring does; raise it with that, so that nothing stale is used again."""
 
 
@@ -40,6 +46,38 @@ def inputs_of(plan: Plan, job: Job, prints: Mapping[str, str], name: str) -> lis
         torch.get_num_threads(), job.settings.batch, prints["aligned"], plan.models.aligned.config,
         [None if r is None else [data_digest(r), r.pad] for r in rows], own,
     ]  # fmt: skip
+
+
+def keep_for(plan: Plan, job: Job) -> Kept | None:
+    """Where the activations are kept that aligned, tuned and realigned models have in common.
+
+    They are those under the lowest block that has a tensor in which the models differ.
+    """
+    if job.model is None:
+        return None
+    settings, size = job.settings, job.settings.batch
+    asked: list[tuple[Pairs, list[list[int]]]] = []
+    if plan.rows is not None:
+        train = plan.rows.train
+        if plan.recipe.method.trains:
+            asked.append((train, groups_of([len(row) for row in train.leading.ids], settings)))
+        sides = {id(s): s for s in (plan.rows.validation, plan.rows.reported) if len(s)}
+        asked += [(side, batches_of(side, size)) for side in sides.values()]
+    rows = sum(2 * len(pairs) for pairs, _ in asked)
+    places = sum(positions_of(pairs, groups) for pairs, groups in asked)
+    first = [pairs.batch(groups[-1][:1]) for pairs, groups in asked]  # enough to compare bits on
+    for data in {id(d): d for d in (plan.utility, plan.choosing) if d is not None}.values():
+        lengths = [len(row) for row in data.ids]
+        groups = batch_plan(lengths, size, seed=None)
+        rows, places = rows + len(data), places + positions(lengths, groups)
+        first.append(collate(data, groups[-1][:2]))
+    if not first:
+        return None
+    return keep(
+        job.model, list(job.parameters().values()), to(first[0], torch.device(job.device)),
+        (rows, places), settings, folder=None if job.work is None else job.work / "activations",
+        say=job.say,
+    )  # fmt: skip
 
 
 def remembered(inputs: list[Any], make: Callable[[], Scores]) -> Scores:
@@ -63,4 +101,4 @@ def _hash(text: str) -> str:
     return hashlib.blake2b(text.encode(), digest_size=16).hexdigest()
 
 
-__all__ = ["LOOKS", "inputs_of", "remembered"]
+__all__ = ["LOOKS", "inputs_of", "keep_for", "remembered"]

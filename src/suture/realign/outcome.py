@@ -242,6 +242,8 @@ def key_of(plan: Plan, fingerprints: Mapping[str, str]) -> dict[str, Any]:
     places = ("aligned", "base", "safety", "output", "device", "data", "utility", "ancestor")
     recipe |= dict.fromkeys(places, "")
     recipe["models"] = dict(plan.recipe.weights)
+    how = recipe["training"]
+    recipe["training"] = {k: v for k, v in how.items() if not k.startswith("activations")}
     text = json.dumps(recipe, sort_keys=True, default=str)
     return {
         "recipe": hashlib.sha256(text.encode()).hexdigest(),

@@ -9,6 +9,7 @@ arXiv:2305.18290). The reference is computed once, for all rows.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -16,11 +17,12 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from suture.data import Batch, Dataset, cell, collate, draw
+from suture.data import Batch, Dataset, cell, collate, draw, plan
 from suture.errors import NonFiniteError, Problems, RecipeError
 from suture.evals.base import Metric, mean, share
 from suture.finetune.rows import Record, Tokens, answer_tokens, need_columns, records_of
-from suture.models import evaluating
+from suture.kept import Kept, positions
+from suture.models import LanguageModel, evaluating
 from suture.mover import to, wanted
 from suture.sources import Source
 
@@ -207,12 +209,17 @@ def _cut(tokens: Tokens, limit: int, long: int, spec: PairSpec, where: str) -> T
 def log_probabilities(model: nn.Module, batch: Batch) -> Tensor:
     """Of every row's answer, summed over its tokens: ``(rows,)``, differentiable.
 
-    Only the positions before an answer's tokens are looked at: the others' logits would only be
+    Only the positions before an answer's tokens are read out: the others' logits would only be
     multiplied by 0.
     """
-    logits = model(batch.input_ids, batch.attention_mask)[:, :-1]
     marks = wanted(batch)[:, 1:] == 1
-    wide = logits[marks] if logits.dtype == torch.float64 else logits[marks].float()
+    head = model.read_out() if isinstance(model, LanguageModel) else None
+    if head is None:
+        logits = model(batch.input_ids, batch.attention_mask)[:, :-1][marks]
+    else:
+        assert isinstance(model, LanguageModel)
+        logits = head(model.hidden(batch.input_ids, batch.attention_mask)[:, :-1][marks])
+    wide = logits if logits.dtype == torch.float64 else logits.float()
     found = -F.cross_entropy(wide, batch.input_ids[:, 1:][marks], reduction="none")
     return found.new_zeros(marks.shape).masked_scatter(marks, found).sum(1)
 
@@ -230,21 +237,45 @@ def dpo(answers: Tensor, reference: Tensor, beta: float) -> Tensor:
 
 
 @torch.no_grad()
-def answers_of(model: nn.Module, pairs: Pairs, size: int, device: str = "cpu") -> Tensor:
+def answers_of(
+    model: nn.Module, pairs: Pairs, groups: int | Sequence[Sequence[int]], device: str = "cpu",
+    kept: Kept | None = None,
+) -> Tensor:  # fmt: skip
     """Log-probabilities of all answers: ``(pairs, 2)`` float64 on the CPU.
+
+    Args:
+        model: a language model.
+        pairs: whose answers.
+        groups: the pairs of every batch, or how many a batch holds.
+        device: where the model is.
+        kept: activations that are the same for all models that are asked.
 
     Raises:
         NonFiniteError: the model gave NaN or infinity.
     """
     found = torch.zeros(len(pairs), 2, dtype=torch.float64)
+    if isinstance(groups, int):
+        groups = batches_of(pairs, groups)
     with evaluating(model):
-        for part in pairs.leading.batches(size):
-            batch = to(pairs.batch(part.rows), torch.device(device))
-            values = log_probabilities(model, batch).double().cpu()
-            found[list(part.rows)] = values.view(2, -1).T
+        for rows in groups:
+            batch = to(pairs.batch(rows), torch.device(device))
+            with nullcontext() if kept is None else kept.feeding(batch):
+                values = log_probabilities(model, batch).double().cpu()
+            found[list(rows)] = values.view(2, -1).T
     if not torch.isfinite(found).all():
         raise NonFiniteError("the model gives an answer a probability that is not a finite number")
     return found
+
+
+def batches_of(pairs: Pairs, size: int) -> list[list[int]]:
+    """The pairs of every batch where nothing is trained, the longest first."""
+    return plan([len(row) for row in pairs.leading.ids], size, seed=None)
+
+
+def positions_of(pairs: Pairs, groups: Sequence[Sequence[int]]) -> int:
+    """How many positions the batches of pairs have, both answers and padding included."""
+    lengths, n = [len(row) for row in pairs.rows.ids], len(pairs)
+    return positions(lengths, [[*rows, *(n + row for row in rows)] for rows in groups])
 
 
 def margins(answers: Tensor, pairs: Pairs) -> tuple[Metric, Metric]:
@@ -260,6 +291,6 @@ def margins(answers: Tensor, pairs: Pairs) -> tuple[Metric, Metric]:
 
 
 __all__ = [
-    "PairRows", "PairSpec", "Pairs", "answers_of", "dpo", "log_probabilities", "margins",
-    "read_pairs",
+    "PairRows", "PairSpec", "Pairs", "answers_of", "batches_of", "dpo", "log_probabilities",
+    "margins", "positions_of", "read_pairs",
 ]  # fmt: skip

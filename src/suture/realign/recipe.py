@@ -64,7 +64,8 @@ class Realign:
         if self.method.trains:
             return tuple(asdict(self.training))
         split = () if self.data is None else ("seed",)  # of the pairs that are held out
-        return split if self.data is None and self.utility is None else ("batch", *split)
+        read = ("batch", "activations", "activations_memory", "activations_disk")
+        return split if self.data is None and self.utility is None else (*read, *split)
 
     @property
     def reads_base(self) -> bool:

@@ -27,7 +27,7 @@ from suture.mover import Mover
 from suture.outputs import Options
 from suture.places import place_of
 from suture.realign.base import Edit, Job, Realigned, Say, Scores
-from suture.realign.looks import inputs_of, remembered
+from suture.realign.looks import inputs_of, keep_for, remembered
 from suture.realign.outcome import (
     RealignReport,
     card,
@@ -109,6 +109,8 @@ def execute(plan: Plan, *, say: Say = lambda _: None, tell: Tell | None = None) 
         took = time.perf_counter() - started
         if plan.looks:
             scores["realigned"] = _looked(plan, job, "realigned", _stored(plan, realigned.edit))
+        if job.kept is not None:
+            job.kept.drop()
         withheld = restricted(plan) or any(m.restricted for m in realigned.masks.values())
         losses = () if realigned.result is None else realigned.result.losses
         few = max(1, len(losses) // 10)
@@ -170,14 +172,16 @@ def _job(plan: Plan, names: tuple[str, ...], work: Path, say: Say, tell: Tell | 
         return tune(
             mover.model, rows.train.leading, recipe.training, device=plan.device, mover=mover,
             progress=None if tell is None else lambda at: tell("train", at), score=score,
-            checkpoint=work / "train.safetensors",
+            checkpoint=work / "train.safetensors", kept=job.kept,
         )  # fmt: skip
 
-    return Job(
+    job = Job(
         plan.models, names, recipe.fusing, None if rows is None else rows.train,
         None if rows is None else rows.validation, plan.utility, plan.choosing, recipe.training,
         plan.device, model, train, work, say, plan.options.threads, recipe.folder,
     )  # fmt: skip
+    job.kept = keep_for(plan, job)
+    return job
 
 
 @torch.no_grad()

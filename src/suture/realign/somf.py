@@ -30,10 +30,11 @@ from suture.mover import Mover, to
 from suture.realign.base import Edit, Job, Realigned, needed
 from suture.realign.concrete import Draw, Masking, Masks
 from suture.realign.fuse import Fuser, Fusing, fuser
-from suture.realign.pairs import Pairs, answers_of, dpo, log_probabilities
+from suture.realign.pairs import Pairs, dpo, log_probabilities
 from suture.realign.parts import Part, across, held
 from suture.snapshot import Snapshot, read_snapshot, write_snapshot
 from suture.stats import Stats
+from suture.tune import groups_of
 
 COLLAPSED = 1e-3
 """Below this mean of the open share the mask has closed: the aligned model alone is left."""
@@ -167,7 +168,7 @@ class Somf(Mover):
         self.model.eval()  # no dropout: the mask is the only noise
         draw, how = self.draw()
         self.fusion.place([draw], how.seed)
-        both = to(self.pairs.batch(batch.rows), batch.input_ids.device)
+        both = self.asked(batch)
         with accelerator.autocast():
             answers = log_probabilities(self.model, both).view(2, -1).T
             reference = self.reference[list(batch.rows)].to(answers)
@@ -175,6 +176,10 @@ class Somf(Mover):
             accelerator.backward(value)
         self.fusion.pull(draw, how)
         return float(value.detach())
+
+    def asked(self, batch: Batch) -> Batch:
+        """Both answers of the pairs of a batch."""
+        return to(self.pairs.batch(batch.rows), batch.input_ids.device)
 
     def draw(self) -> tuple[Draw, Fuser]:
         """Masks and Fuse of a batch; their seed comes from the loop, whose state is saved."""
@@ -233,7 +238,7 @@ def learn(job: Job, space: str, masking: Masking, how: Learning) -> Realigned:
     def score(looked: nn.Module) -> float:
         assert validation is not None
         with job.autocast():
-            answers = answers_of(looked, validation, job.settings.batch, job.device)
+            answers = job.answers(looked, validation, job.settings.batch)
         return -float(dpo(answers, held_out, how.beta).mean())
 
     look = score if validation is not None and len(validation) else None
@@ -274,13 +279,20 @@ def references(job: Job, fusion: Fusion, how: Learning) -> tuple[Tensor, Tensor]
         sides = {"train": job.train, "validation": job.validation}
         with job.autocast():
             found = Snapshot({
-                side: answers_of(job.model, pairs, job.settings.batch, job.device)
+                side: job.answers(job.model, pairs, _groups(job, side, pairs))
                 for side, pairs in sides.items() if pairs is not None
             })  # fmt: skip
         if path is not None:
             write_snapshot(found, path)
     tensors = found.tensors
     return tensors["train"], tensors.get("validation", torch.zeros(0, 2))
+
+
+def _groups(job: Job, side: str, pairs: Pairs) -> int | list[list[int]]:
+    """Training pairs are asked in the batches in which they are trained on."""
+    if side != "train" or job.kept is None:
+        return job.settings.batch
+    return groups_of([len(row) for row in pairs.leading.ids], job.settings)
 
 
 def _all_open(fusion: Fusion) -> Draw:

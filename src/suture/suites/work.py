@@ -24,7 +24,6 @@ from suture.evals.kinds import Models, Score
 from suture.evals.results import Evaluation, Scores, SuiteResult
 from suture.finetune.heads import zero_shot
 from suture.finetune.load import load_tuned
-from suture.held import Held
 from suture.models import (
     FLOAT32,
     Classifier,
@@ -208,7 +207,7 @@ def _evaluation(
 @contextmanager
 def _folder_of(checkpoint: Checkpoint) -> Iterator[Path]:
     """A model as a folder that can be loaded; what is computed while it is read is written once."""
-    if checkpoint.path.is_dir() and type(checkpoint) in (Checkpoint, Held):
+    if checkpoint.path.is_dir() and (type(checkpoint) is Checkpoint or checkpoint.in_memory):
         yield checkpoint.folder
         return
     with tempfile.TemporaryDirectory(prefix="suture-eval-") as place:
@@ -225,7 +224,7 @@ class _Shelf:
         self.held: dict[str, nn.Module] = {}
         self.dtype = getattr(torch, plan.suite.dtype)
         own = subject.checkpoint
-        self.weights = own if isinstance(own, Held) else None
+        self.weights = own if own.in_memory else None
 
     def model(self, asked: Asked) -> nn.Module:
         """What a question is put to."""
