@@ -173,7 +173,8 @@ class Section(BaseModel):
             "__module__": cls.__module__, "partial": True,
             "__annotations__": dict.fromkeys(bad, Any), **dict.fromkeys(bad),
         })  # fmt: skip
-        given = {k: v for k, v in raw.items() if k in cls.model_fields and k not in bad}
+        others = cls.model_config.get("extra") == "allow"
+        given = {k: v for k, v in raw.items() if k not in bad and (others or k in cls.model_fields)}
         found: Self = loose.model_validate(given, context=info.context)
         for key in bad:
             part, kind = reading_of(info).part(raw.get(key)), cls.model_fields[key].annotation
