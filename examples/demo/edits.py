@@ -283,7 +283,8 @@ def _analysed(place: Place, size: Edits, tasks: Sequence[str], experts: Sequence
         recipe |= {
             "tasks": {name: {"data": f"../rows/{name}-few.jsonl", "max_length": 32,
                              "head": f"../experts/{name}/head.safetensors"} for name in tasks},
-            "diagnostics": {"rows": 16, "iterations": 6, "directions": 2, "weights": 0.4},
+            "diagnostics": {"rows": 16, "iterations": 6, "directions": 2,
+                            "weights": dict.fromkeys(_paths(experts), 0.4)},
         }  # fmt: skip
     does = "analyse the changes: where they lie, where they disagree"
     return place.analysed("analysis", does, recipe, needs, seconds)
