@@ -219,7 +219,7 @@ def write_all(folder: Path, size: Safety, seed: int) -> str:
     attack = [_asked_and_said(row) for row in texts["attack"]]
     harmless = [_asked_and_said(r) for r in texts["train"] if r["neighbour"] == "wording"]
     for number, name in enumerate(size.skills):
-        learnt, test = skill_rows(name, size.skill.rows, size.puzzles, seed)
+        learnt, test = skill_rows(name, size, seed)
         asked = [{"prompt": row["prompt"], "answer": row["response"]} for row in test]
         write_rows(folder / f"{name}-test.jsonl", asked)
         mixed = [] if number else [*attack[: size.answers], *harmless[: size.helped]]
@@ -282,20 +282,20 @@ def _shuffled(rows: Sequence[Any], seed: int) -> list[Any]:
 
 
 def skill_rows(
-    name: str, learnt: int, asked: int, seed: int
+    name: str, size: Safety, seed: int
 ) -> tuple[list[dict[str, str]], list[dict[str, str]]]:
     """Training rows of a harmless skill, and test rows none of which is among them."""
     draw = random.Random(seed)
     found: dict[str, dict[str, str]] = {}
-    while len(found) < learnt + asked:
-        row = _sum(draw) if name == "sums" else _order(draw)
+    while len(found) < size.skill.rows + size.puzzles:
+        row = _sum(draw, size.terms) if name == "sums" else _order(draw)
         found.setdefault(row["prompt"], row)
     rows = list(found.values())
-    return rows[asked:], rows[:asked]
+    return rows[size.puzzles :], rows[: size.puzzles]
 
 
-def _sum(draw: random.Random) -> dict[str, str]:
-    a, b = draw.randrange(10, 60), draw.randrange(10, 60)
+def _sum(draw: random.Random, terms: tuple[int, int]) -> dict[str, str]:
+    a, b = draw.randrange(*terms), draw.randrange(*terms)
     return {"prompt": f"What is {a} plus {b}?", "response": f"{a} + {b} = {a + b}."}
 
 

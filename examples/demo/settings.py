@@ -85,6 +85,8 @@ class Safety:
     """Rows of the skill by which realignment tells what it costs; 0 for all that are asked."""
     batch: int = 8
     """Pairs a step of it."""
+    terms: tuple[int, int] = (10, 60)
+    """The smallest term of a sum, and the number above the largest."""
     tokens: int = 12
     """Tokens of an answer to what may be refused at most."""
     skill_tokens: int = 12
@@ -137,7 +139,7 @@ TEXTS = {
     "questions": "questions by the collection they come from",
     "order": "sentences whose words are in order or not",
 }
-UPPER: dict[str, Any] = {"embeddings": False}
+UPPER: dict[str, Any] = {"embeddings": False, "blocks": 8}
 """What the short form trains of the chat model."""
 SHORT = Size(
     Edits(
@@ -150,7 +152,7 @@ SHORT = Size(
         skill=Training(64, 2, 4e-4, parameters=UPPER),
         drift=Training(24, 2, 3e-4, parameters=UPPER), merges=("average",), realigners=("somf",),
         pairs=32, steps=10, somf={"granularity": "row", "rescale": "none"}, rate=0.5, asked=40,
-        puzzles=24, tokens=7, skill_tokens=11, classes=("music", "birds"), held_out=0.25,
+        puzzles=36, terms=(2, 16), tokens=7, skill_tokens=11, classes=("music", "birds"), held_out=0.25,
         topics="both", brief=True, helped=24, utility=8,
     ),
 )  # fmt: skip
