@@ -56,12 +56,13 @@ from suture.bench.maths import t95
 from suture.data import Dataset, at_most, tokenise
 from suture.evals import EVALS
 from suture.graft import write_graft
-from suture.learned import PRESETS, learn
+from suture.learned import learn
 from suture.mask import Mask
 from suture.maskfile import StoredMask
 from suture.measure import measure
 from suture.models import Classifier, Head, load_encoder, load_head, load_tokenizer
 from suture.run import merge
+from suture.settings import LEARN_PRESETS
 from suture.stats import Stats
 from suture.vector import TaskVector
 
@@ -71,7 +72,7 @@ SPACE = ["embedding", "head", "pooler"]
 """What no mask and no merge touches."""
 ROWS = 64
 """Training rows of each label from which masks are found."""
-LEARN = PRESETS["default"]
+LEARN = LEARN_PRESETS["default"]
 GRIDS: dict[str, list[dict[str, Any]]] = {
     "linear": [{}],
     "task_arithmetic": [{"scale": s} for s in (0.2, 0.3, 0.4, 0.6, 0.8, 1.0)],

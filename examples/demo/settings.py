@@ -152,8 +152,8 @@ SHORT = Size(
         skill=Training(64, 2, 4e-4, parameters=UPPER),
         drift=Training(24, 2, 3e-4, parameters=UPPER), merges=("average",), realigners=("somf",),
         pairs=32, steps=10, somf={"granularity": "row", "rescale": "none"}, rate=0.5, asked=40,
-        puzzles=36, terms=(2, 16), tokens=7, skill_tokens=11, classes=("music", "birds"), held_out=0.25,
-        topics="both", brief=True, helped=24, utility=8,
+        puzzles=36, terms=(2, 16), tokens=7, skill_tokens=11, classes=("music", "birds"),
+        held_out=0.25, topics="both", brief=True, helped=24, utility=8,
     ),
 )  # fmt: skip
 LONG = Size(
