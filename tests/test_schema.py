@@ -141,6 +141,7 @@ def test_checks_that_touch_a_wrong_key_are_skipped_and_no_others() -> None:
     assert told(Toy, {"share": 1, "kind": "gamma"}) == [
         "kind: 'gamma' is not known; known: alpha, beta"
     ]
+    assert told(Toy, {"share": None, "kind": "alpha"}) == ["share: missing; the share that is kept"]
     assert told(Toy, {"kind": "beta"}) == [
         "share: missing; the share that is kept", "part: missing; beta needs one",
     ]  # fmt: skip

@@ -117,7 +117,11 @@ class Section(BaseModel):
             raise PydanticCustomError(
                 "told", "{text}", {"text": f"{cls.shape}, not {brief(given)}"}
             )
-        raw = {str(k): v for k, v in raw.items() if v is not None or not cls.may_be_empty(str(k))}
+        required = {k for k, known in cls.model_fields.items() if known.is_required()}
+        raw = {
+            str(k): v for k, v in raw.items()
+            if v is not None or not (str(k) in required or cls.may_be_empty(str(k)))
+        }  # fmt: skip
         faults: list[InitErrorDetails] = []
         try:
             found = handler(raw)

@@ -169,7 +169,7 @@ class Suite(Recipe):
         f"is no name: a name is a word that rules can use, and none of {', '.join(TAKEN)}",
         "a mapping from names to what is asked, with at least one", taken=TAKEN, least=1,
     )]  # fmt: skip
-    """What is asked, by a name that rules can use."""
+    """A mapping from names to what is asked, with at least one; rules use the names."""
     decoding: DecodingKeys = DecodingKeys()
     reference: Annotated[ModelPath, Says("a model, a path or hub id")] | None = None
     """A model to compare with, for the kinds that need one."""
