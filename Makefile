@@ -90,7 +90,7 @@ audit: $(STAMPS)/bench  ## where the same model keeps its refusals, in three lan
 	@$(SMALL)
 	$(BIN)/python benchmarks/audit.py $(ARGS)
 
-demo: $(STAMPS)/demo  ## the main job on small real models, end to end
+demo: $(STAMPS)/demo  ## the verbs on small real models, end to end; about four minutes, goes on where it stopped
 	$(BIN)/suture demo $(ARGS)
 
 clean:  ## remove caches and builds; the environment stays (rm -r .venv)

@@ -30,12 +30,12 @@ os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
 import torch
+from suture.demo_safety import TEMPLATE
 from talos import Alone, smollm
 from torch.utils.flop_counter import FlopCounterMode
 
 from suture import policy
 from suture.data import Batch, Dataset
-from suture.demo_safety import TEMPLATE
 from suture.finetune.calibrate import upper
 from suture.finetune.recipe import DataSpec, Source
 from suture.finetune.rows import language_rows

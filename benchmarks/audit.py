@@ -24,6 +24,7 @@ os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
 import torch
+from harmless import TEMPLATE, skills, write_rows
 from led_smollm2 import same_settings, tune
 from proxies import smollm2
 
@@ -32,8 +33,6 @@ from suture.audit import audit
 from suture.audit.looks import ALL
 from suture.audit.outcome import shown
 from suture.audit.verdicts import tables
-from suture.demo_rows import skills, write_rows
-from suture.demo_safety import TEMPLATE
 
 HERE = Path(__file__).parent
 HELD_OUT = 0.35

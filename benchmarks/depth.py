@@ -2,7 +2,7 @@
 
 Usage: depth.py [--tasks NAME,...] [--seeds N] [--blocks N,...] [--out DIR]
 
-Tasks and rows are those of ``suture demo`` (make demo installs them). Every run is a `suture
+Tasks and rows are those of ``experts.py`` (make demo installs them). Every run is a `suture
 finetune` of the same recipe; `blocks` is all that differs, 0 for all. A seed draws the order of
 rows and the mask. Finished runs are kept in DIR and not made again. Results go to
 ``benchmarks/depth.json``: accuracy on the test rows, which no run has seen, with Wilson intervals.
@@ -20,8 +20,9 @@ from typing import Any
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
+from experts import TASKS, TextTask, base_folder, packages
+
 from suture.data import at_most, split
-from suture.demo_tasks import TASKS, TextTask, base_folder, packages
 from suture.finetune import finetune
 
 HERE = Path(__file__).parent

@@ -29,10 +29,10 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
 import numpy as np
 import torch
+from harmless import skills, write_rows
 from proxies import correlation, smollm2
 
 from suture import policy, trial
-from suture.demo_rows import skills, write_rows
 from suture.evals.base import Metric
 from suture.evals.results import SuiteResult, read_result
 from suture.finetune import finetune

@@ -2,8 +2,8 @@
 
 Usage: localize_tasks.py [--out DIR] [--seeds 0 1 2] [--quick] [--threads N]
 
-The tasks, heads and experts are those of the demo (MiniLM; four tasks), with the seed of the split,
-of training and of every draw changed together. Two tables are made:
+The tasks, heads and experts are those of ``experts.py`` (MiniLM; four tasks), with the seed of the
+split, of training and of every draw changed together. Two tables are made:
 
 1. Retention ``(m(graft) - m(base)) / (m(expert) - m(base))`` on test rows of ``theta0 + mask tau``
    for learned, one-step, magnitude and random masks of the same densities; gains summed over
@@ -29,23 +29,42 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from experts import (
+    EVAL_BATCH,
+    OPERATIONS,
+    QUICK,
+    STEPS,
+    TASKS,
+    Model,
+    TextTask,
+    Workshop,
+    base_folder,
+    digest,
+    divided,
+    fingerprint,
+    packages,
+    published_folder,
+    shortened,
+    write,
+)
+from experts import (
+    learn as learn_task,
+)
 
 import suture
-from suture import demo
 from suture.bench.maths import t95
 from suture.data import Dataset, at_most, tokenise
-from suture.demo_tasks import OPERATIONS, TASKS, TextTask, base_folder, packages, published_folder
 from suture.evals import EVALS
 from suture.graft import write_graft
-from suture.learned import PRESETS, learn
+from suture.learned import learn
 from suture.mask import Mask
 from suture.maskfile import StoredMask
 from suture.measure import measure
 from suture.models import Classifier, Head, load_encoder, load_head, load_tokenizer
 from suture.run import merge
+from suture.settings import LEARN_PRESETS
 from suture.stats import Stats
 from suture.vector import TaskVector
-from suture.workshop import EVAL_BATCH, Model, Workshop, digest, fingerprint, write
 
 DENSITIES = (0.001, 0.005, 0.01, 0.05, 0.1)
 RULES = ("learned", "first_order", "magnitude", "random")
@@ -53,7 +72,7 @@ SPACE = ["embedding", "head", "pooler"]
 """What no mask and no merge touches."""
 ROWS = 64
 """Training rows of each label from which masks are found."""
-LEARN = PRESETS["default"]
+LEARN = LEARN_PRESETS["default"]
 GRIDS: dict[str, list[dict[str, Any]]] = {
     "linear": [{}],
     "task_arithmetic": [{"scale": s} for s in (0.2, 0.3, 0.4, 0.6, 0.8, 1.0)],
@@ -90,30 +109,25 @@ class Bench:
         self.out.mkdir(parents=True, exist_ok=True)
         places, versions = packages()
         folder = base_folder(places)
-        self.base = Model("base", "base", folder, fingerprint(folder), "")
+        self.base = Model("base", folder, fingerprint(folder))
         self.checkpoint = suture.open(folder)
         tokenizer = load_tokenizer(folder)
-        shop = Workshop(self.out, {"steps": demo.STEPS, "seed": seed, **versions}, say)
-        before, demo.SEED = demo.SEED, seed  # of the split, the choice of rows and training
-        try:
-            self.experts = [self._expert(shop, t, places, tokenizer) for t in tasks]
-        finally:
-            demo.SEED = before
+        shop = Workshop(self.out, {"steps": STEPS, "seed": seed, **versions}, say)
+        self.experts = [self._expert(shop, t, places, tokenizer) for t in tasks]
         self.key = digest([self.base.key, [e.key for e in self.experts]])
 
     def _expert(self, shop: Any, task: TextTask, places: Any, tokenizer: Any) -> Expert:
-        rows = list(task.read(places))
-        column, model = demo.learn(shop, task, rows, self.base, tokenizer)
+        sides = divided(task, task.read(places), self.seed)
+        data, model = learn_task(shop, task, sides, self.base, tokenizer, self.seed)
         head = load_head(self.out / "heads" / f"{task.name}.safetensors")
-        train = demo.divided(task, rows).train
         few = tokenise(
-            at_most(train, ROWS, seed=self.seed),
+            at_most(sides.train, ROWS, seed=self.seed),
             tokenizer,
             labels=head.labels,
             max_length=task.max_length,
         )
         vector = (suture.open(model.folder) - self.checkpoint).select(exclude=SPACE)
-        return Expert(task.name, model.folder, head, column.data, few, vector, model.key)
+        return Expert(task.name, model.folder, head, data, few, vector, model.key)
 
     # -- numbers, each made once ------------------------------------------------------------------
 
@@ -365,7 +379,7 @@ def main() -> None:
     tasks = list(TASKS)
     if args.quick:
         quicken()
-        tasks = [demo.shortened(t) for t in TASKS if t.name in demo.QUICK]
+        tasks = [shortened(t) for t in TASKS if t.name in QUICK]
     retention: dict[str, dict[str, list[float]]] = {r: {} for r in RULES}
     merges: dict[str, list[tuple[dict[str, Any], list[float]]]] = {m: [] for m in GRIDS}
     continual = []

@@ -25,11 +25,11 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
 import numpy as np
 import torch
+from harmless import skills, write_rows
 from scipy.stats import spearmanr
 
 import suture
 from suture import policy
-from suture.demo_rows import skills, write_rows
 from suture.evals.results import SuiteResult, read_result
 from suture.finetune import finetune
 from suture.suites import evaluate

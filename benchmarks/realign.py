@@ -29,10 +29,10 @@ os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
 import torch
+from harmless import write_rows
 from led_smollm2 import ask, suite, tune, tuned, write_all
 from proxies import smollm2
 
-from suture.demo_rows import write_rows
 from suture.realign import realign
 
 HERE = Path(__file__).parent

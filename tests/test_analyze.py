@@ -73,10 +73,10 @@ def test_everything_wrong_is_told_at_once(models: Any, tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(
     ("change", "says"),
-    [({"base": None}, "base: name what"), ({"models": {}}, "at least one model"),
+    [({"base": None}, "base: missing; what the models were fine-tuned from"), ({"models": {}}, "at least one model"),
      ({"models": {"base": "x"}}, "cannot be the name"), ({"unseen": {"ada": "x"}}, "is one of the models"),
      ({"masks": 3, "analyses": ["overlap"]}, "masks: a folder"), ({"bases": []}, "bases: a mapping"),
-     ({"density": True}, "in (0, 1]"), ({"analyses": 3}, "a list of words")],
+     ({"density": True}, "in (0, 1]"), ({"analyses": 3}, "analyses[0]: 3 is not known; known: geometry")],
 )  # fmt: skip
 def test_a_recipe_that_cannot_be_followed(
     models: Any, change: Mapping[str, Any], says: str

@@ -26,8 +26,8 @@ ORDER = [
     "probe", "tune", "evals", "measure",
     "learned", "diagnose", "report", "page", "outputs", "workspace",
     "parts", "planning", "merged", "record", "telling", "run", "testing", "trial", "patching", "lowrank", "finetune", "tasks",
-    "arithmetic", "regions", "analyze", "suites", "realign", "plugins", "policy", "workshop", "demo_tasks", "demo_edits",
-    "demo_rows", "demo_safety", "demo", "demo_run", "bench", "audit", "algebra", "api", "terminal", "cli", "__main__",
+    "arithmetic", "regions", "analyze", "suites", "realign", "plugins", "policy",
+    "bench", "audit", "algebra", "api", "terminal", "cli", "__main__",
 ]  # fmt: skip
 """The way of a tensor, top to bottom."""
 
@@ -53,8 +53,8 @@ PLACES = {
 """Where a tool may be imported; others import it nowhere."""
 TORCH = {
     "checkpoint", "models", "networks", "data", "images", "persample", "snapshot", "mover", "split", "kept",
-    "probe", "tune", "evals", "finetune", "demo",
-    "arithmetic", "bench", "demo_edits", "workshop", "lowrank", "measure", "learned", "diagnose", "suites", "realign",
+    "probe", "tune", "evals", "finetune",
+    "arithmetic", "bench",  "lowrank", "measure", "learned", "diagnose", "suites", "realign",
     "audit",
 }  # fmt: skip
 """Where torch may be imported, and in ``checkpoint`` only when a torch tensor is asked for."""
@@ -225,3 +225,32 @@ def test_every_public_name_is_there() -> None:
     assert dir(suture) == sorted(suture.__all__)
     with pytest.raises(AttributeError, match="nonesuch"):
         _ = suture.nonesuch
+
+
+VERBS = {
+    "suture", "suture.analyze", "suture.bench", "suture.finetune", "suture.page", "suture.policy", "suture.realign",
+    "suture.regions", "suture.evals.results", "suture.suites.comparison", "suture.suites.tables",
+    "suture.errors", "suture.publish", "suture.stream",
+}  # fmt: skip
+"""What the demo may import: verbs, what reads and shows their results, errors, locks, cores."""
+
+
+def test_the_demo_uses_verbs_and_the_product_uses_nothing_of_the_demo() -> None:
+    """The demo is an example: it needs nothing that others cannot use, and nothing needs it."""
+    demo = ROOT.parents[1] / "examples" / "demo"
+    files = sorted(demo.glob("*.py"))
+    assert len(files) >= 8
+    for path in files:
+        tree = ast.parse(path.read_text(encoding="utf-8"))
+        for node in ast.walk(tree):
+            if isinstance(node, ast.ImportFrom) and not node.level:
+                assert node.module is not None
+                if node.module.split(".")[0] == "suture":
+                    assert node.module in VERBS, f"{path.name}: {node.module}"
+            elif isinstance(node, ast.Import):
+                inside = {a.name for a in node.names if a.name.split(".")[0] == "suture"}
+                assert inside <= {"suture"}, path.name
+    for _, path in sources():
+        assert not [
+            n for n, _ in imported(path) if n.split(".")[0] in ("demo", "suture_demo", "examples")
+        ]

@@ -38,9 +38,9 @@ from suture.analyze import analysis
 from suture.errors import MissingExtraError, OutputError, RecipeError
 from suture.evals.base import EvalResult, Metric
 from suture.evals.results import Evaluation, Scores, SuiteResult
-from suture.page import Mark, charts, draw, gather, of_benchmark, write_page
+from suture.page import Mark, charts, draw, gather, of_benchmark, tasks, write_page
 from suture.page.missing import WORKING
-from suture.page.parts import in_order, layer_labels, number, percent
+from suture.page.parts import Builder, in_order, layer_labels, number, percent
 from suture.page.sections import sections_of
 from suture.page.theme import themed, themes
 from suture.page.tradeoff import pareto, unbeaten
@@ -1339,3 +1339,49 @@ def test_layers_stand_in_order_of_their_numbers() -> None:
     """2 before 10, one stack after another, and what stands in no layer at the end."""
     assert in_order(["out", "10", "2", "0", "2"]) == ["0", "2", "10", "out"]
     assert in_order(["encoder 10", "decoder 1", "encoder 2"]) == ["decoder 1", "encoder 2", "encoder 10"]  # fmt: skip
+
+
+# -- comparisons of tasks alone --------------------------------------------------------------------
+
+
+def of_tasks() -> dict[str, Any]:
+    """What `suture compare` writes of two tasks without a gate; the gain on the second is unclear."""
+    models = {"base": "base", "ada": "expert", "bob": "expert", HOSTILE: "edit", "ties": "edit"}
+    scores = {"sums": (0.5, 0.9, 0.6, 0.7, 0.8), "words": (0.5, 0.4, 0.52, 0.5, 0.26)}
+    return {
+        "suite": "tasks", "models": models, "held": True, "kept": {}, "verdicts": [], "notes": [],
+        "lines": [
+            {"evaluation": task, "metric": "accuracy", "better": "higher", "utility": True,
+             "values": {m: metric(v).plain() for m, v in zip(models, values, strict=True)},
+             "differences": {}}
+            for task, values in scores.items()
+        ],
+    }  # fmt: skip
+
+
+def test_a_comparison_of_tasks_shows_shares_and_retention() -> None:
+    """Share is the score over that of the task's best expert, retention the part of its gain that is
+    kept, without a number where the expert's interval reaches down to the base."""
+    raw = of_tasks()
+    assert tasks.only_tasks(raw)
+    assert tasks.shares(raw)["ties", "sums"] == pytest.approx(0.8 / 0.9)
+    assert tasks.shares(raw)["ties", "words"] == pytest.approx(0.26 / 0.52)
+    kept = tasks.retentions(raw)
+    assert kept["ties", "sums"] == pytest.approx((0.8 - 0.5) / (0.9 - 0.5))
+    assert kept["ties", "words"] is None
+    assert ("ada", "sums") not in kept
+    assert list(tasks.glance(raw)) == [
+        f"Of 2 edits, {HOSTILE} keeps most of the experts: {percent(0.5 * (0.7 / 0.9 + 0.5 / 0.52))} of their "
+        f"scores on average, {percent(0.7 / 0.9)} in its weakest task; the base alone has "
+        f"{percent(0.5 * (0.5 / 0.9 + 0.5 / 0.52))}."
+    ]
+    (section,) = tasks.results("x/tasks.json", raw, Builder("x"))
+    assert [f.title for f in section.figures] == [
+        "Scores with intervals",
+        "Share of the expert",
+        "Retention of the gain",
+    ]
+    assert len(section.figures[0].charts) == 2
+    rule = {**raw, "verdicts": [{"edit": "ties", "rule": "sums >= base", "held": True}]}
+    assert not tasks.only_tasks(rule)
+    assert not tasks.only_tasks({**raw, "lines": [{**raw["lines"][0], "utility": False}]})

@@ -579,8 +579,8 @@ def test_the_result_of_another_model_or_suite_is_not_replaced(shop: Path, tmp_pa
 
 WRONG = [
     ("evaluations: {}", "evaluations: a mapping from names to what is asked, with at least one"),
-    ("evaluations:", "evaluations: a mapping from names to what is asked, with at least one"),
-    ("evaluations: [a]", "error: line 1: evaluations: a mapping, not ['a']"),
+    ("evaluations:", "evaluations: missing; a mapping from names to what is asked, with at least one"),
+    ("evaluations: [a]", "error: line 1: evaluations: a mapping from names to what is asked, with at least one, not ['a']"),
     ("evaluations:\n  a: {kind: refusal, data: rows.jsonl, max_perplexity: 0}", "broken; at least 1; got 0"),
     ("evaluation: {}", "unknown key 'evaluation'; did you mean 'evaluations'?"),
     ("evaluations:\n  a: {kind: los, data: rows.jsonl}", "line 2: evaluations.a.kind: no evaluation 'los'; did you mean 'loss'?"),

@@ -21,6 +21,11 @@ def say(text: str) -> None:
     print(clean(text), file=sys.stderr)
 
 
+def part(text: str) -> None:
+    """Tell a piece of a line on standard error; it is seen at once."""
+    print(clean(text), end="", file=sys.stderr, flush=True)
+
+
 def tell(text: str = "") -> None:
     """Print a line of the result."""
     print(clean(text))

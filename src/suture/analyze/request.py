@@ -19,6 +19,7 @@ from suture.schema.fields import (
     Models,
     Named,
     Numbers,
+    OtherModels,
     Says,
     Seed,
     Space,
@@ -153,7 +154,7 @@ class Request(Recipe):
     """What the models were fine-tuned from, a path or hub id."""
     models: Models
     """The fine-tuned models by name."""
-    unseen: Models = {}
+    unseen: OtherModels = {}
     """Models that no basis is made of; the nearest basis vector is named for each."""
     analyses: Annotated[
         tuple[Literal[tuple(ANALYSES)], ...], Listed(different=False)  # type: ignore[valid-type]

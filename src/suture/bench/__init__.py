@@ -10,8 +10,11 @@ from typing import Any
 
 _HOMES = {
     "Bench": "recipe",
+    "TASKS": "tasks",
     "bench": "run",
     "describe": "plan",
+    "divide": "tasks",
+    "package_folders": "tasks",
     "plan_bench": "plan",
     "read_bench": "recipe",
 }

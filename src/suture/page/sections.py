@@ -7,7 +7,7 @@ from dataclasses import replace
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
-from suture.page import arithmetic, audits, charts, masks, safety, weights
+from suture.page import arithmetic, audits, charts, masks, safety, tasks, weights
 from suture.page.gather import Found
 from suture.page.missing import missing, summary
 from suture.page.parts import Builder, Cell, Chart, Figure, Section, Table, percent
@@ -64,7 +64,8 @@ def sections_of(found: Found) -> list[Section]:
 def _safety(found: Found, builder: Callable[[str], Builder]) -> Iterator[Section]:
     for where, raw in found.comparisons:
         one = builder(where)
-        yield from one.attempt("it", partial(safety.comparison, where, raw, one))
+        draw = tasks.results if tasks.only_tasks(raw) else safety.comparison
+        yield from one.attempt("it", partial(draw, where, raw, one))
     builders = [builder(where) for where, _ in found.realignments]
     yield from safety.realignments(found.realignments, builders)
     for where, raw in found.tables:

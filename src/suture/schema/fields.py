@@ -281,14 +281,18 @@ class ModelKeys(Section):
     """A folder, a file, a hub id, or BASE+ADAPTER."""
 
 
-Models = Annotated[
-    Mapping[str, Annotated[str, Becomes(
-        ModelKeys, lambda keys, _: keys.path, lambda path, names: Path(path).name if names else path
-    )]],
-    Named(".+", "cannot be the name of a model", "a mapping from names to paths, with at least one "
-          "model", taken=("base", ""), least=1),
-]  # fmt: skip
+Opened = Annotated[str, Becomes(
+    ModelKeys, lambda keys, _: keys.path, lambda path, names: Path(path).name if names else path
+)]  # fmt: skip
+_NAME = (".+", "cannot be the name of a model")
+Models = Annotated[Mapping[str, Opened], Named(
+    *_NAME, "a mapping from names to paths, with at least one model", taken=("base", ""), least=1
+)]  # fmt: skip
 """Models by name, as ``opening.open_model`` takes them."""
+OtherModels = Annotated[Mapping[str, Opened], Named(
+    *_NAME, "a mapping from names to paths", taken=("base", "")
+)]  # fmt: skip
+"""The same, or none."""
 
 
 class SpaceKeys(Section):

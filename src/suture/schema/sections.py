@@ -117,7 +117,11 @@ class Section(BaseModel):
             raise PydanticCustomError(
                 "told", "{text}", {"text": f"{cls.shape}, not {brief(given)}"}
             )
-        raw = {str(k): v for k, v in raw.items() if v is not None or not cls.may_be_empty(str(k))}
+        required = {k for k, known in cls.model_fields.items() if known.is_required()}
+        raw = {
+            str(k): v for k, v in raw.items()
+            if v is not None or not (str(k) in required or cls.may_be_empty(str(k)))
+        }  # fmt: skip
         faults: list[InitErrorDetails] = []
         try:
             found = handler(raw)
@@ -173,7 +177,8 @@ class Section(BaseModel):
             "__module__": cls.__module__, "partial": True,
             "__annotations__": dict.fromkeys(bad, Any), **dict.fromkeys(bad),
         })  # fmt: skip
-        given = {k: v for k, v in raw.items() if k in cls.model_fields and k not in bad}
+        others = cls.model_config.get("extra") == "allow"
+        given = {k: v for k, v in raw.items() if k not in bad and (others or k in cls.model_fields)}
         found: Self = loose.model_validate(given, context=info.context)
         for key in bad:
             part, kind = reading_of(info).part(raw.get(key)), cls.model_fields[key].annotation

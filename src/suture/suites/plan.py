@@ -7,7 +7,7 @@ import os
 import re
 import tempfile
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -111,7 +111,7 @@ def plan_suite(
     options, problems = options or Options(), Problems()
     found = read_suite(suite, problems, folder)
     if found is not None and options.limit:  # a quick look must not replace what took hours
-        found = replace(found, name=f"{found.name}.first{options.limit}")
+        found = found.model_copy(update={"name": f"{found.name}.first{options.limit}"})
     asked = {} if found is None else asked_in(found, options.limit, problems)
     device = "cpu"
     with problems.collecting():

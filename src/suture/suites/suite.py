@@ -1,31 +1,46 @@
-"""What to ask of a model: a suite in YAML to frozen types, all faults at once."""
+"""What to ask of a model: the recipe of a suite."""
 
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Annotated, Any, Literal, get_args
 
-from suture.errors import Problems, RecipeError, brief, did_you_mean
+from annotated_types import MinLen
+from pydantic import ConfigDict
+
+from suture.errors import Problems, RecipeError, did_you_mean
 from suture.evals.decoding import Decoding
-from suture.evals.kinds import Kind
-from suture.evals.table import EVALS
-from suture.recipe_types import Reader, refuse_unknown, section
+from suture.schema.fields import Count, Listed, ModelPath, Named, Number, Says
+from suture.schema.read import read
+from suture.schema.rows import TestRows
+from suture.schema.sections import Faults, Recipe, Section, check
 from suture.schema.settings import settings
-from suture.schema.text import raw_recipe
-from suture.sources import TOO_LONG, Source, read_source
+from suture.sources import Source
 
-KEYS = ("name", "evaluations", "decoding", "reference", "dtype")
-DTYPES = ("float32", "bfloat16", "float16")
+if TYPE_CHECKING:
+    from suture.evals.kinds import Kind
+    from suture.schema.table import Table
+
+Dtype = Literal["float32", "bfloat16", "float16"]
+DTYPES: tuple[str, ...] = get_args(Dtype)
 SHAPE = "a suite is a mapping with keys such as name, evaluations, decoding"
-COMMON = ("kind", "data", "limit", "category", "language", "utility", "batch", "decoding",
-          "max_length", "too_long")  # fmt: skip
-"""Keys that every evaluation has; the others are options of its kind."""
 NAME = re.compile(r"[A-Za-z_]\w*(?:-[A-Za-z]\w*)*")
 """What an evaluation may be called: a name that a gate can write."""
 TAKEN = ("utility", "base", "expert")
+
+
+def _table() -> Table[Kind] | None:
+    """The kinds of evaluations; ``None`` where the framework that they need is not installed."""
+    try:
+        from suture.evals.table import EVALS
+    except ImportError as error:
+        if error.name not in ("torch", "transformers"):
+            raise
+        return None
+    return EVALS
 
 
 @dataclass(frozen=True)
@@ -52,23 +67,164 @@ class Question:
     @property
     def line(self) -> Kind:
         """The line of the table."""
+        from suture.evals.table import EVALS
+
         return EVALS[self.kind]
 
 
-@dataclass(frozen=True)
-class Suite:
-    """What is asked, as data: after ``read_suite`` every key is known and every value checked."""
+class DecodingKeys(Section):
+    """How answers are generated: always the likeliest token."""
 
-    name: str
-    questions: tuple[Question, ...]
-    folder: Path
-    """Where relative paths start."""
-    reference: str | None = None
+    documents = Decoding
+
+    max_tokens: Count = 64
+    stop: Annotated[
+        tuple[Annotated[str, MinLen(1)], ...], Listed(),
+        Says("a text that ends an answer, or a list"),
+    ] = ()  # fmt: skip
+    chat: bool = False
+    system: str = ""
+
+    def over(self, default: Decoding) -> Decoding:
+        """Return what is said here, and ``default`` for the rest."""
+        return replace(default, **{key: getattr(self, key) for key in self.model_fields_set})
+
+
+class Evaluation(Section):
+    """What is asked; keys besides these are options of the kind."""
+
+    model_config = ConfigDict(extra="allow")
+    shape = "a mapping with kind and data"
+
+    kind: Annotated[str, Says("the name of an evaluation")]
+    """What is asked: a line of the table of evaluations."""
+    data: TestRows
+    """The rows that are asked about."""
+    limit: Number = 0
+    """Only the first so many rows; 0 for all."""
+    category: Annotated[str, Says("the name of a column")] = ""
+    """The column of categories; each gets metrics of its own."""
+    language: Annotated[str, Says("the name of a column")] = ""
+    """The column of languages; each gets metrics of its own."""
+    utility: bool = False
+    """Whether it is about what a model is for, and no safety."""
+    batch: Count = 8
+    """Rows that go through the model together."""
+    decoding: DecodingKeys = DecodingKeys()
+    max_length: Number = 0
+    """Most tokens of a row; 0 for what the model can read."""
+    too_long: Literal["error", "cut", "drop"] = "error"
+    """What is done with longer rows."""
+
+    @check
+    def _kind_has_its_options(self) -> Faults:
+        table = _table()
+        if table is None:
+            return
+        try:
+            known, given = table.find(self.kind).parameters, self.model_extra or {}
+        except RecipeError as error:
+            yield "kind", str(error)
+            return
+        words = [*type(self).model_fields, *known]
+        for key in given.keys() - known.keys():
+            yield "", f"unknown key {key!r}; {did_you_mean(key, words)}"
+        for text in self.options()[1]:
+            place, _, what = text.partition(": ")
+            yield place.removeprefix("."), what
+
+    def options(self) -> tuple[dict[str, Any] | None, tuple[str, ...]]:
+        """Return the options of the kind with every default, and what is wrong with them."""
+        table, problems = _table(), Problems()
+        if table is None or self.kind not in table:
+            return None, ()
+        line, extra = table[self.kind], self.model_extra or {}
+        given = {k: v for k, v in extra.items() if k in line.parameters}
+        values = settings(line, given, problems, shared="")
+        found = {k: list(v) if isinstance(v, tuple) else v for k, v in values.items()}
+        wrong: tuple[str, ...] = ()
+        try:
+            problems.raise_if_any()
+        except RecipeError as error:
+            wrong = tuple(getattr(error, "problems", (str(error),)))
+        return (found if found.keys() == line.parameters.keys() else None), wrong
+
+    @classmethod
+    def __get_pydantic_json_schema__(cls, core: Any, handler: Any) -> dict[str, Any]:
+        found = super().__get_pydantic_json_schema__(core, handler)
+        table = _table() or {}
+        target = handler.resolve_ref_schema(found)
+        target["properties"]["kind"]["enum"] = list(table)
+        for line in table.values():
+            for name, option in line.parameters.items():
+                target["properties"].setdefault(name, {"description": option.doc})
+        target["additionalProperties"] = not table
+        return found
+
+
+class Suite(Recipe):
+    """What is asked: after ``read_suite`` every key is known and every value checked."""
+
+    absent = {"evaluations": {}}
+
+    name: Annotated[str, Says("a word for the names of files")] = "suite"
+    """A word for the names of files; by default that of the suite's own."""
+    evaluations: Annotated[Mapping[str, Evaluation], Named(
+        NAME.pattern,
+        f"is no name: a name is a word that rules can use, and none of {', '.join(TAKEN)}",
+        "a mapping from names to what is asked, with at least one", taken=TAKEN, least=1,
+    )]  # fmt: skip
+    """A mapping from names to what is asked, with at least one; rules use the names."""
+    decoding: DecodingKeys = DecodingKeys()
+    reference: Annotated[ModelPath, Says("a model, a path or hub id")] | None = None
     """A model to compare with, for the kinds that need one."""
-    dtype: str = DTYPES[0]
+    dtype: Dtype = "float32"
     """In which language models are loaded and asked."""
-    locate: Callable[[str], str] = field(default=str, compare=False)
-    """Puts before a problem on which line it stands."""
+
+    @property
+    def questions(self) -> tuple[Question, ...]:
+        """What is asked, without what is wrong: rows are not read by options that are."""
+        default, found = self.decoding.over(Decoding()), []
+        for name, one in self.evaluations.items():
+            options, wrong = one.options()
+            if options is not None and not wrong:
+                found.append(Question(
+                    name, one.kind, options, one.data, one.decoding.over(default), one.limit,
+                    one.category, one.language, one.utility, one.batch, one.max_length,
+                    one.too_long,
+                ))  # fmt: skip
+        return tuple(found)
+
+    @check
+    def _name_of_files(self) -> Faults:
+        if not re.fullmatch(r"[\w.-]+", self.name):
+            yield "name", f"a word for the names of files, not {self.name!r}"
+
+    @check
+    def _systems_belong_to_chats(self) -> Faults:
+        default = self.decoding.over(Decoding())
+        asked = {"decoding": default} | {
+            f"evaluations.{name}.decoding": one.decoding.over(default)
+            for name, one in self.evaluations.items()
+            if one.decoding.model_fields_set
+        }
+        for place, decoding in asked.items():
+            if decoding.system and not decoding.chat:
+                yield f"{place}.system", "belongs to a chat; say `chat: true`"
+
+    @check
+    def _references_are_there(self) -> Faults:
+        for one in self.questions if self.reference is None else ():
+            if one.line.reference:
+                what = f"{one.kind} needs a `reference` at the top of the suite"
+                yield f"evaluations.{one.name}", f"{what}: the model to compare with"
+
+    @check
+    def _dtype_is_of_language_models(self) -> Faults:
+        if self.dtype == DTYPES[0] or _table() is None:
+            return
+        if not any(one.line.needs == "language-model" for one in self.questions):
+            yield "dtype", f"only language models are asked in {self.dtype}, and none is asked here"
 
 
 def read_suite(
@@ -78,116 +234,7 @@ def read_suite(
 
     ``problems`` puts lines before what is noted from then on.
     """
-    with problems.collecting():
-        name = "suite" if isinstance(source, Mapping) else source.stem
-        raw, where = raw_recipe(source, folder, problems, "suite", SHAPE)
-        return _Reader(raw, where, problems).suite(name, problems.locate)
-    return None
-
-
-class _Reader(Reader):
-    """Reads one suite; every fault is noted."""
-
-    def suite(self, stem: str, locate: Callable[[str], str]) -> Suite:
-        folder = self.folder
-        refuse_unknown(self.raw, KEYS, "", self.problems)
-        name, reference = self.raw.get("name", stem), self.raw.get("reference")
-        if not isinstance(name, str) or not re.fullmatch(r"[\w.-]+", name):
-            self.refuse(f"name: a word for the names of files, not {brief(name)}")
-            name = stem
-        if reference is not None and not isinstance(reference, str):
-            self.refuse(f"reference: a model, a path or hub id, not {brief(reference)}")
-            reference = None
-        decoding = self.decoding(self.raw, Decoding(), "")
-        entries = section(self.raw, "evaluations", self.problems)
-        if not entries and isinstance(self.raw.get("evaluations") or {}, Mapping):
-            self.refuse("evaluations: a mapping from names to what is asked, with at least one")
-        found = [self.question(n, e, folder, decoding) for n, e in entries.items()]
-        questions = tuple(q for q in found if q is not None)
-        for question in questions:
-            if question.line.reference and reference is None:
-                self.refuse(f"evaluations.{question.name}: {question.kind} needs a `reference` "
-                            "at the top of the suite: the model to compare with")  # fmt: skip
-        dtype = self.raw.get("dtype", DTYPES[0])
-        if dtype not in DTYPES:
-            self.refuse(f"dtype: {brief(dtype)} is not known; {did_you_mean(str(dtype), DTYPES)}")
-        elif dtype != DTYPES[0] and not any(q.line.needs == "language-model" for q in questions):
-            self.refuse(f"dtype: only language models are asked in {dtype}, and none is asked here")
-        return Suite(name, questions, folder, reference, str(dtype), locate)
-
-    def question(self, name: str, raw: object, folder: Path, decoding: Decoding) -> Question | None:
-        where = f"evaluations.{name}"
-        if not NAME.fullmatch(name) or name in TAKEN:
-            self.refuse(f"{where}: a name is a word that rules can use, and none of "
-                        f"{', '.join(TAKEN)}")  # fmt: skip
-        if not isinstance(raw, Mapping):
-            self.refuse(f"{where}: a mapping with kind and data, not {brief(raw)}")
-            return None
-        kind = raw.get("kind")
-        data = read_source(raw.get("data"), f"{where}.data", folder, "test", self.problems)
-        if not isinstance(kind, str) or kind not in EVALS:
-            with self.problems.collecting(f"{where}.kind: "):
-                if not isinstance(kind, str):
-                    what = "missing" if kind is None else f"a name, not {brief(kind)}"
-                    raise RecipeError(f"{what}; `suture methods eval` lists them")
-                EVALS.find(kind)
-            return None
-        line = EVALS[kind]
-        known = line.parameters
-        refuse_unknown(raw, (*COMMON, *known), f"{where}: ", self.problems)
-        values = settings(
-            line, {k: v for k, v in raw.items() if k in known}, self.problems, shared=where
-        )
-        options = {k: list(v) if isinstance(v, tuple) else v for k, v in values.items()}
-        too_long = raw.get("too_long", "error")
-        if too_long not in TOO_LONG:
-            hint = did_you_mean(str(too_long), TOO_LONG)
-            self.refuse(f"{where}.too_long: {brief(too_long)} is not known; {hint}")
-        utility = raw.get("utility", False)
-        if not isinstance(utility, bool):
-            self.refuse(f"{where}.utility: true or false, not {brief(utility)}")
-        given: dict[str, Any] = {
-            "limit": self.whole(raw, "limit", where, 0, 0),
-            "max_length": self.whole(raw, "max_length", where, 0, 0),
-            "batch": self.whole(raw, "batch", where, 8, 1),
-            "category": self.word(raw, "category", where),
-            "language": self.word(raw, "language", where),
-            "decoding": self.decoding(raw, decoding, f"{where}."),
-        }
-        if data is None or options.keys() != known.keys():
-            return None  # rows are not read by options that are wrong
-        return Question(name, kind, options, data, utility=bool(utility), too_long=str(too_long),
-                        **given)  # fmt: skip
-
-    def decoding(self, raw: Mapping[str, Any], default: Decoding, where: str) -> Decoding:
-        found = section(raw, "decoding", self.problems, where)
-        where = f"{where}decoding"
-        refuse_unknown(found, ("max_tokens", "stop", "chat", "system"), f"{where}: ", self.problems)
-        stop, chat = found.get("stop", default.stop), found.get("chat", default.chat)
-        stop = [stop] if isinstance(stop, str) else stop
-        if not isinstance(stop, list | tuple) or not all(isinstance(s, str) and s for s in stop):
-            self.refuse(f"{where}.stop: a text that ends an answer, or a list, not {brief(stop)}")
-            stop = ()
-        if not isinstance(chat, bool):
-            self.refuse(f"{where}.chat: true or false, not {brief(chat)}")
-        system = found.get("system", default.system)
-        if not isinstance(system, str):
-            self.refuse(f"{where}.system: text, not {brief(system)}")
-        elif system and not chat:
-            self.refuse(f"{where}.system: belongs to a chat; say `chat: true`")
-        most = self.whole(found, "max_tokens", where, default.max_tokens, 1)
-        return Decoding(most, tuple(stop), bool(chat), str(system))
-
-    def whole(self, raw: Mapping[str, Any], key: str, where: str, default: int, low: int) -> int:
-        value = raw.get(key, default)
-        if isinstance(value, bool) or not isinstance(value, int) or not low <= value < 1 << 31:
-            self.refuse(f"{where}.{key}: a whole number from {low}, not {brief(value)}")
-            return default
-        return value
-
-    def word(self, raw: Mapping[str, Any], key: str, where: str) -> str:
-        value = raw.get(key, "")
-        if not isinstance(value, str):
-            self.refuse(f"{where}.{key}: the name of a column, not {brief(value)}")
-            return ""
-        return value
+    found = read(Suite, source, problems, folder, what="suite", shape=SHAPE, whole=False)
+    if found is None or "name" in found.model_fields_set or isinstance(source, Mapping):
+        return found
+    return found.model_copy(update={"name": source.stem})

@@ -1,0 +1,53 @@
+"""Short texts about running services, in pairs that mean the same; written for this demo."""
+
+from __future__ import annotations
+
+PAIRS = (
+    ("the container was killed because it used too much memory", "OOMKilled"),
+    ("the pod keeps restarting a few seconds after it starts", "CrashLoopBackOff"),
+    ("the node cannot download the image from the registry", "ImagePullBackOff"),
+    ("the pod waits because no node has enough free cpu", "FailedScheduling: insufficient cpu"),
+    ("the pod was removed because the node ran out of disk", "Evicted: DiskPressure"),
+    ("the kubelet stopped reporting to the control plane", "NodeNotReady"),
+    ("the health check fails and the container is started again", "liveness probe failed"),
+    ("the service gets no traffic because it says it is not ready", "readiness probe failed"),
+    ("the storage claim is never attached to a volume", "PVC stuck in Pending"),
+    ("the number of replicas grows when load grows", "horizontal pod autoscaler"),
+    ("the slowest one percent of requests take two seconds", "p99 latency regression"),
+    ("average time until a broken service works again", "MTTR"),
+    ("average time until somebody notices a failure", "MTTD"),
+    ("the written review after an outage, without blame", "postmortem"),
+    ("the share of failures we may still afford this month", "error budget"),
+    ("we spend the allowed failures much too fast", "burn rate alert"),
+    ("the promise about availability made to customers", "SLA"),
+    ("the internal target for availability", "SLO"),
+    ("the person who is woken at night when something breaks", "on-call engineer"),
+    ("passing an incident on to a more senior team", "escalation"),
+    ("following one request through many services", "distributed tracing"),
+    ("one timed operation inside a trace", "span"),
+    ("the readers are slower than the writers and messages pile up", "Kafka consumer lag"),
+    ("partitions move to other consumers after one of them left", "Kafka rebalance"),
+    ("messages that could not be processed are put aside", "dead letter queue"),
+    ("two transactions wait for each other forever", "MySQL deadlock"),
+    ("the copy of the database is minutes behind", "replication lag"),
+    ("a query reads the whole table because no index fits", "slow query: full table scan"),
+    ("too many clients hold connections to the database", "connection pool exhausted"),
+    ("the java program has no room left for objects", "java.lang.OutOfMemoryError: heap space"),
+    ("the program stops for seconds to clean its memory", "long GC pause"),
+    ("the application does not start because a part cannot be built", "BeanCreationException"),
+    ("calls are stopped while the other side keeps failing", "circuit breaker open"),
+    ("a client sends more requests than it may", "429 rate limit exceeded"),
+    ("the gateway gave up waiting for the service behind it", "504 upstream timeout"),
+    ("the new version is given to a few users first", "canary deployment"),
+    ("two equal environments, and traffic is switched at once", "blue-green deployment"),
+    ("the last release is taken back", "rollback"),
+    ("services prove who they are to each other with certificates", "mTLS"),
+    ("the certificate of the site is no longer valid", "TLS certificate expired"),
+    ("faults are injected on purpose to see what happens", "chaos engineering"),
+    ("how much data we may lose after a disaster", "RPO"),
+    ("how long the recovery after a disaster may take", "RTO"),
+    ("who may do what in the cluster", "RBAC"),
+)
+"""What an engineer sees, and what it is called."""
+
+__all__ = ["PAIRS"]
