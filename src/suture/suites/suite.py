@@ -152,7 +152,7 @@ class Evaluation(Section):
     @classmethod
     def __get_pydantic_json_schema__(cls, core: Any, handler: Any) -> dict[str, Any]:
         found = super().__get_pydantic_json_schema__(core, handler)
-        table = _table() or {}
+        table: Mapping[str, Kind] = _table() or {}
         target = handler.resolve_ref_schema(found)
         target["properties"]["kind"]["enum"] = list(table)
         for line in table.values():
