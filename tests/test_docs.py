@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import ast
+import doctest
 import importlib
 import os
 import re
@@ -117,14 +118,16 @@ def test_quoted_help_is_current(page: Path, arguments: str, quoted: str) -> None
 @pytest.mark.parametrize(("page", "body"), list(blocks("python")), ids=page_id)
 def test_python_examples_name_what_there_is(page: Path, body: str) -> None:
     """Python in a page is Python, and what it takes of Suture is there under that name."""
-    tree = ast.parse(body, filename=str(page))
+    source = doctest.script_from_examples(body) if body.startswith(">>>") else body
+    tree = ast.parse(source, filename=str(page))
     named = [(n.module, a.name) for n in ast.walk(tree)
              if isinstance(n, ast.ImportFrom) and str(n.module).split(".")[0] == "suture"
              for a in n.names]  # fmt: skip
     named += [("suture", n.attr) for n in ast.walk(tree)
               if isinstance(n, ast.Attribute) and ast.unparse(n.value) == "suture"]  # fmt: skip
 
-    assert named, f"{page_id(page)}: an example that uses nothing of Suture"
+    imported = {a.name for n in ast.walk(tree) if isinstance(n, ast.Import) for a in n.names}
+    assert named or "suture" in imported, f"{page_id(page)}: an example that uses nothing of Suture"
     for module, name in named:
         assert hasattr(importlib.import_module(str(module)), name), f"{module} has no {name}"
 
