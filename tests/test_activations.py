@@ -487,7 +487,7 @@ def test_no_row_is_asked_twice_of_the_same_weights(
         asked.append(ask(model, batches, device=device))
         return asked[-1]
 
-    monkeypatch.setitem(looks.EVALS, "accuracy", counted)
+    monkeypatch.setattr(looks, "EVALS", {"accuracy": counted})
     what = {
         "base": str(tmp_path / "base"), "strategy": "full", "parameters": {"blocks": 1},
         "data": {"train": str(tmp_path / "rows.jsonl"), "validation": 0.3},

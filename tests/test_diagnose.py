@@ -359,9 +359,16 @@ def test_what_cannot_be_diagnosed_is_told_at_once(shop: Path, tmp_path: Path) ->
     assert said.code == 2
     making.lines_of(
         said.err, "diagnostics.rows: a whole number from 1", "diagnostics.points", "weights.one: a number",
-        "no model 'tow'; did you mean 'two'?", "float32 or float64", "nowhere: no such file",
-        "unknown key 'step'", "no column 'label'", "none.jsonl", "no model 'six'", "device: a word",
+        "known: float32, float64", "nowhere: no such file", "unknown key 'step'", "no column 'label'",
+        "none.jsonl", "device: a word",
     )  # fmt: skip
+    names = recipe(
+        shop, "names.yaml", tasks={"one": {"data": "rows.jsonl", "head": "one-head.safetensors"},
+                                   "six": {"data": "rows.jsonl", "head": "two-head.safetensors"}},
+        diagnostics={"weights": {"one": 1, "tow": 1}},
+    )  # fmt: skip
+    said_names = making.invoke("analyze", names, "-o", tmp_path / "out")
+    making.lines_of(said_names.err, "no model 'tow'; did you mean 'two'?", "no model 'six'")
     assert not list(tmp_path.iterdir())
     alone = making.invoke("analyze", recipe(shop, "none.yaml", tasks=None), "-o", tmp_path / "out")
     assert alone.code == 2

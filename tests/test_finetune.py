@@ -720,7 +720,7 @@ def test_other_wrong_inputs(shop: Path, talker: Path, tmp_path: Path) -> None:
         in problems_of(recipe(shop, "masked", parameters={"mask": "denser"}), tmp_path / "x")[0]
     )
     assert (
-        "no role"
+        "by role; 'qq' is none; did you mean 'q'?"
         in problems_of(recipe(shop, "lora", parameters={"targets": ["qq"]}), tmp_path / "x")[0]
     )
     for name, parameters, words in (

@@ -357,7 +357,7 @@ def test_masks_and_statistics_in_memory_are_those_of_their_files(
     models = {"ada": toy.tuned(base, 1), "bob": toy.tuned(base, 2)}
     paths = {n: toy.folder(tmp_path / n, t) for n, t in {"base": base, **models}.items()}
     files: dict[str, dict[str, Path]] = {}
-    for which in toy.NEED_STATS.get(method, ()):
+    for which in suture.METHODS.own[method].example.files:
         files[which] = {n: toy.invented_stats(paths[n], which) for n in models}
     values: dict[str, Any] = {
         k: {n: suture.Stats({t: np.array(v) for t, v in suture.Stats.load(p).tensors.items()},

@@ -18,9 +18,9 @@ from suture.engine import checkpoint_fingerprint
 from suture.errors import SutureError
 from suture.layers import depths, sliced_config, stacks
 from suture.mergekit import native
-from suture.merges import Curve, Scalar
 from suture.recipe import read_recipe
 from suture.run import MergeOptions, describe, merge, plan_recipe
+from suture.schema.values import Curve, Scalar
 
 LAYERS = 4
 CONFIG4 = {**CONFIG, "num_hidden_layers": LAYERS}

@@ -137,12 +137,12 @@ RULES: dict[str, tuple[dict[str, Any], tuple[str, ...]]] = {
         ("did you mean 'learned'?", "learn: unknown key 'epoch'", "at: the rule learned trains", "needs data for 'two'")),
     "that learns by values of other kinds": (
         {"rule": "learned", "density": 0.1, "learn": {"preset": ["x"], "epochs": "many", "lr": float("nan")}},
-        ("learn.preset: no preset ['x']", "learn.epochs: a whole number", "learn.lr: a positive number, not nan")),
+        ("learn.preset: ['x'] is not known", "learn.epochs: a whole number", "learn.lr: a number, not nan")),
     "on no device": (
         {"rule": "snip", "density": 0.1, "models": {"one": "one"}, "device": "gpu",
          "tasks": {"one": {"data": "rows.jsonl", "head": "head.safetensors"}}},
         ("line 6: device: 'gpu' is none; auto, cpu or cuda",)),
-    "like no other": ({"rule": "zzzz", "scope": "globe", "density": 3}, ("'zzzz'", "'globe'", "in (0, 1]; got 3")),
+    "like no other": ({"rule": "zzzz", "scope": "globe", "density": 3}, ("'zzzz'", "'globe'", "in (0, 1], not 3")),
 }  # fmt: skip
 
 
@@ -187,7 +187,7 @@ TUNINGS: dict[str, tuple[dict[str, Any], tuple[str, ...]]] = {
         {"strategy": "taloss", "parameters": {"densty": 1}, "base": "./no", "training": {"patience": 2, "lr": -1},
          "data": {"train": "rows.jsonl", "validation": 0}},
         ("4 problems", "line 2: strategy: no strategy 'taloss'; did you mean 'talos'?", "talos has no 'densty'",
-          "training.lr: must be positive", "line 1: ./no")),
+          "training.lr: must be more than 0", "line 1: ./no")),
     "like no other": (
         {"strategy": "zzzz", "parameters": {"densty": 1}, "training": {"patience": 2}, "output": {"dtype": "f99"},
          "data": {"train": "rows.jsonl", "validation": 0}},
@@ -280,7 +280,9 @@ def test_what_a_way_to_realign_does_not_read_is_told(aligned: Path, tmp_path: Pa
         "base: only the check of the ancestor would read it, and `ancestor: trust` forgoes it",
     )
     assert "safety" not in plan.inputs
-    assert plan.recipe.resolved()["training"] == {"batch": 4}
+    assert plan.recipe.resolved()["training"] == {
+        "batch": 4, "activations": "auto", "activations_memory": 1.0, "activations_disk": 10.0
+    }  # fmt: skip
     again = plan_realign({**plan.recipe.resolved(), "base": None}, tmp_path / "out")
     assert not again.notes
     checked = plan_realign({**plan.recipe.resolved(), "ancestor": "check"}, tmp_path / "out")
