@@ -345,7 +345,7 @@ def test_every_part_of_the_ground_is_in_the_key(
         with torch.no_grad():
             found.split.model.get_parameter(f"backbone.model.{weight}").view(-1)[40 % 16] += 1
     patches: dict[str, tuple[Any, str, Any]] = {
-        "suture": (suture, "__version__", "0"), "torch": (torch, "__version__", "0"),
+        "suture": (module, "__version__", "0"), "torch": (torch, "__version__", "0"),
         "transformers": (module, "version", lambda _: "0"), "form": (module, "FORM", 0),
         "device": (module, "_kind", lambda _: "abacus"),
         "threads": (torch, "get_num_threads", lambda: 77),

@@ -22,11 +22,11 @@ from safetensors.numpy import load_file, save_file
 import auditing
 from making import invoke, start, suture
 from suture.audit import Options, audit, plan_audit
+from suture.audit.cells import Run
 from suture.audit.looks import ALL, Look, contrast
 from suture.audit.net import Change, Net, Region
 from suture.audit.recipe import SPARED
 from suture.audit.regions import Atlas, overlap, places
-from suture.audit.run import Run
 from suture.audit.training import train
 from suture.audit.verdicts import (
     FAILS,
@@ -892,7 +892,7 @@ def test_a_given_model_is_compared_once(
         compared.extend(models.tuned)
         return measure(models, threads)
 
-    monkeypatch.setattr("suture.audit.run.measure", counted)
+    monkeypatch.setattr("suture.audit.cells.measure", counted)
     audit(
         auditing.recipe(
             shop, control=str(shop / "skilled"), onto={"b": str(shop / "skilled")},

@@ -6,7 +6,7 @@ import ast
 import json
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +18,7 @@ import toy
 ROOT = Path(suture.__file__).parent
 
 ORDER = [
-    "errors", "places", "spec", "roles", "sources", "settings", "schema", "task_rows", "loops", "ranks", "machine", "kernels", "headers", "checkpoint", "seal", "views", "layers",
+    "version", "errors", "places", "spec", "roles", "sources", "settings", "schema", "task_rows", "loops", "ranks", "machine", "kernels", "headers", "checkpoint", "seal", "views", "layers",
     "vocabulary", "chat", "embeddings", "adapters", "ggufs", "opening", "forms", "publish", "writer", "held",
     "stream", "vector", "profile", "select", "stats", "importance", "maskfile", "mask", "graft", "patchfile",
     "patch", "gather", "analysis", "merges", "engine", "recipe_types", "mergekit", "recipe",
@@ -115,6 +115,46 @@ def test_a_module_imports_only_what_stands_above_it(part: str, path: Path) -> No
     for name, _ in imported(path):
         if name.startswith("suture."):
             assert name.split(".")[1] in allowed, f"{path.name} imports {name}"
+
+
+def circles(uses: Mapping[str, set[str]]) -> list[list[str]]:
+    """Return the groups of modules that reach each other by what they import, sorted."""
+    reach = {name: set(others) for name, others in uses.items()}
+    for middle in reach:
+        for others in reach.values():
+            if middle in others:
+                others |= reach[middle]
+    groups = {tuple(sorted(o for o in reach[n] if n in reach[o])) for n in reach if n in reach[n]}
+    return sorted(map(list, groups))
+
+
+def test_circles_are_seen() -> None:
+    """Two circles apart from each other, and one who only looks on."""
+    uses = {"a": {"b"}, "b": {"c"}, "c": {"a"}, "d": {"e", "a"}, "e": {"d"}, "f": {"a", "d"}}
+    assert circles(uses) == [["a", "b", "c"], ["d", "e"]]
+
+
+def test_no_modules_import_each_other() -> None:
+    """Not in a circle of any length; imports for types and inside of functions are counted."""
+    files = {
+        ".".join(("suture", *path.relative_to(ROOT).with_suffix("").parts)).removesuffix(
+            ".__init__"
+        ): path
+        for path in ROOT.rglob("*.py")
+    }
+    uses: dict[str, set[str]] = {}
+    for name, path in files.items():
+        uses[name] = set()
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+            if isinstance(node, ast.Import):
+                uses[name] |= {alias.name for alias in node.names}
+            elif isinstance(node, ast.ImportFrom):
+                for alias in node.names:
+                    one = f"{node.module}.{alias.name}"
+                    uses[name].add(one if one in files else str(node.module))
+        uses[name] &= files.keys()
+    uses["suture.checkpoint"] -= {f"suture.{below}" for below in BELOW["checkpoint"]}
+    assert circles(uses) == []
 
 
 @each_module

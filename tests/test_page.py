@@ -39,11 +39,11 @@ from suture.errors import MissingExtraError, OutputError, RecipeError
 from suture.evals.base import EvalResult, Metric
 from suture.evals.results import Evaluation, Scores, SuiteResult
 from suture.page import Mark, charts, draw, gather, of_benchmark, tasks, write_page
-from suture.page.missing import WORKING
 from suture.page.parts import Builder, in_order, layer_labels, number, percent
 from suture.page.sections import sections_of
 from suture.page.theme import themed, themes
 from suture.page.tradeoff import pareto, unbeaten
+from suture.page.unfinished import WORKING
 from suture.report import Entry, Report, Task
 from suture.run import merge
 from suture.suites.comparison import Comparison, compare

@@ -98,7 +98,7 @@ TUNED = {
 def small(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """A patch of three entries in two tensors."""
     quick_disk(monkeypatch)
-    monkeypatch.setattr("suture.__version__", "0.0.0")
+    monkeypatch.setattr("suture.patching.__version__", "0.0.0")
     save_model(tmp_path / "base", BASE)
     save_model(tmp_path / "tuned", TUNED)
     path = tmp_path / "small.patch.safetensors"

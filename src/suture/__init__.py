@@ -67,10 +67,11 @@ if TYPE_CHECKING:
     from suture.run import MergeReport
     from suture.stats import Stats
     from suture.vector import TaskVector
+    from suture.version import __version__
 
-__version__ = "0.1.0"
 
 _HOMES = {
+    "__version__": "version",
     "Checkpoint": "checkpoint",
     "CheckpointError": "errors",
     "EVALS": "evals.table",

@@ -27,13 +27,13 @@ from safetensors import SafetensorError
 from safetensors.torch import load, save
 from torch import Tensor, nn
 
-import suture
 from suture.data import Batch
 from suture.errors import OutputError, RecipeError
 from suture.mover import to
 from suture.publish import appearing
 from suture.spec import readable
 from suture.split import Split, split_of
+from suture.version import __version__
 
 FORM = 1
 """Version of the files; raise it with their form, so that no older one is read."""
@@ -134,7 +134,7 @@ class Kept:
         mixed = torch.is_autocast_enabled(device.type)
         return {
             "form": FORM,
-            "versions": [suture.__version__, torch.__version__, version("transformers")],
+            "versions": [__version__, torch.__version__, version("transformers")],
             "model": self._model,
             "config": self._configs,
             "depth": [split.at, len(split.blocks)],

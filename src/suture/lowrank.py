@@ -17,7 +17,6 @@ from typing import Any
 
 import numpy as np
 
-import suture
 from suture.adapters import CONFIG, CONV1D, WEIGHTS, Adapted, LowRank, Product
 from suture.card import adapter_card
 from suture.checkpoint import Checkpoint, is_from_hub, ties_embeddings
@@ -26,6 +25,7 @@ from suture.errors import MissingExtraError, NonFiniteError, OutputError, Proble
 from suture.roles import EVERYTHING, role_of, tied_to
 from suture.spec import DTYPES, dtype_named, listed
 from suture.vector import align
+from suture.version import __version__
 from suture.views import Same
 from suture.workspace import workspace
 
@@ -491,7 +491,7 @@ def _record(
     report: Extracted, base: Checkpoint, models: Sequence[Checkpoint], factors: Sequence[float]
 ) -> dict[str, Any]:
     return {
-        "suture": suture.__version__,
+        "suture": __version__,
         "schema": 1,
         "kind": "adapter",
         **({"restricted": True} if report.restricted else {}),

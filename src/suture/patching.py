@@ -16,7 +16,6 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-import suture
 from suture.card import carried_files, config_text, model_name, patch_card
 from suture.checkpoint import Checkpoint
 from suture.engine import Job, Outcome, Stage, apply
@@ -42,6 +41,7 @@ from suture.roles import DEFAULT_SPACE
 from suture.select import SCOPES, Selection, select
 from suture.spec import TensorSpec, listed, readable
 from suture.stream import DELTA, RAW, Block, Progress, Sources, cores, fingerprint, sweep, tasks_of
+from suture.version import __version__
 from suture.views import Same, View
 from suture.writer import SHARD_SIZE, Writer, plan_shards
 
@@ -133,7 +133,7 @@ def make_patch(
             **chosen,
             "base": model_name(base),
             "tuned": model_name(tuned),
-            "suture": suture.__version__,
+            "suture": __version__,
         }
         tainted = restricted or base.restricted or tuned.restricted
         tainted = tainted or (mask is not None and mask.restricted)
@@ -377,7 +377,7 @@ def _refusal(work: _Work, found: Checked) -> str:
 def _key(work: _Work) -> str:
     """What a staging folder is for: everything that decides the bytes of the output."""
     facts = {
-        "version": suture.__version__,
+        "version": __version__,
         "action": work.action,
         "view": work.view.identity,
         "shards": [[s.name, s.size, hashlib.sha256(s.header).hexdigest()]
@@ -391,7 +391,7 @@ def _add_files(work: _Work, writer: Writer, found: Checked, outcome: Outcome, sp
     specs, model = work.view.specs, work.model
     same = {n: (p, p) for n, p in outcome.tensors.items()}
     prints = {**same, **found.prints}
-    provenance = {"made": work.action, "suture": suture.__version__, "model": model_name(model),
+    provenance = {"made": work.action, "suture": __version__, "model": model_name(model),
                   "patches": [p.file.digest for p in work.given], **work.said}  # fmt: skip
     facts = _facts(spool, specs, prints, work.restricted, provenance)
     undo = 0
@@ -416,7 +416,7 @@ def _record(
     """What ``suture.json`` holds."""
     out, specs = work.out.resolve(), work.view.specs
     return {
-        "suture": suture.__version__,
+        "suture": __version__,
         "schema": SCHEMA,
         "kind": "patch",
         "action": work.action,

@@ -11,7 +11,6 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-import suture
 from suture.card import carried_files, carried_tokenizer
 from suture.checkpoint import (
     Checkpoint,
@@ -63,6 +62,7 @@ from suture.spec import (
     cache_folder,
     listed,
 )
+from suture.version import __version__
 from suture.views import Planned, View
 from suture.vocabulary import UNION, Wanted
 from suture.writer import Shard, plan_shards
@@ -479,7 +479,7 @@ def _label(plan: Plan, checkpoint: Checkpoint) -> str:
 def run_key(plan: Plan) -> str:
     """What a staging folder is for: everything that decides the bytes of the output."""
     facts = {
-        "version": suture.__version__,
+        "version": __version__,
         "recipe": plan.recipe.resolved() | {"output": None},
         "order": [list(job.models) for job in plan.jobs],
         "nonfinite": plan.options.allow_nonfinite,

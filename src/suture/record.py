@@ -7,7 +7,6 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-import suture
 from suture.checkpoint import (
     Checkpoint,
     address,
@@ -29,6 +28,7 @@ from suture.recipe import SCHEMA
 from suture.spec import (
     WORD_OF,
 )
+from suture.version import __version__
 from suture.vocabulary import UNION
 
 
@@ -47,7 +47,7 @@ def provenance(plan: Plan, outcome: Outcome, out: Path) -> dict[str, Any]:
         word = WORD_OF.get(spec.dtype, spec.dtype)
         dtypes[word] = dtypes.get(word, 0) + spec.numel
     return {
-        "suture": suture.__version__,
+        "suture": __version__,
         "schema": SCHEMA,
         "kind": "merge",
         **_marks(plan),

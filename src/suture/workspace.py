@@ -21,10 +21,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import suture
 from suture.errors import OutputError, Problems
 from suture.publish import LOCK, alone, publish
 from suture.spec import listed
+from suture.version import __version__
 from suture.writer import staging_of
 
 MADE = "model"
@@ -159,7 +159,7 @@ def _claim(
 
 
 def _digest(key: Mapping[str, Any]) -> str:
-    text = json.dumps({**key, "suture": suture.__version__}, sort_keys=True, default=str)
+    text = json.dumps({**key, "suture": __version__}, sort_keys=True, default=str)
     return hashlib.sha256(text.encode()).hexdigest()
 
 

@@ -15,7 +15,6 @@ from typing import Any
 
 import numpy as np
 
-import suture
 from suture.analysis import (
     Basis,
     Conflicts,
@@ -44,6 +43,7 @@ from suture.run import merged, save
 from suture.select import select
 from suture.stream import Sources, sweep, tasks_of
 from suture.vector import TaskVector
+from suture.version import __version__
 from suture.workspace import workspace
 
 SCHEMA = 1
@@ -86,7 +86,7 @@ class Analysis:
         for name in ("masks", "structure"):
             if found[name] is None:
                 del found[name]
-        return {"suture": suture.__version__, "schema": SCHEMA, "kind": "analysis", **found}
+        return {"suture": __version__, "schema": SCHEMA, "kind": "analysis", **found}
 
 
 def _silent(stage: str, nbytes: int) -> None:

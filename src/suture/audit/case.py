@@ -5,17 +5,15 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from functools import partial
 from itertools import combinations
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
+from suture.audit.cells import Run
 from suture.audit.freezing import Frozen, freezing
 from suture.audit.looks import Look
 from suture.audit.net import Change, Net, Region
 from suture.audit.plan import more_looks
 from suture.audit.regions import places
 from suture.audit.verdicts import Found, fragility, regained
-
-if TYPE_CHECKING:
-    from suture.audit.run import Run
 
 
 class Case:

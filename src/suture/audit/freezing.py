@@ -5,16 +5,14 @@ from __future__ import annotations
 import shutil
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
+from suture.audit.cells import Run, made_with
 from suture.audit.looks import Look, look_of
 from suture.audit.net import Change, Key, Region
 from suture.audit.regions import Atlas, overlap
 from suture.audit.training import train
 from suture.engine import checkpoint_fingerprint
-
-if TYPE_CHECKING:
-    from suture.audit.run import Run
 
 
 @dataclass(frozen=True)
@@ -45,7 +43,7 @@ def freezing(run: Run, atlas: Atlas, seed: int, suffix: str) -> dict[str, Frozen
         frozen["others"] = own.inverted()
     found = {}
     for kind, region in frozen.items():
-        key: Key = [run.made_with(), run.prints["aligned"], run.training(seed), region.key,
+        key: Key = [made_with(), run.prints["aligned"], run.training(seed), region.key,
                     own.key, run.plan.asked["aligned"].key]  # fmt: skip
 
         def make(kind: str = kind, region: Region = region) -> Any:
@@ -63,7 +61,7 @@ def _frozen(
     """Train, ask, find the region again; the model is removed, only numbers stay."""
     plan, recipe = run.plan, run.recipe
     where = plan.out / f"attacked-frozen-{name}"
-    key: Key = [run.made_with(), run.prints["aligned"], run.training(seed), region.key]
+    key: Key = [made_with(), run.prints["aligned"], run.training(seed), region.key]
     checkpoint = train(plan, run.ledger, where, seed, region.inverted(), f"frozen-{name}", key)
     one = run.distance("attacked", checkpoint, checkpoint_fingerprint(checkpoint))
     whole = Change(one.checkpoint, one.fingerprint, one.moved, None, True)

@@ -7,13 +7,13 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import suture
 from suture.audit.looks import ALL, Look
 from suture.audit.plan import RECORD, Plan
 from suture.audit.recipe import Audit
 from suture.audit.verdicts import Verdict, tables, together
 from suture.evals.base import Metric
 from suture.importance import RULES
+from suture.version import __version__
 
 SCHEMA = 1
 
@@ -26,7 +26,7 @@ def record_of(
     recipe, number = plan.recipe, len(plan.recipe.languages)
     q = recipe.share
     return {
-        "suture": suture.__version__,
+        "suture": __version__,
         "schema": SCHEMA,
         "kind": "audit",
         "key": key,

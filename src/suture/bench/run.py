@@ -13,7 +13,6 @@ from typing import Any
 
 import torch
 
-import suture
 from suture.analysis.masks import overlaps, structure
 from suture.arithmetic.measures import entangled, movement, sharing
 from suture.arithmetic.space import BATCH, PlainSpace, Side, Space, accuracy, space_of
@@ -40,6 +39,7 @@ from suture.mask import Mask
 from suture.models import Head, embed, load_encoder
 from suture.probe import fit_head
 from suture.publish import alone
+from suture.version import __version__
 
 FEW = 16
 """Test rows of each task that movement is measured on: no labels, so few are enough."""
@@ -85,7 +85,7 @@ class _Run:
         self.plan, self.bench, self.say = plan, plan.bench, say
         self.ledger = Ledger(plan.out / "cells", say)
         self.versions = {name: version(name) for name in ("torch", "transformers", "peft")}
-        self.versions |= {"suture": suture.__version__, "python": platform.python_version()}
+        self.versions |= {"suture": __version__, "python": platform.python_version()}
         self.ledger.pending = expected(self.bench)
         self.record: dict[str, Any] = {"base": {}, "lines": {}, "sensitivity": {}, "ceiling": {}}
         self._before = _cells(plan.out / "results.json")

@@ -8,7 +8,7 @@ from typing import Annotated
 
 import typer
 
-import suture
+from suture.version import __version__
 
 # Commands are listed in the order in which their modules come.
 # isort: off
@@ -21,7 +21,7 @@ from suture.terminal import tell
 
 def _version(value: bool) -> None:
     if value:
-        tell(f"suture {suture.__version__}")
+        tell(f"suture {__version__}")
         stop(DONE)
 
 

@@ -16,7 +16,6 @@ from typing import Any
 
 import torch
 
-import suture
 from suture.checkpoint import is_from_hub
 from suture.data import Dataset
 from suture.evals import Metric
@@ -24,6 +23,7 @@ from suture.finetune.base import Job, Tuned
 from suture.finetune.plan import Plan
 from suture.recipe import SCHEMA
 from suture.spec import readable
+from suture.version import __version__
 
 
 @dataclass(frozen=True)
@@ -102,7 +102,7 @@ def provenance(plan: Plan, job: Job, tuned: Tuned, report: FinetuneReport) -> di
     tools = ("torch", "transformers", "accelerate", *(("peft",) if tuned.save else ()))
     metrics = (report.base_metric, report.metric)
     return {
-        "suture": suture.__version__,
+        "suture": __version__,
         "schema": SCHEMA,
         "kind": "finetune",
         "form": tuned.form,

@@ -13,7 +13,6 @@ import torch
 from safetensors import SafetensorError
 from torch import nn
 
-import suture
 from suture.checkpoint import Checkpoint, open_checkpoint
 from suture.engine import checkpoint_fingerprint
 from suture.errors import CheckpointError, OutputError, Problems
@@ -42,6 +41,7 @@ from suture.schema.settings import settings
 from suture.settings import TuneSettings
 from suture.spec import listed
 from suture.tune import Progress, TuneResult, tune
+from suture.version import __version__
 from suture.workspace import Workspace
 
 Tell = Callable[[str, Progress], None]
@@ -229,7 +229,7 @@ def _written(
 
 def _mark_parts(folder: Path, restricted: bool) -> None:
     """Let what can be used by itself, such as an adapter, say that it must not be passed on."""
-    record = {"suture": suture.__version__, "schema": SCHEMA, "kind": "adapter", "restricted": True}
+    record = {"suture": __version__, "schema": SCHEMA, "kind": "adapter", "restricted": True}
     for part in folder.iterdir() if restricted else ():
         if part.is_dir():
             (part / "suture.json").write_text(json.dumps(record, indent=2) + "\n")

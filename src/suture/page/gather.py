@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
 from suture.errors import MissingExtraError, RecipeError, SutureError, brief
-from suture.page.missing import Unfinished, unfinished
+from suture.page.unfinished import Unfinished, unfinished
 
 if TYPE_CHECKING:
     from suture.evals.base import EvalResult

@@ -9,11 +9,11 @@ import re
 from pathlib import Path
 from typing import Any
 
-import suture
 from suture.errors import MissingExtraError, OutputError, Problems
 from suture.page.gather import Found, gather
 from suture.page.parts import Chart, Figure, Section, number
 from suture.page.theme import themed, themes
+from suture.version import __version__
 
 HERE = Path(__file__).parent
 WIDTH = 560
@@ -94,7 +94,7 @@ def render(found: Found, sections: list[Section], title: str) -> str:
     return environment.get_template("page.html.jinja").render(
         title=title,
         about=_about(found),
-        version=suture.__version__,
+        version=__version__,
         files=found.files,
         sections=sections,
         number_of=lambda chart: numbers[id(chart)],

@@ -12,7 +12,6 @@ from typing import Any
 
 import torch
 
-import suture
 from suture.data import collate
 from suture.data import plan as batch_plan
 from suture.errors import OutputError, SutureError
@@ -26,6 +25,7 @@ from suture.realign.pairs import Pairs, batches_of, positions_of
 from suture.realign.plan import Plan
 from suture.spec import cache_folder
 from suture.tune import groups_of
+from suture.version import __version__
 
 LOOKS = 2
 """Version of what scoring does; raise it with that, so that nothing stale is used again."""
@@ -42,7 +42,7 @@ def inputs_of(plan: Plan, job: Job, prints: Mapping[str, str], name: str) -> lis
         "fuse": asdict(plan.recipe.fusing), "names": list(job.names),
     }  # fmt: skip
     return [
-        LOOKS, suture.__version__, version("torch"), version("transformers"), plan.device, kind,
+        LOOKS, __version__, version("torch"), version("transformers"), plan.device, kind,
         torch.get_num_threads(), job.settings.batch, prints["aligned"], plan.models.aligned.config,
         [None if r is None else [data_digest(r), r.pad] for r in rows], own,
     ]  # fmt: skip

@@ -13,7 +13,6 @@ from typing import Any
 
 import yaml
 
-import suture
 from suture.card import licence_of, model_name, open_ones, restricted_note, tags
 from suture.checkpoint import is_from_hub
 from suture.evals import Metric
@@ -23,6 +22,7 @@ from suture.realign.plan import Plan
 from suture.recipe import SCHEMA
 from suture.roles import role_of
 from suture.spec import readable
+from suture.version import __version__
 
 
 @dataclass(frozen=True)
@@ -186,7 +186,7 @@ def provenance(
             if isinstance(spec.get(side), dict) and not spec[side]["split"]:
                 spec[side]["path"] = Path(spec[side]["path"]).name  # of files, not where they were
     return {
-        "suture": suture.__version__,
+        "suture": __version__,
         "schema": SCHEMA,
         "kind": "realign",
         "form": "plain",

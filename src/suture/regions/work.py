@@ -14,7 +14,6 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
-import suture
 from suture.engine import Stage, checkpoint_fingerprint
 from suture.errors import (
     MismatchError,
@@ -32,6 +31,7 @@ from suture.roles import layer_key, role_of
 from suture.stats import Stats
 from suture.tasks import folder_of, load_net
 from suture.vector import TaskVector
+from suture.version import __version__
 from suture.workspace import Workspace, refuse_foreign, workspace
 from suture.writer import staging_of
 
@@ -132,7 +132,7 @@ def _made(
         if not plan.recipe.keep_stats:
             shutil.rmtree(space.folder / STATS, ignore_errors=True)
     return {
-        "suture": suture.__version__,
+        "suture": __version__,
         "schema": SCHEMA,
         "kind": "localize",
         **({"restricted": True} if any(m.get("restricted") for m in masks.values()) else {}),

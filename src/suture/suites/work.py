@@ -16,7 +16,6 @@ import numpy as np
 import torch
 from torch import nn
 
-import suture
 from suture.checkpoint import Checkpoint
 from suture.engine import checkpoint_fingerprint
 from suture.errors import OutputError, Problems, RecipeError
@@ -46,6 +45,7 @@ from suture.suites.plan import (
     plan_suite,
     zero_shot_labels,
 )
+from suture.version import __version__
 
 Stage = Callable[[str, int], Progress | None]
 
@@ -148,7 +148,7 @@ def _kept(plan: Plan, subject: Subject, fingerprint: str, other: str | None) -> 
             if known is not None and known.key == key and known.utility == asked.question.utility:
                 found[name] = known
     tools = ("torch", "transformers", "tokenizers", "numpy")
-    versions = {"suture": suture.__version__, **{tool: version(tool) for tool in tools}}
+    versions = {"suture": __version__, **{tool: version(tool) for tool in tools}}
     return SuiteResult(subject.name, subject.given, fingerprint, plan.suite.name, plan.suite_hash,
                        found, tuple(plan.asked), versions)  # fmt: skip
 
