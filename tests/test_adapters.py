@@ -26,8 +26,10 @@ from making import invoke, lines_of
 from suture.adapters import Adapted
 from suture.engine import checkpoint_fingerprint
 from suture.errors import MismatchError, NonFiniteError, SutureError
-from suture.run import MergeOptions as Options
-from suture.run import merge, open_model, plan_recipe
+from suture.opening import open_model
+from suture.outputs import MergeOptions as Options
+from suture.planning import plan_recipe
+from suture.run import merge
 from suture.stream import DELTA, Block, Sources
 
 

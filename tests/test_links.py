@@ -9,7 +9,9 @@ import pytest
 
 import toy
 from suture import writer
-from suture.run import MergeOptions, execute, plan_recipe
+from suture.outputs import MergeOptions
+from suture.planning import plan_recipe
+from suture.run import execute
 
 ONLY = {"space": {"include": ["model.layers.0.*"], "exclude": []}}
 

@@ -43,9 +43,10 @@ from suture.errors import (
     RecipeError,
     SutureError,
 )
+from suture.opening import open_model
 from suture.patch import UNDO
 from suture.patching import describe
-from suture.run import merge, open_model
+from suture.run import merge
 from suture.spec import PIECE
 
 BITS = {"BF16": np.uint16, "F16": np.uint16, "F32": np.uint32, "F64": np.uint64}

@@ -16,7 +16,10 @@ import suture
 import toy
 from suture import METHODS, Mask
 from suture.errors import MismatchError, RecipeError
-from suture.run import explain, merge
+from suture.outputs import MergeOptions
+from suture.planning import plan_recipe
+from suture.run import merge
+from suture.telling import explain
 
 NAMES = ("ada", "bob", "cyd")
 
@@ -185,7 +188,7 @@ def test_another_mask_is_another_merge(family: Any, tmp_path: Path) -> None:
         recipe = protected(
             toy.recipe("linear", models.some("ada", "bob")), model="ada", mask=str(path)
         )
-        plan = suture.run.plan_recipe(recipe, tmp_path / "out", suture.run.MergeOptions())
+        plan = plan_recipe(recipe, tmp_path / "out", MergeOptions())
         keys.append((plan.recipe.resolved(), [b.identity for b in plan.beside]))
     assert keys[0][0] == keys[2][0]
     assert keys[0][1] != keys[2][1]

@@ -34,7 +34,8 @@ from making import (
     write_recipe,
 )
 from suture import run
-from suture.planning import run_key
+from suture.outputs import MergeOptions
+from suture.planning import plan_recipe, run_key
 
 FILES = {
     "tokenizer.json": '{"version": "1.0"}',
@@ -221,7 +222,7 @@ def test_patterns_in_another_order_are_another_merge(here: Path) -> None:
 
     def key(density: dict[str, float]) -> str:
         recipe = {**RECIPE, "parameters": {"density": density}}
-        return run_key(run.plan_recipe(recipe, here / "x", run.MergeOptions(), here))
+        return run_key(plan_recipe(recipe, here / "x", MergeOptions(), here))
 
     one = {"*mlp*": 0.1, "*layers*": 0.9}
 

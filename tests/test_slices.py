@@ -18,9 +18,12 @@ from suture.engine import checkpoint_fingerprint
 from suture.errors import SutureError
 from suture.layers import depths, sliced_config, stacks
 from suture.mergekit import native
+from suture.outputs import MergeOptions
+from suture.planning import plan_recipe
 from suture.recipe import read_recipe
-from suture.run import MergeOptions, describe, merge, plan_recipe
+from suture.run import merge
 from suture.schema.values import Curve, Scalar
+from suture.telling import describe
 
 LAYERS = 4
 CONFIG4 = {**CONFIG, "num_hidden_layers": LAYERS}

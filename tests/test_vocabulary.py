@@ -23,6 +23,8 @@ import toy
 from suture.chat import CHAT_TEMPLATES
 from suture.embeddings import Rows
 from suture.errors import Problems, RecipeError, SutureError
+from suture.outputs import MergeOptions
+from suture.planning import plan_recipe
 from suture.vocabulary import Vocabulary, read_vocabulary, read_wanted, union, written
 
 EMBEDDING, HEAD = "model.embed_tokens.weight", "lm_head.weight"
@@ -70,7 +72,7 @@ def ours(place: Path, *names: str, base: str = "base", **sections: Any) -> dict[
 def problem(what: Mapping[str, Any], out: Path) -> str:
     """What is said of a recipe before anything is read."""
     with pytest.raises(SutureError) as caught:
-        suture.run.plan_recipe(what, out, suture.run.MergeOptions())
+        plan_recipe(what, out, MergeOptions())
     assert not out.exists()
     return str(caught.value)
 

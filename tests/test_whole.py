@@ -148,7 +148,9 @@ def test_torch_s_threads_are_left_as_they_were(method: str, family: Any, tmp_pat
 
 def test_memory_for_whole_tensors_is_told(family: Any, tmp_path: Path) -> None:
     """The estimate of a tensorwise merge holds its largest matrix several times."""
-    from suture.run import MergeOptions, describe, plan_recipe
+    from suture.outputs import MergeOptions
+    from suture.planning import plan_recipe
+    from suture.telling import describe
 
     n = PIECE * 16
     base = toy.folder(tmp_path / "base", {"w": torch.zeros(4096, 4096, dtype=torch.bfloat16)})

@@ -31,7 +31,6 @@ from suture.errors import (
 from suture.merged import Merged, check_fingerprints
 from suture.merges import METHODS
 from suture.merges.presets import PRESETS
-from suture.opening import open_model
 from suture.outputs import MergeOptions, check_place
 from suture.parts import takes_files
 from suture.planning import (
@@ -44,7 +43,7 @@ from suture.planning import (
     stages_of,
 )
 from suture.recipe import read_recipe
-from suture.recipe_types import ModelEntry, Policy
+from suture.recipe_types import Policy
 from suture.record import provenance
 from suture.roles import ParamSpace
 from suture.spec import (
@@ -55,10 +54,9 @@ from suture.spec import (
     readable,
 )
 from suture.stream import Progress
-from suture.telling import describe, explain
 from suture.vector import TaskVector
 from suture.vocabulary import TOKENIZER
-from suture.writer import SHARD_SIZE, Writer
+from suture.writer import Writer
 
 
 @dataclass(frozen=True)
@@ -391,22 +389,4 @@ def report_lines(report: MergeReport) -> Iterator[str]:
     )
 
 
-__all__ = [
-    "SHARD_SIZE",
-    "MergeOptions",
-    "MergeReport",
-    "Merged",
-    "ModelEntry",
-    "Plan",
-    "check_contents",
-    "describe",
-    "execute",
-    "explain",
-    "make_plan",
-    "merge",
-    "merged",
-    "open_model",
-    "plan_recipe",
-    "report_lines",
-    "save",
-]  # fmt: skip
+__all__ = ["MergeReport", "execute", "merge", "merged", "report_lines", "save"]

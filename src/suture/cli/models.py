@@ -141,10 +141,10 @@ def merge(
 ) -> None:
     """Merge models by a recipe into a new folder; interrupted, the same command goes on."""
     with errors(as_json), Bars(as_json) as bars:
-        from suture import machine, run
+        from suture import machine, outputs, planning, run, telling
 
         if explain:
-            told = run.explain(recipe)
+            told = telling.explain(recipe)
             show_json(told) if as_json else _show_explanation(told)
             return
         if out is None:
@@ -152,12 +152,12 @@ def merge(
                 "name the folder to write: -o OUT", param_hint="'--out' / '-o'"
             )
         machine.announce = lambda: say("compiling for this processor (once, some ten seconds)")
-        how = run.MergeOptions(threads=threads, overwrite=overwrite, resume=not no_resume,
+        how = outputs.MergeOptions(threads=threads, overwrite=overwrite, resume=not no_resume,
                           allow_nonfinite=allow_nonfinite, link=link)  # fmt: skip
-        plan = run.plan_recipe(recipe, out, how)
+        plan = planning.plan_recipe(recipe, out, how)
         if dry_run:
-            run.check_contents(plan)
-            found = run.describe(plan)
+            planning.check_contents(plan)
+            found = telling.describe(plan)
         else:
             if not as_json:
                 say(_intention(plan))
