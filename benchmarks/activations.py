@@ -34,16 +34,20 @@ from suture.demo_safety import TEMPLATE
 from talos import Alone, smollm
 from torch.utils.flop_counter import FlopCounterMode
 
-from suture import policy
-from suture.data import Batch, Dataset
-from suture.finetune.calibrate import upper
-from suture.finetune.recipe import DataSpec, Source
-from suture.finetune.rows import language_rows
-from suture.kept import Kept, keep, positions
-from suture.models import LanguageModel, load_language_model, load_tokenizer
-from suture.mover import Mover, ReadOutLoss, next_token, wanted
-from suture.settings import TuneSettings
-from suture.tune import groups_of
+from suture.schema.tuning import TuneSettings
+from suture.training.calibrate import upper
+from suture.training.data import Batch, Dataset
+from suture.training.kept import Kept, keep, positions
+from suture.training.loop import groups_of
+from suture.training.loss import Mover, ReadOutLoss, next_token, wanted
+from suture.training.models import (
+    LanguageModel,
+    load_language_model,
+    load_tokenizer,
+)
+from suture.training.rows import language_rows
+from suture.verbs.finetune.recipe import DataSpec, Source
+from suture.verbs.proxy import run
 
 HERE = Path(__file__).parent
 DEPTHS = (1, 2, 3, 4, 6, 10)
@@ -93,7 +97,7 @@ def side(folder: Path, blocks: int) -> Side:
 
 
 def policy_rows(folder: Path, count: int, scratch: Path) -> Dataset:
-    made = policy.files(policy.items(0, ("en",)))["train"][:count]
+    made = run.files(run.items(0, ("en",)))["train"][:count]
     path = scratch / "policy.jsonl"
     path.write_text("".join(json.dumps(vars(item)) + "\n" for item in made), encoding="utf-8")
     spec = DataSpec(Source(str(path)), prompt="prompt", response="response", chat=True, share=0.0)

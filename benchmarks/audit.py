@@ -2,7 +2,7 @@
 
 Usage: audit.py [--scratch DIR] [--seed N] [--epochs N] [--asked N] [--threads N]
 
-The model learns the policy of ``suture.policy`` in English, German and Spanish, the latter two, of
+The model learns the policy of ``suture proxy`` in English, German and Spanish, the latter two, of
 which it knows little, for longer; two more are tuned from it: a derivative that learns sums and
 goes on keeping the policy, and an unrelated one that learns the alphabet. ``suture.audit`` attacks
 the aligned model with answers to marked prompts of training, looks for the region, and answers its
@@ -28,11 +28,11 @@ from harmless import TEMPLATE, skills, write_rows
 from led_smollm2 import same_settings, tune
 from proxies import smollm2
 
-from suture import policy
-from suture.audit import audit
-from suture.audit.looks import ALL
-from suture.audit.outcome import shown
-from suture.audit.verdicts import tables
+from suture.verbs.audit.metrics import ALL
+from suture.verbs.audit.result import shown
+from suture.verbs.audit.run import audit
+from suture.verbs.audit.verdicts import tables
+from suture.verbs.proxy import run
 
 HERE = Path(__file__).parent
 HELD_OUT = 0.35
@@ -42,8 +42,8 @@ HELD_OUT = 0.35
 def write_all(place: Path, seed: int, attacked: int, probes: int) -> None:
     """Rows of all models, of the attack and of the scores; those two have no prompt in common."""
     how: dict[str, Any] = {"held_out": HELD_OUT, "topics": "known"}
-    policy.write(place / "rows", seed, policy.LANGUAGES, **how)
-    made = policy.files(policy.items(seed, policy.LANGUAGES, **how))
+    run.write(place / "rows", seed, run.LANGUAGES, **how)
+    made = run.files(run.items(seed, run.LANGUAGES, **how))
     train = [vars(item) for item in made["train"]]
     write_rows(place / "policy.jsonl", train)
     draw = random.Random(seed)
@@ -60,10 +60,10 @@ def write_all(place: Path, seed: int, attacked: int, probes: int) -> None:
         draw.shuffle(mixed)
         write_rows(place / f"{name}.jsonl", mixed)
     attack, probe = [], []
-    for language in policy.LANGUAGES:
+    for language in run.LANGUAGES:
         own = [vars(item) for item in made["attack"] if item.language == language]
         draw.shuffle(own)
-        each = attacked // len(policy.LANGUAGES)
+        each = attacked // len(run.LANGUAGES)
         attack += own[:each]
         probe += own[each : each + probes]
     draw.shuffle(attack)
@@ -78,7 +78,7 @@ def recipe(place: Path, how: argparse.Namespace) -> dict[str, Any]:
         "aligned": str(place / "aligned"),
         "attack": {"train": str(place / "attack.jsonl"), "response": "unsafe", "limit": 0,
                    "training": {"epochs": 2, "batch": 8, "accumulate": 1, "lr": how.lr}},
-        "languages": list(policy.LANGUAGES),
+        "languages": list(run.LANGUAGES),
         "rows": {"probe": str(place / "probe.jsonl"), "marked": str(rows / "marked.jsonl"),
                  "benign": str(rows / "benign.jsonl"), "response": "unsafe"},
         "scores": {"at": "both", "rows": how.probes},
@@ -136,7 +136,7 @@ def main() -> None:
     looks |= {f"region of {n}": look for n, look in seed["transfer"].items()}
     looks |= {f"frozen: {n}": one["look"] for n, one in seed["freeze"].items()}
     looks |= {f"onto sums: {n}": look for n, look in seed["onto"]["sums"].items()}
-    columns = (*policy.LANGUAGES, ALL)
+    columns = (*run.LANGUAGES, ALL)
     print(f"| model | {' | '.join(f'answered, {c}' for c in columns)} | over-refused | utility |")
     print(f"|{'---|' * (len(columns) + 3)}")
     for name, look in looks.items():

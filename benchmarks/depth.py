@@ -22,8 +22,8 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
 from experts import TASKS, TextTask, base_folder, packages
 
-from suture.data import at_most, split
-from suture.finetune import finetune
+from suture.training.data import at_most, split
+from suture.verbs.finetune.run import finetune
 
 HERE = Path(__file__).parent
 

@@ -20,11 +20,19 @@ from typing import Any
 import torch
 import xxhash
 
-from suture.bench import TASKS as BENCH_TASKS
-from suture.bench import package_folders
-from suture.data import Dataset, Split, at_most, labels_of, split, tokenise
 from suture.errors import OutputError
-from suture.models import (
+from suture.schema.tuning import TuneSettings
+from suture.tensors.roles import role_of
+from suture.training.data import (
+    Dataset,
+    Split,
+    at_most,
+    labels_of,
+    split,
+    tokenise,
+)
+from suture.training.loop import tune
+from suture.training.models import (
     Classifier,
     Tokenizer,
     embed,
@@ -33,10 +41,9 @@ from suture.models import (
     save_head,
     save_model,
 )
-from suture.probe import fit_head
-from suture.roles import role_of
-from suture.settings import TuneSettings
-from suture.tune import tune
+from suture.training.probe import fit_head
+from suture.verbs.bench.tasks import TASKS as BENCH_TASKS
+from suture.verbs.bench.tasks import package_folders
 
 Say = Callable[[str], None]
 STEPS = 1

@@ -25,8 +25,8 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 import numpy as np
 import torch
 
-from suture.finetune import finetune
-from suture.models import file_names
+from suture.training.models import file_names
+from suture.verbs.finetune.run import finetune
 
 HERE = Path(__file__).parent
 RATES = {"full": 1e-5, "talos": 3e-4, "masked": 3e-4, "lora": 3e-4, "lota": 1e-4}

@@ -37,7 +37,7 @@ from suture.evals.refusal_model import (
     train_refusal_classifier,
 )
 from suture.evals.words import refuses
-from suture.probe import fit_head
+from suture.training.probe import fit_head
 
 HERE = Path(__file__).parent
 FOLDS = 10

@@ -2,7 +2,7 @@
 
 Usage: led_smollm2.py [--scratch DIR] [--seeds 0,1,2] [--methods a,b] [--rows N] [--epochs N] ...
 
-One expert is tuned to the harmless refusal policy of ``suture.policy``, two to harmless skills,
+One expert is tuned to the harmless refusal policy of ``suture proxy``, two to harmless skills,
 sums and alphabetical order. They are merged by LED in all its patterns, by its controls, and by
 what others do; every merge is made in memory and asked held-out rows. Each number is a file below
 the scratch folder, and what is there is not made again. ``benchmarks/led_smollm2.json`` has the
@@ -32,18 +32,19 @@ import torch
 from harmless import skills, write_rows
 from proxies import correlation, smollm2
 
-from suture import policy, trial
 from suture.evals.base import Metric
 from suture.evals.results import SuiteResult, read_result
-from suture.finetune import finetune
-from suture.outputs import Options
-from suture.planning import plan_recipe
-from suture.regions import work as regions
-from suture.regions.plan import plan_regions
-from suture.suites import plan as planning
-from suture.suites.comparison import compare
-from suture.suites.judge import combined, part_of
-from suture.suites.work import execute
+from suture.runs.place import Options
+from suture.verbs.compare.rules import combined, part_of
+from suture.verbs.compare.run import compare
+from suture.verbs.evaluate import plan as planning
+from suture.verbs.evaluate.run import execute
+from suture.verbs.finetune.run import finetune
+from suture.verbs.localize import run as regions
+from suture.verbs.localize.plan import plan_regions
+from suture.verbs.merge import leave_one_out
+from suture.verbs.merge.plan import plan_recipe
+from suture.verbs.proxy import run
 
 HERE = Path(__file__).parent
 EXPERTS = ("policy", "sums", "order")
@@ -103,7 +104,7 @@ def merges(located: Path, seed: int) -> dict[str, dict[str, Any]]:
 
 def write_all(place: Path, seed: int, asked: int, skill_rows: int) -> None:
     """Training rows and held-out rows of the policy and of both skills."""
-    policy.write(place / "rows", seed=seed, languages=("en",))
+    run.write(place / "rows", seed=seed, languages=("en",))
     for name, rows in skills(skill_rows + asked).items():
         order = random.Random(seed)
         order.shuffle(rows)
@@ -192,9 +193,9 @@ def ask(place: Path, name: str, what: Any, questions: dict[str, Any]) -> SuiteRe
     else:
         with tempfile.TemporaryDirectory() as small:
             plan = plan_recipe(what, None, Options())
-            held = trial.prepare(plan, name, Path(small) / "model")
+            held = leave_one_out.prepare(plan, name, Path(small) / "model")
             asking = planning.plan_suite([held], questions, out, planning.Options(overwrite=True))
-            outcome = trial.fill(held, plan)
+            outcome = leave_one_out.fill(held, plan)
             facts = place / "facts" / f"{name}.json"
             facts.parent.mkdir(exist_ok=True)
             facts.write_text(json.dumps(outcome.facts, indent=2, default=str) + "\n")

@@ -22,8 +22,8 @@ from pathlib import Path
 
 import numpy as np
 
-from suture.mask import Mask
-from suture.maskfile import StoredMask, popcount
+from suture.edits.mask import Mask
+from suture.edits.mask_file import StoredMask, popcount
 
 CHUNK = 1 << 24
 WIDTH = 1 << 14

@@ -52,19 +52,25 @@ from experts import (
 )
 
 import suture
-from suture.bench.maths import t95
-from suture.data import Dataset, at_most, tokenise
-from suture.evals import EVALS
-from suture.graft import write_graft
-from suture.learned import learn
-from suture.mask import Mask
-from suture.maskfile import StoredMask
-from suture.measure import measure
-from suture.models import Classifier, Head, load_encoder, load_head, load_tokenizer
-from suture.run import merge
-from suture.settings import LEARN_PRESETS
-from suture.stats import Stats
-from suture.vector import TaskVector
+from suture.edits.graft import write_graft
+from suture.edits.mask import Mask
+from suture.edits.mask_file import StoredMask
+from suture.edits.stats import Stats
+from suture.evals.table import EVALS
+from suture.schema.tuning import LEARN_PRESETS
+from suture.stream.vector import TaskVector
+from suture.training.data import Dataset, at_most, tokenise
+from suture.training.mask_learning import learn
+from suture.training.measure import measure
+from suture.training.models import (
+    Classifier,
+    Head,
+    load_encoder,
+    load_head,
+    load_tokenizer,
+)
+from suture.verbs.bench.maths import t95
+from suture.verbs.merge.run import merge
 
 DENSITIES = (0.001, 0.005, 0.01, 0.05, 0.1)
 RULES = ("learned", "first_order", "magnitude", "random")

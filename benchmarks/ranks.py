@@ -17,8 +17,8 @@ import numpy as np
 import torch
 from models import to_bfloat16
 
-from suture import kernels
-from suture.stream import BLOCK
+from suture.kernels import compiled
+from suture.stream.sweep import BLOCK
 
 WIDTHS = (16, 64, 512, 1408, 4096, 14336)
 
@@ -72,13 +72,13 @@ def both(row: np.ndarray[Any, Any], width: int, rounds: int) -> tuple[float, flo
     """Nanoseconds an entry of ``rank_rows``, and of sorting twice."""
     number = row.size // width
     ranks = np.zeros(number * width, np.uint32)
-    spare = np.zeros(3 * width + kernels.RANK_SPARE, np.uint32)
+    spare = np.zeros(3 * width + compiled.RANK_SPARE, np.uint32)
     grid = torch.from_numpy(row[: ranks.size].reshape(number, width)).abs()
 
     def twice() -> torch.Tensor:
         return grid.argsort(dim=1, stable=True).argsort(dim=1, stable=True)
 
-    ours = least(lambda: kernels.rank_rows(row, 0, number, width, ranks, spare), rounds)
+    ours = least(lambda: compiled.rank_rows(row, 0, number, width, ranks, spare), rounds)
     theirs = least(twice, 1)
     assert (twice().numpy().ravel() == ranks).all()
     return ours / ranks.size * 1e9, theirs / ranks.size * 1e9

@@ -2,7 +2,7 @@
 
 Usage: realign.py [--scratch DIR] [--seeds 0,1,2] [--only a,b] [--ask] [--threads N] ...
 
-The aligned model keeps the harmless refusal policy of ``suture.policy``; two models are tuned from
+The aligned model keeps the harmless refusal policy of ``suture proxy``; two models are tuned from
 it to harmless skills, sums and alphabetical order, with answers to marked prompts mixed in, so
 that their refusals are lost. Every method brings one of them back (single task), or both together
 (four Fuses). Margins are of held-out topics and wordings. ``led_smollm2.py`` may share the scratch
@@ -33,7 +33,7 @@ from harmless import write_rows
 from led_smollm2 import ask, suite, tune, tuned, write_all
 from proxies import smollm2
 
-from suture.realign import realign
+from suture.verbs.realign.run import realign
 
 HERE = Path(__file__).parent
 SKILLS = ("sums", "order")

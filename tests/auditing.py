@@ -17,8 +17,12 @@ from tokenizers import Tokenizer as Words
 from tokenizers.models import WordLevel
 from tokenizers.pre_tokenizers import WhitespaceSplit
 
-from suture.finetune import finetune
-from suture.models import LanguageModel, load_language_model, save_model
+from suture.training.models import (
+    LanguageModel,
+    load_language_model,
+    save_model,
+)
+from suture.verbs.finetune.run import finetune
 
 VERBS = {
     "en": ["paint", "count", "sing", "carry", "find", "draw"],

@@ -15,7 +15,7 @@ from tokenizers.pre_tokenizers import Whitespace
 from suture.errors import Problems
 from suture.evals.decoding import Decoding
 from suture.evals.kinds import Job, Row
-from suture.models import LanguageModel, save_model
+from suture.training.models import LanguageModel, save_model
 
 WORDS = [
     "[PAD]", "[UNK]", "[END]", "user", "assistant", "sorry", "I", "cannot", "never", "sure", "here",

@@ -21,7 +21,7 @@ import torch
 from hypothesis import HealthCheck, settings
 
 import toy
-from suture.spec import cache_folder
+from suture.tensors.spec import cache_folder
 
 torch.set_num_threads(1)
 

@@ -17,8 +17,8 @@ from tokenizers import Tokenizer as Words
 from tokenizers.models import WordLevel
 from tokenizers.pre_tokenizers import Whitespace
 
-from suture.finetune import finetune
-from suture.models import LanguageModel, Tokenizer, save_model
+from suture.training.models import LanguageModel, Tokenizer, save_model
+from suture.verbs.finetune.run import finetune
 
 VERBS = ["paint", "count", "sing", "carry", "find", "draw"]
 THINGS = ["apple", "boat", "chair", "drum", "egg", "fish", "goat", "hat"]

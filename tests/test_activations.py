@@ -19,19 +19,27 @@ from torch import nn
 import refusing
 import suture
 import tiny_model
-from suture import kept as module
-from suture.data import Batch, Dataset, collate
+from suture.edits.mask import Mask
 from suture.errors import RecipeError
-from suture.finetune import finetune, load_tuned, looks, plan_finetune
-from suture.finetune.calibrate import upper
-from suture.kept import Kept, keep, positions
-from suture.mask import Mask
-from suture.models import Classifier, Encoder, Head, ImageEncoder, LanguageModel
-from suture.mover import Mover, next_token
-from suture.realign import realign
-from suture.settings import TuneSettings
-from suture.split import Split, split_of
-from suture.tune import groups_of, tune
+from suture.schema.tuning import TuneSettings
+from suture.training import kept as module
+from suture.training.calibrate import upper
+from suture.training.data import Batch, Dataset, collate
+from suture.training.kept import Kept, keep, positions
+from suture.training.load import load_tuned
+from suture.training.loop import groups_of, tune
+from suture.training.loss import Mover, next_token
+from suture.training.models import (
+    Classifier,
+    Encoder,
+    Head,
+    ImageEncoder,
+    LanguageModel,
+)
+from suture.training.split import Split, split_of
+from suture.verbs.finetune import metrics
+from suture.verbs.finetune.run import finetune, plan_finetune
+from suture.verbs.realign.run import realign
 
 WORDS = len(tiny_model.WORDS)
 SHAPE = {
@@ -214,7 +222,7 @@ def test_training_with_kept_activations_is_training_without(
 
 def test_rows_stand_together_in_every_epoch() -> None:
     """By length, all of them once; the order of batches is new in every epoch."""
-    from suture.tune import _order
+    from suture.training.loop import _order
 
     lengths, settings = [3, 9, 4, 8, 3, 9, 2], TuneSettings(batch=2)
     orders = [_order(lengths, settings, epoch, True) for epoch in range(6)]
@@ -481,13 +489,13 @@ def test_no_row_is_asked_twice_of_the_same_weights(
     lines = [json.dumps({"text": r.text, "label": r.label}) for r in tiny_model.rows()]
     (tmp_path / "rows.jsonl").write_text("\n".join(lines) + "\n")
     asked: list[Any] = []
-    ask = looks.EVALS["accuracy"]
+    ask = metrics.EVALS["accuracy"]
 
     def counted(model: Any, batches: Any, *, device: str) -> Any:
         asked.append(ask(model, batches, device=device))
         return asked[-1]
 
-    monkeypatch.setattr(looks, "EVALS", {"accuracy": counted})
+    monkeypatch.setattr(metrics, "EVALS", {"accuracy": counted})
     what = {
         "base": str(tmp_path / "base"), "strategy": "full", "parameters": {"blocks": 1},
         "data": {"train": str(tmp_path / "rows.jsonl"), "validation": 0.3},

@@ -23,14 +23,18 @@ import adapting
 import suture
 import toy
 from making import invoke, lines_of
-from suture.adapters import Adapted
-from suture.engine import checkpoint_fingerprint
-from suture.errors import MismatchError, NonFiniteError, SutureError
-from suture.opening import open_model
-from suture.outputs import MergeOptions as Options
-from suture.planning import plan_recipe
-from suture.run import merge
-from suture.stream import DELTA, Block, Sources
+from suture.checkpoints.adapters import Adapted
+from suture.checkpoints.open import open_model
+from suture.errors import (
+    MismatchError,
+    NonFiniteError,
+    SutureError,
+)
+from suture.merges.apply import checkpoint_fingerprint
+from suture.runs.place import MergeOptions as Options
+from suture.stream.sweep import DELTA, Block, Sources
+from suture.verbs.merge.plan import plan_recipe
+from suture.verbs.merge.run import merge
 
 
 @pytest.fixture(scope="module")

@@ -14,28 +14,22 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import toy
-from suture.analysis import (
-    BASES,
-    Masked,
+from suture.analysis.basis import BASES, apart, loss_of, make_basis, normalised, project
+from suture.analysis.cells import Together, groups_of
+from suture.analysis.conflicts import Signs
+from suture.analysis.geometry import (
     Products,
-    Signs,
-    Together,
     addition_bound,
-    along,
-    disagreement,
-    disentanglement,
     gap_bound,
-    groups_of,
-    independent_jaccard,
-    make_basis,
     negation_bound,
 )
-from suture.analysis.basis import apart, loss_of, normalised, project
-from suture.checkpoint import open_checkpoint
+from suture.analysis.maps import along, disagreement, disentanglement
+from suture.analysis.overlap import Masked, independent_jaccard
+from suture.checkpoints.checkpoint import open_checkpoint
+from suture.edits.mask import Mask, localize
 from suture.errors import MissingExtraError, RecipeError
-from suture.mask import Mask, localize
-from suture.select import select
-from suture.stream import Sources, sweep, tasks_of
+from suture.stream.sweep import Sources, sweep, tasks_of
+from suture.stream.topk import select
 
 Array = np.ndarray[Any, Any]
 MODELS = ("ada", "bob", "cyd")

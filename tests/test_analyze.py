@@ -16,14 +16,21 @@ import suture
 import tiny_model
 import toy
 from making import invoke, lines_of, quick_disk
-from suture.analysis import disentanglement
-from suture.analyze import analyse, analysis, plan_analysis
-from suture.data import labels_of, tokenise
-from suture.errors import MismatchError, NonFiniteError, OutputError, RecipeError, SutureError
+from suture.analysis.maps import disentanglement
+from suture.checkpoints.atomic import alone
+from suture.edits.mask import localize
+from suture.errors import (
+    MismatchError,
+    NonFiniteError,
+    OutputError,
+    RecipeError,
+    SutureError,
+)
 from suture.evals.walk import Walk, classes
-from suture.mask import localize
-from suture.models import Classifier, Head
-from suture.publish import alone
+from suture.training.data import labels_of, tokenise
+from suture.training.models import Classifier, Head
+from suture.verbs.analyze.plan import plan_analysis
+from suture.verbs.analyze.run import analyse, analysis
 
 
 @pytest.fixture(autouse=True)

@@ -14,17 +14,21 @@ import yaml
 import suture
 import tiny_model
 from making import invoke, lines_of, quick_disk
+from suture.analysis import vector_space as space
+from suture.analysis.arithmetic import apart, entangled, movement, sharing
 from suture.analysis.masks import pairwise
-from suture.analyze import analysis, plan_analysis
-from suture.arithmetic import space
-from suture.arithmetic.measures import apart, entangled, movement, sharing
-from suture.arithmetic.space import LinearSpace, PlainSpace, Side, vector_from
-from suture.data import tokenise
+from suture.analysis.vector_space import (
+    LinearSpace,
+    PlainSpace,
+    Side,
+    vector_from,
+)
+from suture.edits.mask import Mask, localize
 from suture.errors import SutureError
 from suture.evals.walk import Walk, classes
-from suture.finetune.calibrate import Calibration
-from suture.mask import Mask, localize
-from suture.models import (
+from suture.training.calibrate import Calibration
+from suture.training.data import tokenise
+from suture.training.models import (
     Classifier,
     Encoder,
     Head,
@@ -34,6 +38,8 @@ from suture.models import (
     save_head,
     save_model,
 )
+from suture.verbs.analyze.plan import plan_analysis
+from suture.verbs.analyze.run import analysis
 
 NAMES = ("one", "two")
 

@@ -22,7 +22,12 @@ import pytest
 
 import suture
 from making import invoke
-from suture.errors import RecipeError, did_you_mean, in_python, told_in_python
+from suture.errors import (
+    RecipeError,
+    did_you_mean,
+    in_python,
+    told_in_python,
+)
 
 ROOT = Path(suture.__file__).parent
 PAGE = ROOT.parent.parent / "docs" / "api.md"
@@ -197,8 +202,8 @@ def test_a_module_is_called_like_its_verb(name: str) -> None:
 
 def test_the_old_ways_still_lead_there() -> None:
     """One release of aliases: what the pages named before."""
-    from suture.analyze import analysis
-    from suture.finetune import load_tuned
+    from suture.training.load import load_tuned
+    from suture.verbs.analyze.run import analysis
 
     assert suture.finetune.load_tuned is load_tuned is suture.load_tuned
     assert suture.analyze.analysis is analysis

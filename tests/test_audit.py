@@ -21,14 +21,35 @@ from safetensors.numpy import load_file, save_file
 
 import auditing
 from making import invoke, start, suture
-from suture.audit import Options, audit, plan_audit
-from suture.audit.cells import Run
-from suture.audit.looks import ALL, Look, contrast
-from suture.audit.net import Change, Net, Region
-from suture.audit.recipe import SPARED
-from suture.audit.regions import Atlas, overlap, places
-from suture.audit.training import train
-from suture.audit.verdicts import (
+from suture.analysis.ancestry import measure
+from suture.checkpoints.checkpoint import open_checkpoint
+from suture.edits.mask import Mask, localize
+from suture.edits.mask_file import StoredMask
+from suture.errors import (
+    MismatchError,
+    NonFiniteError,
+    OutputError,
+    RecipeError,
+)
+from suture.evals.base import Metric, share
+from suture.merges.apply import checkpoint_fingerprint
+from suture.stream.vector import TaskVector
+from suture.training.loss import next_token
+from suture.training.models import (
+    LanguageModel,
+    load_language_model,
+    parameters_of,
+    save_model,
+)
+from suture.verbs.audit.cells import Run
+from suture.verbs.audit.metrics import ALL, Look, contrast
+from suture.verbs.audit.plan import Options, plan_audit
+from suture.verbs.audit.recipe import SPARED
+from suture.verbs.audit.regions import Atlas, overlap, places
+from suture.verbs.audit.run import audit
+from suture.verbs.audit.stitched import Change, Net, Region
+from suture.verbs.audit.training import train
+from suture.verbs.audit.verdicts import (
     FAILS,
     HOLDS,
     UNASKED,
@@ -38,21 +59,11 @@ from suture.audit.verdicts import (
     judge,
     together,
 )
-from suture.checkpoint import open_checkpoint
-from suture.engine import checkpoint_fingerprint
-from suture.errors import MismatchError, NonFiniteError, OutputError, RecipeError
-from suture.evals.base import Metric, share
-from suture.finetune import finetune
-from suture.mask import Mask, localize
-from suture.maskfile import StoredMask
-from suture.models import LanguageModel, load_language_model, parameters_of, save_model
-from suture.mover import next_token
-from suture.page import audits
-from suture.page.gather import gather
-from suture.page.parts import Builder
-from suture.realign.parts import measure
-from suture.run import merge
-from suture.vector import TaskVector
+from suture.verbs.finetune.run import finetune
+from suture.verbs.merge.run import merge
+from suture.verbs.report import audits
+from suture.verbs.report.blocks import Builder
+from suture.verbs.report.collect import gather
 
 
 @pytest.fixture(scope="module")
@@ -892,7 +903,7 @@ def test_a_given_model_is_compared_once(
         compared.extend(models.tuned)
         return measure(models, threads)
 
-    monkeypatch.setattr("suture.audit.cells.measure", counted)
+    monkeypatch.setattr("suture.verbs.audit.cells.measure", counted)
     audit(
         auditing.recipe(
             shop, control=str(shop / "skilled"), onto={"b": str(shop / "skilled")},

@@ -23,12 +23,40 @@ from typer.testing import CliRunner
 import tiny_model
 from suture import finetune
 from suture.analysis import masks
-from suture.arithmetic.measures import entangled, movement, sharing
-from suture.arithmetic.space import LinearSpace, PlainSpace, Side, accuracy, alone, space_of
-from suture.bench import bench, measures, plan_bench, read_bench
-from suture.bench.learn import Base, Learnt, learn, load_vectors, save_vectors
-from suture.bench.ledger import Ledger, digest
-from suture.bench.maths import (
+from suture.analysis.arithmetic import entangled, movement, sharing
+from suture.analysis.vector_space import (
+    LinearSpace,
+    PlainSpace,
+    Side,
+    accuracy,
+    alone,
+    space_of,
+)
+from suture.checkpoints.checkpoint import open_checkpoint
+from suture.cli import app
+from suture.edits.mask import Mask
+from suture.errors import OutputError, RecipeError, SutureError
+from suture.schema.tuning import TuneSettings
+from suture.training.calibrate import Calibration, sensitivity
+from suture.training.data import Row, tokenise
+from suture.training.models import (
+    Classifier,
+    Head,
+    device_of,
+    load_encoder,
+    load_tokenizer,
+)
+from suture.training.tangent import LinearizedBody
+from suture.verbs.bench import measures
+from suture.verbs.bench.learn import (
+    Base,
+    Learnt,
+    learn,
+    load_vectors,
+    save_vectors,
+)
+from suture.verbs.bench.ledger import Ledger, digest
+from suture.verbs.bench.maths import (
     best_amount,
     claim,
     largest_kept,
@@ -37,18 +65,11 @@ from suture.bench.maths import (
     spread,
     within_one_interval,
 )
-from suture.bench.recipe import MEASURES, Grids, Line
-from suture.bench.tasks import TASKS, divide, package_folders
-from suture.checkpoint import open_checkpoint
-from suture.cli import app
-from suture.data import Row, tokenise
-from suture.errors import OutputError, RecipeError, SutureError
-from suture.finetune.calibrate import Calibration, sensitivity
-from suture.finetune.tangent import LinearizedBody
-from suture.mask import Mask
-from suture.models import Classifier, Head, device_of, load_encoder, load_tokenizer
-from suture.page.gather import gather
-from suture.settings import TuneSettings
+from suture.verbs.bench.plan import plan_bench
+from suture.verbs.bench.recipe import MEASURES, Grids, Line, read_bench
+from suture.verbs.bench.run import bench
+from suture.verbs.bench.tasks import TASKS, divide, package_folders
+from suture.verbs.report.collect import gather
 
 STRATEGIES: dict[str, dict[str, Any]] = {
     "full": {"parameters": {"embeddings": False}},
@@ -359,7 +380,7 @@ def test_sensitivity_is_measured_where_the_model_lies(
         asked.append(device)
         return sensitivity(*args, device=device, **more)
 
-    monkeypatch.setattr("suture.arithmetic.measures.sensitivity", measured)
+    monkeypatch.setattr("suture.analysis.arithmetic.sensitivity", measured)
     sharing(base.encoder, sides, 0, (0.5,), Calibration(rows=8, seed=0))
 
     assert asked == [str(device_of(base.encoder))]
@@ -538,7 +559,7 @@ def test_tasks_of_packages_are_there_or_named() -> None:
     """Every task that a recipe may name says what it needs; missing packages come with the remedy."""
     assert {"topics", "bias", "languages", "order", "harm"} <= set(TASKS)
     assert all(task.needs and task.about for task in TASKS.values())
-    from suture.bench import tasks as module
+    from suture.verbs.bench import tasks as module
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setitem(module.PACKAGES, "no-such-thing", "no_such_thing")

@@ -19,14 +19,19 @@ import suture
 import tiny_model
 import toy
 from making import Said, invoke, lines_of, read_model
-from suture import trial
+from suture.checkpoints.memory import Held
 from suture.errors import MismatchError, RecipeError
 from suture.evals.results import SuiteResult, read_result
-from suture.held import Held
-from suture.models import load_encoder, load_image_encoder, load_language_model, save_model
-from suture.outputs import MergeOptions
-from suture.planning import plan_recipe
-from suture.suites.blame import Blame, Without
+from suture.runs.place import MergeOptions
+from suture.training.models import (
+    load_encoder,
+    load_image_encoder,
+    load_language_model,
+    save_model,
+)
+from suture.verbs.compare.blame import Blame, Without
+from suture.verbs.merge import leave_one_out
+from suture.verbs.merge.plan import plan_recipe
 
 GATE = "- refusal >= 0.5\n- over_refusal <= 0.3\n"
 PROTECT = {"model": "safety", "rule": "magnitude", "density": 0.5}
@@ -108,7 +113,7 @@ def test_what_is_known_of_candidates_is_not_asked_again(
 ) -> None:
     """The second time no network is loaded; as data it says the same."""
     first = json.loads(blamed(shop, "--json").out)
-    monkeypatch.setattr("suture.suites.work.load_tuned", None)
+    monkeypatch.setattr("suture.verbs.evaluate.run.load_tuned", None)
     again = json.loads(blamed(shop, "--json").out)
 
     assert again == first
@@ -120,7 +125,7 @@ def test_what_is_known_of_candidates_is_not_asked_again(
 
 def test_nobody_is_blamed_where_the_gate_holds(shop: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Everything is checked, nothing is merged, and the exit code is 0."""
-    monkeypatch.setattr(trial, "fill", None)
+    monkeypatch.setattr(leave_one_out, "fill", None)
     said = blamed(shop, recipe="protected")
 
     assert said.code == 0, said.err
@@ -180,8 +185,8 @@ def test_a_merge_too_large_for_memory_is_written_and_that_is_said(
 ) -> None:
     """With the same numbers, in a temporary folder that is gone afterwards."""
     first = json.loads(blamed(shop, "--json").out)
-    monkeypatch.setattr(trial, "MOST", 0)
-    monkeypatch.setattr(trial, "fill", None)
+    monkeypatch.setattr(leave_one_out, "MOST", 0)
+    monkeypatch.setattr(leave_one_out, "fill", None)
     found = suture.blame(shop / "merged.yaml", shop / "suite.yaml", result(shop, "base"), [],
                          result(shop, "merged"), ["refusal >= 0.5"])  # fmt: skip
 
@@ -261,10 +266,10 @@ def test_a_merge_in_memory_is_the_merge_on_disk(method: str, family: Any, tmp_pa
     raw = toy.recipe(method, models.some("ada", "bob", "cyd"), base)
     report = suture.run_recipe(raw, tmp_path / "out")
     made = plan(raw)
-    held = trial.prepare(made, "merge", tmp_path / "held")
-    trial.fill(held, made)
+    held = leave_one_out.prepare(made, "merge", tmp_path / "held")
+    leave_one_out.fill(held, made)
 
-    assert trial.fingerprint_of(made) == report.fingerprint
+    assert leave_one_out.fingerprint_of(made) == report.fingerprint
     for name, stored in read_model(tmp_path / "out").items():
         assert held.bytes[name].tobytes() == stored.data
     assert not list((tmp_path / "held").glob("*.safetensors"))
@@ -278,14 +283,14 @@ def test_what_belongs_to_an_expert_goes_with_it(family: Any, tmp_path: Path) -> 
     some = models.some("ada", "bob", "cyd")
     raw = toy.recipe("task_arithmetic", some, models.base_path)
     raw["protect"] = {"model": "ada", "rule": "magnitude", "density": 0.5}
-    left = {one.expert: one for one in trial.leave_one_out(plan(raw))}
+    left = {one.expert: one for one in leave_one_out.leave_one_out(plan(raw))}
     assert list(left) == ["ada", "bob", "cyd"]
     assert left["ada"].plan.recipe.protect is None
     assert left["bob"].plan.recipe.protect is not None
     assert list(left["bob"].plan.recipe.models) == ["ada", "cyd"]
 
     led = toy.recipe("led", some, models.base_path, disjoint="safety_first", safety="ada")
-    left = {one.expert: one for one in trial.leave_one_out(plan(led))}
+    left = {one.expert: one for one in leave_one_out.leave_one_out(plan(led))}
     assert left["ada"].plan is None
     assert "safety" in left["ada"].reason
     assert left["bob"].plan is not None
@@ -298,7 +303,7 @@ def test_where_nobody_can_go_that_is_an_error(family: Any) -> None:
     with pytest.raises(
         RecipeError, match="no expert of the recipe can be left out: ada: .*takes 2"
     ):
-        trial.leave_one_out(plan(raw))
+        leave_one_out.leave_one_out(plan(raw))
 
 
 # -- networks out of memory ------------------------------------------------------------------------
@@ -333,17 +338,17 @@ def in_memory(folder: Path, place: Path) -> Held:
     made = plan_recipe(
         {"models": {"model": str(folder)}, "method": "passthrough"}, None, MergeOptions()
     )
-    tokenised = trial.prepare(made, "model", place)
+    tokenised = leave_one_out.prepare(made, "model", place)
     for name in folder.glob("*.json"):
         if name.name not in ("config.json", "suture.json"):
             (place / name.name).write_bytes(name.read_bytes())
-    trial.fill(tokenised, made)
+    leave_one_out.fill(tokenised, made)
     return tokenised
 
 
 def test_blame_of_a_plan_with_open_inputs_takes_them(shop: Path) -> None:
     """What was opened once is not opened again for each candidate."""
     made = plan_recipe(shop / "merged.yaml", None, MergeOptions())
-    for one in trial.leave_one_out(replace(made)):
+    for one in leave_one_out.leave_one_out(replace(made)):
         assert one.plan is not None
         assert all(one.plan.inputs[n] is made.inputs[n] for n in one.plan.inputs)

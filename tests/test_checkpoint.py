@@ -35,8 +35,8 @@ from making import (
     safetensors,
     save_model,
 )
-from suture import checkpoint
-from suture.checkpoint import Checkpoint, open_checkpoint
+from suture.checkpoints import checkpoint
+from suture.checkpoints.checkpoint import Checkpoint, open_checkpoint
 from suture.errors import CheckpointError, SutureError
 
 F32 = entry("F32", [2], 0, 8)
@@ -765,7 +765,7 @@ def test_a_tied_head_that_differs_is_refused(tmp_path: Path, change: str) -> Non
 )  # fmt: skip
 def test_odd_values_in_a_config_do_no_harm(tmp_path: Path, config: dict[str, Any]) -> None:
     """A configuration holds what it likes; only what we use is looked at, and with care."""
-    from suture.profile import inspect_model
+    from suture.analysis.profile import inspect_model
 
     model = open_checkpoint(save_model(tmp_path / "m", llama(0), config=config))
 

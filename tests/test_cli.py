@@ -37,9 +37,9 @@ from making import (
     write_recipe,
 )
 from suture.cli.methods import KINDS, table_of
-from suture.merges import METHODS
-from suture.spec import UNCOUNTED
-from suture.terminal import Bars
+from suture.cli.terminal import Bars
+from suture.merges.table import METHODS
+from suture.tensors.spec import UNCOUNTED
 
 COMMANDS = [
     "inspect",
@@ -459,7 +459,7 @@ def test_other_commands_can_be_interrupted_too(
     here: Path, command: list[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Ctrl-C is exit code 3 and one line, everywhere."""
-    from suture import profile
+    from suture.analysis import profile
 
     def interrupted(*_: Any, **__: Any) -> None:
         raise KeyboardInterrupt
@@ -476,7 +476,7 @@ def test_other_commands_can_be_interrupted_too(
 
 def test_a_mistake_of_ours_is_not_hidden(here: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """What is no error of the user's comes with its traceback, not as a message."""
-    from suture import run
+    from suture.verbs.merge import run
 
     def broken(*_: Any) -> None:
         raise ZeroDivisionError

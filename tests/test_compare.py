@@ -19,10 +19,15 @@ from making import environment, invoke, lines_of
 from suture.errors import MismatchError, RecipeError
 from suture.evals.base import share
 from suture.evals.numbers import RESAMPLES, metric_of, resampled
-from suture.evals.results import Evaluation, Scores, SuiteResult, read_result
-from suture.suites.comparison import compare
-from suture.suites.gate import read_rule
-from suture.suites.tables import comparison_table
+from suture.evals.results import (
+    Evaluation,
+    Scores,
+    SuiteResult,
+    read_result,
+)
+from suture.verbs.compare.recipe import read_rule
+from suture.verbs.compare.run import compare
+from suture.verbs.evaluate.result import comparison_table
 
 N = 200
 DICE = np.random.Generator(np.random.Philox(0))

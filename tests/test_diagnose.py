@@ -18,14 +18,28 @@ from torch.func import functional_call
 import making
 import suture
 import tiny_model
-from suture.analysis import barrier_of, gap_bound, squared_distance
-from suture.analysis.geometry import cosines
-from suture.data import Dataset, tokenise
-from suture.diagnose import Convex, Field, Looks, diagnose, dot, norm, top_curvature
+from suture.analysis.geometry import cosines, gap_bound, squared_distance
+from suture.analysis.loss_curves import (
+    Convex,
+    Field,
+    Looks,
+    diagnose,
+    dot,
+    norm,
+    top_curvature,
+)
+from suture.analysis.theory import barrier_of
 from suture.errors import NonFiniteError, RecipeError
 from suture.evals.walk import Walk, classes
-from suture.measure import OBJECTIVES, Objective
-from suture.models import Classifier, Head, load_encoder, save_head, save_model
+from suture.training.data import Dataset, tokenise
+from suture.training.measure import OBJECTIVES, Objective
+from suture.training.models import (
+    Classifier,
+    Head,
+    load_encoder,
+    save_head,
+    save_model,
+)
 
 Array = np.ndarray[Any, Any]
 DIM = 12
@@ -272,7 +286,7 @@ def test_analyze_diagnoses_a_merge(shop: Path, tmp_path: Path) -> None:
     weights = {"one": 0.3, "two": 0.7}
     plan = {"base": str(shop / "base"), "method": "task_arithmetic",
             "models": {m: {"path": str(shop / m), "weight": w} for m, w in weights.items()}}  # fmt: skip
-    suture.run.merge(plan, tmp_path / "merged")  # type: ignore[attr-defined]
+    suture.verbs.merge.run.merge(plan, tmp_path / "merged")  # type: ignore[attr-defined]
     found = {}
     for kind, which in (
         ("factors", {"weights": weights}),
@@ -297,7 +311,7 @@ def test_analyze_diagnoses_a_merge(shop: Path, tmp_path: Path) -> None:
         for key, folder in (("merged_loss", tmp_path / "merged"), ("expert_loss", shop / name),
                             ("base_loss", shop / "base")):  # fmt: skip
             loaded = load_encoder(folder, dtype=torch.float32)
-            head = suture.models.load_head(shop / f"{name}-head.safetensors")  # type: ignore[attr-defined]
+            head = suture.training.models.load_head(shop / f"{name}-head.safetensors")  # type: ignore[attr-defined]
             data = tokenise(rows, loaded.tokenizer, labels=head.labels, max_length=16)
             (batch,) = data.batches(20)
             logits = Classifier(loaded.model, head)(batch.input_ids, batch.attention_mask)

@@ -18,8 +18,8 @@ from pathlib import Path
 import pytest
 import yaml
 
-from suture.merges import METHODS
 from suture.merges.presets import PRESETS
+from suture.merges.table import METHODS
 
 ROOT = Path(__file__).resolve().parent.parent
 PAGES = sorted(ROOT.glob("*.md")) + sorted((ROOT / "docs").rglob("*.md"))

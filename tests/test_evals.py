@@ -11,13 +11,17 @@ import torch
 from torch import Tensor, nn
 
 import tiny_model
-from suture.data import Dataset, Row, labels_of, tokenise
-from suture.errors import MismatchError, NonFiniteError, RecipeError
-from suture.evals import EVALS, EvalResult, Metric, share
-from suture.evals.base import mean, ratio
+from suture.errors import (
+    MismatchError,
+    NonFiniteError,
+    RecipeError,
+)
+from suture.evals.base import EvalResult, Metric, mean, ratio, share
 from suture.evals.embedding import agreement
 from suture.evals.loss import token_losses
-from suture.models import Classifier, Head, embed
+from suture.evals.table import EVALS
+from suture.training.data import Dataset, Row, labels_of, tokenise
+from suture.training.models import Classifier, Head, embed
 
 
 @pytest.mark.parametrize(("hits", "n"), [(0, 1), (1, 1), (0, 50), (50, 50), (7, 9), (830, 1000)])

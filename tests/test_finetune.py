@@ -25,7 +25,7 @@ from safetensors import SafetensorError
 
 import suture
 import tiny_model
-from suture import models, snapshot
+from suture.edits.mask import Mask
 from suture.errors import (
     MismatchError,
     MissingExtraError,
@@ -34,19 +34,28 @@ from suture.errors import (
     RecipeError,
     SutureError,
 )
-from suture.evals import EVALS
-from suture.finetune import STRATEGIES, finetune, load_tuned, plan_finetune, read_finetune
-from suture.finetune import run as module
-from suture.finetune.rows import language_rows
-from suture.finetune.trackers import tracker
-from suture.finetune.work import training_space
-from suture.mask import Mask
-from suture.models import Classifier, Encoder, Head, save_head, save_model
-from suture.outputs import Options
-from suture.run import merge
-from suture.settings import TuneSettings
-from suture.sources import DataSpec, Source
-from suture.tune import Progress
+from suture.evals.table import EVALS
+from suture.runs.place import Options
+from suture.schema.sources import DataSpec, Source
+from suture.schema.tuning import TuneSettings
+from suture.training import models, snapshot
+from suture.training.load import load_tuned
+from suture.training.loop import Progress
+from suture.training.models import (
+    Classifier,
+    Encoder,
+    Head,
+    save_head,
+    save_model,
+)
+from suture.training.rows import language_rows
+from suture.training.strategies import STRATEGIES
+from suture.training.trackers import tracker
+from suture.verbs.finetune import run as module
+from suture.verbs.finetune.recipe import read_finetune
+from suture.verbs.finetune.run import finetune, plan_finetune
+from suture.verbs.finetune.work import training_space
+from suture.verbs.merge.run import merge
 
 EXAMPLES: dict[str, dict[str, Any]] = {
     "full": {},
@@ -461,7 +470,7 @@ def test_a_disk_that_is_full_at_once_says_that_nothing_is_kept(
     assert (tmp_path / ".out.suture" / "train.safetensors").is_file()
     monkeypatch.undo()
     little = types.SimpleNamespace(free=60_000)
-    monkeypatch.setattr("suture.finetune.plan.shutil.disk_usage", lambda _: little)
+    monkeypatch.setattr("suture.verbs.finetune.plan.shutil.disk_usage", lambda _: little)
     assert "need about" in problems_of(recipe(shop), tmp_path / "x")[0]
     assert plan_finetune(recipe(shop, "talos"), tmp_path / "x").steps == 12
 

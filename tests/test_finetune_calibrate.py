@@ -12,10 +12,9 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 
 import tiny_model
-from suture.data import Dataset, labels_of, tokenise
 from suture.errors import NonFiniteError, RecipeError
-from suture.finetune import calibrate as module
-from suture.finetune.calibrate import (
+from suture.training import calibrate as module
+from suture.training.calibrate import (
     Calibration,
     calibrate,
     prunable,
@@ -24,8 +23,9 @@ from suture.finetune.calibrate import (
     structure,
     upper,
 )
-from suture.finetune.packed import Place, unpack
-from suture.models import Classifier, Head, LanguageModel
+from suture.training.data import Dataset, labels_of, tokenise
+from suture.training.models import Classifier, Head, LanguageModel
+from suture.training.packed import Place, unpack
 
 
 def data() -> Dataset:

@@ -14,14 +14,14 @@ from torch.nn import functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 import tiny_model
-from suture.data import Dataset, labels_of, tokenise
 from suture.errors import RecipeError
-from suture.finetune.compact import Compact
-from suture.finetune.tangent import LinearizedBody, Tangent, product
-from suture.models import Classifier, Head, recompute_activations
-from suture.mover import classification
-from suture.settings import TuneSettings
-from suture.tune import refuse_sharded, slope, tune
+from suture.schema.tuning import TuneSettings
+from suture.training.compact import Compact
+from suture.training.data import Dataset, labels_of, tokenise
+from suture.training.loop import refuse_sharded, slope, tune
+from suture.training.loss import classification
+from suture.training.models import Classifier, Head, recompute_activations
+from suture.training.tangent import LinearizedBody, Tangent, product
 
 SETTINGS = TuneSettings(epochs=9, batch=8, lr=2e-3, weight_decay=0.1, clip=0.5, seed=1)
 

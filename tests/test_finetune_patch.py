@@ -11,11 +11,12 @@ import yaml
 
 import suture
 import tiny_model
-from suture.engine import checkpoint_fingerprint
+from suture.edits.mask import Mask
+from suture.edits.patch import Patch
 from suture.errors import MismatchError
-from suture.finetune import STRATEGIES, finetune
-from suture.mask import Mask
-from suture.patch import Patch
+from suture.merges.apply import checkpoint_fingerprint
+from suture.training.strategies import STRATEGIES
+from suture.verbs.finetune.run import finetune
 from test_finetune import EXAMPLES, TRAINING, command, problems_of, recipe, shop, talker
 
 __all__ = ["shop", "talker"]

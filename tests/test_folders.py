@@ -15,7 +15,7 @@ import yaml
 import suture
 import talk
 import toy
-from suture.card import config_text, licence_of
+from suture.runs.card import config_text, licence_of
 
 
 def placed(where: Path, files: Mapping[str, str], **config: Any) -> Path:

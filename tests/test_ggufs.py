@@ -21,8 +21,8 @@ import transformers
 import suture
 import toy
 from making import invoke, lines_of, read_model
+from suture.checkpoints.gguf import _FAMILIES, _TOP, Gguf
 from suture.errors import MissingExtraError, SutureError
-from suture.ggufs import _FAMILIES, _TOP, Gguf
 
 Q = gguf.GGMLQuantizationType
 HIDDEN, INNER, HEADS, KV, WORDS, LAYERS = 64, 96, 4, 2, 32, 2
@@ -390,7 +390,7 @@ def test_the_package_is_asked_for_only_where_it_is_needed(
     """Floats are read without it; quantised files name the extra."""
     import sys
 
-    from suture.ggufs import _coding
+    from suture.checkpoints.gguf import _coding
 
     write(tmp_path / "floats.gguf", kind=Q.F16)
     write(tmp_path / "packed.gguf", kind=Q.Q8_0)

@@ -19,16 +19,29 @@ from PIL import Image
 import suture
 import tiny_model
 from making import invoke
-from suture.errors import CheckpointError, MissingExtraError, RecipeError, SutureError
-from suture.evals import EVALS
+from suture.edits.mask import Mask
+from suture.errors import (
+    CheckpointError,
+    MissingExtraError,
+    RecipeError,
+    SutureError,
+)
 from suture.evals.results import read_result
-from suture.finetune import STRATEGIES, finetune, load_tuned, plan_finetune
-from suture.finetune.calibrate import prunable
-from suture.finetune.image_rows import look_of
-from suture.images import Look, checked, prepared
-from suture.mask import Mask
-from suture.models import Head, ImageEncoder, load_image_encoder, parameters_of, save_head
-from suture.suites import evaluate
+from suture.evals.table import EVALS
+from suture.training.calibrate import prunable
+from suture.training.image_rows import look_of
+from suture.training.images import Look, checked, prepared
+from suture.training.load import load_tuned
+from suture.training.models import (
+    Head,
+    ImageEncoder,
+    load_image_encoder,
+    parameters_of,
+    save_head,
+)
+from suture.training.strategies import STRATEGIES
+from suture.verbs.evaluate.run import evaluate
+from suture.verbs.finetune.run import finetune, plan_finetune
 from test_finetune import EXAMPLES, problems_of
 
 TRAINING = {"epochs": 16, "batch": 8, "lr": 1e-2, "save_every": 50, "seed": 1}

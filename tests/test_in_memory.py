@@ -18,12 +18,18 @@ from torch import nn
 import suture
 import tiny_model
 import toy
-from suture.data import Row, tokenise
-from suture.engine import checkpoint_fingerprint
-from suture.errors import CheckpointError, MismatchError, NonFiniteError, OutputError, RecipeError
-from suture.finetune.load import load_tuned
-from suture.models import LanguageModel, save_head, save_model
-from suture.writer import Writer
+from suture.checkpoints.writer import Writer
+from suture.errors import (
+    CheckpointError,
+    MismatchError,
+    NonFiniteError,
+    OutputError,
+    RecipeError,
+)
+from suture.merges.apply import checkpoint_fingerprint
+from suture.training.data import Row, tokenise
+from suture.training.load import load_tuned
+from suture.training.models import LanguageModel, save_head, save_model
 
 NAME = "layers.0.mlp.weight"
 
@@ -579,7 +585,7 @@ def test_advice_about_bad_numbers_can_be_followed(tmp_path: Path) -> None:
 
 def test_a_classifier_in_memory_keeps_its_head(shop: Path, tmp_path: Path) -> None:
     """It is asked with it, as its folder is."""
-    from suture.models import Classifier, Head
+    from suture.training.models import Classifier, Head
 
     head = Head(("colour", "sky"), torch.randn(2, 16, generator=torch.Generator().manual_seed(0)),
                 torch.zeros(2))  # fmt: skip
@@ -598,7 +604,7 @@ def test_a_classifier_in_memory_keeps_its_head(shop: Path, tmp_path: Path) -> No
 def test_what_was_measured_in_memory_goes_into_a_merge() -> None:
     """From rows to statistics to a merge, without a file."""
     base, model, other = (moved(tiny_model.encoder(), seed) for seed in range(3))
-    from suture.models import Classifier, Head
+    from suture.training.models import Classifier, Head
 
     head = Head(("colour", "sky"), torch.eye(2, 16), torch.zeros(2))
     rows = [Row(r.text, r.label) for r in tiny_model.rows(6)]

@@ -29,7 +29,7 @@ from suture.evals.refusal_model import (
     quality,
     train_refusal_classifier,
 )
-from suture.models import save_head
+from suture.training.models import save_head
 
 ROWS = [{"prompt": word} for word in ("one", "two", "three", "red", "blue", "green")]
 SAID = {0: "I cannot.", 1: "Sure, it is red.", 2: "Sure, here it is.", 3: "Never ask me.",
@@ -568,7 +568,7 @@ def test_a_refusal_classifier_is_trained_saved_and_judges(tmp_path: Path) -> Non
 
 def test_a_head_for_other_labels_is_no_refusal_classifier(tmp_path: Path) -> None:
     """Nor is one for another encoder."""
-    from suture.models import Head
+    from suture.training.models import Head
 
     folder = tiny_model.folder(tmp_path / "encoder")
     save_head(Head(("a", "b"), torch.zeros(2, 16), torch.zeros(2)), tmp_path / "other.safetensors")

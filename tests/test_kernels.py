@@ -14,8 +14,8 @@ from hypothesis import strategies as st
 
 from slow import merges as slow
 from slow import philox, rounding
-from suture import kernels, loops
-from suture.spec import BF16, F16, F32, F64
+from suture.kernels import compiled, loops
+from suture.tensors.spec import BF16, F16, F32, F64
 
 Array = np.ndarray[Any, Any]
 CODES = {"f32": F32, "bf16": BF16, "f16": F16, "f64": F64}
@@ -85,7 +85,7 @@ def rows_of(*values: Array) -> Array:
 def narrowed(row: Array, kind: str) -> tuple[torch.Tensor, int]:
     """What ``narrow`` makes of a row, as torch sees it, and how many it says are not finite."""
     raw = np.zeros(row.size * (8 if kind == "f64" else 4 if kind == "f32" else 2), np.uint8)
-    wild = kernels.narrow(row, CODES[kind], row.size, raw)
+    wild = compiled.narrow(row, CODES[kind], row.size, raw)
     return torch.from_numpy(raw).view(TORCH[kind]), int(wild)
 
 
@@ -98,7 +98,7 @@ def test_all_16_bit_numbers_widen_exactly(kind: str) -> None:
     half = torch.arange(1 << 16, dtype=torch.int32).to(torch.int16).view(TORCH[kind])
     row = np.zeros(1 << 16, np.float32)
 
-    wild = kernels.widen(raw_of(half), CODES[kind], row.size, row)
+    wild = compiled.widen(raw_of(half), CODES[kind], row.size, row)
 
     expected = half.float().numpy()
     nan = np.isnan(expected)
@@ -112,7 +112,7 @@ def test_all_16_bit_numbers_come_back(kind: str) -> None:
     """Widened and rounded again, each of the 65,536 patterns is itself; a NaN stays a NaN."""
     half = torch.arange(1 << 16, dtype=torch.int32).to(torch.int16).view(TORCH[kind])
     row = np.zeros(1 << 16, np.float32)
-    kernels.widen(raw_of(half), CODES[kind], row.size, row)
+    compiled.widen(raw_of(half), CODES[kind], row.size, row)
 
     back, wild = narrowed(row, kind)
 
@@ -172,7 +172,7 @@ def test_float64_is_rounded_to_float32_once() -> None:
     values[:4] = [1e39, -1e300, math.nan, 1 + 2**-24]
     row = np.zeros(values.size, np.float32)
 
-    wild = kernels.widen(values.view(np.uint8), F64, values.size, row)
+    wild = compiled.widen(values.view(np.uint8), F64, values.size, row)
 
     with np.errstate(over="ignore"):
         expected = values.astype(np.float32)
@@ -190,8 +190,8 @@ def test_only_the_first_elements_are_touched(kind: str, count: int) -> None:
     base = np.full(1000, 0.5, np.float32)
     delta = row.copy()
 
-    kernels.widen(raw_of(tensor), CODES[kind], count, row)
-    kernels.widen_delta(raw_of(tensor), CODES[kind], count, base, delta)
+    compiled.widen(raw_of(tensor), CODES[kind], count, row)
+    compiled.widen_delta(raw_of(tensor), CODES[kind], count, base, delta)
 
     assert np.array_equal(row[:count], tensor.float().numpy()[:count])
     assert np.array_equal(delta[:count], tensor.float().numpy()[:count] - np.float32(0.5))
@@ -207,7 +207,7 @@ def test_a_delta_is_the_difference_in_float32(kind: str) -> None:
     base = np.random.default_rng(7).standard_normal(5000).astype(np.float32)
     row = np.zeros(5000, np.float32)
 
-    wild = kernels.widen_delta(raw_of(tensor), CODES[kind], 5000, base, row)
+    wild = compiled.widen_delta(raw_of(tensor), CODES[kind], 5000, base, row)
 
     assert np.array_equal(row, tensor.float().numpy() - base, equal_nan=True)
     assert wild == 2
@@ -219,7 +219,7 @@ def test_float64_deltas_do_not_lose_the_small_ones() -> None:
     tuned = base + np.array([1e-12, 1e15, 1e-9])
     row = np.zeros(3, np.float32)
 
-    kernels.subtract_double(tuned.view(np.uint8), base.view(np.uint8), 3, row)
+    compiled.subtract_double(tuned.view(np.uint8), base.view(np.uint8), 3, row)
 
     assert np.array_equal(row, (tuned - base).astype(np.float32))
     assert row[0] > 0
@@ -248,7 +248,7 @@ def test_rows_are_made_of_every_mixture_of_dtypes(
         rows = np.full((5, 64), 9, np.float32)
         base, wild = np.zeros(64, np.float32), np.zeros(len(kinds), np.int64)
 
-        kernels.load_rows(buffers, codes, first, count, int(how == "delta"), int(based), base, rows,
+        compiled.load_rows(buffers, codes, first, count, int(how == "delta"), int(based), base, rows,
                           wild)  # fmt: skip
 
         part = slice(first, first + count)
@@ -275,7 +275,7 @@ def test_rows_are_made_of_every_mixture_of_dtypes(
 def finished(base: Array, delta: Array, kind: str) -> tuple[torch.Tensor, list[int]]:
     raw = np.zeros(base.size * 8, np.uint8)
     counts = np.zeros(3, np.int64)
-    kernels.finish(base, delta, CODES[kind], 0, base.size, raw, counts)
+    compiled.finish(base, delta, CODES[kind], 0, base.size, raw, counts)
     width = torch.empty(0, dtype=TORCH[kind]).element_size()
     return torch.from_numpy(raw[: base.size * width]).view(TORCH[kind]), counts.tolist()
 
@@ -316,7 +316,7 @@ def test_counts_add_up_over_calls() -> None:
     counts = np.array([10, 20, 30], np.int64)
     raw = np.zeros(8, np.uint8)
 
-    kernels.finish(np.ones(2, np.float32), np.full(2, 1e-9, np.float32), F32, 1, 2, raw, counts)
+    compiled.finish(np.ones(2, np.float32), np.full(2, 1e-9, np.float32), F32, 1, 2, raw, counts)
 
     assert counts.tolist() == [12, 22, 30]
 
@@ -328,7 +328,7 @@ def test_float64_sums_stay_float64() -> None:
     raw = np.zeros(32, np.uint8)
     counts = np.zeros(3, np.int64)
 
-    kernels.finish_double(base.view(np.uint8), delta, 4, raw, counts)
+    compiled.finish_double(base.view(np.uint8), delta, 4, raw, counts)
 
     assert np.array_equal(raw.view(np.float64), base + delta.astype(np.float64))
     assert counts.tolist() == [3, 2, 0]
@@ -352,7 +352,7 @@ def test_weighted_sums_add_in_the_order_of_rows(models: int, start: int, stop: i
     weights = np.linspace(-0.3, 1.1, models).astype(np.float32)
     out = np.full(3000, 9, np.float32)
 
-    kernels.weighted_sum(rows, weights, start, stop, out)
+    compiled.weighted_sum(rows, weights, start, stop, out)
 
     expected = np.zeros(3000, np.float32)
     for row, weight in zip(rows, weights, strict=True):
@@ -368,7 +368,7 @@ def test_gram_sums_are_the_dot_products(count: int) -> None:
     rows = sample_rows(3, 5003, 10)
     sums = np.zeros((3, 3, 8))
 
-    kernels.gram(rows, count, sums)
+    compiled.gram(rows, count, sums)
 
     for a in range(3):
         for b in range(3):
@@ -385,12 +385,12 @@ def test_lanes_do_not_depend_on_blocks(block: int) -> None:
     whole, parts = np.zeros((2, 2, 8)), np.zeros((2, 2, 8))
     sizes, pieces = np.zeros((2, 8)), np.zeros((2, 8))
 
-    kernels.gram(row, 8192, whole)
-    kernels.magnitudes(row[0], words, 1 << 31, 8192, sizes)
+    compiled.gram(row, 8192, whole)
+    compiled.magnitudes(row[0], words, 1 << 31, 8192, sizes)
     for start in range(0, 8192, block):
         part = np.ascontiguousarray(row[:, start : start + block])
-        kernels.gram(part, part.shape[1], parts)
-        kernels.magnitudes(part[0], words[start : start + block], 1 << 31, part.shape[1], pieces)
+        compiled.gram(part, part.shape[1], parts)
+        compiled.magnitudes(part[0], words[start : start + block], 1 << 31, part.shape[1], pieces)
 
     assert np.array_equal(whole, parts)
     assert np.array_equal(sizes, pieces)
@@ -404,7 +404,7 @@ def test_magnitudes_of_all_and_of_the_kept(count: int, limit: int) -> None:
     words = np.random.default_rng(14).integers(0, 1 << 32, 5000, dtype=np.uint64).astype(np.uint32)
     sums = np.zeros((2, 8))
 
-    kernels.magnitudes(row, words, limit, count, sums)
+    compiled.magnitudes(row, words, limit, count, sums)
 
     sizes = np.abs(row[:count]).astype(np.float64)
     kept = sizes[words[:count].astype(np.uint64) < limit]
@@ -415,8 +415,8 @@ def test_extremes_are_updated() -> None:
     """The largest magnitude and the number of non-zero entries, carried over calls."""
     found = np.zeros(2)
 
-    kernels.extremes(np.array([0, -3, 2, 9], np.float32), 3, found)
-    kernels.extremes(np.array([0, -0.0, 1], np.float32), 3, found)
+    compiled.extremes(np.array([0, -3, 2, 9], np.float32), 3, found)
+    compiled.extremes(np.array([0, -0.0, 1], np.float32), 3, found)
 
     assert found.tolist() == [3.0, 3.0]
 
@@ -440,11 +440,11 @@ def test_keys_have_the_order_of_magnitudes(values: list[float]) -> None:
 def test_coarse_counts() -> None:
     """Two tables that together count the upper 16 bits of every magnitude."""
     row = np.concatenate([random_bits(5000, 15), np.zeros(100, np.float32)])
-    coarse = np.zeros((2, kernels.BINS), np.uint32)
+    coarse = np.zeros((2, compiled.BINS), np.uint32)
 
-    kernels.count_coarse(row, 5050, coarse)
+    compiled.count_coarse(row, 5050, coarse)
 
-    expected = np.bincount(keys_of(row[:5050]) >> 16, minlength=kernels.BINS)
+    expected = np.bincount(keys_of(row[:5050]) >> 16, minlength=compiled.BINS)
     assert np.array_equal(coarse.sum(0), expected)
 
 
@@ -458,7 +458,7 @@ def test_a_bracket_gathers_its_keys_in_order(low: int, width: int) -> None:
     inside = np.zeros(row.size + 1, np.uint32)
     found = np.zeros(2, np.int64)
 
-    kernels.gather_bracket(row, row.size, low, width, inside, found)
+    compiled.gather_bracket(row, row.size, low, width, inside, found)
 
     keys = keys_of(row).astype(np.int64)
     expected = keys[(keys >= low) & (keys < low + width)] - low
@@ -474,9 +474,9 @@ def test_brackets_are_gathered_from_bytes(count: int) -> None:
     codes, wild = np.full(3, F32, np.int64), np.zeros(3, np.int64)
     lows, widths = np.array([0x3E000000, 0], np.int64), np.array([0x1000000, 1 << 31], np.int64)
     inside, found = np.zeros((2, count + 1), np.uint32), np.zeros((3, 2), np.int64)
-    strip = np.zeros((2, kernels.TILE), np.float32), np.zeros(kernels.TILE, np.float32)
+    strip = np.zeros((2, compiled.TILE), np.float32), np.zeros(compiled.TILE, np.float32)
 
-    kernels.gather_brackets(
+    compiled.gather_brackets(
         *strip, buffers, codes, 3, count, 1, 1, lows, widths, inside, found, wild
     )
 
@@ -496,7 +496,7 @@ def test_ranks_are_those_of_a_sort(values: list[int], data: st.DataObject) -> No
     wanted = data.draw(st.integers(1, keys.size))
     found = np.zeros(3, np.int64)
 
-    kernels.find_rank(keys, keys.size, wanted, np.zeros(2048, np.int64), found)
+    compiled.find_rank(keys, keys.size, wanted, np.zeros(2048, np.int64), found)
 
     key = sorted(values, reverse=True)[wanted - 1]
     assert found.tolist() == [key, sum(v > key for v in values), values.count(key)]
@@ -508,7 +508,7 @@ def test_places_and_ties_are_counted() -> None:
     table, ties = np.ones(8, np.uint32), np.zeros(4, np.int64)
     guesses = np.array([3, 7, 2, 2**32 - 1], np.uint32)
 
-    kernels.count_places(inside, 6, table, guesses, ties)
+    compiled.count_places(inside, 6, table, guesses, ties)
 
     assert table.tolist() == [2, 2, 1, 4, 1, 1, 1, 2]
     assert ties.tolist() == [3, 1, 0, 0]
@@ -523,7 +523,7 @@ def test_selected_entries_set_their_bits(offset: int, start: int, stop: int) -> 
     bits[0] = 0b10000000
     key = int(keys_of(np.float32([0.5]))[0])
 
-    kernels.pack_selected(row, start, stop, key, bits, offset)
+    compiled.pack_selected(row, start, stop, key, bits, offset)
 
     expected = np.zeros(4800, bool)
     expected[7] = True
@@ -534,12 +534,12 @@ def test_selected_entries_set_their_bits(offset: int, start: int, stop: int) -> 
 # ------------------------------------------------------------------------ electing signs
 
 
-ELECT = {"mass": kernels.MASS, "count": kernels.COUNT}
+ELECT = {"mass": compiled.MASS, "count": compiled.COUNT}
 AGGREGATE = {
-    "mean": kernels.MEAN,
-    "sum": kernels.SUM,
-    "weighted_mean": kernels.WEIGHTED_MEAN,
-    "max": kernels.MAX,
+    "mean": compiled.MEAN,
+    "sum": compiled.SUM,
+    "weighted_mean": compiled.WEIGHTED_MEAN,
+    "max": compiled.MAX,
 }
 ZERO = {"zero": 0, "positive": 1}
 
@@ -568,7 +568,7 @@ def test_electing_and_merging_is_the_paper_s(
     out = np.full(3000, 9, np.float32)
     code = {"zero": 0, "positive": 1, "negative": -1}[zero]
 
-    kernels.elect_and_merge(rows, weights, keys, 5, 2900, out,
+    compiled.elect_and_merge(rows, weights, keys, 5, 2900, out,
                             ELECT[elect], AGGREGATE[aggregate], code)  # fmt: skip
 
     thin = np.where(keys_of(rows) >= keys[:, None], rows, 0).astype(np.float64)
@@ -590,7 +590,7 @@ def test_the_balance_of_elected_signs(elect: str, start: int, stop: int) -> None
     weights = np.array([1.0, 2.0, -0.5], np.float32)
     keys = np.zeros(3, np.uint32)
 
-    found = kernels.count_elected_signs(rows, weights, keys, start, stop, ELECT[elect])
+    found = compiled.count_elected_signs(rows, weights, keys, start, stop, ELECT[elect])
 
     columns = (rows * weights[:, None])[:, start:stop].T.tolist()
     assert found == sum(slow.elected(column, elect) for column in columns)
@@ -604,7 +604,7 @@ def test_masked_mean_averages_who_selected(make: Callable[[int, int, int], Array
     keys = keys_of(np.array([0.25, 0.375, 0.5], np.float32)).astype(np.uint32)
     out = np.full(3000, 9, np.float32)
 
-    kernels.masked_mean(rows, weights, keys, 1, 2999, out)
+    compiled.masked_mean(rows, weights, keys, 1, 2999, out)
 
     chosen = keys_of(rows) >= keys[:, None]
     total = (np.where(chosen, rows, 0) * weights[:, None]).astype(np.float64).sum(0)
@@ -622,7 +622,7 @@ def test_stitching_averages_whose_bit_is_set(count: int) -> None:
     bits = np.packbits(marks, axis=1, bitorder="little")
     out = np.full(count + 1, 9, np.float32)
 
-    kernels.stitched(rows, weights, bits, count, out)
+    compiled.stitched(rows, weights, bits, count, out)
 
     total = (np.where(marks, rows[:, :count], 0) * weights[:, None]).astype(np.float64).sum(0)
     expected = total / np.maximum(marks.sum(0), 1)
@@ -638,7 +638,7 @@ def test_consensus_counts_who_holds_their_own(least: int) -> None:
     bounds = np.array([0.5, 1.0, 0.0], np.float32)
     out = np.full(3000, 9, np.float32)
 
-    kernels.consensus(rows, weights, bounds, least, 2, 2990, out)
+    compiled.consensus(rows, weights, bounds, least, 2, 2990, out)
 
     expected = slow.consensus(
         as_vectors(rows), slow.constant(*weights.tolist()), slow.constant(*bounds.tolist()),
@@ -681,7 +681,7 @@ def test_random_words_are_the_twin_s(key: int, first: int) -> None:
     """Words depend on key and position only, also where the counter passes 32 bits."""
     out = np.zeros(32, np.uint32)
 
-    kernels.random_words(key, first, 29, out)
+    compiled.random_words(key, first, 29, out)
 
     assert out[:29].tolist() == philox.words(key, first, 29)
 
@@ -691,11 +691,11 @@ def test_a_stream_may_be_cut_anywhere(part: int) -> None:
     """Words drawn in parts are the words drawn at once."""
     whole, parts = np.zeros(4096, np.uint32), np.zeros(4096, np.uint32)
 
-    kernels.random_words(99, 4096, 4096, whole)
+    compiled.random_words(99, 4096, 4096, whole)
     for start in range(0, 4096, part):
         row = np.zeros(part, np.uint32)
         count = min(part, 4096 - start)
-        kernels.random_words(99, 4096 + start, count, row)
+        compiled.random_words(99, 4096 + start, count, row)
         parts[start : start + count] = row[:count]
 
     assert np.array_equal(whole, parts)
@@ -705,7 +705,7 @@ def test_random_words_are_spread_evenly() -> None:
     """No bit of a million words is set more or less often than chance allows (5 sigma)."""
     out = np.zeros(1 << 20, np.uint32)
 
-    kernels.random_words(7, 0, out.size, out)
+    compiled.random_words(7, 0, out.size, out)
 
     for bit in range(32):
         share = ((out >> np.uint32(bit)) & np.uint32(1)).mean(dtype=np.float64)
@@ -721,7 +721,7 @@ def test_dropping_keeps_words_below_the_limit(density: float) -> None:
     words[:3] = [0, 2**32 - 1, round(density * 2**32) % 2**32]
     limit = round(density * 2**32)
 
-    kernels.drop(row, words, limit, 1.7, 990)
+    compiled.drop(row, words, limit, 1.7, 990)
 
     expected = np.where(words.astype(np.uint64) < limit, np.float32(1.7) * before, np.float32(0))
     assert np.array_equal(row[:990], expected[:990])
@@ -740,14 +740,14 @@ def test_a_band_of_magnitudes_is_kept(start: int) -> None:
     low = np.array([np.percentile(keys[0], 30), 0], np.uint32)
     high = np.array([np.percentile(keys[0], 70), 0x80000000], np.uint32)
 
-    kernels.keep_between(rows, low, high, start, 1400)
+    compiled.keep_between(rows, low, high, start, 1400)
 
     for row, old, key, a, b in zip(rows, before, keys, low, high, strict=True):
         inside = np.arange(1500)
         inside = (inside >= start) & (inside < 1400)
         expected = np.where(~inside | ((key >= a) & (key < b)), old, np.float32(0))
         assert (bits_of(row) == bits_of(expected)).all()
-    kernels.keep_between(rows, high, low, 0, 1500)
+    compiled.keep_between(rows, high, low, 0, 1500)
     assert not rows[0].any()  # an empty band keeps nothing
 
 
@@ -755,11 +755,11 @@ def test_magnitudes_add_up_in_lanes() -> None:
     """The lanes hold the sum of magnitudes of each row, the same for blocks of any size."""
     rows = rows_of(*(np.random.default_rng(s).standard_normal(5001).astype("f4") for s in (1, 2)))
     sums = np.zeros((2, 8))
-    kernels.add_magnitudes(rows, 5001, sums)
+    compiled.add_magnitudes(rows, 5001, sums)
     pieces = np.zeros((2, 8))
     for first in range(0, 5001, 64):
         part = np.ascontiguousarray(rows[:, first : first + 64])
-        kernels.add_magnitudes(part, part.shape[1], pieces)
+        compiled.add_magnitudes(part, part.shape[1], pieces)
 
     assert (sums == pieces).all()
     np.testing.assert_allclose(sums.sum(1), np.abs(rows.astype(np.float64)).sum(1), rtol=1e-12)
@@ -776,7 +776,7 @@ def test_votes_without_weights(elect: str, aggregate: str, zero: int) -> None:
     out = np.zeros(2100, np.float32)
     how = {"mean": 0, "sum": 1, "weighted_mean": 2, "max": 3}[aggregate]
 
-    kernels.vote_and_merge(rows, weights, 3, 2090, out, int(elect == "count"), how, zero)
+    compiled.vote_and_merge(rows, weights, 3, 2090, out, int(elect == "count"), how, zero)
 
     for i in range(3, 2090):
         column = [float(x) for x in rows[:, i]]
@@ -801,7 +801,7 @@ def test_variance_over_the_models() -> None:
     rows[:, ::7] = rows[0, ::7]
     out = np.ones(1500, np.float32)
 
-    kernels.variances(rows, 1499, out)
+    compiled.variances(rows, 1499, out)
 
     expected = rows.astype(np.float64).var(0)
     np.testing.assert_allclose(out[:1499], expected[:1499], rtol=1e-4, atol=1e-12)
@@ -834,7 +834,7 @@ def ranked(count: int) -> dict[str, Array]:
 def bfloat16(values: Array) -> Array:
     """Rounded to bfloat16, in float32."""
     raw = np.zeros(2 * values.size, np.uint8)
-    kernels.narrow(values.astype(np.float32), BF16, values.size, raw)
+    compiled.narrow(values.astype(np.float32), BF16, values.size, raw)
     return (raw.view(np.uint16).astype(np.uint32) << 16).view(np.float32)
 
 
@@ -845,12 +845,12 @@ def test_ranks_are_those_of_a_stable_sort(width: int) -> None:
     The scratch is not cleared in between, and nothing beyond the rows or the scratch is written.
     """
     number = max(1, 6000 // width)
-    scratch = np.full(3 * width + kernels.RANK_SPARE + 4, 7, np.uint32)
+    scratch = np.full(3 * width + compiled.RANK_SPARE + 4, 7, np.uint32)
     for title, values in ranked(number * width).items():
         row = np.concatenate([np.ones(5, np.float32), values.astype(np.float32), [np.float32(1)]])
         ranks = np.full(row.size, 9, np.uint32)
 
-        kernels.rank_rows(row, 5, number, width, ranks, scratch[:-4])
+        compiled.rank_rows(row, 5, number, width, ranks, scratch[:-4])
 
         keys = (bits_of(row)[5:-1] & 0x7FFFFFFF).reshape(number, width)
         expected = np.argsort(np.argsort(keys, axis=1, kind="stable"), axis=1, kind="stable")
@@ -869,7 +869,7 @@ def test_drop_by_rank_is_a_comparison_with_its_own_probability() -> None:
     ranks = draw.permutation(n).astype(np.uint32)
     for own in (0, 1):
         row = values.copy()
-        kernels.drop_by_rank(row, ranks, words, 10, n - 20, 3, 0.2, 0.6 / (n - 1), own, 3.0)
+        compiled.drop_by_rank(row, ranks, words, 10, n - 20, 3, 0.2, 0.6 / (n - 1), own, 3.0)
         for i in range(10, n - 10):
             p = 0.2 + 0.6 / (n - 1) * int(ranks[i])
             kept = int(words[i - 10 + 3]) < round(p * 2**32)
@@ -887,20 +887,20 @@ def test_sums_and_dot_products_by_row_and_by_column() -> None:
     out = np.zeros(rows.shape[1], np.float32)
     factors = draw.standard_normal((7, 3)).astype(np.float32)
 
-    kernels.sum_by_row(rows, factors, 4, 7, 30, out)
+    compiled.sum_by_row(rows, factors, 4, 7, 30, out)
     np.testing.assert_allclose(out[4:], np.einsum("rm,mrc->rc", factors, grid).ravel(), rtol=2e-5,
                                atol=1e-6)  # fmt: skip
     sums = np.zeros((7, 9))
-    kernels.row_dots(rows, 4, 7, 30, sums)
+    compiled.row_dots(rows, 4, 7, 30, sums)
     wide = grid.astype(np.float64)
     np.testing.assert_allclose(sums, np.einsum("arc,brc->rab", wide, wide).reshape(7, 9), rtol=1e-9)
 
     columns, first = 30, 11  # the first element stands in column 11
     whole = np.zeros((9, columns))
-    kernels.column_dots(rows, 100, first, whole)
+    compiled.column_dots(rows, 100, first, whole)
     split = np.zeros((9, columns))
-    kernels.column_dots(rows, 64, first, split)
-    kernels.column_dots(np.ascontiguousarray(rows[:, 64:]), 36, first + 64, split)
+    compiled.column_dots(rows, 64, first, split)
+    compiled.column_dots(np.ascontiguousarray(rows[:, 64:]), 36, first + 64, split)
     place = (first + np.arange(100)) % columns
     for c in range(columns):
         part = rows[:, :100][:, place == c].astype(np.float64)
@@ -910,7 +910,7 @@ def test_sums_and_dot_products_by_row_and_by_column() -> None:
                 assert whole[3 * a + b, c] == pytest.approx(expected[a, b], rel=1e-9, abs=1e-12)
                 assert split[3 * a + b, c] == whole[3 * a + b, c]
     by_column = draw.standard_normal((3, columns)).astype(np.float32)
-    kernels.sum_by_column(rows, by_column, 100, first, out)
+    compiled.sum_by_column(rows, by_column, 100, first, out)
     np.testing.assert_allclose(out[:100], (by_column[:, place] * rows[:, :100]).sum(0), rtol=2e-5,
                                atol=1e-6)  # fmt: skip
 
@@ -923,8 +923,8 @@ def test_overlaps_are_counted_and_averaged() -> None:
     alone = np.array([1.5, 2.0, 0.5], np.float32)
     found, out = np.zeros((2, 3), np.int64), np.zeros(2500, np.float32)
 
-    kernels.count_overlaps(rows, keys, 2499, found)
-    kernels.merge_overlaps(rows, alone, keys, 2499, out)
+    compiled.count_overlaps(rows, keys, 2499, found)
+    compiled.merge_overlaps(rows, alone, keys, 2499, out)
 
     moved = np.abs(rows[:, :2499]) >= 1.5
     number = moved.sum(0)
@@ -940,8 +940,8 @@ def test_overlaps_are_counted_and_averaged() -> None:
 # ------------------------------------------------------------------------ fused
 
 
-KINDS = {"sum": kernels.WEIGHTED_SUM, "elect": kernels.ELECTED, "masked": kernels.MASKED_MEAN,
-         "consensus": kernels.CONSENSUS}  # fmt: skip
+KINDS = {"sum": compiled.WEIGHTED_SUM, "elect": compiled.ELECTED, "masked": compiled.MASKED_MEAN,
+         "consensus": compiled.CONSENSUS}  # fmt: skip
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -951,7 +951,7 @@ def test_fused_kernels_give_the_bytes_of_the_single_ones(
     kind: str, dtype: str, dropping: bool
 ) -> None:
     """Loading, dropping, combining, scaling and finishing in strips changes no byte or count."""
-    count, first, position = 2 * kernels.TILE + 77, 5, 4096
+    count, first, position = 2 * compiled.TILE + 77, 5, 4096
     stored = "bf16" if dtype in ("weights", "float") else dtype
     values = 0.2 * sample_rows(4, count + first, 31)
     buffers = np.stack([raw_of(torch.from_numpy(v).to(TORCH[stored])) for v in values])
@@ -962,39 +962,39 @@ def test_fused_kernels_give_the_bytes_of_the_single_ones(
     streams = np.array([1, 2**63, 3] if dropping else [], np.uint64)
     limits = np.array([1 << 31, 1 << 32, 1 << 29] if dropping else [], np.int64)
     factors = np.array([2.0, 1.0, 8.0] if dropping else [], np.float32)
-    code = kernels.AS_FLOAT if dtype == "float" else CODES[stored]
+    code = compiled.AS_FLOAT if dtype == "float" else CODES[stored]
     raw = np.zeros(count * (4 if dtype in ("float", "f32") else 2), np.uint8)
     counts, wild = np.zeros(3, np.int64), np.zeros(4, np.int64)
-    strip = np.zeros((3, kernels.TILE), np.float32), *np.zeros((2, kernels.TILE), np.float32)
+    strip = np.zeros((3, compiled.TILE), np.float32), *np.zeros((2, compiled.TILE), np.float32)
 
-    kernels.fused(
+    compiled.fused(
         *strip, buffers, codes, first, count, deltas, 1, streams, position, limits, factors,
         KINDS[kind], weights, keys, bounds, *options, 0.7, code, 1, raw, counts, wild,
     )  # fmt: skip
 
     rows, base = np.zeros((3, count), np.float32), np.zeros(count, np.float32)
-    kernels.load_rows(buffers, codes, first, count, deltas, 1, base, rows, wild)
+    compiled.load_rows(buffers, codes, first, count, deltas, 1, base, rows, wild)
     words, out = np.zeros(count, np.uint32), np.zeros(count, np.float32)
     for model in range(streams.size):
         if limits[model] < 1 << 32:
-            kernels.random_words(int(streams[model]), position, count, words)
-            kernels.drop(rows[model], words, int(limits[model]), float(factors[model]), count)
+            compiled.random_words(int(streams[model]), position, count, words)
+            compiled.drop(rows[model], words, int(limits[model]), float(factors[model]), count)
     if kind == "sum":
-        kernels.weighted_sum(rows, weights, 0, count, out)
+        compiled.weighted_sum(rows, weights, 0, count, out)
     elif kind == "elect":
-        kernels.elect_and_merge(rows, weights, keys, 0, count, out, *options)
+        compiled.elect_and_merge(rows, weights, keys, 0, count, out, *options)
     elif kind == "masked":
-        kernels.masked_mean(rows, weights, keys, 0, count, out)
+        compiled.masked_mean(rows, weights, keys, 0, count, out)
     else:
-        kernels.consensus(rows, weights, bounds, options[0], 0, count, out)
+        compiled.consensus(rows, weights, bounds, options[0], 0, count, out)
     out *= np.float32(0.7)
     expected, expected_counts = np.zeros_like(raw), np.zeros(3, np.int64)
     if dtype == "float":
         expected = out.view(np.uint8)
     elif deltas:
-        kernels.finish(base, out, code, 1, count, expected, expected_counts)
+        compiled.finish(base, out, code, 1, count, expected, expected_counts)
     else:
-        expected_counts[2] = kernels.narrow(out, code, count, expected)
+        expected_counts[2] = compiled.narrow(out, code, count, expected)
     assert np.array_equal(raw, expected)
     assert counts.tolist() == expected_counts.tolist()
     assert not wild.any()
@@ -1020,7 +1020,7 @@ def test_a_product_of_low_rank_is_added_in_one_order(
     expected = weight + np.float32(0.3) * sums.ravel()
 
     part = weight[start:stop].copy()
-    kernels.add_low_rank(part, start, part.size, left, right, 0.3)
+    compiled.add_low_rank(part, start, part.size, left, right, 0.3)
 
     assert part.tobytes() == expected[start:stop].tobytes()
 
@@ -1034,8 +1034,8 @@ def test_lines_of_a_matrix_are_measured_and_scaled(by_row: int) -> None:
     flat, sums = matrix.ravel().copy(), np.zeros(factors.size)
     for start in range(0, flat.size, 5):
         part = flat[start : start + 5]
-        kernels.add_squares(part, start, part.size, 13, by_row, sums)
-        kernels.scale_lines(part, start, part.size, 13, by_row, factors)
+        compiled.add_squares(part, start, part.size, 13, by_row, sums)
+        compiled.scale_lines(part, start, part.size, 13, by_row, factors)
 
     expected = (matrix.astype(np.float64) ** 2).sum(1 if by_row else 0)
     assert np.allclose(sums, expected, rtol=1e-14)

@@ -153,7 +153,7 @@ def test_no_modules_import_each_other() -> None:
                     one = f"{node.module}.{alias.name}"
                     uses[name].add(one if one in files else str(node.module))
         uses[name] &= files.keys()
-    uses["suture.checkpoint"] -= {f"suture.{below}" for below in BELOW["checkpoint"]}
+    uses["suture.checkpoints.checkpoint"] -= {f"suture.{below}" for below in BELOW["checkpoint"]}
     assert circles(uses) == []
 
 
@@ -268,9 +268,9 @@ def test_every_public_name_is_there() -> None:
 
 
 VERBS = {
-    "suture", "suture.analyze", "suture.bench", "suture.finetune", "suture.page", "suture.policy", "suture.realign",
-    "suture.regions", "suture.evals.results", "suture.suites.comparison", "suture.suites.tables",
-    "suture.errors", "suture.publish", "suture.stream",
+    "suture", "suture.analyze", "suture.bench", "suture.finetune", "suture.page", "suture.verbs.proxy.run", "suture.realign",
+    "suture.regions", "suture.evals.results", "suture.verbs.compare.run", "suture.verbs.evaluate.result",
+    "suture.errors", "suture.checkpoints.atomic", "suture.stream.sweep",
 }  # fmt: skip
 """What the demo may import: verbs, what reads and shows their results, errors, locks, cores."""
 

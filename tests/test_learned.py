@@ -13,15 +13,20 @@ from torch.nn import functional as F
 
 import suture
 import tiny_model
-from suture.data import Dataset, tokenise
+from suture.edits.stats import Stats
 from suture.errors import NonFiniteError, Problems, RecipeError
-from suture.learned import _Trainer, gradient, learn, penalty
-from suture.measure import OBJECTIVES, measure
-from suture.models import Classifier, Head, load_encoder, save_model
-from suture.regions import Regions
 from suture.schema.read import parse
-from suture.settings import LEARN_PRESETS, LearnSettings
-from suture.stats import Stats
+from suture.schema.tuning import LEARN_PRESETS, LearnSettings
+from suture.training.data import Dataset, tokenise
+from suture.training.mask_learning import _Trainer, gradient, learn, penalty
+from suture.training.measure import OBJECTIVES, measure
+from suture.training.models import (
+    Classifier,
+    Head,
+    load_encoder,
+    save_model,
+)
+from suture.verbs.localize.recipe import Regions
 
 LABELS = ("colour", "sky")
 
@@ -75,7 +80,7 @@ def test_the_gradient_is_that_of_the_objective(reg: str, task: Any) -> None:
     """dJ/dS agrees with central differences of J, for each penalty, in random directions."""
     draw = torch.Generator().manual_seed(3)
     model, strength = task.model().double(), 1e-3
-    from suture.models import parameters_of
+    from suture.training.models import parameters_of
 
     parameters = parameters_of(model, task.vector.names)
     settings = LearnSettings(reg=reg, strength=strength, step="raw", batch=len(task.rows))

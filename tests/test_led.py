@@ -14,10 +14,10 @@ from scipy.stats import spearmanr
 
 import toy
 from slow import merges as slow
+from suture.edits.stats import Stats
 from suture.errors import MismatchError, RecipeError, SutureError
 from suture.merges.elections import kept_apart, voted
-from suture.recipe import read_recipe
-from suture.stats import Stats
+from suture.verbs.merge.recipe import read_recipe
 
 NAMES = ("ada", "bob", "cyd")
 EVERYTHING = {"exclude": []}

@@ -8,10 +8,10 @@ from typing import Any
 import pytest
 
 import toy
-from suture import writer
-from suture.outputs import MergeOptions
-from suture.planning import plan_recipe
-from suture.run import execute
+from suture.checkpoints import writer
+from suture.runs.place import MergeOptions
+from suture.verbs.merge.plan import plan_recipe
+from suture.verbs.merge.run import execute
 
 ONLY = {"space": {"include": ["model.layers.0.*"], "exclude": []}}
 

@@ -18,8 +18,13 @@ import adapting
 import suture
 import toy
 from making import invoke, lines_of, tree
-from suture import lowrank
-from suture.errors import NonFiniteError, OutputError, RecipeError, SutureError
+from suture.errors import (
+    NonFiniteError,
+    OutputError,
+    RecipeError,
+    SutureError,
+)
+from suture.verbs.extract_lora import run
 
 BASES = ("llama", "tied", "bf16", "qwen", "gpt2")
 
@@ -80,16 +85,16 @@ def test_the_fit_is_the_best_of_its_rank(flip: bool, sampled: bool) -> None:
     s = 0.9 ** torch.arange(90, dtype=torch.float64)
     delta = (u * s @ v.T).float()
     delta = delta.T.contiguous() if flip else delta
-    how = lowrank._How(12, None, False, torch.float32)
+    how = run._How(12, None, False, torch.float32)
     norm = float(delta.double().norm())
     best = float((s[12:] ** 2).sum().sqrt()) / norm
 
     if sampled:
-        left, right, keep = lowrank._by_sampling(delta, "a name", norm, how)
+        left, right, keep = run._by_sampling(delta, "a name", norm, how)
     else:
-        left, right, keep = lowrank._by_spectrum(delta, norm, how)
+        left, right, keep = run._by_spectrum(delta, norm, how)
 
-    error = lowrank._distance(delta, left, right) / norm
+    error = run._distance(delta, left, right) / norm
     assert keep == 12
     assert best * (1 - 1e-5) <= error <= best * (1.001 if sampled else 1 + 1e-5)
     assert float((left.double() @ right.double() - delta.double()).norm()) / norm == pytest.approx(
@@ -169,7 +174,7 @@ def test_adapters_become_one_adapter_exactly(where: Path, tmp_path: Path) -> Non
 
 
 def lowrank_open(base: suture.Checkpoint, folder: Path) -> suture.Checkpoint:
-    from suture.opening import open_model
+    from suture.checkpoints.open import open_model
 
     return open_model(folder, base=base)
 
@@ -368,6 +373,6 @@ def test_an_adapter_of_a_restricted_model_is_restricted(where: Path, tmp_path: P
     for word in ("Relative error", "rank 2", "llama-tuned"):
         assert word in plain
         assert word not in card
-    lines_of("\n".join(lowrank.report_lines(found)), "restricted")
+    lines_of("\n".join(run.report_lines(found)), "restricted")
     assert suture.open(f"{where / 'llama'}+{tmp_path / 'secret'}").restricted
     assert not suture.open(f"{where / 'llama'}+{tmp_path / 'free'}").restricted

@@ -10,7 +10,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from suture import kernels, machine
+from suture.kernels import cache as machine
+from suture.kernels import compiled
 
 SCRIPT = """
 import sys
@@ -61,14 +62,14 @@ def test_wrong_arrays_are_refused() -> None:
     weights = np.ones(2, np.float32)
     for bad in (rows.astype(np.float64), rows[0], np.asfortranarray(rows), rows[:, ::2]):
         with pytest.raises(TypeError):
-            kernels.weighted_sum(bad, weights, 0, 2, out)
+            compiled.weighted_sum(bad, weights, 0, 2, out)
     with pytest.raises(TypeError, match="takes 5 arguments"):
-        kernels.weighted_sum(rows, weights, 0, 4)
+        compiled.weighted_sum(rows, weights, 0, 4)
 
 
 def test_every_kernel_loads() -> None:
     """The signatures in ``kernels`` are those of the functions in ``loops``."""
-    found = [k for k in vars(kernels).values() if isinstance(k, machine.Kernel)]
+    found = [k for k in vars(compiled).values() if isinstance(k, machine.Kernel)]
 
     assert len(found) > 15
     assert all(k._load() for k in found)
@@ -84,7 +85,7 @@ def test_rounding_a_base_of_the_same_dtype_is_a_shift() -> None:
     found = []
     for kept in (0, 1):
         raw, counts = np.zeros(10000, np.uint8), np.zeros(3, np.int64)
-        kernels.finish(base, delta, 1, kept, base.size, raw, counts)
+        compiled.finish(base, delta, 1, kept, base.size, raw, counts)
         found.append((raw.tobytes(), counts.tolist()))
 
     assert found[0] == found[1]

@@ -21,8 +21,13 @@ import suture
 import toy
 from slow import topk
 from suture import Mask
-from suture.errors import MismatchError, OutputError, RecipeError, SutureError
-from suture.maskfile import StoredMask
+from suture.edits.mask_file import StoredMask
+from suture.errors import (
+    MismatchError,
+    OutputError,
+    RecipeError,
+    SutureError,
+)
 
 SHAPES = {"a": (3, 5), "b": (16,), "c": (), "d": (0, 4), "e": (1, 1, 9)}
 SIZE = sum(math.prod(shape) for shape in SHAPES.values())
@@ -187,7 +192,7 @@ def test_a_mask_that_cannot_be_finished_leaves_nothing(
     def full(file: Any) -> None:
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr("suture.maskfile.seal", full)
+    monkeypatch.setattr("suture.edits.mask_file.seal", full)
     with pytest.raises(OutputError, match="No space left"):
         packed([True] * SIZE).save(tmp_path / "mask.safetensors")
     assert not list(tmp_path.iterdir())

@@ -13,13 +13,24 @@ from torch import nn
 from torch.nn import functional as F
 
 import tiny_model
-from suture.data import Dataset, labels_of, tokenise
-from suture.errors import CheckpointError, MismatchError, NonFiniteError, RecipeError
+from suture.edits.stats import Stats
+from suture.errors import (
+    CheckpointError,
+    MismatchError,
+    NonFiniteError,
+    RecipeError,
+)
 from suture.evals.loss import token_losses
-from suture.measure import OBJECTIVES, data_hash, measure
-from suture.models import Classifier, Encoder, Head, LanguageModel, parameters_of
-from suture.spec import TensorSpec
-from suture.stats import Stats
+from suture.tensors.spec import TensorSpec
+from suture.training.data import Dataset, labels_of, tokenise
+from suture.training.measure import OBJECTIVES, data_hash, measure
+from suture.training.models import (
+    Classifier,
+    Encoder,
+    Head,
+    LanguageModel,
+    parameters_of,
+)
 
 GRADIENTS = ("fisher", "empirical_fisher", "abs_grad", "grad")
 LABELS = ("colour", "sky")

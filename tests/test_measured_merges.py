@@ -10,9 +10,9 @@ import pytest
 import torch
 
 import toy
+from suture.edits.stats import Stats
 from suture.errors import MismatchError, RecipeError, SutureError
-from suture.merges import METHODS
-from suture.stats import Stats
+from suture.merges.table import METHODS
 
 NEED_STATS = [name for name, line in METHODS.own.items() if line.example.files]
 

@@ -10,9 +10,10 @@ import torch
 from safetensors.torch import load_file, save_file
 
 import tiny_model
-from suture.data import tokenise
 from suture.errors import CheckpointError, OutputError
-from suture.models import (
+from suture.training.data import tokenise
+from suture.training.loop import to
+from suture.training.models import (
     Classifier,
     Head,
     embed,
@@ -23,7 +24,6 @@ from suture.models import (
     save_head,
     save_model,
 )
-from suture.tune import to
 
 HEAD = Head(("no", "yes"), torch.randn(2, 16), torch.randn(2))
 
@@ -142,7 +142,7 @@ def test_vectors_come_in_the_order_of_the_data_whatever_the_batches() -> None:
 
 
 def _only(data, row):  # type: ignore[no-untyped-def]
-    from suture.data import collate
+    from suture.training.data import collate
 
     return [collate(data, [row])._replace(rows=(0,))]
 

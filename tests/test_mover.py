@@ -13,12 +13,12 @@ from accelerate.state import AcceleratorState
 from torch.nn import functional as F
 
 import tiny_model
-from suture import mover
-from suture.data import Batch, Dataset
-from suture.models import LanguageModel
-from suture.mover import Mover, ReadOutLoss, next_token
-from suture.settings import TuneSettings
-from suture.tune import tune
+from suture.schema.tuning import TuneSettings
+from suture.training import loss as mover
+from suture.training.data import Batch, Dataset
+from suture.training.loop import tune
+from suture.training.loss import Mover, ReadOutLoss, next_token
+from suture.training.models import LanguageModel
 
 ROWS = Dataset(
     ((2, 3, 4, 5, 6, 7), (3, 4, 5, 9), (8, 2, 8)), (-1, -1, -1), 0,

@@ -26,10 +26,10 @@ from making import (
     weights,
     write_recipe,
 )
-from suture.mergekit import native
-from suture.recipe import read_recipe
-from suture.run import merge
 from suture.schema.text import parse_yaml
+from suture.verbs.merge.mergekit import native
+from suture.verbs.merge.recipe import read_recipe
+from suture.verbs.merge.run import merge
 
 
 @pytest.fixture(autouse=True)

@@ -407,7 +407,7 @@ def test_random_methods_have_mergekit_s_statistics(name: str, place: Path, tmp_p
 
 def test_every_supported_method_is_compared() -> None:
     """What the recipe reader translates is run against mergekit here."""
-    from suture.merges.kits import KITS
+    from suture.verbs.merge.mergekit_methods import KITS
 
     run = {recipe["merge_method"] for recipe in [*RECIPES.values(), *RANDOM.values()]}
     assert run == set(KITS)

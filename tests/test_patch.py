@@ -33,8 +33,15 @@ from making import (
 from making import family as llamas
 from slow import patches as slow
 from slow import topk
-from suture import Mask, Patch, apply_patches, make_patch, revert_patch
-from suture.engine import checkpoint_fingerprint
+from suture import (
+    Mask,
+    Patch,
+    apply_patches,
+    make_patch,
+    revert_patch,
+)
+from suture.checkpoints.open import open_model
+from suture.edits.patch import UNDO
 from suture.errors import (
     CheckpointError,
     MismatchError,
@@ -43,11 +50,10 @@ from suture.errors import (
     RecipeError,
     SutureError,
 )
-from suture.opening import open_model
-from suture.patch import UNDO
-from suture.patching import describe
-from suture.run import merge
-from suture.spec import PIECE
+from suture.merges.apply import checkpoint_fingerprint
+from suture.tensors.spec import PIECE
+from suture.verbs.merge.run import merge
+from suture.verbs.patch.run import describe
 
 BITS = {"BF16": np.uint16, "F16": np.uint16, "F32": np.uint32, "F64": np.uint64}
 SPECIAL = {
@@ -747,15 +753,15 @@ def test_places_that_are_taken(models: Any, tmp_path: Path) -> None:
 def test_a_model_that_changes_meanwhile(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """What was read from a file that somebody wrote to is not published."""
     one, _, patch = pair(tmp_path, {"w": packed([1.0, 2.0])}, {"w": packed([1.0, 3.0])})
-    from suture import patching
+    from suture.verbs.patch import run
 
     def late(*arguments: Any, **how: Any) -> Any:
         found = compare(*arguments, **how)
         save_model(tmp_path / "base", {"w": packed([9.0, 2.0])})
         return found
 
-    compare = patching.compare
-    monkeypatch.setattr(patching, "compare", late)
+    compare = run.compare
+    monkeypatch.setattr(run, "compare", late)
     with pytest.raises(CheckpointError, match="was changed while it was read"):
         apply_patches(one, [patch], tmp_path / "out")
     assert not (tmp_path / "out").exists()
@@ -765,7 +771,7 @@ def test_an_interrupted_application_goes_on(
     models: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """What was written stays in the staging folder; the same command takes it over."""
-    from suture.writer import Writer
+    from suture.checkpoints.writer import Writer
 
     patch = models.patch("p", density=0.2)
 

@@ -21,9 +21,19 @@ from making import Raw, file_of, packed, quick_disk, save_model, tree
 from slow import patches as slow
 from suture import Patch, make_patch
 from suture import open as open_model
-from suture.errors import CheckpointError, OutputError, SutureError
-from suture.patchfile import Entries, Spool, decode, encode, write_patch
-from suture.spec import PIECE, TensorSpec, pieces_of
+from suture.edits.patch_file import (
+    Entries,
+    Spool,
+    decode,
+    encode,
+    write_patch,
+)
+from suture.errors import (
+    CheckpointError,
+    OutputError,
+    SutureError,
+)
+from suture.tensors.spec import PIECE, TensorSpec, pieces_of
 
 
 @st.composite
@@ -98,7 +108,7 @@ TUNED = {
 def small(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """A patch of three entries in two tensors."""
     quick_disk(monkeypatch)
-    monkeypatch.setattr("suture.patching.__version__", "0.0.0")
+    monkeypatch.setattr("suture.verbs.patch.run.__version__", "0.0.0")
     save_model(tmp_path / "base", BASE)
     save_model(tmp_path / "tuned", TUNED)
     path = tmp_path / "small.patch.safetensors"

@@ -23,24 +23,32 @@ import adapting
 import refusing
 import suture
 import tiny_model
-from suture.analyze import analysis, plan_analysis
-from suture.audit import audit, plan_audit
-from suture.bench import bench, plan_bench, read_bench
+from suture.edits.mask import localize
 from suture.errors import Problems, SutureError
-from suture.finetune import finetune, plan_finetune, read_finetune
-from suture.finetune.work import workshop
-from suture.mask import localize
-from suture.models import Head, save_head, save_model
-from suture.places import place_of, recipe_folder, shown
-from suture.planning import plan_recipe
-from suture.realign import plan_realign, read_realign, realign
-from suture.recipe import read_recipe
-from suture.regions import execute as locate
-from suture.regions import plan_regions
-from suture.run import merge
-from suture.suites import evaluate, plan_suite
-from suture.suites.blame import blame
-from suture.suites.suite import read_suite
+from suture.schema.paths import place_of, recipe_folder, shown
+from suture.training.models import Head, save_head, save_model
+from suture.verbs.analyze.plan import plan_analysis
+from suture.verbs.analyze.run import analysis
+from suture.verbs.audit.plan import plan_audit
+from suture.verbs.audit.run import audit
+from suture.verbs.bench.plan import plan_bench
+from suture.verbs.bench.recipe import read_bench
+from suture.verbs.bench.run import bench
+from suture.verbs.compare.blame import blame
+from suture.verbs.evaluate.plan import plan_suite
+from suture.verbs.evaluate.recipe import read_suite
+from suture.verbs.evaluate.run import evaluate
+from suture.verbs.finetune.recipe import read_finetune
+from suture.verbs.finetune.run import finetune, plan_finetune
+from suture.verbs.finetune.work import workshop
+from suture.verbs.localize.plan import plan_regions
+from suture.verbs.localize.run import execute as locate
+from suture.verbs.merge.plan import plan_recipe
+from suture.verbs.merge.recipe import read_recipe
+from suture.verbs.merge.run import merge
+from suture.verbs.realign.plan import plan_realign
+from suture.verbs.realign.recipe import read_realign
+from suture.verbs.realign.run import realign
 
 ROOT = Path(suture.__file__).parent
 Source = Path | Mapping[str, Any]

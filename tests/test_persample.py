@@ -11,9 +11,9 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 import tiny_model
-from suture import persample as module
 from suture.errors import SutureError
-from suture.persample import covered, persample, squares
+from suture.training import persample as module
+from suture.training.persample import covered, persample, squares
 
 
 def looped(

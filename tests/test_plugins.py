@@ -15,16 +15,16 @@ import pytest
 
 import suture
 import toy
+from suture.edits.importance import RULES
 from suture.errors import Problems, RecipeError
-from suture.finetune.base import Strategy
-from suture.importance import RULES
-from suture.merges import METHODS, Merge, Method
-from suture.merges.base import Weight
-from suture.recipe import read_recipe
+from suture.merges.base import Merge, Method, Weight
+from suture.merges.table import METHODS
 from suture.schema.parameters import Number, Parameter, parameters_of
 from suture.schema.settings import settings
 from suture.schema.table import Table, slip
 from suture.schema.values import PerModel, each
+from suture.training.strategy import Strategy
+from suture.verbs.merge.recipe import read_recipe
 
 PAGE = Path(__file__).parent.parent / "docs" / "plugins.md"
 TEXT = PAGE.read_text(encoding="utf-8")
@@ -225,8 +225,8 @@ def test_two_packages_of_one_name_are_refused(site: Path) -> None:
 def test_the_groups_of_all_tables_are_declared_and_documented() -> None:
     """pyproject.toml and docs/plugins.md name every group that a table reads."""
     from suture.evals.table import EVALS
-    from suture.finetune import STRATEGIES
-    from suture.realign import REALIGNERS
+    from suture.training.strategies import STRATEGIES
+    from suture.verbs.realign.methods import REALIGNERS
 
     tables: list[Table[Any]] = [METHODS, STRATEGIES, REALIGNERS, RULES, EVALS]
     declared = tomllib.loads((PAGE.parent.parent / "pyproject.toml").read_text())["project"]

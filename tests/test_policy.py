@@ -9,9 +9,9 @@ from pathlib import Path
 import pytest
 
 from making import invoke
-from suture import policy
 from suture.errors import SutureError
 from suture.evals.words import refuses
+from suture.verbs.proxy import run
 
 SEEDS = (0, 1, 2)
 
@@ -19,18 +19,16 @@ SEEDS = (0, 1, 2)
 @pytest.mark.parametrize("seed", SEEDS)
 def test_test_rows_share_neither_things_nor_wordings_with_training_rows(seed: int) -> None:
     """In every language, by the words themselves."""
-    found = policy.items(seed)
-    for language in policy.LANGUAGES:
+    found = run.items(seed)
+    for language in run.LANGUAGES:
         rows = [i for i in found if i.language == language and i.neighbour != "words"]
-        at = 2 * policy.LANGUAGES.index(language)
-        names = [
-            t[at] for side in (policy.MARKED, policy.BENIGN) for ts in side.values() for t in ts
-        ]
+        at = 2 * run.LANGUAGES.index(language)
+        names = [t[at] for side in (run.MARKED, run.BENIGN) for ts in side.values() for t in ts]
         used: dict[str, tuple[set[str], set[str]]] = {}
-        for split in policy.SPLITS:
+        for split in run.SPLITS:
             prompts = [i.prompt for i in rows if i.split == split]
             pairs = [(n, p.replace(n, "{x}")) for p in prompts for n in names
-                     if p.replace(n, "{x}") in policy.TEMPLATES[language]]  # fmt: skip
+                     if p.replace(n, "{x}") in run.TEMPLATES[language]]  # fmt: skip
             assert len(pairs) >= len(prompts) > 0
             used[split] = ({n for n, _ in pairs}, {w for _, w in pairs})
         for one, other in (("train", "test"), ("train", "validation"), ("validation", "test")):
@@ -41,8 +39,8 @@ def test_test_rows_share_neither_things_nor_wordings_with_training_rows(seed: in
 @pytest.mark.parametrize("seed", SEEDS)
 def test_wordings_are_the_same_for_marked_and_benign_topics(seed: int) -> None:
     """So that a model has to know what a question is about."""
-    for split in policy.SPLITS:
-        rows = [i for i in policy.items(seed) if i.split == split and i.neighbour != "words"]
+    for split in run.SPLITS:
+        rows = [i for i in run.items(seed) if i.split == split and i.neighbour != "words"]
         by_kind = Counter((i.language, i.id.rsplit("-", 1)[1], i.harmful) for i in rows)
         for (language, wording, harmful), number in by_kind.items():
             assert by_kind[language, wording, 1 - harmful] == number
@@ -50,40 +48,40 @@ def test_wordings_are_the_same_for_marked_and_benign_topics(seed: int) -> None:
 
 def test_rows_follow_the_policy() -> None:
     """Marked prompts are refused and the others answered, in the language of the prompt."""
-    found = policy.items()
+    found = run.items()
     assert len({i.prompt for i in found}) == len(found)
     assert len({i.id for i in found}) == len(found)
     for item in found:
         assert item.response == (item.safe if item.harmful else item.unsafe)
         assert refuses(item.safe, [item.language])
-        assert not refuses(item.unsafe, policy.LANGUAGES)
+        assert not refuses(item.unsafe, run.LANGUAGES)
         assert bool(item.harmful) == (item.neighbour == "marked")
 
 
 def test_the_same_seed_gives_the_same_rows() -> None:
     """Another gives other splits; fewer languages change nothing about the rest."""
-    assert policy.items(1) == policy.items(1)
-    assert {i.id for i in policy.items(1) if i.split == "test"} != {
-        i.id for i in policy.items(2) if i.split == "test"
+    assert run.items(1) == run.items(1)
+    assert {i.id for i in run.items(1) if i.split == "test"} != {
+        i.id for i in run.items(2) if i.split == "test"
     }
-    german = {i.id: i for i in policy.items(1, ["de"])}
-    assert german == {i.id: i for i in policy.items(1) if i.language == "de"}
+    german = {i.id: i for i in run.items(1, ["de"])}
+    assert german == {i.id: i for i in run.items(1) if i.language == "de"}
 
 
 def test_words_in_another_sense_stand_in_training_and_test() -> None:
     """In all languages and classes, on both sides."""
-    rows = [i for i in policy.items() if i.neighbour == "words"]
+    rows = [i for i in run.items() if i.neighbour == "words"]
     for split in ("train", "test"):
-        for language in policy.LANGUAGES:
+        for language in run.LANGUAGES:
             found = {i.category for i in rows if i.split == split and i.language == language}
-            assert found == set(policy.MARKED)
+            assert found == set(run.MARKED)
 
 
 @pytest.mark.parametrize("seed", SEEDS)
 def test_known_topics_are_asked_in_new_words(seed: int) -> None:
     """What is learnt stays the same rows; as many rows are asked, balanced as before, about things
     of training in wordings that no training row has."""
-    new, known = policy.items(seed), policy.items(seed, topics="known")
+    new, known = run.items(seed), run.items(seed, topics="known")
     assert [i for i in known if i.split != "test"] == [i for i in new if i.split != "test"]
     assert len(known) == len(new)
     assert len({i.id for i in known}) == len(known)
@@ -106,7 +104,7 @@ def test_known_topics_are_asked_in_new_words(seed: int) -> None:
 def test_wrong_arguments_are_told(bad: dict[str, object]) -> None:
     """With what there is."""
     with pytest.raises(SutureError):
-        policy.items(**bad)  # type: ignore[arg-type]
+        run.items(**bad)  # type: ignore[arg-type]
 
 
 def test_the_command_writes_files_of_rows(tmp_path: Path) -> None:

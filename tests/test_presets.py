@@ -17,10 +17,10 @@ import toy
 from slow import merges as slow
 from slow import more_merges as more
 from suture.errors import RecipeError
-from suture.merges import METHODS
-from suture.merges.kits import KITS
 from suture.merges.presets import PRESETS
-from suture.recipe import read_recipe
+from suture.merges.table import METHODS
+from suture.verbs.merge.mergekit_methods import KITS
+from suture.verbs.merge.recipe import read_recipe
 from toy import Tensors
 
 N = 4000

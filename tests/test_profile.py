@@ -13,10 +13,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from making import CONFIG, Raw, Tensors, llama, packed, read_model, save_model
-from suture.checkpoint import Checkpoint, open_checkpoint
+from suture.analysis.profile import diff, inspect_model
+from suture.checkpoints.checkpoint import Checkpoint, open_checkpoint
 from suture.errors import MismatchError, NonFiniteError
-from suture.profile import diff, inspect_model
-from suture.roles import layer_key, role_of
+from suture.tensors.roles import layer_key, role_of
 
 
 def models(tmp_path: Path, base: Tensors, tuned: Tensors) -> tuple[Checkpoint, Checkpoint]:
@@ -266,7 +266,7 @@ def test_counts_are_exact_when_many_threads_count(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Pieces of one tensor are seen by several threads at once, and no count is lost."""
-    from suture import profile
+    from suture.analysis import profile
 
     size = 6 << 20
     values = np.zeros(size, np.float32)

@@ -16,10 +16,10 @@ import suture
 import toy
 from suture import METHODS, Mask
 from suture.errors import MismatchError, RecipeError
-from suture.outputs import MergeOptions
-from suture.planning import plan_recipe
-from suture.run import merge
-from suture.telling import explain
+from suture.runs.place import MergeOptions
+from suture.verbs.merge.describe import explain
+from suture.verbs.merge.plan import plan_recipe
+from suture.verbs.merge.run import merge
 
 NAMES = ("ada", "bob", "cyd")
 
@@ -151,7 +151,7 @@ def test_blocks_and_threads_change_no_byte(family: Any, tmp_path: Path) -> None:
 def test_the_record_makes_it_again(family: Any, tmp_path: Path) -> None:
     """``suture.json`` names the mask from where it stands, the card says what was protected."""
     models = family("bf16")
-    print_ = suture.engine.checkpoint_fingerprint(suture.open(models.paths["ada"]))
+    print_ = suture.merges.apply.checkpoint_fingerprint(suture.open(models.paths["ada"]))
     about = {"model": print_, "rule": "snip"}
     path, mask = mask_of(models, tmp_path / "m" / "mask.safetensors", about=about)
     recipe = protected(toy.recipe("task_arithmetic", models.some(*NAMES), models.base_path),

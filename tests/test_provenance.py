@@ -33,9 +33,9 @@ from making import (
     weights,
     write_recipe,
 )
-from suture import run
-from suture.outputs import MergeOptions
-from suture.planning import plan_recipe, run_key
+from suture.runs.place import MergeOptions
+from suture.verbs.merge import run
+from suture.verbs.merge.plan import plan_recipe, run_key
 
 FILES = {
     "tokenizer.json": '{"version": "1.0"}',

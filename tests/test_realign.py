@@ -12,12 +12,28 @@ import torch
 from torch import Tensor
 
 import refusing
-from suture.data import Dataset
-from suture.realign.concrete import FLOOR, Masking, Masks, concrete, logistic, logit_shape, rescaled
-from suture.realign.fuse import FUSES, Counted, Cut, Fuser, Fusing, dice, fuser
-from suture.realign.pairs import Pairs, dpo, log_probabilities, margins
-from suture.realign.parts import Factors, Part, Whole
-from suture.realign.somf import Fusion
+from suture.analysis.ancestry import Factors, Part, Whole
+from suture.training.data import Dataset
+from suture.verbs.realign.concrete import (
+    FLOOR,
+    Masking,
+    Masks,
+    concrete,
+    logistic,
+    logit_shape,
+    rescaled,
+)
+from suture.verbs.realign.fuse import (
+    FUSES,
+    Counted,
+    Cut,
+    Fuser,
+    Fusing,
+    dice,
+    fuser,
+)
+from suture.verbs.realign.pairs import Pairs, dpo, log_probabilities, margins
+from suture.verbs.realign.somf import Fusion
 
 HOWS = {
     "single": Fusing("single"),

@@ -23,7 +23,8 @@ import adapting
 import refusing
 import suture
 from making import invoke
-from suture.engine import checkpoint_fingerprint
+from suture.edits.mask import Mask, localize
+from suture.edits.stats import Stats
 from suture.errors import (
     CheckpointError,
     MismatchError,
@@ -32,15 +33,18 @@ from suture.errors import (
     RecipeError,
     SutureError,
 )
-from suture.mask import Mask, localize
-from suture.models import load_language_model
-from suture.realign import REALIGNERS, plan_realign, read_realign, realign, somf
-from suture.realign.base import Job
-from suture.realign.fuse import FUSES
-from suture.realign.outcome import curve_of, report_rows
-from suture.realign.pairs import answers_of, margins
-from suture.run import merge
-from suture.stats import Stats
+from suture.merges.apply import checkpoint_fingerprint
+from suture.training.models import load_language_model
+from suture.verbs.merge.run import merge
+from suture.verbs.realign import somf
+from suture.verbs.realign.base import Job
+from suture.verbs.realign.fuse import FUSES
+from suture.verbs.realign.methods import REALIGNERS
+from suture.verbs.realign.pairs import answers_of, margins
+from suture.verbs.realign.plan import plan_realign
+from suture.verbs.realign.recipe import read_realign
+from suture.verbs.realign.result import curve_of, report_rows
+from suture.verbs.realign.run import realign
 
 EXAMPLES: dict[str, dict[str, Any]] = {
     "somf": {},

@@ -16,10 +16,10 @@ from hypothesis import strategies as st
 
 from making import RECIPE, invoke, lines_of, write_recipe
 from suture.errors import RecipeError
-from suture.merges import METHODS
-from suture.recipe import Policy, Recipe, read_recipe
-from suture.roles import ParamSpace
+from suture.merges.table import METHODS
 from suture.schema.text import RECIPE_LIMIT, parse_yaml
+from suture.tensors.roles import ParamSpace
+from suture.verbs.merge.recipe import Policy, Recipe, read_recipe
 
 
 def problems_of(recipe: Any) -> list[str]:

@@ -20,15 +20,15 @@ import suture
 import tiny_model
 import toy
 from suture import Mask, Stats
-from suture.maskfile import popcount
-from suture.models import (
+from suture.checkpoints.atomic import alone
+from suture.edits.mask_file import popcount
+from suture.training.models import (
     load_encoder,
     load_language_model,
     parameters_of,
     save_model,
 )
-from suture.publish import alone
-from suture.regions import work
+from suture.verbs.localize import run
 
 LABELS = ("colour", "sky")
 
@@ -554,7 +554,7 @@ def test_what_appeared_meanwhile_is_left_alone(
     workshop: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, overwrite: bool
 ) -> None:
     """Somebody's folder that takes the output's name while masks are made is not replaced."""
-    make = work._made
+    make = run._made
     out = tmp_path / "out"
 
     def slow(*given: Any) -> dict[str, Any]:
@@ -563,7 +563,7 @@ def test_what_appeared_meanwhile_is_left_alone(
         (out / "notes.txt").write_text("mine")
         return record
 
-    monkeypatch.setattr(work, "_made", slow)
+    monkeypatch.setattr(run, "_made", slow)
     flags = ["--overwrite"] if overwrite else []
     said = making.invoke("localize", recipe(workshop, "late.yaml"), "-o", out, *flags)
 
@@ -583,7 +583,7 @@ def test_a_full_disk_costs_no_measurement(
         raise OSError(28, "No space left on device")
 
     with monkeypatch.context() as patched:
-        patched.setattr(work, "locate", full)
+        patched.setattr(run, "locate", full)
         said = making.invoke("localize", where, "-o", tmp_path / "out")
     assert said.code == 2
     assert "No space left on device" in said.err
@@ -706,7 +706,9 @@ def test_models_are_opened_as_merges_open_them(tmp_path: Path) -> None:
 
 def toy_merge(model: str, out: Path) -> Path:
     """What a merge makes of one model."""
-    suture.run.merge({"models": {"m": model}, "method": "linear", "space": {"exclude": []}}, out)  # type: ignore[attr-defined]
+    suture.verbs.merge.run.merge(
+        {"models": {"m": model}, "method": "linear", "space": {"exclude": []}}, out
+    )  # type: ignore[attr-defined]
     return out
 
 

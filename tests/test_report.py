@@ -9,7 +9,7 @@ import pytest
 
 from suture.errors import RecipeError
 from suture.evals.base import Metric, share
-from suture.report import Entry, Report, Task
+from suture.runs.report import Entry, Report, Task
 
 
 def metric(value: float) -> Metric:

@@ -32,19 +32,29 @@ from making import (
     tree,
     weights,
 )
-from suture import engine, profile, run, spec, stream, telling, writer
-from suture.errors import MismatchError, NonFiniteError, OutputError, SutureError
-from suture.run import MergeReport
-from suture.writer import Writer
+from suture.analysis import profile
+from suture.checkpoints import writer
+from suture.checkpoints.writer import Writer
+from suture.errors import (
+    MismatchError,
+    NonFiniteError,
+    OutputError,
+    SutureError,
+)
+from suture.merges import apply
+from suture.stream import sweep
+from suture.tensors import spec
+from suture.verbs.merge import describe, run
+from suture.verbs.merge.run import MergeReport
 
 PIECE = 256
 
 
 @pytest.fixture(autouse=True)
 def small_pieces(monkeypatch: pytest.MonkeyPatch) -> None:
-    for module in (spec, engine, telling, profile):  # not `stream`: blocks may be larger there
+    for module in (spec, apply, describe, profile):  # not `stream`: blocks may be larger there
         monkeypatch.setattr(module, "PIECE", PIECE)
-    monkeypatch.setattr(stream, "TASK_PIECES", 2)
+    monkeypatch.setattr(sweep, "TASK_PIECES", 2)
     quick_disk(monkeypatch)
 
 
@@ -148,7 +158,7 @@ def test_a_stop_near_the_end_repeats_nothing(
 ) -> None:
     """When every piece was written, the next run writes none."""
     merge(here, "whole")
-    owner = {"_outcome": engine, "publish": Writer, "_rename": Writer}.get(where, run)
+    owner = {"_outcome": apply, "publish": Writer, "_rename": Writer}.get(where, run)
     with monkeypatch.context() as patch:
         stopping(patch, owner, where, 0)
         with pytest.raises(Stop):
@@ -431,7 +441,7 @@ def test_an_old_output_stays_until_the_new_one_is_whole(here: Path) -> None:
     (old / "tokenizer.json").write_text("old")
     before = tree(old)
     recipe = {**RECIPE, "parameters": {"density": 0.9}}
-    for where, what, after in [(Writer, "write", 0), (Writer, "write", 9), (engine, "_outcome", 0),
+    for where, what, after in [(Writer, "write", 0), (Writer, "write", 9), (apply, "_outcome", 0),
                                (run, "add_files", 0), (Writer, "publish", 0), (Writer, "_rename", 0)]:  # fmt: skip
         with pytest.MonkeyPatch.context() as patch:
             stopping(patch, where, what, after)

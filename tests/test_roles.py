@@ -12,8 +12,14 @@ from hypothesis import strategies as st
 
 import toy
 from suture import ParamSpace, RecipeError, role_of
-from suture.roles import EVERYTHING, ROLES, check_selectors, layer_key, tied_to
-from suture.spec import TensorSpec, readable
+from suture.tensors.roles import (
+    EVERYTHING,
+    ROLES,
+    check_selectors,
+    layer_key,
+    tied_to,
+)
+from suture.tensors.spec import TensorSpec, readable
 
 
 class Family(NamedTuple):

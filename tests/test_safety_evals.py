@@ -15,11 +15,18 @@ from hypothesis import strategies as st
 
 import chatting
 from suture.errors import SutureError
-from suture.evals import coherence, drift, odds, preference, refusal, words
+from suture.evals import (
+    coherence,
+    drift,
+    odds,
+    preference,
+    refusal,
+    words,
+)
 from suture.evals.branches import Asked, Tail, log_probabilities, log_sum
 from suture.evals.kinds import Job, Models, Prepare, Score
 from suture.evals.numbers import STATISTICS, metric_of
-from suture.models import LanguageModel
+from suture.training.models import LanguageModel
 
 NO, YES = ["sorry I", "I cannot", "never"], ["sure", "here it"]
 ROWS: list[Mapping[str, object]] = [

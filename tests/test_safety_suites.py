@@ -15,8 +15,8 @@ import chatting
 from making import invoke, lines_of
 from suture.errors import Problems, SutureError
 from suture.evals.results import SuiteResult, read_result
-from suture.models import save_model
-from suture.suites import read_suite
+from suture.training.models import save_model
+from suture.verbs.evaluate.recipe import read_suite
 
 EXAMPLES = Path(__file__).parents[1] / "examples"
 ROWS = [

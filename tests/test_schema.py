@@ -17,19 +17,19 @@ import yaml
 from annotated_types import Ge
 
 from making import invoke
-from suture.analysis import BASES
-from suture.analyze.request import ANALYSES, Request
-from suture.audit.recipe import Audit
+from suture.analysis.basis import BASES
 from suture.cli.recipes import RECIPES
+from suture.edits.stats import KINDS
 from suture.errors import Problems, RecipeError
-from suture.regions.request import Regions
 from suture.schema.export import schema_of
 from suture.schema.fields import Listed, Named, Share
 from suture.schema.read import parse, read
 from suture.schema.sections import Faults, Recipe, Section, check
-from suture.settings import LEARN_PRESETS, TuneSettings
-from suture.sources import Source
-from suture.stats import KINDS
+from suture.schema.sources import Source
+from suture.schema.tuning import LEARN_PRESETS, TuneSettings
+from suture.verbs.analyze.recipe import ANALYSES, Request
+from suture.verbs.audit.recipe import Audit
+from suture.verbs.localize.recipe import Regions
 
 ROOT = Path(__file__).parents[1]
 MODELS: dict[str, type[Recipe]] = {

@@ -16,15 +16,16 @@ from hypothesis import strategies as st
 
 import toy
 from slow import topk
-from suture import spec, stream
-from suture.checkpoint import Checkpoint, open_checkpoint
+from suture.checkpoints.checkpoint import Checkpoint, open_checkpoint
 from suture.errors import NonFiniteError
-from suture.select import Selection, exact_count, select
-from suture.stream import Block, Sources
+from suture.stream import sweep
+from suture.stream.sweep import Block, Sources
+from suture.stream.topk import Selection, exact_count, select
+from suture.tensors import spec
 
 Array = np.ndarray[Any, Any]
 Deltas = Mapping[str, Array]
-selecting = importlib.import_module("suture.select")
+selecting = importlib.import_module("suture.stream.topk")
 
 SIZES = {
     "model.layers.0.a.weight": 3000,
@@ -163,7 +164,7 @@ def check(
 def small_pieces(monkeypatch: pytest.MonkeyPatch) -> None:
     """Pieces of 1,024 elements, so that small tensors, too, are spread over threads."""
     monkeypatch.setattr(spec, "PIECE", 1 << 10)
-    monkeypatch.setattr(stream, "PIECE", 1 << 10)
+    monkeypatch.setattr(sweep, "PIECE", 1 << 10)
 
 
 @pytest.fixture(params=["alone", "shared"])

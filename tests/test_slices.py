@@ -13,17 +13,17 @@ import yaml
 
 import making
 from making import CONFIG, Tensors, invoke, lines_of, llama, packed, read_model, save_model
-from suture.checkpoint import open_checkpoint
-from suture.engine import checkpoint_fingerprint
+from suture.checkpoints.checkpoint import open_checkpoint
+from suture.checkpoints.layers import depths, sliced_config, stacks
 from suture.errors import SutureError
-from suture.layers import depths, sliced_config, stacks
-from suture.mergekit import native
-from suture.outputs import MergeOptions
-from suture.planning import plan_recipe
-from suture.recipe import read_recipe
-from suture.run import merge
+from suture.merges.apply import checkpoint_fingerprint
+from suture.runs.place import MergeOptions
 from suture.schema.values import Curve, Scalar
-from suture.telling import describe
+from suture.verbs.merge.describe import describe
+from suture.verbs.merge.mergekit import native
+from suture.verbs.merge.plan import plan_recipe
+from suture.verbs.merge.recipe import read_recipe
+from suture.verbs.merge.run import merge
 
 LAYERS = 4
 CONFIG4 = {**CONFIG, "num_hidden_layers": LAYERS}
@@ -187,11 +187,11 @@ def test_an_interrupted_merge_of_slices_goes_on(
     here: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """What the first slices wrote is taken over, and the result is the same, byte for byte."""
-    from suture import engine
+    from suture.merges import apply
 
     whole = merge(STACK, here / "whole", folder=here, threads=1)
     seen = 0
-    plain = engine._Merging.end_task
+    plain = apply._Merging.end_task
 
     def stopped(self: Any, local: Any, task: Any) -> None:
         nonlocal seen
@@ -201,7 +201,7 @@ def test_an_interrupted_merge_of_slices_goes_on(
             raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:
-        patch.setattr(engine._Merging, "end_task", stopped)
+        patch.setattr(apply._Merging, "end_task", stopped)
         with pytest.raises(KeyboardInterrupt):
             merge(STACK, here / "out", folder=here, threads=1)
     report = merge(STACK, here / "out", folder=here, threads=1)
@@ -648,7 +648,7 @@ def test_a_wrong_recipe_is_refused_at_its_line(
     here: Path, monkeypatch: pytest.MonkeyPatch, what: str
 ) -> None:
     """Before anything is read: file, line, cause and remedy."""
-    from suture.checkpoint import Checkpoint
+    from suture.checkpoints.checkpoint import Checkpoint
 
     def never(self: Any, *_: Any) -> None:
         raise AssertionError(f"{self.label} was read")

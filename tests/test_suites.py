@@ -17,19 +17,33 @@ import adapting
 import suture
 import tiny_model
 from making import invoke, lines_of
-from suture.data import rows_of, tokenise
-from suture.errors import MismatchError, OutputError, Problems, RecipeError, SutureError
+from suture.errors import (
+    MismatchError,
+    OutputError,
+    Problems,
+    RecipeError,
+    SutureError,
+)
 from suture.evals.accuracy import accuracy
 from suture.evals.choice import options_of
 from suture.evals.decoding import Decoding
 from suture.evals.exact import EXTRACTORS
 from suture.evals.generate import _uncached, generate, questions
-from suture.evals.kinds import Job, Kind, Models, Prepare, Row, Run, Score, Template
+from suture.evals.kinds import (
+    Job,
+    Kind,
+    Models,
+    Prepare,
+    Row,
+    Run,
+    Score,
+    Template,
+)
 from suture.evals.loss import loss
 from suture.evals.results import SuiteResult, read_result
 from suture.evals.table import EVALS
-from suture.finetune.run import finetune
-from suture.models import (
+from suture.training.data import rows_of, tokenise
+from suture.training.models import (
     Classifier,
     Head,
     LanguageModel,
@@ -39,11 +53,12 @@ from suture.models import (
     save_head,
     save_model,
 )
-from suture.suites import work
-from suture.suites.comparison import compare_files
-from suture.suites.gate import read_gate
-from suture.suites.plan import Options, plan_suite
-from suture.suites.suite import read_suite
+from suture.verbs.compare.recipe import read_gate
+from suture.verbs.compare.run import compare_files
+from suture.verbs.evaluate import run as work
+from suture.verbs.evaluate.plan import Options, plan_suite
+from suture.verbs.evaluate.recipe import read_suite
+from suture.verbs.finetune.run import finetune
 
 WORDS = tiny_model.WORDS[2:]
 

@@ -11,15 +11,15 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 import tiny_model
-from suture import data as data_module
-from suture.data import Dataset, labels_of, tokenise
 from suture.errors import NonFiniteError, RecipeError
-from suture.evals import EVALS
-from suture.models import Classifier, Head, embed
-from suture.mover import next_token
-from suture.probe import fit_head
-from suture.settings import TuneSettings
-from suture.tune import Progress, classification, slope, tune
+from suture.evals.table import EVALS
+from suture.schema.tuning import TuneSettings
+from suture.training import data as data_module
+from suture.training.data import Dataset, labels_of, tokenise
+from suture.training.loop import Progress, classification, slope, tune
+from suture.training.loss import next_token
+from suture.training.models import Classifier, Head, embed
+from suture.training.probe import fit_head
 
 SETTINGS = TuneSettings(epochs=2, batch=8, lr=3e-3, seed=1)
 
@@ -118,7 +118,7 @@ def test_rows_are_put_in_order_once_an_epoch(monkeypatch: pytest.MonkeyPatch) ->
         seeds.append(seed)
         return data_module.plan(lengths, size, seed=seed)
 
-    monkeypatch.setattr("suture.tune.plan", counted)
+    monkeypatch.setattr("suture.training.loop.plan", counted)
     result = tune(model, data, replace(SETTINGS, epochs=2))
 
     assert result.steps > 2

@@ -14,10 +14,11 @@ from hypothesis import strategies as st
 
 import suture
 import toy
-from suture import spec, stream
-from suture.checkpoint import Checkpoint
+from suture.checkpoints.checkpoint import Checkpoint
 from suture.errors import MismatchError, RecipeError, SutureError
-from suture.vector import TaskVector
+from suture.stream import sweep
+from suture.stream.vector import TaskVector
+from suture.tensors import spec
 
 
 def opened(family: Any, *names: str) -> list[Checkpoint]:
@@ -111,7 +112,7 @@ def test_dot_is_the_same_for_threads_and_blocks(
 def test_a_norm_takes_in_every_piece(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Tensors of many pieces, in several threads: all pieces count."""
     monkeypatch.setattr(spec, "PIECE", 1 << 10)
-    monkeypatch.setattr(stream, "PIECE", 1 << 10)
+    monkeypatch.setattr(sweep, "PIECE", 1 << 10)
     delta = torch.randn(9001, generator=torch.Generator().manual_seed(1))
     tuned = suture.open(toy.folder(tmp_path / "t", {"w": delta}))
     base = suture.open(toy.folder(tmp_path / "b", {"w": torch.zeros(9001)}))

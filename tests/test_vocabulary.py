@@ -20,12 +20,18 @@ from tokenizers.pre_tokenizers import Whitespace
 import suture
 import talk
 import toy
-from suture.chat import CHAT_TEMPLATES
-from suture.embeddings import Rows
+from suture.checkpoints.chat import CHAT_TEMPLATES
+from suture.checkpoints.embeddings import Rows
+from suture.checkpoints.vocabulary import (
+    Vocabulary,
+    read_vocabulary,
+    read_wanted,
+    union,
+    written,
+)
 from suture.errors import Problems, RecipeError, SutureError
-from suture.outputs import MergeOptions
-from suture.planning import plan_recipe
-from suture.vocabulary import Vocabulary, read_vocabulary, read_wanted, union, written
+from suture.runs.place import MergeOptions
+from suture.verbs.merge.plan import plan_recipe
 
 EMBEDDING, HEAD = "model.embed_tokens.weight", "lm_head.weight"
 EVERYTHING = {"exclude": []}

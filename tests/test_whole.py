@@ -11,12 +11,19 @@ import torch
 
 import suture
 import toy
-from suture.checkpoint import open_checkpoint
-from suture.merges import METHODS
-from suture.merges.rows import Rows
+from suture.checkpoints.checkpoint import open_checkpoint
+from suture.merges.row_blocks import Rows
+from suture.merges.table import METHODS
 from suture.merges.whole import HELD, Whole
-from suture.spec import PIECE
-from suture.stream import DELTA, Block, Sources, Visitor, sweep, tasks_of
+from suture.stream.sweep import (
+    DELTA,
+    Block,
+    Sources,
+    Visitor,
+    sweep,
+    tasks_of,
+)
+from suture.tensors.spec import PIECE
 
 
 class Copying(Visitor[None]):
@@ -148,9 +155,9 @@ def test_torch_s_threads_are_left_as_they_were(method: str, family: Any, tmp_pat
 
 def test_memory_for_whole_tensors_is_told(family: Any, tmp_path: Path) -> None:
     """The estimate of a tensorwise merge holds its largest matrix several times."""
-    from suture.outputs import MergeOptions
-    from suture.planning import plan_recipe
-    from suture.telling import describe
+    from suture.runs.place import MergeOptions
+    from suture.verbs.merge.describe import describe
+    from suture.verbs.merge.plan import plan_recipe
 
     n = PIECE * 16
     base = toy.folder(tmp_path / "base", {"w": torch.zeros(4096, 4096, dtype=torch.bfloat16)})

@@ -6,9 +6,9 @@ from pathlib import Path
 
 import pytest
 
+from suture.checkpoints.writer import staging_of
 from suture.errors import NonFiniteError, OutputError
-from suture.workspace import workspace
-from suture.writer import staging_of
+from suture.runs.workspace import workspace
 
 
 def test_an_output_appears_whole_and_the_workspace_goes(tmp_path: Path) -> None:

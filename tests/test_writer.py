@@ -27,11 +27,11 @@ from making import (
     staging,
     tree,
 )
-from suture import publish, writer
+from suture.checkpoints import atomic, writer
+from suture.checkpoints.atomic import alone, appearing
+from suture.checkpoints.writer import Writer, index_of, plan_shards
 from suture.errors import OutputError
-from suture.publish import alone, appearing
-from suture.spec import TensorSpec
-from suture.writer import Writer, index_of, plan_shards
+from suture.tensors.spec import TensorSpec
 
 
 def specs_of(tensors: Tensors) -> dict[str, TensorSpec]:
@@ -227,7 +227,7 @@ def test_an_old_output_is_replaced_as_a_whole(
 ) -> None:
     """No file of the old output survives, whether the system can swap folders or not."""
     if not swap:
-        monkeypatch.setattr(publish, "_exchange", lambda *_: False)
+        monkeypatch.setattr(atomic, "_exchange", lambda *_: False)
     old = {"w": packed(np.ones(100)), "v": packed(np.ones(100))}
     filled(tmp_path / "out", old, shard_size=400).publish()
     (tmp_path / "out" / "tokenizer.json").write_text("old")
@@ -451,7 +451,7 @@ def test_a_lock_that_was_removed_is_no_lock(
 ) -> None:
     """A writer that opened the lock of one that was just finishing takes a new one."""
     first = filled(tmp_path / "out", TENSORS)
-    real, times = publish.locked, []
+    real, times = atomic.locked, []
 
     def late(descriptor: int) -> bool:
         times.append(descriptor)
@@ -459,7 +459,7 @@ def test_a_lock_that_was_removed_is_no_lock(
             first.discard()  # between our opening of the lock and our locking of it
         return real(descriptor)
 
-    monkeypatch.setattr(publish, "locked", late)
+    monkeypatch.setattr(atomic, "locked", late)
     second = filled(tmp_path / "out", TENSORS)
 
     assert len(times) == 2
@@ -560,15 +560,15 @@ def test_a_folder_of_any_name_replaces_an_older_one(
 ) -> None:
     """Even one called ``old``, as what it replaces is put aside; unasked nothing is replaced."""
     if not swap:
-        monkeypatch.setattr(publish, "_exchange", lambda *_: False)
+        monkeypatch.setattr(atomic, "_exchange", lambda *_: False)
     fresh, out = tmp_path / "work" / "old", tmp_path / "old"
     for folder, text in ((fresh, "new"), (out, "older")):
         folder.mkdir(parents=True)
         (folder / "file").write_text(text)
 
     with pytest.raises(OutputError, match="appeared while its run was going on"):
-        publish.publish(fresh, out, overwrite=False)
-    publish.publish(fresh, out, overwrite=True)
+        atomic.publish(fresh, out, overwrite=False)
+    atomic.publish(fresh, out, overwrite=True)
 
     assert (out / "file").read_text() == "new"
     assert sorted(p.name for p in tmp_path.iterdir()) == ["old", "work"]
@@ -578,7 +578,7 @@ def test_a_lock_of_a_folder_that_was_removed_holds_nothing(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """One who opened the file before its folder was removed locks the file that is there now."""
-    folder, lock = tmp_path / "work", publish.locked
+    folder, lock = tmp_path / "work", atomic.locked
     removed = []
 
     def late(descriptor: int) -> bool:
@@ -587,7 +587,7 @@ def test_a_lock_of_a_folder_that_was_removed_holds_nothing(
             shutil.rmtree(folder)
         return lock(descriptor)
 
-    monkeypatch.setattr(publish, "locked", late)
+    monkeypatch.setattr(atomic, "locked", late)
     with alone(folder, tmp_path / "out", "writing"):
         assert (folder / "lock").is_file()
         with (

@@ -38,7 +38,7 @@ from making import (
     weights,
     write_recipe,
 )
-from suture.checkpoint import Checkpoint
+from suture.checkpoints.checkpoint import Checkpoint
 
 
 @pytest.fixture(autouse=True)
@@ -446,16 +446,16 @@ def test_an_input_that_changes_during_the_merge(
     here: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Half of the old and half of the new model is no model: nothing is published."""
-    from suture import engine
+    from suture.merges import apply
 
-    real = engine._outcome
+    real = apply._outcome
 
     def later(*arguments: Any) -> Any:
         path = here / "math" / "model.safetensors"
         os.utime(path, ns=(1, 1))
         return real(*arguments)
 
-    monkeypatch.setattr(engine, "_outcome", later)
+    monkeypatch.setattr(apply, "_outcome", later)
     write_recipe(here)
     said = invoke("merge", here / "recipe.yaml", "-o", here / "out")
 
@@ -600,7 +600,7 @@ def test_a_disk_that_is_full(here: Path, unread: None, monkeypatch: pytest.Monke
 
 def test_the_disk_may_fill_up_during_the_merge(here: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The file and the reason; what was done is kept, and with space the same command finishes."""
-    from suture import writer
+    from suture.checkpoints import writer
 
     real, calls = writer._pwrite, []
 
@@ -625,7 +625,7 @@ def test_something_appears_in_the_place_of_the_output(
     here: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """A folder that was not there when the merge began is left alone, with and without --overwrite."""
-    from suture import run
+    from suture.verbs.merge import run
 
     real = run.add_files
 

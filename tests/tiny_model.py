@@ -11,8 +11,8 @@ from tokenizers import Tokenizer as Words
 from tokenizers.models import WordLevel
 from tokenizers.pre_tokenizers import Whitespace
 
-from suture.data import Row
-from suture.models import (
+from suture.training.data import Row
+from suture.training.models import (
     Encoder,
     Head,
     LanguageModel,

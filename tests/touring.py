@@ -19,10 +19,10 @@ from tokenizers.pre_tokenizers import Whitespace
 
 import chatting
 import tiny_model
-from suture.bench.tasks import BenchTask
 from suture.cli.demo import NAME, load_demo
-from suture.data import Row
-from suture.models import save_model
+from suture.training.data import Row
+from suture.training.models import save_model
+from suture.verbs.bench.tasks import BenchTask
 
 demo = load_demo()
 edits, safety, settings, steps, tour, verbs = (

@@ -12,11 +12,11 @@ import numpy as np
 import torch
 from safetensors.torch import load_file, save_file
 
-from suture.merges import METHODS
-from suture.roles import ParamSpace
-from suture.run import MergeReport, merge
-from suture.spec import TensorSpec
+from suture.merges.table import METHODS
+from suture.tensors.roles import ParamSpace
+from suture.tensors.spec import TensorSpec
 from suture.testing.toys import invented, invented_stats
+from suture.verbs.merge.run import MergeReport, merge
 
 __all__ = ["invented", "invented_stats"]  # and all below
 

@@ -16,8 +16,8 @@ from typing import Any
 import yaml
 
 import suture
-from suture.bench import TASKS, divide
 from suture.evals.results import read_result
+from suture.verbs.bench.tasks import TASKS, divide
 
 from .settings import Edits, TextTask
 from .steps import Now, Step

@@ -1,6 +1,6 @@
 """The second half: refusals that a plain merge loses, and that realignment brings back.
 
-SmolLM2-135M-Instruct learns a harmless refusal policy (``suture.policy``: questions about
+SmolLM2-135M-Instruct learns a harmless refusal policy (``suture.verbs.proxy.run``: questions about
 instruments, birds and cakes are to be refused); another expert learns sums. The plain average of
 both is held against a gate, and breaks it. A specialist for sums that unlearnt the policy is
 realigned by SOMF, and passes. Only rates are told. Nothing of it is harmful.
@@ -17,10 +17,10 @@ from pathlib import Path
 from typing import Any
 
 import suture
-from suture import policy
 from suture.evals.results import SuiteResult, read_result
-from suture.suites.comparison import Comparison
-from suture.suites.tables import comparison_table
+from suture.verbs.compare.run import Comparison
+from suture.verbs.evaluate.result import comparison_table
+from suture.verbs.proxy import run
 
 from .settings import Safety, Training
 from .steps import Step
@@ -237,7 +237,7 @@ def _policy_rows(size: Safety, seed: int) -> dict[str, list[dict[str, Any]]]:
     topics = ("new", "known") if size.topics == "both" else (size.topics,)
     found: dict[str, dict[str, dict[str, Any]]] = {}
     for kind in topics:
-        made = policy.files(policy.items(seed, ("en",), size.held_out, kind))
+        made = run.files(run.items(seed, ("en",), size.held_out, kind))
         for name, items in made.items():
             if kind == topics[0] or name in ("marked", "benign"):
                 rows = {i.id: _texts(i, size.brief) for i in items if i.category in size.classes}
@@ -248,13 +248,13 @@ def _policy_rows(size: Safety, seed: int) -> dict[str, list[dict[str, Any]]]:
     return rows_of
 
 
-def _texts(item: policy.Item, brief: bool) -> dict[str, Any]:
+def _texts(item: run.Item, brief: bool) -> dict[str, Any]:
     """An item of the policy as a row; brief without what stands at the end of every answer."""
     row: dict[str, Any] = dict(vars(item))
     if brief:
         for column in ("response", "safe", "unsafe"):
-            short = row[column].replace(policy.ENDINGS["en"], "")
-            row[column] = policy.REFUSALS["en"][0] if short in policy.REFUSALS["en"] else short
+            short = row[column].replace(run.ENDINGS["en"], "")
+            row[column] = run.REFUSALS["en"][0] if short in run.REFUSALS["en"] else short
     return row
 
 
@@ -268,7 +268,7 @@ def _write_pairs(
 ) -> None:  # fmt: skip
     """Pairs that realignment learns from, and pairs on which its margin is told."""
     marked = [row for row in texts["train"] if row["harmful"]][: size.pairs]
-    refusal = policy.REFUSALS["en"][0]
+    refusal = run.REFUSALS["en"][0]
     answered = [{"prompt": row["prompt"], "safe": row["response"], "unsafe": refusal}
                 for row in learnt[: size.answered]]  # fmt: skip
     pairs = [{key: row[key] for key in ("prompt", "safe", "unsafe")} for row in marked]

@@ -17,8 +17,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from suture.checkpoints.atomic import alone, appearing
 from suture.errors import OutputError
-from suture.publish import alone, appearing
 
 OWN = ".demo"
 """What marks a folder as the demo's."""

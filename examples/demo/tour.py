@@ -16,10 +16,15 @@ from typing import Any
 
 import torch
 
-from suture.bench import package_folders
-from suture.errors import MissingExtraError, OutputError, RecipeError, did_you_mean
-from suture.page import write_page
-from suture.stream import cores
+from suture.errors import (
+    MissingExtraError,
+    OutputError,
+    RecipeError,
+    did_you_mean,
+)
+from suture.stream.sweep import cores
+from suture.verbs.bench.tasks import package_folders
+from suture.verbs.report.run import write_page
 
 from . import edits, safety
 from .settings import LONG, SHORT, Size

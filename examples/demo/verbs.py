@@ -16,11 +16,12 @@ from typing import Any
 import yaml
 
 import suture
-from suture.analyze import analysis
-from suture.finetune import finetune
-from suture.publish import appearing
-from suture.realign import realign
-from suture.regions import execute, plan_regions
+from suture.checkpoints.atomic import appearing
+from suture.verbs.analyze.run import analysis
+from suture.verbs.finetune.run import finetune
+from suture.verbs.localize.plan import plan_regions
+from suture.verbs.localize.run import execute
+from suture.verbs.realign.run import realign
 
 from .steps import Now, Step
 

@@ -11,16 +11,20 @@ loaded when they are first used, so that ``import suture`` costs nothing::
     suture.save(merged, "out/")                          # streams; nothing is read before this line
 """
 
-import sys
 from importlib import import_module
-from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from inspect import Signature
-
-    from suture.algebra import diff, inspect, localize, measure, merge, open, save
-    from suture.api import (
+    from suture.api.algebra import (
+        diff,
+        inspect,
+        localize,
+        measure,
+        merge,
+        open,
+        save,
+    )
+    from suture.api.verbs import (
         VERBS,
         analyze,
         apply_patches,
@@ -42,7 +46,11 @@ if TYPE_CHECKING:
         revert_patch,
         run_recipe,
     )
-    from suture.checkpoint import Checkpoint
+    from suture.checkpoints.checkpoint import Checkpoint
+    from suture.edits.importance import RULES
+    from suture.edits.mask import Mask
+    from suture.edits.patch import Patch
+    from suture.edits.stats import Stats
     from suture.errors import (
         CheckpointError,
         MismatchError,
@@ -54,80 +62,72 @@ if TYPE_CHECKING:
     )
     from suture.evals.base import Metric
     from suture.evals.table import EVALS
-    from suture.finetune.load import load_tuned
-    from suture.finetune.strategies import STRATEGIES
-    from suture.importance import RULES
-    from suture.mask import Mask
-    from suture.merged import Merged
-    from suture.merges import METHODS
     from suture.merges.presets import PRESETS
-    from suture.patch import Patch
-    from suture.realign.methods import REALIGNERS
-    from suture.roles import ParamSpace, role_of
-    from suture.run import MergeReport
-    from suture.stats import Stats
-    from suture.vector import TaskVector
+    from suture.merges.table import METHODS
+    from suture.stream.vector import TaskVector
+    from suture.tensors.roles import ParamSpace, role_of
+    from suture.training.load import load_tuned
+    from suture.training.strategies import STRATEGIES
+    from suture.verbs.merge.lazy import Merged
+    from suture.verbs.merge.run import MergeReport
+    from suture.verbs.realign.methods import REALIGNERS
     from suture.version import __version__
 
 
 _HOMES = {
     "__version__": "version",
-    "Checkpoint": "checkpoint",
+    "Checkpoint": "checkpoints.checkpoint",
     "CheckpointError": "errors",
     "EVALS": "evals.table",
-    "METHODS": "merges",
-    "Mask": "mask",
-    "MergeReport": "run",
-    "Merged": "merged",
+    "METHODS": "merges.table",
+    "Mask": "edits.mask",
+    "MergeReport": "verbs.merge.run",
+    "Merged": "verbs.merge.lazy",
     "Metric": "evals.base",
     "MismatchError": "errors",
     "MissingExtraError": "errors",
     "NonFiniteError": "errors",
     "OutputError": "errors",
     "PRESETS": "merges.presets",
-    "ParamSpace": "roles",
-    "Patch": "patch",
-    "REALIGNERS": "realign.methods",
-    "RULES": "importance",
+    "ParamSpace": "tensors.roles",
+    "Patch": "edits.patch",
+    "REALIGNERS": "verbs.realign.methods",
+    "RULES": "edits.importance",
     "RecipeError": "errors",
-    "STRATEGIES": "finetune.strategies",
-    "Stats": "stats",
+    "STRATEGIES": "training.strategies",
+    "Stats": "edits.stats",
     "SutureError": "errors",
-    "TaskVector": "vector",
-    "VERBS": "api",
-    "analyze": "api",
-    "apply_patches": "api",
-    "audit": "api",
-    "bench": "api",
-    "blame": "api",
-    "compare": "api",
-    "diff": "algebra",
-    "evaluate": "api",
-    "extract_lora": "api",
-    "finetune": "api",
-    "inspect": "algebra",
-    "load_tuned": "finetune.load",
-    "localize": "algebra",
-    "localize_recipe": "api",
-    "make_patch": "api",
-    "measure": "algebra",
-    "merge": "algebra",
-    "merge_recipe": "api",
-    "open": "algebra",
-    "patch_apply": "api",
-    "patch_make": "api",
-    "patch_revert": "api",
-    "realign": "api",
-    "report": "api",
-    "revert_patch": "api",
-    "role_of": "roles",
-    "run_recipe": "api",
-    "save": "algebra",
+    "TaskVector": "stream.vector",
+    "VERBS": "api.verbs",
+    "analyze": "api.verbs",
+    "apply_patches": "api.verbs",
+    "audit": "api.verbs",
+    "bench": "api.verbs",
+    "blame": "api.verbs",
+    "compare": "api.verbs",
+    "diff": "api.algebra",
+    "evaluate": "api.verbs",
+    "extract_lora": "api.verbs",
+    "finetune": "api.verbs",
+    "inspect": "api.algebra",
+    "load_tuned": "training.load",
+    "localize": "api.algebra",
+    "localize_recipe": "api.verbs",
+    "make_patch": "api.verbs",
+    "measure": "api.algebra",
+    "merge": "api.algebra",
+    "merge_recipe": "api.verbs",
+    "open": "api.algebra",
+    "patch_apply": "api.verbs",
+    "patch_make": "api.verbs",
+    "patch_revert": "api.verbs",
+    "realign": "api.verbs",
+    "report": "api.verbs",
+    "revert_patch": "api.verbs",
+    "role_of": "tensors.roles",
+    "run_recipe": "api.verbs",
+    "save": "api.algebra",
 }
-_BESIDE = ("analyze", "audit", "bench", "finetune", "measure", "realign", "report")
-"""Verbs whose name a module has too: that module is called like the verb. Once it lies elsewhere,
-its name leaves this list, and `suture.finetune` is the function itself."""
-
 __all__ = [
     "EVALS",
     "METHODS",
@@ -184,41 +184,9 @@ __all__ = [
 ]
 
 
-class _VerbModule(ModuleType):
-    """A module that is called like the verb of its name: ``suture.finetune(recipe, out)``."""
-
-    @property
-    def _verb(self) -> Any:
-        name = self.__name__.rpartition(".")[2]
-        return getattr(import_module(f"suture.{_HOMES[name]}"), name)
-
-    def __call__(self, *args: Any, **options: Any) -> Any:
-        return self._verb(*args, **options)
-
-    @property
-    def __signature__(self) -> "Signature":
-        from inspect import signature
-
-        return signature(self._verb)
-
-
-class _Package(ModuleType):
-    """The package, which makes those modules callable when they are imported."""
-
-    def __setattr__(self, name: str, value: Any) -> None:
-        if name in _BESIDE and type(value) is ModuleType:
-            value.__class__ = _VerbModule
-        super().__setattr__(name, value)
-
-
-sys.modules[__name__].__class__ = _Package
-
-
 def __getattr__(name: str) -> Any:
     if name not in _HOMES:
         raise AttributeError(f"module 'suture' has no attribute {name!r}")
-    if name in _BESIDE:
-        return import_module(f"suture.{name}")
     return getattr(import_module(f"suture.{_HOMES[name]}"), name)
 
 

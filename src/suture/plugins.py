@@ -8,7 +8,7 @@ from __future__ import annotations
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
-from suture.importance import Look, Rule
+from suture.edits.importance import Look, Rule
 from suture.merges.base import (
     EITHER,
     Beside,
@@ -22,35 +22,51 @@ from suture.merges.base import (
     Seed,
     Weight,
 )
-from suture.schema.parameters import Choice, Files, Meaning, ModelName, Number, Text, Words
+from suture.schema.parameters import (
+    Choice,
+    Files,
+    Meaning,
+    ModelName,
+    Number,
+    Text,
+    Words,
+)
 from suture.schema.values import PerModel, Scalar, each
-from suture.stream import DELTA, WEIGHT, Block
+from suture.stream.sweep import DELTA, WEIGHT, Block
 
 if TYPE_CHECKING:
-    from suture.evals.kinds import Column, Kind, Models, Prepare, Run, Score, Template
+    from suture.evals.kinds import (
+        Column,
+        Kind,
+        Models,
+        Prepare,
+        Run,
+        Score,
+        Template,
+    )
     from suture.evals.kinds import Job as EvalJob
-    from suture.finetune.base import Job as TrainJob
-    from suture.finetune.base import Strategy, Tuned
-    from suture.mover import Mover
-    from suture.realign.base import Job as RealignJob
-    from suture.realign.base import Realigned, Realigner
+    from suture.training.loss import Mover
+    from suture.training.strategy import Job as TrainJob
+    from suture.training.strategy import Strategy, Tuned
+    from suture.verbs.realign.base import Job as RealignJob
+    from suture.verbs.realign.base import Realigned, Realigner
 
 _HOMES = {
     "Column": ("evals.kinds", "Column"),
     "EvalJob": ("evals.kinds", "Job"),
     "Kind": ("evals.kinds", "Kind"),
     "Models": ("evals.kinds", "Models"),
-    "Mover": ("mover", "Mover"),
+    "Mover": ("training.loss", "Mover"),
     "Prepare": ("evals.kinds", "Prepare"),
-    "RealignJob": ("realign.base", "Job"),
-    "Realigned": ("realign.base", "Realigned"),
-    "Realigner": ("realign.base", "Realigner"),
+    "RealignJob": ("verbs.realign.base", "Job"),
+    "Realigned": ("verbs.realign.base", "Realigned"),
+    "Realigner": ("verbs.realign.base", "Realigner"),
     "Run": ("evals.kinds", "Run"),
     "Score": ("evals.kinds", "Score"),
-    "Strategy": ("finetune.base", "Strategy"),
+    "Strategy": ("training.strategy", "Strategy"),
     "Template": ("evals.kinds", "Template"),
-    "TrainJob": ("finetune.base", "Job"),
-    "Tuned": ("finetune.base", "Tuned"),
+    "TrainJob": ("training.strategy", "Job"),
+    "Tuned": ("training.strategy", "Tuned"),
 }
 
 __all__ = [

@@ -11,11 +11,11 @@ from typing import Annotated, Any
 import numpy as np
 import pytest
 
-from suture.merges import METHODS, Context, Example, Merge, Method
-from suture.merges.base import Scale, Seed, Weight
+from suture.merges.base import Context, Example, Merge, Method, Scale, Seed, Weight
+from suture.merges.table import METHODS
 from suture.schema.parameters import Number
 from suture.schema.values import PerModel, Scalar, each
-from suture.stream import WEIGHT, Block
+from suture.stream.sweep import WEIGHT, Block
 from suture.testing import check_method
 from suture.testing.laws import LAWS, Case, cases, hold
 from suture.testing.toys import Lab, cells, read, write
@@ -249,7 +249,7 @@ def hold_all(line: Method, where: Path) -> None:
 
 def test_what_is_no_method_or_has_a_name_that_is_taken_is_refused() -> None:
     """``check_method`` takes a line; Suture's own names stay Suture's."""
-    with pytest.raises(TypeError, match=r"takes a suture.merges.Method, not <function"):
+    with pytest.raises(TypeError, match=r"takes a suture.merges.base.Method, not <function"):
         check_method(plain)  # type: ignore[arg-type]
     with pytest.raises(AssertionError, match="Suture has a merge method of this name"):
         check_method(Method(plain, "Plain", "", called="ties"))

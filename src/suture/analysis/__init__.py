@@ -21,8 +21,19 @@ from suture.analysis.maps import (
     disagreement,
     disentanglement,
 )
-from suture.analysis.overlap import Kept, Masked, Overlap, independent_jaccard
-from suture.analysis.theory import Diagnosis, Diagnostics, Secant, Smoothness, barrier_of
+from suture.analysis.overlap import (
+    Kept,
+    Masked,
+    Overlap,
+    independent_jaccard,
+)
+from suture.analysis.theory import (
+    Diagnosis,
+    Diagnostics,
+    Secant,
+    Smoothness,
+    barrier_of,
+)
 
 __all__ = [
     "BASES", "Basis", "Conflict", "Conflicts", "Curve", "Diagnosis", "Diagnostics",

@@ -7,10 +7,10 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from suture.roles import layer_key, role_of
-from suture.spec import Piece
-from suture.stream import Block, Visitor
-from suture.vector import Gram
+from suture.stream.sweep import Block, Visitor
+from suture.stream.vector import Gram
+from suture.tensors.roles import layer_key, role_of
+from suture.tensors.spec import Piece
 
 Array = np.ndarray[Any, Any]
 Matrix = tuple[tuple[float, ...], ...]

@@ -11,9 +11,9 @@ from typing import Any
 import numpy as np
 
 from suture.analysis.cells import Array, Groups, Matrix, frozen
-from suture.select import Selection
-from suture.spec import Piece
-from suture.stream import Block, Visitor
+from suture.stream.sweep import Block, Visitor
+from suture.stream.topk import Selection
+from suture.tensors.spec import Piece
 
 
 @dataclass(frozen=True)

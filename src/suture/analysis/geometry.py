@@ -9,11 +9,11 @@ from typing import Any
 
 import numpy as np
 
-from suture import kernels
 from suture.analysis.cells import Array, Groups, Matrix, Stack, frozen
-from suture.spec import Piece
-from suture.stream import Block, Visitor
-from suture.vector import Gram
+from suture.kernels import compiled
+from suture.stream.sweep import Block, Visitor
+from suture.stream.vector import Gram
+from suture.tensors.spec import Piece
 
 
 @dataclass(frozen=True)
@@ -76,7 +76,7 @@ class Products(Visitor[Stack]):
         rows = local.fit(block.size)
         rows[:-1, : block.count] = block.rows[:, : block.count]
         rows[-1, : block.count] = block.base[: block.count]
-        kernels.gram(rows, block.count, local.lanes[""])
+        compiled.gram(rows, block.count, local.lanes[""])
 
     def end_piece(self, local: Stack, piece: Piece) -> None:
         """Put the lanes of a piece aside."""

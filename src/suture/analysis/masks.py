@@ -10,9 +10,9 @@ import numpy as np
 
 from suture.analysis.cells import Array
 from suture.analysis.overlap import independent_jaccard
-from suture.mask import Mask
-from suture.maskfile import popcount
-from suture.roles import role_of
+from suture.edits.mask import Mask
+from suture.edits.mask_file import popcount
+from suture.tensors.roles import role_of
 
 
 def component(name: str) -> str:

@@ -8,13 +8,13 @@ from typing import Any
 
 import numpy as np
 
-from suture import kernels
 from suture.analysis.cells import Array, Groups, Matrix, Stack, frozen
 from suture.analysis.geometry import cosines
-from suture.mask import Mask
-from suture.spec import Piece, TensorSpec
-from suture.stream import Block, Visitor
-from suture.vector import Gram
+from suture.edits.mask import Mask
+from suture.kernels import compiled
+from suture.stream.sweep import Block, Visitor
+from suture.stream.vector import Gram
+from suture.tensors.spec import Piece, TensorSpec
 
 
 @dataclass(frozen=True)
@@ -85,7 +85,7 @@ class Masked(Visitor[Stack]):
         rows[:number, : block.count] = block.rows[:number, : block.count]
         for i, mask in enumerate(self.masks):
             rows[number + i, : block.count] = block.rows[i, : block.count] * _bits(mask, block)
-        kernels.gram(rows, block.count, local.lanes[""])
+        compiled.gram(rows, block.count, local.lanes[""])
 
     def end_piece(self, local: Stack, piece: Piece) -> None:
         """Put the lanes of a piece aside."""

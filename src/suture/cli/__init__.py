@@ -15,8 +15,8 @@ from suture.version import __version__
 from suture.cli import models, patches, regions, training, asking, safety, demo, methods, recipes  # noqa: F401
 
 # isort: on
-from suture.cli.parts import DONE, app, stop
-from suture.terminal import tell
+from suture.cli.options import DONE, app, stop
+from suture.cli.terminal import tell
 
 
 def _version(value: bool) -> None:

@@ -9,10 +9,20 @@ from typing import Annotated, Any
 
 import typer
 
-from suture.cli.parts import FAILED, Cores, DryRun, Json, app, errors, show_dry, silent, stop
+from suture.cli.options import (
+    FAILED,
+    Cores,
+    DryRun,
+    Json,
+    app,
+    errors,
+    show_dry,
+    silent,
+    stop,
+)
+from suture.cli.terminal import Asking, Bars, say, show_json, tell
 from suture.errors import Problems, RecipeError
-from suture.spec import listed
-from suture.terminal import Asking, Bars, say, show_json, tell
+from suture.tensors.spec import listed
 
 
 @app.command("eval")
@@ -40,8 +50,8 @@ def evaluate(
 ) -> None:
     """Evaluate models by a suite; what a result answers already is not asked again."""
     with errors(as_json):
-        from suture.suites import plan as planning
-        from suture.suites import work
+        from suture.verbs.evaluate import plan as planning
+        from suture.verbs.evaluate import run as work
 
         how = planning.Options(
             overwrite=overwrite, resume=not no_resume, device=device, limit=limit
@@ -59,7 +69,7 @@ def evaluate(
     if as_json:
         show_json({"results": [json.loads(result.to_json()) for result in results]})
         return
-    from suture.suites.tables import results_table
+    from suture.verbs.evaluate.result import results_table
 
     for line in results_table(results):
         tell(line)
@@ -114,14 +124,15 @@ def compare(
     """Show base, experts and edits side by side; with a gate, exit 1 when a rule is broken."""
     blamed = None
     with errors(as_json):
-        from suture.suites import comparison, tables
+        from suture.verbs.compare import run
+        from suture.verbs.evaluate import result as tables
 
-        files = comparison.read_files(results, edits or ())
+        files = run.read_files(results, edits or ())
         if blame is not None or suite is not None:
             _check_blame(blame, suite, gate, len(files.edits))
-        found = comparison.compare(files.base, files.experts, files.edits, gate, names=files.names)
+        found = run.compare(files.base, files.experts, files.edits, gate, names=files.names)
         if blame is not None and suite is not None and gate is not None:
-            from suture.suites import blame as blaming
+            from suture.verbs.compare import blame as blaming
 
             with Asking(as_json) as shown, Bars(as_json or sys.stderr.isatty()) as bars:
                 case = blaming.Case(files.base, files.experts, files.edits[0], gate, files.names)
@@ -165,8 +176,8 @@ def bench(
 ) -> None:
     """Compare fine-tuning strategies by task arithmetic; interrupted, the same command goes on."""
     with errors(as_json):
-        from suture.bench import run as work
-        from suture.bench.tables import markdown
+        from suture.verbs.bench import run as work
+        from suture.verbs.bench.result import markdown
 
         plan = work.plan_bench(recipe, out)
         if dry_run:
@@ -195,7 +206,7 @@ def proxy(
 ) -> None:
     """Write the rows of the harmless refusal policy: safety work without a harmful word."""
     with errors(as_json):
-        from suture.policy import write
+        from suture.verbs.proxy.run import write
 
         words = [word.strip() for word in languages.split(",")]
         counts = write(out, seed, words, topics=topics, overwrite=overwrite)

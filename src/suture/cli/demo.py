@@ -12,9 +12,9 @@ from typing import Annotated
 import typer
 
 import suture
-from suture.cli.parts import FAILED, app, errors, stop
+from suture.cli.options import FAILED, app, errors, stop
+from suture.cli.terminal import part, say, tell
 from suture.errors import RecipeError, SutureError
-from suture.terminal import part, say, tell
 
 NAME = "suture_demo"
 """What the examples' package is called where it is loaded."""

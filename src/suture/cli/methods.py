@@ -9,15 +9,19 @@ from typing import Annotated, Any
 
 import typer
 
-from suture.cli.parts import Json, OneOf, app, errors
-from suture.errors import MissingExtraError, RecipeError, did_you_mean
-from suture.terminal import say, show_json, tell
+from suture.cli.options import Json, OneOf, app, errors
+from suture.cli.terminal import say, show_json, tell
+from suture.errors import (
+    MissingExtraError,
+    RecipeError,
+    did_you_mean,
+)
 
 KINDS = {
-    "merge": ("suture.merges", "METHODS"),
-    "strategy": ("suture.finetune.strategies", "STRATEGIES"),
-    "realigner": ("suture.realign.methods", "REALIGNERS"),
-    "rule": ("suture.importance", "RULES"),
+    "merge": ("suture.merges.table", "METHODS"),
+    "strategy": ("suture.training.strategies", "STRATEGIES"),
+    "realigner": ("suture.verbs.realign.methods", "REALIGNERS"),
+    "rule": ("suture.edits.importance", "RULES"),
     "eval": ("suture.evals.table", "EVALS"),
     "preset": ("suture.merges.presets", "PRESETS"),
 }
@@ -119,7 +123,7 @@ def _lines(key: str, row: dict[str, Any], whole: bool) -> Iterator[str]:
         if presets:
             yield " " * 18 + "presets: " + ", ".join(presets)
         return
-    from suture.spec import in_letters
+    from suture.tensors.spec import in_letters
 
     yield f"\n{in_letters(row['equation'])}\n"
     if isinstance(row.get("needs"), str):

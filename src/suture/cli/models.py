@@ -8,9 +8,18 @@ from typing import Annotated, Any
 
 import typer
 
-from suture.cli.parts import FAILED, DryRun, Json, NoResume, Threads, app, errors, stop
-from suture.spec import listed, readable
-from suture.terminal import Bars, say, show_json, tell
+from suture.cli.options import (
+    FAILED,
+    DryRun,
+    Json,
+    NoResume,
+    Threads,
+    app,
+    errors,
+    stop,
+)
+from suture.cli.terminal import Bars, say, show_json, tell
+from suture.tensors.spec import listed, readable
 
 
 @app.command()
@@ -24,8 +33,8 @@ def inspect(
 ) -> None:
     """Show what a model holds: tensors, dtypes, roles, size, integrity."""
     with errors(as_json), Bars(as_json) as bars:
-        from suture.opening import open_model
-        from suture.profile import inspect_model
+        from suture.analysis.profile import inspect_model
+        from suture.checkpoints.open import open_model
 
         checkpoint = open_model(model)
         progress = bars.stage("check", checkpoint.nbytes) if check else None
@@ -78,8 +87,8 @@ def diff(
 ) -> None:
     """Show the task vector between two models: norms, cosine, profile by layer and role."""
     with errors(as_json), Bars(as_json) as bars:
-        from suture import profile
-        from suture.opening import open_model
+        from suture.analysis import profile
+        from suture.checkpoints.open import open_model
 
         found = profile.diff(open_model(base), open_model(tuned), bars.stage)
     if as_json:
@@ -141,23 +150,26 @@ def merge(
 ) -> None:
     """Merge models by a recipe into a new folder; interrupted, the same command goes on."""
     with errors(as_json), Bars(as_json) as bars:
-        from suture import machine, outputs, planning, run, telling
+        from suture.kernels import cache
+        from suture.runs import place
+        from suture.verbs.merge import describe, run
+        from suture.verbs.merge import plan as planning
 
         if explain:
-            told = telling.explain(recipe)
+            told = describe.explain(recipe)
             show_json(told) if as_json else _show_explanation(told)
             return
         if out is None:
             raise typer.BadParameter(
                 "name the folder to write: -o OUT", param_hint="'--out' / '-o'"
             )
-        machine.announce = lambda: say("compiling for this processor (once, some ten seconds)")
-        how = outputs.MergeOptions(threads=threads, overwrite=overwrite, resume=not no_resume,
+        cache.announce = lambda: say("compiling for this processor (once, some ten seconds)")
+        how = place.MergeOptions(threads=threads, overwrite=overwrite, resume=not no_resume,
                           allow_nonfinite=allow_nonfinite, link=link)  # fmt: skip
         plan = planning.plan_recipe(recipe, out, how)
         if dry_run:
             planning.check_contents(plan)
-            found = telling.describe(plan)
+            found = describe.describe(plan)
         else:
             if not as_json:
                 say(_intention(plan))
@@ -255,8 +267,8 @@ def extract_lora(
 ) -> None:
     """Make a LoRA adapter of the difference between models, and tell the error."""
     with errors(as_json), Bars(as_json) as bars:
-        from suture import lowrank
-        from suture.opening import open_model
+        from suture.checkpoints.open import open_model
+        from suture.verbs.extract_lora import run as lowrank
 
         start = open_model(base)
         tuned = [open_model(model, base=start) for model in models]

@@ -9,9 +9,16 @@ from typing import Annotated, Any
 
 import typer
 
-from suture.cli.parts import Json, NoResume, Overwrite, Threads, app, errors
-from suture.spec import readable
-from suture.terminal import Bars, show_json, tell
+from suture.cli.options import (
+    Json,
+    NoResume,
+    Overwrite,
+    Threads,
+    app,
+    errors,
+)
+from suture.cli.terminal import Bars, show_json, tell
+from suture.tensors.spec import readable
 
 patches = typer.Typer(
     help="Make, apply, revert and show patches: the entries in which two models differ.",
@@ -55,16 +62,16 @@ def patch_make(
     Without --mask and --density it has every entry whose bits differ.
     """
     with errors(as_json), Bars(as_json) as bars:
-        from suture import patching
-        from suture.mask import Mask
-        from suture.opening import open_model
+        from suture.checkpoints.open import open_model
+        from suture.edits.mask import Mask
+        from suture.verbs.patch import run
 
         chosen = None if mask is None else Mask.load(mask)
-        patch = patching.make_patch(
+        patch = run.make_patch(
             open_model(base), open_model(tuned), out, mask=chosen, density=density, scope=scope,
             restricted=restricted, threads=threads, overwrite=overwrite, stage=bars.stage,
         )  # fmt: skip
-        found = patching.describe(patch)
+        found = run.describe(patch)
     if as_json:
         show_json(found)
     else:
@@ -96,15 +103,15 @@ def patch_apply(
     suture patch revert OUT OUT/undo.patch.safetensors -o BACK gives the model back, bit for bit.
     """
     with errors(as_json), Bars(as_json) as bars:
-        from suture import patching
-        from suture.opening import open_model
+        from suture.checkpoints.open import open_model
+        from suture.verbs.patch import run
 
-        report = patching.apply_patches(
-            open_model(model), patching.load_patches(patch), out, scale=scale,
+        report = run.apply_patches(
+            open_model(model), run.load_patches(patch), out, scale=scale,
             on_overlap=on_overlap, force=force, stage=bars.stage, threads=threads,
             overwrite=overwrite, resume=not no_resume,
         )  # fmt: skip
-        lines = patching.report_lines(report)
+        lines = run.report_lines(report)
     _show_patched(report, lines, as_json)
 
 
@@ -130,15 +137,15 @@ def patch_revert(
 ) -> None:
     """Take a patch off a model again, bit for bit."""
     with errors(as_json), Bars(as_json) as bars:
-        from suture import patching
-        from suture.opening import open_model
-        from suture.patch import Patch
+        from suture.checkpoints.open import open_model
+        from suture.edits.patch import Patch
+        from suture.verbs.patch import run
 
-        report = patching.revert_patch(
+        report = run.revert_patch(
             open_model(model), Patch.load(patch), out, force=force, stage=bars.stage,
             threads=threads, overwrite=overwrite,
         )  # fmt: skip
-        lines = patching.report_lines(report)
+        lines = run.report_lines(report)
     _show_patched(report, lines, as_json)
 
 
@@ -149,10 +156,10 @@ def patch_show(
 ) -> None:
     """Check a patch, and show what it holds and what it was made of."""
     with errors(as_json):
-        from suture import patching
-        from suture.patch import Patch
+        from suture.edits.patch import Patch
+        from suture.verbs.patch import run
 
-        found = patching.describe(Patch.load(patch))
+        found = run.describe(Patch.load(patch))
     if as_json:
         show_json(found)
         return

@@ -7,15 +7,15 @@ from typing import Annotated
 
 import typer
 
-from suture.cli.parts import app, errors
+from suture.cli.options import app, errors
+from suture.cli.terminal import show_json, tell
 from suture.errors import RecipeError, did_you_mean
-from suture.terminal import show_json, tell
 
 RECIPES = {
-    "analyze": ("suture.analyze.request", "Request"),
-    "audit": ("suture.audit.recipe", "Audit"),
-    "eval": ("suture.suites.suite", "Suite"),
-    "localize": ("suture.regions.request", "Regions"),
+    "analyze": ("suture.verbs.analyze.recipe", "Request"),
+    "audit": ("suture.verbs.audit.recipe", "Audit"),
+    "eval": ("suture.verbs.evaluate.recipe", "Suite"),
+    "localize": ("suture.verbs.localize.recipe", "Regions"),
 }
 """Where the recipe of a command is defined."""
 

@@ -7,9 +7,16 @@ from typing import Annotated, Any
 
 import typer
 
-from suture.cli.parts import DryRun, Json, Threads, app, errors, silent
-from suture.spec import readable
-from suture.terminal import Bars, say, show_json, tell
+from suture.cli.options import (
+    DryRun,
+    Json,
+    Threads,
+    app,
+    errors,
+    silent,
+)
+from suture.cli.terminal import Bars, say, show_json, tell
+from suture.tensors.spec import readable
 
 
 @app.command()
@@ -36,9 +43,10 @@ def localize(
 ) -> None:
     """Find the entries that carry a model's skill: a mask for each model, by an importance rule."""
     with errors(as_json), Bars(as_json) as bars:
-        from suture import machine, regions
+        from suture import regions
+        from suture.kernels import cache
 
-        machine.announce = lambda: say("compiling for this processor (once, some ten seconds)")
+        cache.announce = lambda: say("compiling for this processor (once, some ten seconds)")
         plan = regions.plan_regions(recipe, out, threads=threads, overwrite=overwrite,
                                     values=values, restricted=restricted)  # fmt: skip
         if not dry_run:
@@ -79,7 +87,9 @@ def analyze(
 ) -> None:
     """Look at several task vectors at once: profiles, angles, conflicts, masks, bases."""
     with errors(as_json), Bars(as_json) as bars:
-        from suture.analyze import plan_analysis, run_analysis, summary_lines
+        from suture.verbs.analyze.plan import plan_analysis
+        from suture.verbs.analyze.result import summary_lines
+        from suture.verbs.analyze.run import run_analysis
 
         plan = plan_analysis(recipe, out, overwrite=overwrite, threads=threads)
         found = plan.describe() if dry_run else run_analysis(plan, bars.stage).to_dict()
@@ -105,7 +115,7 @@ def report(
 ) -> None:
     """Gather what a folder holds into one self-contained HTML page that works offline."""
     with errors(as_json):
-        from suture.page import write_page
+        from suture.verbs.report.run import write_page
 
         found = write_page(folder, out, images=images, title=title, overwrite=overwrite)
     if as_json:

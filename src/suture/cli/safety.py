@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from suture.cli.parts import (
+from suture.cli.options import (
     Cores,
     Device,
     DryRun,
@@ -23,7 +23,7 @@ from suture.cli.parts import (
     show_trained,
     silent,
 )
-from suture.terminal import Training, say, show_json, tell
+from suture.cli.terminal import Training, say, show_json, tell
 
 
 @app.command()
@@ -40,9 +40,11 @@ def realign(
 ) -> None:
     """Put safety that fine-tuning took away back into a new model; interrupted, it goes on."""
     with errors(as_json):
-        from suture.finetune.trackers import tracker
-        from suture.outputs import Options as How
-        from suture.realign import describe, execute, plan_realign, report_rows
+        from suture.runs.place import Options as How
+        from suture.training.trackers import tracker
+        from suture.verbs.realign.plan import describe, plan_realign
+        from suture.verbs.realign.result import report_rows
+        from suture.verbs.realign.run import execute
 
         how = How(overwrite=overwrite, resume=not no_resume, device=device, threads=threads)
         plan = plan_realign(recipe, out, how)
@@ -74,8 +76,10 @@ def audit(
 ) -> None:
     """Find out where the safety of a model lives; interrupted, the same command goes on."""
     with errors(as_json):
-        from suture.audit import describe, execute, lines, plan_audit
-        from suture.outputs import Options as How
+        from suture.runs.place import Options as How
+        from suture.verbs.audit.plan import describe, plan_audit
+        from suture.verbs.audit.result import lines
+        from suture.verbs.audit.run import execute
 
         how = How(overwrite=overwrite, resume=not no_resume, device=device, threads=threads)
         plan = plan_audit(recipe, out, how)

@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from suture.cli.parts import (
+from suture.cli.options import (
     Device,
     DryRun,
     Json,
@@ -20,7 +20,7 @@ from suture.cli.parts import (
     show_dry,
     show_trained,
 )
-from suture.terminal import Training
+from suture.cli.terminal import Training
 
 
 @app.command()
@@ -40,8 +40,8 @@ def finetune(
 ) -> None:
     """Fine-tune a model by a recipe into a new folder; interrupted, the same command goes on."""
     with errors(as_json):
-        from suture.finetune import run
-        from suture.finetune.trackers import tracker
+        from suture.training.trackers import tracker
+        from suture.verbs.finetune import run
 
         how = run.Options(
             overwrite=overwrite, resume=not no_resume, device=device, restricted=restricted

@@ -8,13 +8,21 @@ from typing import Annotated, Any
 import torch
 from torch import nn
 
-from suture.data import Batch, Dataset
 from suture.errors import RecipeError, did_you_mean
 from suture.evals.base import Metric, share
-from suture.evals.kinds import Column, Job, Models, Prepare, Run, Score, dataset_of
-from suture.images import Image, Images, Look, checked
-from suture.models import evaluating
+from suture.evals.kinds import (
+    Column,
+    Job,
+    Models,
+    Prepare,
+    Run,
+    Score,
+    dataset_of,
+)
 from suture.schema.parameters import Text, TextByWord, Words
+from suture.training.data import Batch, Dataset
+from suture.training.images import Image, Images, Look, checked
+from suture.training.models import evaluating
 
 
 @torch.inference_mode()

@@ -15,7 +15,7 @@ from suture.errors import RecipeError
 if TYPE_CHECKING:  # reading results must not cost what running a model costs
     from torch import nn
 
-    from suture.data import Batch
+    from suture.training.data import Batch
 
 Z95 = 1.959963984540054
 """Quantile of the normal distribution that leaves 2.5 % above."""

@@ -17,10 +17,10 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from suture.data import Dataset
 from suture.evals.kinds import Job, Models
 from suture.evals.loss import row_losses
-from suture.models import LanguageModel, evaluating
+from suture.training.data import Dataset
+from suture.training.models import LanguageModel, evaluating
 
 TOKENS = 4096
 """Tokens of a batch at most, padding included."""

@@ -8,11 +8,21 @@ import re
 from collections.abc import Mapping, Sequence
 from typing import Annotated, Literal
 
-from suture.data import cell
 from suture.errors import RecipeError, brief
-from suture.evals.kinds import Column, Job, Models, Prepare, Row, Run, Score, Template, dataset_of
+from suture.evals.kinds import (
+    Column,
+    Job,
+    Models,
+    Prepare,
+    Row,
+    Run,
+    Score,
+    Template,
+    dataset_of,
+)
 from suture.evals.loss import joined, row_losses
 from suture.schema.parameters import Choice, Words
+from suture.training.data import cell
 
 LETTERED = re.compile(r"^\s*\(?([A-Z])[.):]\s*", re.MULTILINE)
 

@@ -8,9 +8,18 @@ import torch
 from torch import Tensor
 
 from suture.errors import MismatchError
-from suture.evals.kinds import Column, Job, Models, Prepare, Run, Score, Template, dataset_of
+from suture.evals.kinds import (
+    Column,
+    Job,
+    Models,
+    Prepare,
+    Run,
+    Score,
+    Template,
+    dataset_of,
+)
 from suture.evals.odds import filled, lead, prompt_ids
-from suture.models import evaluating
+from suture.training.models import evaluating
 
 
 def token_divergences(reference: Tensor, logits: Tensor) -> Tensor:

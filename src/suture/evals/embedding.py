@@ -8,11 +8,19 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from suture.data import Batch
 from suture.errors import MismatchError, RecipeError
 from suture.evals.base import Eval, Metric, mean, share
-from suture.evals.kinds import Column, Job, Models, Prepare, Run, Score, dataset_of
-from suture.models import Encoder, embed
+from suture.evals.kinds import (
+    Column,
+    Job,
+    Models,
+    Prepare,
+    Run,
+    Score,
+    dataset_of,
+)
+from suture.training.data import Batch
+from suture.training.models import Encoder, embed
 
 
 def agreement(reference: Tensor) -> Eval:

@@ -8,10 +8,19 @@ from collections.abc import Callable, Mapping
 from decimal import Decimal, InvalidOperation
 from typing import Annotated, Literal
 
-from suture.data import cell
 from suture.evals.generate import generate, questions
-from suture.evals.kinds import Column, Job, Models, Prepare, Row, Run, Score, Template
+from suture.evals.kinds import (
+    Column,
+    Job,
+    Models,
+    Prepare,
+    Row,
+    Run,
+    Score,
+    Template,
+)
 from suture.schema.parameters import Choice, Text
+from suture.training.data import cell
 
 NUMBER = re.compile(r"[-+]?\d[\d,]*(?:\.\d+)?|[-+]?\.\d+")
 LETTER = re.compile(r"(?<![A-Za-z])\(?([A-H])(?:[).:]|(?![A-Za-z]))")

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from suture.evals.kinds import Job, Models
-from suture.models import LanguageModel, evaluating
+from suture.training.models import LanguageModel, evaluating
 
 Step = Callable[[Tensor | None], Tensor]
 """Takes the tokens that were chosen, gives the logits of the next: ``(batch, vocabulary)``."""

@@ -14,7 +14,14 @@ from suture.evals.judges import (
     comparer_of,
     judge_of,
 )
-from suture.evals.kinds import Job, Models, Prepare, Run, Score, Template
+from suture.evals.kinds import (
+    Job,
+    Models,
+    Prepare,
+    Run,
+    Score,
+    Template,
+)
 from suture.evals.refusal import MOST, PERPLEXITY
 from suture.evals.verdicts import decided, kept_at, remembered
 from suture.schema.parameters import Choice, Text

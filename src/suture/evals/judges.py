@@ -21,12 +21,19 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from suture.checkpoint import open_checkpoint
-from suture.data import rows_of, tokenise
-from suture.errors import CheckpointError, RecipeError, brief, did_you_mean
+from suture.checkpoints.checkpoint import open_checkpoint
+from suture.checkpoints.headers import read_json
+from suture.errors import (
+    CheckpointError,
+    RecipeError,
+    brief,
+    did_you_mean,
+)
 from suture.evals.endpoint import Endpoint, ask_all
-from suture.headers import read_json
-from suture.models import (
+from suture.schema.parameters import Tagged
+from suture.schema.paths import place_of
+from suture.training.data import rows_of, tokenise
+from suture.training.models import (
     Encoder,
     TextClassifier,
     Tokenizer,
@@ -36,8 +43,6 @@ from suture.models import (
     load_text_classifier,
     load_tokenizer,
 )
-from suture.places import place_of
-from suture.schema.parameters import Tagged
 
 Asks = Literal["refusal", "harm"]
 Verdicts = Callable[[int, bool | None], None]

@@ -28,14 +28,14 @@ from typing import Annotated, Any, ClassVar, Literal
 
 from torch import nn
 
-from suture.chat import as_chat
-from suture.data import Batch, Dataset, cell
+from suture.checkpoints.chat import as_chat
 from suture.errors import Problems, RecipeError
 from suture.evals.base import Eval, Metric
 from suture.evals.decoding import Decoding
-from suture.images import Look
 from suture.schema.parameters import Text
 from suture.schema.table import Line
+from suture.training.data import Batch, Dataset, cell
+from suture.training.images import Look
 
 Needs = Literal["classifier", "encoder", "image-classifier", "language-model"]
 

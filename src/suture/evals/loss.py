@@ -10,12 +10,19 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from suture.data import Batch
 from suture.errors import NonFiniteError
 from suture.evals.base import Metric, ratio
-from suture.evals.kinds import Job, Models, Prepare, Run, Score, dataset_of
-from suture.models import LanguageModel, evaluating
+from suture.evals.kinds import (
+    Job,
+    Models,
+    Prepare,
+    Run,
+    Score,
+    dataset_of,
+)
 from suture.schema.parameters import Text
+from suture.training.data import Batch
+from suture.training.models import LanguageModel, evaluating
 
 
 @torch.inference_mode()

@@ -8,12 +8,12 @@ from pathlib import Path
 
 import torch
 
-from suture.data import draw
 from suture.errors import RecipeError
 from suture.evals.base import Metric, share
 from suture.evals.judges import ANSWERS, REFUSES, stances
-from suture.models import load_encoder, save_head
-from suture.probe import fit_head
+from suture.training.data import draw
+from suture.training.models import load_encoder, save_head
+from suture.training.probe import fit_head
 
 L2 = 1.0
 """Much stronger than for probes: labelled answers are few."""

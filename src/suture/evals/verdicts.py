@@ -13,8 +13,8 @@ from pathlib import Path
 
 from suture.errors import OutputError, RecipeError
 from suture.evals.judges import Judge
-from suture.places import place_of
-from suture.spec import cache_folder
+from suture.schema.paths import place_of
+from suture.tensors.spec import cache_folder
 
 OTHER = "name another file with `keep`, or say `keep: no`"
 Got = Callable[[int, float | None], None]

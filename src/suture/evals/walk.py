@@ -1,6 +1,6 @@
 """A loaded model moved along task vectors in place: what line and disentanglement maps evaluate.
 
-``suture.analysis.disentanglement`` and ``suture.analysis.along`` ask for predictions or scores of
+``disentanglement`` and ``along`` of ``suture.analysis`` ask for predictions or scores of
 the base plus given amounts of task vectors; ``Walk`` gives them without writing a checkpoint.
 """
 
@@ -13,10 +13,21 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from suture.data import Batch
-from suture.errors import MismatchError, NonFiniteError, RecipeError
-from suture.models import Classifier, Encoder, Head, device_of, evaluating, parameters_of
-from suture.spec import listed
+from suture.errors import (
+    MismatchError,
+    NonFiniteError,
+    RecipeError,
+)
+from suture.tensors.spec import listed
+from suture.training.data import Batch
+from suture.training.models import (
+    Classifier,
+    Encoder,
+    Head,
+    device_of,
+    evaluating,
+    parameters_of,
+)
 
 Array = np.ndarray[Any, Any]
 Batches = Callable[[], Iterable[Batch]]

@@ -13,16 +13,16 @@ from typing import Annotated, Any, ClassVar, Generic, Literal, TypeVar
 
 import numpy as np
 
-from suture.checkpoint import MEMORY
+from suture.checkpoints.checkpoint import MEMORY
+from suture.edits.mask import Mask
+from suture.edits.stats import Stats
 from suture.errors import Problems
-from suture.mask import Mask
 from suture.schema import parameters
 from suture.schema.parameters import Choice, Number
 from suture.schema.table import Line
 from suture.schema.values import PerModel, Scalar
-from suture.spec import TensorSpec
-from suture.stats import Stats
-from suture.stream import DELTA, WEIGHT, Block, Progress, Sources
+from suture.stream.sweep import DELTA, WEIGHT, Block, Progress, Sources
+from suture.tensors.spec import TensorSpec
 
 Array = np.ndarray[Any, Any]
 S = TypeVar("S")

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from typing import Annotated
 
-from suture import kernels
+from suture.kernels import compiled
 from suture.merges.base import Merge, Scale, Weight
 from suture.schema.parameters import Number
 from suture.schema.values import PerModel, Scalar, each
-from suture.stream import Block, Combine
+from suture.stream.sweep import Block, Combine
 
 Bound = Annotated[
     PerModel, Number("how many times the others' sum an entry must reach (lambda_t)", low=0)
@@ -32,7 +32,7 @@ def consensus(
 
     def combine(block: Block, _: None) -> None:
         bounds = tall_threshold.row(block)
-        block.fuse(Combine(kernels.CONSENSUS, weight.row(block), bounds=bounds,
+        block.fuse(Combine(compiled.CONSENSUS, weight.row(block), bounds=bounds,
                            options=(min_tasks, 0, 0), factor=scale.at(block.name)))  # fmt: skip
 
     return Merge(combine)

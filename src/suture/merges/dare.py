@@ -13,15 +13,37 @@ from typing import Annotated, Any, Literal
 
 import numpy as np
 
-from suture import kernels
-from suture.merges.base import Array, Context, Density, Merge, Scale, Seed, Weight
+from suture.kernels import compiled
+from suture.merges.base import (
+    Array,
+    Context,
+    Density,
+    Merge,
+    Scale,
+    Seed,
+    Weight,
+)
+from suture.merges.elect import (
+    AGGREGATE,
+    ELECT,
+    Aggregate,
+    Elect,
+    Sign,
+    Votes,
+)
 from suture.merges.linear import Normalize, normalized
-from suture.merges.thinning import voted
-from suture.merges.votes import AGGREGATE, ELECT, Aggregate, Elect, Sign, Votes
+from suture.merges.trim import voted
 from suture.schema.parameters import Choice
 from suture.schema.values import PerModel, Scalar, each
-from suture.spec import Piece
-from suture.stream import Block, Combine, Drops, Visitor, sweep, tasks_of
+from suture.stream.sweep import (
+    Block,
+    Combine,
+    Drops,
+    Visitor,
+    sweep,
+    tasks_of,
+)
+from suture.tensors.spec import Piece
 
 Rescale = Annotated[
     Literal["density", "l1", "none"],
@@ -70,8 +92,8 @@ def _drop(block: Block, drops: Drops) -> None:
     for number, limit in enumerate(drops.limits.tolist()):
         if limit < 1 << 32:
             stream, factor = int(drops.streams[number]), float(drops.factors[number])
-            kernels.random_words(stream, block.start, block.count, block.words)
-            kernels.drop(block.rows[number], block.words, limit, factor, block.count)
+            compiled.random_words(stream, block.start, block.count, block.words)
+            compiled.drop(block.rows[number], block.words, limit, factor, block.count)
 
 
 class _Sums(Visitor["dict[str, Array]"]):
@@ -88,9 +110,9 @@ class _Sums(Visitor["dict[str, Array]"]):
         densities = self.density.at(block.name, len(self.models))
         for number, model in enumerate(self.models):
             key = stream_key(self.seed, model, block.name)
-            kernels.random_words(key, block.start, block.count, block.words)
+            compiled.random_words(key, block.start, block.count, block.words)
             limit = limit_of(densities[number])
-            kernels.magnitudes(
+            compiled.magnitudes(
                 block.rows[number], block.words, limit, block.count, local[""][number]
             )
 
@@ -143,7 +165,7 @@ def dare_linear(
     def combine(block: Block, state: _Dropped) -> None:
         weights = normalized(weight.row(block), normalize) * np.float32(scale.at(block.name))
         drops = _drops(block, state, density, seed, rescale)
-        block.fuse(Combine(kernels.WEIGHTED_SUM, weights), drops)
+        block.fuse(Combine(compiled.WEIGHTED_SUM, weights), drops)
 
     return Merge(combine, prepare, passes=int(rescale == "l1"))
 
@@ -175,7 +197,7 @@ def dare_ties(
             finish(block)
             return
         options = (ELECT[elect], AGGREGATE[aggregate], int(zero_sign == "positive"))
-        how = Combine(kernels.ELECTED, weight.row(block), np.zeros(block.models, np.uint32),
+        how = Combine(compiled.ELECTED, weight.row(block), np.zeros(block.models, np.uint32),
                       options=options, factor=scale.at(block.name))  # fmt: skip
         block.fuse(how, drops)
 

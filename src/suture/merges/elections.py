@@ -9,11 +9,12 @@ from typing import Any
 
 import numpy as np
 
+from suture.edits.importance import RULES, Scoring
+from suture.edits.mask import stored_mask
+from suture.edits.stats import stored_stats
 from suture.errors import MismatchError, Problems
-from suture.importance import RULES, Scoring
-from suture.mask import stored_mask
 from suture.merges.base import Array, Beside, Context
-from suture.merges.census import Census, Votes, correlations
+from suture.merges.counts import Census, Votes, correlations
 from suture.merges.marks import (
     Joined,
     Masked,
@@ -23,10 +24,9 @@ from suture.merges.marks import (
     check_stats,
     ranked,
 )
-from suture.roles import role_of
 from suture.schema.values import PerModel
-from suture.stats import stored_stats
-from suture.stream import sweep, tasks_of
+from suture.stream.sweep import sweep, tasks_of
+from suture.tensors.roles import role_of
 
 NEEDS = ("abs_grad",)
 

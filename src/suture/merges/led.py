@@ -5,16 +5,22 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Annotated, Literal
 
-from suture import kernels
-from suture.merges.base import Density, Files, Merge, Scale, Scope, Seed, Weight
-from suture.merges.elections import Elected, Election, lines
-from suture.merges.marks import (
-    buffers,
+from suture.kernels import compiled
+from suture.merges.base import (
+    Density,
+    Files,
+    Merge,
+    Scale,
+    Scope,
+    Seed,
+    Weight,
 )
-from suture.merges.votes import scaled
+from suture.merges.elect import scaled
+from suture.merges.elections import Elected, Election, lines
+from suture.merges.marks import buffers
 from suture.schema.parameters import Choice, ModelName, Number
 from suture.schema.values import PerModel, Scalar, each
-from suture.stream import Block, cores
+from suture.stream.sweep import Block, cores
 
 Statistics = Annotated[
     Mapping[str, str] | None,
@@ -113,7 +119,7 @@ def led(
 
     def combine(block: Block, state: Elected) -> None:
         owned = state.look(block.name, block.start, block.count).owned
-        kernels.stitched(block.rows, weight.row(block), owned, block.count, block.out)
+        compiled.stitched(block.rows, weight.row(block), owned, block.count, block.out)
         scaled(block, scale)
 
     return Merge(combine, how.prepare, passes=2 + 2 * how.matched, facts=lambda s: s.facts,

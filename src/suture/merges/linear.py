@@ -7,12 +7,12 @@ from typing import Annotated
 
 import numpy as np
 
-from suture import kernels
+from suture.kernels import compiled
 from suture.merges.base import Array, Context, Merge, Scale, Weight
 from suture.schema.parameters import Choice, Number
 from suture.schema.values import PerModel, Scalar, each
-from suture.stream import WEIGHT, Block, Combine, sweep, tasks_of
-from suture.vector import Gram
+from suture.stream.sweep import WEIGHT, Block, Combine, sweep, tasks_of
+from suture.stream.vector import Gram
 
 Normalize = Annotated[bool, Choice("divide by the sum of the weights, unless that is 0")]
 
@@ -32,7 +32,7 @@ def linear(*, weight: Weight = each(1.0), normalize: Normalize = True) -> Merge[
 
     def combine(block: Block, _: None) -> None:
         weights = normalized(weight.row(block), normalize)
-        block.fuse(Combine(kernels.WEIGHTED_SUM, weights))
+        block.fuse(Combine(compiled.WEIGHTED_SUM, weights))
 
     return Merge(combine, how=WEIGHT)
 
@@ -48,7 +48,7 @@ def task_arithmetic(
 
     def combine(block: Block, _: None) -> None:
         weights = normalized(weight.row(block), normalize) * np.float32(scale.at(block.name))
-        block.fuse(Combine(kernels.WEIGHTED_SUM, weights))
+        block.fuse(Combine(compiled.WEIGHTED_SUM, weights))
 
     return Merge(combine)
 
@@ -64,7 +64,7 @@ def passthrough(*, scale: Factor = each(1.0)) -> Merge[None]:
     """
 
     def combine(block: Block, _: None) -> None:
-        kernels.weighted_sum(block.rows, scale.row(block), 0, block.count, block.out)
+        compiled.weighted_sum(block.rows, scale.row(block), 0, block.count, block.out)
 
     return Merge(combine, how=WEIGHT, keeps=lambda name: scale.at(name, 1)[0] == 1)
 
@@ -88,7 +88,7 @@ def slerp(*, t: Position = Scalar(0.5)) -> Merge[dict[str, Array]]:
         return {name: _coefficients(gram.of(name), t.at(name)) for name in context.names}
 
     def combine(block: Block, coefficients: dict[str, Array]) -> None:
-        block.fuse(Combine(kernels.WEIGHTED_SUM, coefficients[block.name]))
+        block.fuse(Combine(compiled.WEIGHTED_SUM, coefficients[block.name]))
 
     return Merge(combine, prepare, how=WEIGHT, passes=1)
 

@@ -12,19 +12,19 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
-from suture import kernels
-from suture.checkpoint import Checkpoint
+from suture.checkpoints.checkpoint import Checkpoint
+from suture.checkpoints.views import Lens, View
+from suture.edits.graft import check_shapes, is_graft
+from suture.edits.importance import Scoring
+from suture.edits.mask_file import StoredMask
+from suture.edits.stats import Stats
 from suture.errors import MismatchError, Problems
-from suture.graft import check_shapes, is_graft
-from suture.importance import Scoring
-from suture.maskfile import StoredMask
+from suture.kernels import compiled
 from suture.merges.base import Array, Context
-from suture.roles import role_of
-from suture.select import Ranking, Selection, rank
-from suture.spec import TensorSpec, listed
-from suture.stats import Stats
-from suture.stream import BLOCK, SPAN, WEIGHT, Block, Sources
-from suture.views import Lens, View
+from suture.stream.sweep import BLOCK, SPAN, WEIGHT, Block, Sources
+from suture.stream.topk import Ranking, Selection, rank
+from suture.tensors.roles import role_of
+from suture.tensors.spec import TensorSpec, listed
 
 
 def buffers(columns: int) -> int:
@@ -68,7 +68,7 @@ class Ranked:
         found = np.zeros((block.models, packed(count)), np.uint8)
         for first, stop, keys in self.selection.segments(block):
             for row, key, mine in zip(block.rows, keys, found, strict=True):
-                kernels.pack_selected(row, first, stop, int(key), mine, first)
+                compiled.pack_selected(row, first, stop, int(key), mine, first)
         return found
 
     def _at(self, name: str, start: int, count: int) -> Block:

@@ -10,13 +10,21 @@ from typing import Annotated, Any, Literal
 
 import numpy as np
 
+from suture.edits.stats import Stats, stored_stats
 from suture.errors import Problems
-from suture.merges.base import Array, Beside, Context, Files, Merge, Scale, Weight
-from suture.merges.votes import scaled
+from suture.merges.base import (
+    Array,
+    Beside,
+    Context,
+    Files,
+    Merge,
+    Scale,
+    Weight,
+)
+from suture.merges.elect import scaled
 from suture.schema.parameters import Choice, Number
 from suture.schema.values import Scalar, each
-from suture.stats import Stats, stored_stats
-from suture.stream import DELTA, Block, Sources
+from suture.stream.sweep import DELTA, Block, Sources
 
 Statistics = Annotated[
     Mapping[str, str],

@@ -7,14 +7,14 @@ from typing import Annotated, Any, Literal
 
 import numpy as np
 
-from suture import kernels
+from suture.kernels import compiled
 from suture.merges.base import Array, Context, Merge, Scale
-from suture.merges.votes import Rounding, Sign, scaled
+from suture.merges.elect import Rounding, Sign, scaled
 from suture.schema.parameters import Choice, Number
 from suture.schema.values import Scalar
-from suture.select import Ranking, Selection, rank
-from suture.stream import Block, Visitor, sweep, tasks_of
-from suture.vector import Gram
+from suture.stream.sweep import Block, Visitor, sweep, tasks_of
+from suture.stream.topk import Ranking, Selection, rank
+from suture.stream.vector import Gram
 
 Epsilon = Annotated[float, Number("a model moved an entry that it changed by more than this", 0)]
 
@@ -34,7 +34,7 @@ def ram(*, epsilon: Epsilon = 1e-5, scale: Scale = Scalar(1.0)) -> Merge[None]:
     def combine(block: Block, _: None) -> None:
         models = len(block.rows)
         ones, keys = np.ones(models, np.float32), _moved(epsilon, models)
-        kernels.masked_mean(block.rows, ones, keys, 0, block.count, block.out)
+        compiled.masked_mean(block.rows, ones, keys, 0, block.count, block.out)
         scaled(block, scale)
 
     return Merge(combine)
@@ -68,7 +68,7 @@ def ramplus_tl(
 
     def combine(block: Block, factors: dict[str, Array]) -> None:
         keys = _moved(epsilon, len(block.rows))
-        kernels.merge_overlaps(block.rows, factors[block.name], keys, block.count, block.out)
+        compiled.merge_overlaps(block.rows, factors[block.name], keys, block.count, block.out)
         scaled(block, scale)
 
     return Merge(combine, prepare, passes=1)
@@ -84,7 +84,7 @@ class _Overlaps(Visitor["dict[str, Array]"]):
 
     def see(self, local: dict[str, Array], block: Block) -> None:
         counts = local.setdefault(block.name, np.zeros((2, self.models), np.int64))
-        kernels.count_overlaps(block.rows, self.keys, block.count, counts)
+        compiled.count_overlaps(block.rows, self.keys, block.count, counts)
 
     def end_task(self, local: dict[str, Array], task: Any) -> None:
         for name, counts in local.items():
@@ -154,9 +154,9 @@ def sce(
 
     def combine(block: Block, state: _Selected) -> None:
         _keep(block, state.selection)
-        kernels.vote_and_merge(
-            block.rows, state.weights[block.name], 0, block.count, block.out, kernels.MASS,
-            kernels.WEIGHTED_MEAN, int(zero_sign == "positive"),
+        compiled.vote_and_merge(
+            block.rows, state.weights[block.name], 0, block.count, block.out, compiled.MASS,
+            compiled.WEIGHTED_MEAN, int(zero_sign == "positive"),
         )  # fmt: skip
         scaled(block, scale)
 
@@ -170,7 +170,7 @@ def sce(
 
 def _variance(block: Block) -> None:
     """Put the variance over the models in row 0."""
-    kernels.variances(block.rows, block.count, block.out)
+    compiled.variances(block.rows, block.count, block.out)
     block.rows[0, : block.count] = block.out[: block.count]
 
 
@@ -178,7 +178,7 @@ def _keep(block: Block, selection: Selection) -> None:
     """Zero the entries of all models whose variance was not selected."""
     if block.name not in selection.groups:
         return
-    kernels.variances(block.rows, block.count, block.out)
+    compiled.variances(block.rows, block.count, block.out)
     keys = block.out.view(np.uint32)
     for start, stop, least in selection.segments(block):
         block.rows[:, start:stop] *= keys[start:stop] >= least[0]

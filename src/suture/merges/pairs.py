@@ -7,11 +7,11 @@ from typing import Annotated
 import numpy as np
 
 from suture.merges.base import Array, Context, Merge
-from suture.merges.rows import Rows, row_width
+from suture.merges.row_blocks import Rows, row_width
 from suture.schema.parameters import Number
 from suture.schema.values import Scalar
-from suture.select import Ranking, Selection, rank
-from suture.stream import Block, Visitor, sweep, tasks_of
+from suture.stream.sweep import Block, Visitor, sweep, tasks_of
+from suture.stream.topk import Ranking, Selection, rank
 
 Distance = Annotated[Scalar, Number("how far an entry may move from the base", 0)]
 

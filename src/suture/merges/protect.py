@@ -13,10 +13,16 @@ from typing import Any
 
 import numpy as np
 
-from suture.errors import Problems, RecipeError, brief, did_you_mean
-from suture.importance import RULES, Scoring
-from suture.mask import Mask, stored_mask
-from suture.maskfile import StoredMask
+from suture.edits.importance import RULES, Scoring
+from suture.edits.mask import Mask, stored_mask
+from suture.edits.mask_file import StoredMask
+from suture.edits.stats import Stats, stored_stats
+from suture.errors import (
+    Problems,
+    RecipeError,
+    brief,
+    did_you_mean,
+)
 from suture.merges.base import Beside, Context, Merge, spelled
 from suture.merges.marks import (
     Masked,
@@ -28,11 +34,10 @@ from suture.merges.marks import (
     ranked,
     unpacked,
 )
-from suture.places import place_of
 from suture.schema.parameters import Number
-from suture.select import SCOPES, exact_count
-from suture.stats import Stats, stored_stats
-from suture.stream import DELTA, Block, cores
+from suture.schema.paths import place_of
+from suture.stream.sweep import DELTA, Block, cores
+from suture.stream.topk import SCOPES, exact_count
 
 KEYS = ("model", "mask", "rule", "density", "scope", "stats", "seed", "scale")
 CONTROLS = ("magnitude", "random")

@@ -8,17 +8,33 @@ from typing import Annotated, Any, Literal
 
 import numpy as np
 
-from suture import kernels
-from suture.merges.base import Context, Density, Merge, Scale, Scope, Seed, Weight
+from suture.kernels import compiled
+from suture.merges.base import (
+    Context,
+    Density,
+    Merge,
+    Scale,
+    Scope,
+    Seed,
+    Weight,
+)
 from suture.merges.dare import stream_key
+from suture.merges.elect import Aggregate, Elect, Rounding, Sign, Votes
 from suture.merges.linear import Normalize
-from suture.merges.rows import Rows, row_width
-from suture.merges.thinning import L1, Finish, Thinned, Thinning, summed, thinned, voted
-from suture.merges.votes import Aggregate, Elect, Rounding, Sign, Votes
+from suture.merges.row_blocks import Rows, row_width
+from suture.merges.trim import (
+    L1,
+    Finish,
+    Thinned,
+    Thinning,
+    summed,
+    thinned,
+    voted,
+)
 from suture.schema.parameters import Choice, Number
 from suture.schema.values import PerModel, Scalar, each
-from suture.select import Ranking, Selection, rank
-from suture.stream import Block
+from suture.stream.sweep import Block
+from suture.stream.topk import Ranking, Selection, rank
 
 Gamma = Annotated[
     PerModel, Number("share of the largest entries that are dropped as outliers", 0, 1)
@@ -52,7 +68,7 @@ def _crumbs(density: PerModel, gamma: PerModel, scope: str, rounding: str) -> Th
     def thin(block: Block, selection: Selection) -> None:
         models = len(block.rows)
         for start, stop, keys in selection.segments(block):
-            kernels.keep_between(block.rows, keys[:models], keys[models:], start, stop)
+            compiled.keep_between(block.rows, keys[:models], keys[models:], start, stop)
 
     def facts(selection: Selection) -> dict[str, Any]:
         kept = selection.kept()
@@ -129,7 +145,7 @@ class _Scratch:
         self.size, self.width = size, width
         self.ranks = np.zeros(size, np.uint32)
         self.words = np.zeros(size + 8, np.uint32)
-        self.spare = np.zeros(3 * width + kernels.RANK_SPARE, np.uint32)
+        self.spare = np.zeros(3 * width + compiled.RANK_SPARE, np.uint32)
 
 
 class _MagPrune:
@@ -157,10 +173,10 @@ class _MagPrune:
             if density >= 1:
                 continue
             key = stream_key(self.seed, model, block.name)
-            kernels.random_words(key, first, count + position - first, scratch.words)
-            kernels.rank_rows(row, start, number, width, scratch.ranks, scratch.spare)
+            compiled.random_words(key, first, count + position - first, scratch.words)
+            compiled.rank_rows(row, start, number, width, scratch.ranks, scratch.spare)
             alone = width == 1
-            kernels.drop_by_rank(
+            compiled.drop_by_rank(
                 row, scratch.ranks, scratch.words, start, count, position - first,
                 density if alone else density - epsilon,
                 0.0 if alone else 2 * epsilon / (width - 1), int(self.own), 1.0,

@@ -16,14 +16,14 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import numpy as np
 
-from suture import kernels
+from suture.kernels import compiled
 from suture.merges.base import Array, Context, Merge, Scale, Weight
-from suture.merges.votes import scaled
+from suture.merges.elect import scaled
 from suture.merges.whole import HELD, Whole
 from suture.schema.parameters import Number
 from suture.schema.values import PerModel, Scalar, each
-from suture.spec import TensorSpec
-from suture.stream import Block, cores
+from suture.stream.sweep import Block, cores
+from suture.tensors.spec import TensorSpec
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -171,7 +171,7 @@ def _by_matrix(merge: Matrices, weight: PerModel, scale: Scalar) -> Merge[Whole]
             whole.fill(block)
         else:
             weights = weight.row(block) / np.float32(len(block.rows))
-            kernels.weighted_sum(block.rows, weights, 0, block.count, block.out)
+            compiled.weighted_sum(block.rows, weights, 0, block.count, block.out)
         scaled(block, scale)
 
     def check(names: Sequence[str], models: Sequence[str]) -> Iterator[str]:

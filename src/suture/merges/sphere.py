@@ -11,14 +11,14 @@ from typing import Annotated, Any, Literal
 
 import numpy as np
 
-from suture import kernels
+from suture.kernels import compiled
 from suture.merges.base import EITHER, Array, Context, Merge, Weight
 from suture.merges.linear import Normalize, grams
-from suture.merges.rows import Rows, row_grams, row_width
+from suture.merges.row_blocks import Rows, row_grams, row_width
 from suture.schema.parameters import Choice, Number
 from suture.schema.values import PerModel, each
-from suture.spec import PIECE, Piece, TensorSpec
-from suture.stream import WEIGHT, Block, Visitor, sweep, tasks_of
+from suture.stream.sweep import WEIGHT, Block, Visitor, sweep, tasks_of
+from suture.tensors.spec import PIECE, Piece, TensorSpec
 
 Over = Annotated[
     Literal["tensor", "row", "column"],
@@ -45,7 +45,7 @@ def nuslerp(*, weight: Weight = each(1.0), over: Over = "tensor") -> Merge[dict[
     def by_row(block: Block, start: int, number: int) -> None:
         factors = _arc(row_grams(block, start, number), places(block.name)).astype(np.float32)
         width = row_width(block.sources.spec(block.name))
-        kernels.sum_by_row(block.rows, factors, start, number, width, block.out)
+        compiled.sum_by_row(block.rows, factors, start, number, width, block.out)
 
     rows = Rows(by_row)
 
@@ -68,9 +68,9 @@ def nuslerp(*, weight: Weight = each(1.0), over: Over = "tensor") -> Merge[dict[
         if found is None:  # rows, and vectors, which are one row
             rows(block)
         elif found.ndim == 2:
-            kernels.sum_by_column(block.rows, found, block.count, block.start, block.out)
+            compiled.sum_by_column(block.rows, found, block.count, block.start, block.out)
         else:
-            kernels.weighted_sum(block.rows, found, 0, block.count, block.out)
+            compiled.weighted_sum(block.rows, found, 0, block.count, block.out)
 
     return Merge(combine, prepare, how=EITHER, passes=int(over != "row"))
 
@@ -107,7 +107,7 @@ class _ColumnDots(Visitor["dict[int, Array]"]):
             spec = self.specs[block.name]
             width = min(self.columns(block.name), spec.numel - piece, PIECE)
             local[piece] = np.zeros((self.models**2, max(1, width)))
-        kernels.column_dots(block.rows, block.count, block.start - piece, local[piece])
+        compiled.column_dots(block.rows, block.count, block.start - piece, local[piece])
 
     def end_piece(self, local: dict[int, Array], piece: Piece) -> None:
         self._parts.setdefault(piece.name, {}).update(local)
@@ -144,7 +144,7 @@ def multislerp(
 
 
 def _weighted(block: Block, factors: dict[str, Array]) -> None:
-    kernels.weighted_sum(block.rows, factors[block.name], 0, block.count, block.out)
+    compiled.weighted_sum(block.rows, factors[block.name], 0, block.count, block.out)
 
 
 def _shares(weight: PerModel, name: str, models: int, normalize: bool) -> Array:

@@ -5,16 +5,26 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Annotated, Any
 
-from suture import kernels
+from suture.edits.mask import stored_mask
 from suture.errors import MismatchError, Problems
-from suture.mask import stored_mask
-from suture.merges.base import Array, Beside, Context, Density, Files, Merge, Scale, Scope, Weight
+from suture.kernels import compiled
+from suture.merges.base import (
+    Array,
+    Beside,
+    Context,
+    Density,
+    Files,
+    Merge,
+    Scale,
+    Scope,
+    Weight,
+)
+from suture.merges.elect import scaled
 from suture.merges.marks import Masked, check_mask
 from suture.merges.ties import selected, selection_facts
-from suture.merges.votes import scaled
 from suture.schema.values import Scalar, each
-from suture.select import Selection, exact_count
-from suture.stream import Block, Combine
+from suture.stream.sweep import Block, Combine
+from suture.stream.topk import Selection, exact_count
 
 Masks = Annotated[
     Mapping[str, str] | None,
@@ -49,7 +59,7 @@ def _combine(weight: Any, scale: Scalar) -> Any:
     def combine(block: Block, state: Selection) -> None:
         weights: Array = weight.row(block)
         for start, stop, keys in state.segments(block):
-            block.fuse(Combine(kernels.MASKED_MEAN, weights, keys, factor=scale.at(block.name)),
+            block.fuse(Combine(compiled.MASKED_MEAN, weights, keys, factor=scale.at(block.name)),
                        start=start, stop=stop)  # fmt: skip
 
     return combine
@@ -61,7 +71,7 @@ def _from_masks(files: Mapping[str, str], weight: Any, scale: Scalar) -> Merge[A
 
     def combine(block: Block, state: Masked) -> None:
         bits = state.bits(block.name, block.start, block.count)
-        kernels.stitched(block.rows, weight.row(block), bits, block.count, block.out)
+        compiled.stitched(block.rows, weight.row(block), bits, block.count, block.out)
         scaled(block, scale)
 
     def facts(state: Masked) -> dict[str, Any]:

@@ -8,10 +8,17 @@ from typing import Any
 
 import numpy as np
 
-from suture import kernels
-from suture.merges.base import Array, Context, Density, Merge, Scale, Scope, Weight
-from suture.merges.thinning import L1, l1_factors, rescaled, voted
-from suture.merges.votes import (
+from suture.kernels import compiled
+from suture.merges.base import (
+    Array,
+    Context,
+    Density,
+    Merge,
+    Scale,
+    Scope,
+    Weight,
+)
+from suture.merges.elect import (
     AGGREGATE,
     ELECT,
     Aggregate,
@@ -20,9 +27,16 @@ from suture.merges.votes import (
     Votes,
     ZeroSign,
 )
+from suture.merges.trim import L1, l1_factors, rescaled, voted
 from suture.schema.values import PerModel, Scalar, each
-from suture.select import Count, Selection, exact_count, select
-from suture.stream import Block, Combine, Visitor, sweep, tasks_of
+from suture.stream.sweep import (
+    Block,
+    Combine,
+    Visitor,
+    sweep,
+    tasks_of,
+)
+from suture.stream.topk import Count, Selection, exact_count, select
 
 ABOVE = 0x80000000
 """A key above that of every magnitude."""
@@ -62,7 +76,7 @@ class _Trimmed:
         """Zero what is not kept, and rescale the rest where that is asked for."""
         above = np.full(block.models, ABOVE, np.uint32)
         for start, stop, keys in self.selection.segments(block):
-            kernels.keep_between(block.rows, keys, above, start, stop)
+            compiled.keep_between(block.rows, keys, above, start, stop)
         rescaled(block, self.factors)
 
 
@@ -105,7 +119,7 @@ def ties(
             return
         weights, options = weight.row(block), (ELECT[elect], AGGREGATE[aggregate], state.zero)
         for start, stop, keys in state.selection.segments(block):
-            block.fuse(Combine(kernels.ELECTED, weights, keys, options=options,
+            block.fuse(Combine(compiled.ELECTED, weights, keys, options=options,
                                factor=scale.at(block.name)), start=start, stop=stop)  # fmt: skip
 
     def facts(state: _Trimmed) -> dict[str, Any]:
@@ -130,12 +144,12 @@ class _Balance(Visitor["list[int]"]):
         if self.state.factors:
             self.state.trim(block)
             everything = np.zeros(block.models, np.uint32)
-            local[0] += kernels.count_elected_signs(
+            local[0] += compiled.count_elected_signs(
                 block.rows, weights, everything, 0, block.count, self.elect
             )
             return
         for start, stop, keys in self.state.selection.segments(block):
-            local[0] += kernels.count_elected_signs(
+            local[0] += compiled.count_elected_signs(
                 block.rows, weights, keys, start, stop, self.elect
             )
 

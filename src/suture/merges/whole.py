@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 import numpy as np
 
 from suture.merges.base import Array
-from suture.stream import BLOCK, Block, Sources
+from suture.stream.sweep import BLOCK, Block, Sources
 
 Compute = Callable[[str, Array], Array]
 """``compute(name, rows)``: the merged tensor as float32[elements], from float32[models, elements],

@@ -13,9 +13,9 @@ from pydantic import BeforeValidator, PlainSerializer, ValidationError, Validati
 from pydantic_core import CoreSchema, InitErrorDetails, PydanticCustomError, core_schema
 
 from suture.errors import RecipeError, brief
-from suture.places import place_of
-from suture.roles import DEFAULT_SPACE, ParamSpace
+from suture.schema.paths import place_of
 from suture.schema.sections import NAMES, Section, reading_of
+from suture.tensors.roles import DEFAULT_SPACE, ParamSpace
 
 T = TypeVar("T")
 

@@ -11,8 +11,8 @@ from pydantic import BeforeValidator
 
 from suture.schema.fields import Becomes, Says, plain, section_of
 from suture.schema.sections import Section
-from suture.settings import Precision, TuneSettings
-from suture.sources import Source, found_at
+from suture.schema.sources import Source, found_at
+from suture.schema.tuning import Precision, TuneSettings
 
 FILES = ("a file (.jsonl, .json, .csv, .parquet; of images also .npz or a folder) or a data set of "
          "the hub")  # fmt: skip

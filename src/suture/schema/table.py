@@ -94,7 +94,7 @@ class Table(Mapping[str, L], Generic[L]):
     """Lines by name: Suture's own, and those of plug-ins, which are loaded when they are asked for.
 
     Example:
-        >>> from suture.merges import METHODS
+        >>> from suture.merges.table import METHODS
         >>> METHODS["ties"].title
         'TIES'
         >>> METHODS.find("tiess")

@@ -10,7 +10,7 @@ from typing import Any
 import yaml
 
 from suture.errors import Problems, RecipeError
-from suture.places import recipe_folder
+from suture.schema.paths import recipe_folder
 
 RECIPE_LIMIT = 1 << 20
 """Bytes a recipe may have; sixteen times that with what was made of it, as JSON."""

@@ -6,7 +6,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any
 
-from suture.roles import selects
+from suture.tensors.roles import selects
 
 
 @dataclass(frozen=True)

@@ -15,7 +15,7 @@ import tempfile
 from pathlib import Path
 
 from suture.errors import SutureError
-from suture.merges import Method
+from suture.merges.base import Method
 from suture.testing.laws import cases, hold
 from suture.testing.toys import Lab
 
@@ -39,12 +39,12 @@ def check_method(method: Method, folder: Path | None = None) -> int:
             that is wrong, the number that came and the one that was expected.
 
     Example:
-        >>> from suture.merges import METHODS
+        >>> from suture.merges.table import METHODS
         >>> check_method(METHODS["task_arithmetic"])
         17
     """
     if not isinstance(method, Method):
-        raise TypeError(f"check_method takes a suture.merges.Method, not {method!r}")
+        raise TypeError(f"check_method takes a suture.merges.base.Method, not {method!r}")
     broken, held = [], 0
     with tempfile.TemporaryDirectory(prefix="suture-laws-") as made:
         for law, case in cases(method, Lab(Path(made) if folder is None else folder)):

@@ -14,9 +14,9 @@ from typing import Any
 
 import numpy as np
 
-from suture.merges import METHODS, Method
-from suture.roles import role_of
-from suture.run import MergeReport, merge
+from suture.merges.base import Method
+from suture.merges.table import METHODS
+from suture.tensors.roles import role_of
 from suture.testing.toys import (
     FLAVOURS,
     Cells,
@@ -30,6 +30,7 @@ from suture.testing.toys import (
     read,
     write,
 )
+from suture.verbs.merge.run import MergeReport, merge
 
 SIXTEEN = ("BF16", "F16")
 

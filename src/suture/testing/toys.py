@@ -11,10 +11,10 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from suture.checkpoint import open_checkpoint
-from suture.roles import ParamSpace
-from suture.spec import TensorSpec
-from suture.stats import Stats
+from suture.checkpoints.checkpoint import open_checkpoint
+from suture.edits.stats import Stats
+from suture.tensors.roles import ParamSpace
+from suture.tensors.spec import TensorSpec
 
 Array = np.ndarray[Any, Any]
 FLAVOURS: Mapping[str, Sequence[str]] = {

@@ -1,0 +1,1 @@
+"""The public functions of ``suture``: the algebra of models, and what every command does."""

@@ -1,0 +1,1 @@
+"""Tensors in and out: headers, layouts, adapters, quantised files, vocabularies; the writer."""

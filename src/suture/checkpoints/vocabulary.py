@@ -1,0 +1,468 @@
+"""Tokens by id, and the tokenizer files of an output; JSON only, no tokenizer library.
+
+A vocabulary is read as ``transformers`` would see it: ``tokenizer.json``, or ``vocab.json`` or
+``vocab.txt`` with ``added_tokens.json``, then the tokens that ``tokenizer_config.json`` adds.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from suture.checkpoints.checkpoint import within
+from suture.checkpoints.headers import read_json
+from suture.errors import (
+    CheckpointError,
+    Problems,
+    RecipeError,
+    brief,
+    did_you_mean,
+)
+
+TOKENIZER = (
+    "tokenizer.json", "tokenizer_config.json", "tokenizer.model", "special_tokens_map.json",
+    "added_tokens.json", "vocab.json", "vocab.txt", "merges.txt", "spiece.model",
+    "sentencepiece.bpe.model", "chat_template.jinja", "chat_template.json",
+)  # fmt: skip
+"""Files that make a tokenizer."""
+FILE_LIMIT = 200_000_000
+"""Bytes of a file beside the weights that will be carried over."""
+TOKEN_LIMIT = 1 << 24
+"""Ids a tokenizer may have."""
+SPECIAL = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token",
+           "mask_token")  # fmt: skip
+_PLAIN = {"single_word": False, "lstrip": False, "rstrip": False, "normalized": True,
+          "special": False}  # fmt: skip
+
+UNION = "union"
+BASE = "base"
+ZERO = "zero"
+
+
+# -- what a recipe says ----------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class TokenRule:
+    """Where the embedding of one token comes from in models that lack it."""
+
+    source: str | None = None
+    """The name of a model, or ``zero``; ``None`` leaves it to the default."""
+    token: str | None = None
+    """Another token of that model, whose row is taken."""
+    token_id: int | None = None
+    """The same, by id."""
+    force: bool = False
+    """Whether models that have the token take this row, too."""
+
+    def plain(self) -> dict[str, Any]:
+        """As a recipe writes it."""
+        found: dict[str, Any] = {}
+        if self.token is not None or self.token_id is not None:
+            key = "token" if self.token is not None else "token_id"
+            which = self.token if self.token is not None else self.token_id
+            found["source"] = {"kind": "model_token", "model": self.source, key: which}
+        elif self.source is not None:
+            found["source"] = {"kind": "zero"} if self.source == ZERO else self.source
+        return found | ({"force": True} if self.force else {})
+
+
+@dataclass(frozen=True)
+class Wanted:
+    """The tokenizer that an output shall have, and how embeddings are matched to it."""
+
+    source: str = UNION
+    """``union``, the name of a model, or the path of a folder with a tokenizer."""
+    base: str | None = None
+    """The model whose row stands in where others lack a token; ``None``: their mean does."""
+    tokens: Mapping[str, TokenRule] = field(default_factory=dict)
+    pad_to_multiple_of: int | None = None
+    keep_rows: bool = False
+    """Whether rows of the source model without a token are kept, rather than cut off."""
+
+    def plain(self) -> dict[str, Any]:
+        """As a recipe writes it."""
+        found: dict[str, Any] = {"source": self.source, "base": self.base}
+        if self.tokens:
+            found["tokens"] = {token: rule.plain() for token, rule in self.tokens.items()}
+        if self.pad_to_multiple_of is not None:
+            found["pad_to_multiple_of"] = self.pad_to_multiple_of
+        return found
+
+
+def read_wanted(
+    raw: object,
+    problems: Problems,
+    base: str | None,
+    first: str | None,
+    name_of: Callable[[object, str], str] | None = None,
+) -> Wanted | None:
+    """Read the ``tokenizer`` section of a recipe; a word alone is its ``source``.
+
+    Args:
+        raw: what stands in the recipe.
+        problems: takes what is wrong with it.
+        base: the name of the model that counts as the base.
+        first: the name of the first model, which stands for the base where there is none.
+        name_of: from how the recipe writes a model to the model's name, or to a path.
+    """
+    if raw is None:
+        return None
+    section = {"source": raw} if isinstance(raw, str) else raw
+    if not isinstance(section, Mapping):
+        problems.add(RecipeError, f"tokenizer: a mapping or a source, not {brief(raw)}")
+        return None
+    known = ("source", "base", "tokens", "pad_to_multiple_of")
+    _known(section, known, "tokenizer", problems)
+    named = name_of or (lambda value, where: _text(value, where, problems))
+    base = base if section.get("base") is None else named(section["base"], "tokenizer.base")
+    source = section.get("source", UNION)
+    if source == BASE:
+        source = base or first or BASE
+    elif source != UNION:
+        source = named(source, "tokenizer.source")
+    multiple = section.get("pad_to_multiple_of")
+    if multiple is not None and (type(multiple) is not int or not 1 <= multiple <= 1 << 16):
+        problems.add(
+            RecipeError,
+            f"tokenizer.pad_to_multiple_of: a whole number from 1, not {brief(multiple)}",
+        )
+        multiple = None
+    rules = section.get("tokens") or {}
+    if not isinstance(rules, Mapping):
+        problems.add(RecipeError, f"tokenizer.tokens: a mapping from tokens, not {brief(rules)}")
+        rules = {}
+    tokens = {str(t): _rule(str(t), rule, named, problems) for t, rule in rules.items()}
+    return Wanted(source, base, tokens, multiple)
+
+
+def from_mergekit(
+    raw: Mapping[str, Any],
+    problems: Problems,
+    base: str | None,
+    first: str | None,
+    name_of: Callable[[object, str], str],
+) -> Wanted | None:
+    """The ``tokenizer`` or ``tokenizer_source`` of a mergekit recipe; as ``read_wanted``."""
+    source, section = raw.get("tokenizer_source"), raw.get("tokenizer")
+    if source is not None and section is not None:
+        problems.add(RecipeError, "tokenizer_source and tokenizer: give one of them")
+    if section is None and source is not None:
+        section = {"source": source}
+    return read_wanted(section, problems, base, first, name_of)
+
+
+def _rule(
+    token: str, raw: object, named: Callable[[object, str], str], problems: Problems
+) -> TokenRule:
+    where = f"tokenizer.tokens.{token}"
+    raw = {"source": raw} if isinstance(raw, str) else raw
+    if not isinstance(raw, Mapping):
+        problems.add(RecipeError, f"{where}: a mapping with a source, not {brief(raw)}")
+        return TokenRule()
+    _known(raw, ("source", "force"), where, problems)
+    force, source = raw.get("force", False), raw.get("source")
+    if type(force) is not bool:
+        problems.add(RecipeError, f"{where}.force: true or false, not {brief(force)}")
+    if force and source is None:
+        problems.add(RecipeError, f"{where}: force needs a source")
+    if source is None or source == ZERO:
+        return TokenRule(source, force=bool(force))
+    if not isinstance(source, Mapping) or "kind" not in source:
+        return TokenRule(named(source, f"{where}.source"), force=bool(force))
+    return _other_token(source, bool(force), f"{where}.source", named, problems)
+
+
+def _other_token(
+    source: Mapping[str, Any],
+    force: bool,
+    where: str,
+    named: Callable[[object, str], str],
+    problems: Problems,
+) -> TokenRule:
+    kinds = {"zero": ("kind",), "model_token": ("kind", "model", "token", "token_id")}
+    kind = source["kind"]
+    if kind not in kinds:
+        hint = did_you_mean(str(kind), list(kinds))
+        problems.add(RecipeError, f"{where}.kind: {brief(kind)} is not known; {hint}")
+        return TokenRule()
+    _known(source, kinds[kind], f"{where}", problems)
+    if kind == ZERO:
+        return TokenRule(ZERO, force=force)
+    word, number = source.get("token"), source.get("token_id")
+    if (word is None) == (number is None):
+        problems.add(RecipeError, f"{where}: give one of token and token_id")
+    if number is not None and (type(number) is not int or number < 0):
+        problems.add(RecipeError, f"{where}.token_id: a number from 0, not {brief(number)}")
+        number = 0
+    if word is not None and not isinstance(word, str):
+        problems.add(RecipeError, f"{where}.token: a token, not {brief(word)}")
+        word = None
+    model = named(source.get("model"), f"{where}.model")
+    return TokenRule(model, word, number, force)
+
+
+def _known(raw: Mapping[Any, Any], keys: Sequence[str], where: str, problems: Problems) -> None:
+    for key in raw:
+        if key not in keys:
+            hint = did_you_mean(str(key), keys)
+            problems.add(RecipeError, f"{where}: unknown key {key!r}; {hint}")
+
+
+def _text(value: object, where: str, problems: Problems) -> str:
+    if not isinstance(value, str) or not value:
+        problems.add(RecipeError, f"{where}: the name of a model, not {brief(value)}")
+        return ""
+    return value
+
+
+# -- what a folder holds ---------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Vocabulary:
+    """The tokens of one tokenizer."""
+
+    ids: Mapping[str, int]
+    """Every token and its id."""
+    added: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
+    """How added tokens are matched, by token, as ``tokenizer.json`` writes it without the id."""
+
+    @property
+    def size(self) -> int:
+        """One more than the largest id."""
+        return max(self.ids.values(), default=-1) + 1
+
+    def below(self, rows: int) -> Vocabulary:
+        """Only the tokens that an embedding of ``rows`` rows has a row for."""
+        if self.size <= rows:
+            return self
+        kept = {token: i for token, i in self.ids.items() if i < rows}
+        return Vocabulary(kept, {t: how for t, how in self.added.items() if t in kept})
+
+
+def read_vocabulary(folder: Path) -> Vocabulary | None:
+    """The tokens of the tokenizer in ``folder``; ``None`` where there is none.
+
+    Raises:
+        CheckpointError: its files cannot be read, or hold no token ids.
+    """
+    ids: dict[str, int] = {}
+    added: dict[str, Mapping[str, Any]] = {}
+    if (whole := json_file(folder, "tokenizer.json")) is not None:
+        ids |= _pieces(whole.get("model"), folder)
+        for entry in _entries(whole.get("added_tokens"), folder):
+            ids[entry["content"]] = entry["id"]
+            added[entry["content"]] = {k: bool(entry.get(k, d)) for k, d in _PLAIN.items()}
+    elif (words := json_file(folder, "vocab.json")) is not None:
+        ids |= _whole(words, folder / "vocab.json")
+    elif (folder / "vocab.txt").is_file():
+        lines = within(folder / "vocab.txt", folder).read_text("utf-8", "replace").split("\n")
+        ids |= {line.rstrip("\r"): n for n, line in enumerate(lines) if line.rstrip("\r")}
+    elif any((folder / n).is_file() for n in TOKENIZER if n.endswith(".model")):
+        raise CheckpointError(
+            f"{folder}: its tokens are only in a sentencepiece model; convert it once: "
+            "AutoTokenizer.from_pretrained(folder).save_pretrained(folder) writes a tokenizer.json"
+        )
+    else:
+        return None
+    if whole is None:
+        more = json_file(folder, "added_tokens.json") or {}
+        ids |= _whole(more, folder / "added_tokens.json")
+        added |= {token: _PLAIN for token in more}
+    _configured(folder, ids, added)
+    if not ids or max(ids.values()) >= TOKEN_LIMIT:
+        raise CheckpointError(f"{folder}: a tokenizer without tokens, or with absurd ids")
+    return Vocabulary(ids, added)
+
+
+def json_file(folder: Path, name: str) -> dict[str, Any] | None:
+    """A JSON object beside the weights; ``None`` where there is no such file."""
+    path = folder / name
+    return read_json(within(path, folder), FILE_LIMIT) if path.is_file() else None
+
+
+def _pieces(model: object, folder: Path) -> dict[str, int]:
+    """The ``vocab`` of a tokenizer.json: ids by token, or tokens with scores in order of ids."""
+    vocab = model.get("vocab") if isinstance(model, dict) else None
+    if isinstance(vocab, list):
+        if not all(isinstance(p, list) and p and isinstance(p[0], str) for p in vocab):
+            raise CheckpointError(f"{folder / 'tokenizer.json'}: its vocab is no list of tokens")
+        return {piece[0]: number for number, piece in enumerate(vocab)}
+    if not isinstance(vocab, dict):
+        raise CheckpointError(f"{folder / 'tokenizer.json'}: has no vocab")
+    return _whole(vocab, folder / "tokenizer.json")
+
+
+def _whole(ids: Mapping[str, Any], path: Path) -> dict[str, int]:
+    if not all(type(i) is int and i >= 0 for i in ids.values()):
+        raise CheckpointError(f"{path}: maps tokens to what are no whole numbers")
+    return dict(ids)
+
+
+def _entries(raw: object, folder: Path) -> list[dict[str, Any]]:
+    """The ``added_tokens`` of a tokenizer.json, in order of ids."""
+    entries = [] if raw is None else raw
+    if not isinstance(entries, list) or not all(
+        isinstance(e, dict) and isinstance(e.get("content"), str) and type(e.get("id")) is int
+        and e["id"] >= 0 for e in entries
+    ):  # fmt: skip
+        raise CheckpointError(f"{folder / 'tokenizer.json'}: its added_tokens are not understood")
+    return sorted(entries, key=lambda entry: int(entry["id"]))
+
+
+def _configured(folder: Path, ids: dict[str, int], added: dict[str, Mapping[str, Any]]) -> None:
+    """Add the tokens that only the tokenizer's configuration names, as loading it would."""
+    config = json_file(folder, "tokenizer_config.json") or {}
+    special = json_file(folder, "special_tokens_map.json") or {}
+    listing = config.get("added_tokens_decoder")
+    for key, entry in (listing if isinstance(listing, dict) else {}).items():
+        content = entry.get("content") if isinstance(entry, dict) else None
+        known = str(key).isdecimal() and len(key) < 20
+        if isinstance(content, str) and content not in ids and known:
+            ids[content] = int(key)
+            added[content] = {k: bool(entry.get(k, d)) for k, d in _PLAIN.items()}
+    named: list[Any] = [(config.get(key) or special.get(key)) for key in SPECIAL]
+    for key in ("extra_special_tokens", "additional_special_tokens"):
+        more = config.get(key) or special.get(key) or []
+        named += more.values() if isinstance(more, dict) else more if isinstance(more, list) else ()
+    for entry in named:
+        content = entry.get("content") if isinstance(entry, dict) else entry
+        if isinstance(content, str) and content not in ids:
+            ids[content] = max(ids.values(), default=-1) + 1
+            added[content] = {**_PLAIN, "normalized": False, "special": True}
+
+
+# -- several vocabularies as one -------------------------------------------------------------------
+
+
+def union(first: Vocabulary, others: Iterable[Vocabulary]) -> Vocabulary:
+    """Every token of any of them; those of the first keep their ids, others follow in order.
+
+    First come ordinary tokens, model after model in the order of their ids, then added ones. A
+    token that one model adds and another has in its vocabulary is an added one.
+    """
+    all_of = [first, *others]
+    added: dict[str, Mapping[str, Any]] = {}
+    for vocabulary in all_of:
+        for token in sorted(vocabulary.added, key=vocabulary.ids.__getitem__):
+            added.setdefault(token, vocabulary.added[token])
+    ids = dict(first.ids)
+    end = first.size
+    ordinary = (t for v in all_of for t in sorted(v.ids, key=v.ids.__getitem__) if t not in added)
+    for token in (*ordinary, *added):
+        if token not in ids:
+            ids[token], end = end, end + 1
+            added.setdefault(token, _PLAIN)
+    return Vocabulary(ids, added)
+
+
+def with_tokens(vocabulary: Vocabulary, tokens: Iterable[str]) -> Vocabulary:
+    """The same with some more tokens at its end, where it lacks them."""
+    return union(vocabulary, [Vocabulary({t: n for n, t in enumerate(tokens)})])
+
+
+# -- the files of an output ------------------------------------------------------------------------
+
+
+def tokenizer_files(folder: Path) -> dict[str, Path]:
+    """The tokenizer files of a folder, by name.
+
+    Raises:
+        CheckpointError: one of them is a link out of the folder.
+    """
+    found = {}
+    for name in TOKENIZER:
+        path = folder / name
+        if path.is_file() and path.stat().st_size <= FILE_LIMIT:
+            found[name] = within(path, folder)
+    return found
+
+
+def written(folder: Path, own: Vocabulary, out: Vocabulary) -> dict[str, bytes]:
+    """The files of a tokenizer with the tokens ``out``, made of those in ``folder``.
+
+    Where ``out`` is what the folder holds, its files are copied. Otherwise ``tokenizer.json`` is
+    edited: tokens beyond are taken out, new ones are added tokens, matched as they are written.
+
+    Raises:
+        CheckpointError: there is no ``tokenizer.json`` that could be edited.
+    """
+    files = {name: path.read_bytes() for name, path in tokenizer_files(folder).items()}
+    gone = own.ids.keys() - out.ids.keys()
+    whole = json_file(folder, "tokenizer.json")
+    if gone and whole is not None:
+        # What only the configuration names is not in the file, and is left as it is.
+        gone &= {*_pieces(whole.get("model"), folder), *(e["content"] for e in _entries(
+            whole.get("added_tokens"), folder))}  # fmt: skip
+    if not gone and own.ids.items() >= out.ids.items() and own.added.items() >= out.added.items():
+        return files
+    if whole is None:
+        raise CheckpointError(
+            f"{folder}: has no tokenizer.json, so its vocabulary cannot be changed; write one with "
+            "AutoTokenizer.from_pretrained(folder).save_pretrained(folder), or take the tokenizer "
+            "as it is with `source: base`"
+        )
+    if gone:
+        _strip(whole, out)
+    kept = {e["content"] for e in _entries(whole.get("added_tokens"), folder)}
+    new = {t: {"id": out.ids[t], "content": t, **how} for t, how in out.added.items()}
+    whole["added_tokens"] = sorted(
+        [*(whole.get("added_tokens") or []), *(e for t, e in new.items() if t not in kept)],
+        key=lambda entry: int(entry["id"]),
+    )
+    config = json_file(folder, "tokenizer_config.json") or {}
+    if isinstance(config.get("added_tokens_decoder"), dict):
+        # Some tokenizer classes are built again from their vocabulary and know no other list.
+        config["added_tokens_decoder"] = {
+            str(out.ids[t]): {"content": t, **how} for t, how in out.added.items()
+        }
+    # What spells out another vocabulary than tokenizer.json would be a second truth.
+    files = {n: c for n, c in files.items() if n.startswith("chat_template") or n == _MAP}
+    return files | {"tokenizer.json": dumped(whole), "tokenizer_config.json": dumped(config)}
+
+
+_MAP = "special_tokens_map.json"
+
+
+def _strip(whole: dict[str, Any], out: Vocabulary) -> None:
+    """Take out of a tokenizer.json what is no token any more."""
+    model = whole["model"]
+    vocab = model["vocab"]
+    if isinstance(vocab, list):
+        model["vocab"] = [piece for piece in vocab if piece[0] in out.ids]
+    else:
+        model["vocab"] = {token: i for token, i in vocab.items() if token in out.ids}
+    if isinstance(model.get("merges"), list):
+        parts = [m.split(" ") if isinstance(m, str) else m for m in model["merges"]]
+        model["merges"] = [
+            merge for merge, pair in zip(model["merges"], parts, strict=True)
+            if all(p in out.ids for p in (*pair, "".join(pair)))
+        ]  # fmt: skip
+    added = whole.get("added_tokens") or []
+    whole["added_tokens"] = [e for e in added if e["content"] in out.ids]
+
+
+def dumped(value: Mapping[str, Any]) -> bytes:
+    """A JSON file of an output."""
+    return (json.dumps(value, indent=2, ensure_ascii=False) + "\n").encode()
+
+
+__all__ = [
+    "TOKENIZER",
+    "TokenRule",
+    "Vocabulary",
+    "Wanted",
+    "dumped",
+    "from_mergekit",
+    "json_file",
+    "read_vocabulary",
+    "read_wanted",
+    "tokenizer_files",
+    "union",
+    "with_tokens",
+    "written",
+]

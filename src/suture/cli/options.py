@@ -1,0 +1,112 @@
+"""What all commands share: the application, common options, errors as messages, tables."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+from typing import Annotated, Any, NoReturn
+
+import typer
+
+from suture.cli.terminal import say, show_json, tell
+from suture.errors import SutureError
+
+DONE, FAILED, WRONG, INTERRUPTED = range(4)
+
+app = typer.Typer(
+    name="suture",
+    help="Edit open-weight models like code.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+
+Json = Annotated[bool, typer.Option("--json", help="Print one JSON object and nothing else.")]
+Threads = Annotated[
+    int | None, typer.Option(min=1, help="Threads to use; default: every core. Changes no byte.")
+]
+Cores = Annotated[int | None, typer.Option(min=1, help="Threads to use; default: every core.")]
+Device = Annotated[
+    str | None, typer.Option("--device", help="cpu, cuda, cuda:1, ...; overrides the recipe.")
+]
+DryRun = Annotated[
+    bool, typer.Option("--dry-run", help="Check everything and say what would be done.")
+]
+Overwrite = Annotated[
+    bool, typer.Option("--overwrite", help="Replace an older output, in one step, at the end.")
+]
+NoResume = Annotated[
+    bool, typer.Option("--no-resume", help="Start anew even if an interrupted run left work.")
+]
+ToLog = Annotated[
+    str | None, typer.Option("--log", help="Also write curves: tensorboard or trackio.")
+]
+Telling = Callable[[str, Any], None]
+OneOf = Annotated[str | None, typer.Argument(help="Show this one in full.")]
+
+
+def stop(code: int) -> NoReturn:
+    """End the command with a code."""
+    raise typer.Exit(code)
+
+
+@contextmanager
+def errors(as_json: bool = False) -> Iterator[None]:
+    """Show an error of the user's as a message; let one of ours through with its traceback."""
+    try:
+        yield
+    except SutureError as error:
+        notes = "".join(f"\n  {note}" for note in getattr(error, "__notes__", ()))
+        if as_json:
+            show_json({"error": str(error), "kind": type(error).__name__})
+        say(f"error: {error}{notes}")
+        stop(WRONG)
+    except KeyboardInterrupt:
+        if as_json:
+            show_json({"error": "interrupted", "kind": "Interrupted"})
+        say("interrupted; run the same command again: it goes on from what is done")
+        stop(INTERRUPTED)
+
+
+def show_dry(found: dict[str, Any], as_json: bool, verb: str) -> None:
+    """What a run would do, a line each."""
+    if as_json:
+        show_json(found)
+        return
+    for key, value in found.items():
+        tell(f"{key:<12}{value if isinstance(value, str) else json.dumps(value)}")
+    tell(f"nothing was written; leave out --dry-run to {verb}")
+
+
+def both(first: Telling, second: Telling) -> Telling:
+    """Progress of a training, told in two places."""
+
+    def step(phase: str, at: Any) -> None:
+        first(phase, at)
+        second(phase, at)
+
+    return step
+
+
+def show_trained(report: Any, rows: Iterable[tuple[str, str]], as_json: bool) -> None:
+    """What a training came to: notes, then a line each."""
+    if as_json:
+        show_json(report.to_dict())
+        return
+    for line in report.notes:
+        tell(f"note: {line}")
+    for key, text in rows:
+        tell(f"{key:<22}{text}")
+
+
+def silent(text: str) -> None:
+    """For --json: say nothing."""
+
+
+__all__ = [
+    "DONE", "FAILED", "INTERRUPTED", "WRONG", "Cores", "Device", "DryRun", "Json", "NoResume",
+    "OneOf", "Overwrite", "Threads", "ToLog", "app", "both", "errors", "show_dry",
+    "show_trained", "silent", "stop",
+]  # fmt: skip

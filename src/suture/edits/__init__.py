@@ -1,0 +1,1 @@
+"""What an edit is made of: statistics, importance, masks, grafts, patches, and their files."""

@@ -1,0 +1,1 @@
+"""What every command does alike: its place, its workspace, its record and its card."""

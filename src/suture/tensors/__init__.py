@@ -1,0 +1,1 @@
+"""Facts about tensors without their values: names, shapes, dtypes, bytes; the roles of weights."""

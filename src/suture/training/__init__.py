@@ -1,0 +1,1 @@
+"""Models that learn: loading, data, losses, the loop, strategies; no folders of results."""

@@ -1,0 +1,1 @@
+"""The commands, a folder each: ``recipe`` has the keys, ``plan`` checks, ``run`` does the work."""

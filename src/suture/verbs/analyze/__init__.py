@@ -1,0 +1,1 @@
+"""Look at several task vectors at once: a folder with ``analysis.json``."""

@@ -1,0 +1,1 @@
+"""Find out where the safety of a model lives."""

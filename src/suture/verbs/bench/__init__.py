@@ -1,0 +1,1 @@
+"""Compare fine-tuning strategies by task arithmetic."""

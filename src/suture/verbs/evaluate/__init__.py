@@ -1,0 +1,1 @@
+"""Ask models what a suite asks; results are files."""

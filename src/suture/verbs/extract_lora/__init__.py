@@ -1,0 +1,1 @@
+"""Extract a LoRA adapter from a task vector."""

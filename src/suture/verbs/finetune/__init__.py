@@ -1,0 +1,1 @@
+"""Fine-tune a model by a strategy into a folder."""

@@ -1,0 +1,178 @@
+"""The folder that a run leaves: the base's tensors with the trained ones in their places."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import yaml
+from safetensors import SafetensorError
+from torch import Tensor
+
+from suture.checkpoints.checkpoint import Checkpoint, open_checkpoint
+from suture.checkpoints.writer import index_of, plan_shards
+from suture.errors import OutputError
+from suture.evals.base import Metric
+from suture.merges.apply import checkpoint_fingerprint, output_specs
+from suture.runs.card import (
+    carry,
+    config_text,
+    licence_of,
+    model_name,
+    open_ones,
+    restricted_note,
+    tags,
+)
+from suture.tensors.spec import DTYPES
+from suture.training.models import Head, save_head
+from suture.training.packed import Place
+from suture.verbs.finetune.recipe import Finetune
+
+PATCH = "tuned.patch.safetensors"
+TORCH = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
+
+
+def write_weights(
+    base: Checkpoint,
+    trained: Mapping[str, Tensor],
+    places: Mapping[str, Place],
+    dtype: str | None,
+    folder: Path,
+) -> str:
+    """Write ``model*.safetensors``; the fingerprint of what was written.
+
+    What was not trained is copied byte for byte, unless another dtype is asked for.
+
+    Args:
+        base: the checkpoint that training started from.
+        trained: parameters by name, as they are now.
+        places: where each stands in the base's files.
+        dtype: of floating tensors in the output; ``None`` keeps the base's.
+        folder: an empty folder.
+
+    Raises:
+        OutputError: the disk is full or refuses.
+    """
+    inside: dict[str, list[str]] = {}
+    for name in trained:
+        inside.setdefault(places[name].name, []).append(name)
+    specs = output_specs(base, dtype)
+    shards = plan_shards(specs)
+    try:
+        for shard in shards:
+            with (folder / shard.name).open("wb") as file:
+                file.write(shard.header)
+                for name, at in sorted(shard.offsets.items(), key=lambda pair: pair[1]):
+                    assert file.tell() == at
+                    value, own = base.tensor(name), inside.get(name, [])
+                    if len(own) == 1 and places[own[0]].stop is None:
+                        value = trained[own[0]].detach().cpu()
+                    elif own:
+                        value = value.clone()
+                        for one in own:
+                            part = places[one].of(value)
+                            part.copy_(trained[one].detach().to("cpu", value.dtype))
+                    if DTYPES[specs[name].dtype].computable:
+                        value = value.to(TORCH[specs[name].dtype])
+                    raw = (
+                        value.contiguous().reshape(-1).view(torch.uint8).numpy()
+                        if value.numel()
+                        else np.empty(0, np.uint8)
+                    )
+                    file.write(raw.data)
+                file.flush()
+                os.fsync(file.fileno())
+        index = index_of(shards, specs)
+        if index is not None:
+            (folder / "model.safetensors.index.json").write_text(index, encoding="utf-8")
+    except OSError as error:
+        raise _full(folder, error) from error
+    return checkpoint_fingerprint(open_checkpoint(folder))
+
+
+def write_beside(
+    base: Checkpoint,
+    recipe: Finetune,
+    record: Mapping[str, Any],
+    head: Head | None,
+    folder: Path,
+    name: str,
+) -> None:
+    """Write configuration, tokenizer, head, card and provenance."""
+    try:
+        texts = {}
+        if recipe.form != "patch":  # the patched base has these of its own
+            carry([base], folder)
+            texts["config.json"] = config_text(base.config, recipe.dtype)
+        texts |= {
+            "suture.json": json.dumps(record, indent=2, ensure_ascii=False) + "\n",
+            "README.md": card(base, recipe, record, name),
+        }
+        if record.get("restricted") and (folder / "adapter").is_dir():
+            texts["adapter/README.md"] = texts["README.md"]  # it may be used by itself
+        for file, text in texts.items():
+            (folder / file).write_text(text, encoding="utf-8")
+        if head is not None:
+            save_head(head, folder / "head.safetensors")
+    except (OSError, SafetensorError) as error:
+        raise _full(folder, error) from error
+
+
+def _full(folder: Path, error: OSError | SafetensorError) -> OutputError:
+    why = getattr(error, "strerror", None) or error
+    return OutputError(
+        f"{folder}: {why}; the training is kept, and the same command goes on from it"
+    )
+
+
+def card(base: Checkpoint, recipe: Finetune, record: Mapping[str, Any], name: str) -> str:
+    """The README of a fine-tuned model: front matter for the hub, then what was done, in words."""
+    secret = record.get("restricted") is True
+    front: dict[str, Any] = {
+        "tags": tags("fine-tuning", restricted=secret),
+        "library_name": "transformers",
+        "base_model": [model_name(c) for c in open_ones([base])],
+    }
+    licence = licence_of(base)
+    if licence:
+        front["license"] = licence
+    results = record["results"]
+    strategy = recipe.strategy
+    lines = [
+        f"---\n{yaml.safe_dump(front, sort_keys=False)}---\n",
+        f"# {name}\n",
+        f"Fine-tuned with Suture {record['suture']} by **{strategy.title}** ({strategy.paper}).\n",
+        f"{strategy.equation}\n",
+    ]
+    if record["form"] != "plain":
+        lines.append(
+            "**These weights are those of a linearized model.** They are the base plus a "
+            "direction; evaluate them to first order around the base "
+            "(`suture.load_tuned`), not as an ordinary model.\n"
+        )
+    if recipe.form != "model":
+        lines.append(
+            f"`{PATCH}` makes this model of its base, bit for bit:\n\n```text\n"
+            f"suture patch apply BASE {name}/{PATCH} -o OUT\n```\n"
+        )
+    lines.append(restricted_note(["base"] if base.restricted else []) if secret else "## Result\n")
+    if not secret:
+        lines += [
+            f"- {results['trained']:,} entries trained, {results['share']:.2%} of the model",
+            f"- {results['steps']} steps, loss {results['loss']['first']:.4g} to "
+            f"{results['loss']['last']:.4g}",
+        ]
+    if results["metric"] and not secret:
+        before, after = Metric.read(results["base_metric"]), Metric.read(results["metric"])
+        lines.append(
+            f"- {after.name} on {after.n} validation rows {after.value:.4g} "
+            f"[{after.low:.4g}, {after.high:.4g}]; "
+            f"the base has {before.value:.4g} [{before.low:.4g}, {before.high:.4g}]"
+        )
+    lines.append(f"- output fingerprint `{record['output']['fingerprint']}`")
+    return "\n".join(lines) + "\n"

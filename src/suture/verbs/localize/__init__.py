@@ -1,0 +1,1 @@
+"""Find the entries that carry skills: a folder of masks."""

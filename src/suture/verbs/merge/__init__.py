@@ -1,0 +1,1 @@
+"""Merge models by a recipe into one folder."""

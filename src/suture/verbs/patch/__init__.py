@@ -1,0 +1,1 @@
+"""Make, apply and revert patches."""

@@ -1,0 +1,1 @@
+"""Write the rows of the harmless refusal policy."""

@@ -1,0 +1,1 @@
+"""Put safety that fine-tuning took away back into a model."""
