@@ -36,6 +36,7 @@ from suture.checkpoints.checkpoint import open_checkpoint
 from suture.cli import app
 from suture.edits.mask import Mask
 from suture.errors import OutputError, RecipeError, SutureError
+from suture.runs.ledger import Ledger, digest
 from suture.schema.tuning import TuneSettings
 from suture.training.calibrate import Calibration, sensitivity
 from suture.training.data import Row, tokenise
@@ -55,7 +56,6 @@ from suture.verbs.bench.learn import (
     load_vectors,
     save_vectors,
 )
-from suture.verbs.bench.ledger import Ledger, digest
 from suture.verbs.bench.maths import (
     best_amount,
     claim,

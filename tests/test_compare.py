@@ -26,8 +26,8 @@ from suture.evals.results import (
     read_result,
 )
 from suture.verbs.compare.recipe import read_rule
+from suture.verbs.compare.result import comparison_table
 from suture.verbs.compare.run import compare
-from suture.verbs.evaluate.result import comparison_table
 
 N = 200
 DICE = np.random.Generator(np.random.Philox(0))

@@ -18,9 +18,9 @@ from suture.errors import (
 )
 from suture.evals.base import EvalResult, Metric, mean, ratio, share
 from suture.evals.embedding import agreement
-from suture.evals.loss import token_losses
 from suture.evals.table import EVALS
 from suture.training.data import Dataset, Row, labels_of, tokenise
+from suture.training.loss import token_losses
 from suture.training.models import Classifier, Head, embed
 
 

@@ -36,6 +36,7 @@ from suture.errors import (
 )
 from suture.evals.table import EVALS
 from suture.runs.place import Options
+from suture.runs.workspace import training_space
 from suture.schema.sources import DataSpec, Source
 from suture.schema.tuning import TuneSettings
 from suture.training import models, snapshot
@@ -54,7 +55,6 @@ from suture.training.trackers import tracker
 from suture.verbs.finetune import run as module
 from suture.verbs.finetune.recipe import read_finetune
 from suture.verbs.finetune.run import finetune, plan_finetune
-from suture.verbs.finetune.work import training_space
 from suture.verbs.merge.run import merge
 
 EXAMPLES: dict[str, dict[str, Any]] = {

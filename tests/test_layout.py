@@ -6,7 +6,8 @@ import ast
 import json
 import subprocess
 import sys
-from collections.abc import Iterator, Mapping
+from collections import Counter
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -17,104 +18,168 @@ import toy
 
 ROOT = Path(suture.__file__).parent
 
-ORDER = [
-    "version", "errors", "places", "spec", "roles", "sources", "settings", "schema", "task_rows", "loops", "ranks", "machine", "kernels", "headers", "checkpoint", "seal", "views", "layers",
-    "vocabulary", "chat", "embeddings", "adapters", "ggufs", "opening", "forms", "publish", "writer", "held",
-    "stream", "vector", "profile", "select", "stats", "importance", "maskfile", "mask", "graft", "patchfile",
-    "patch", "gather", "analysis", "merges", "engine", "recipe_types", "mergekit", "recipe",
-    "card", "models", "networks", "data", "images", "persample", "snapshot", "mover", "split", "kept",
-    "probe", "tune", "evals", "measure",
-    "learned", "diagnose", "report", "page", "outputs", "workspace",
-    "parts", "planning", "merged", "record", "telling", "run", "testing", "trial", "patching", "lowrank", "finetune", "tasks",
-    "arithmetic", "regions", "analyze", "suites", "realign", "plugins", "policy",
-    "bench", "audit", "algebra", "api", "terminal", "cli", "__main__",
-]  # fmt: skip
-"""The way of a tensor, top to bottom."""
+ROOMS = (
+    "version", "errors", "tensors", "schema", "kernels", "checkpoints", "stream", "edits", "merges",
+    "training", "evals", "analysis", "runs", "verbs", "plugins", "testing", "api", "cli", "__main__",
+)  # fmt: skip
+"""The rooms, in the order in which a tensor travels; a file imports from its own and those before."""
+BELOW = {"checkpoints.checkpoint": {"stream.vector"}}
+"""The one import against the order: subtracting two checkpoints gives a task vector."""
+MAY_USE = {
+    "analyze": {"localize", "merge"},
+    "audit": {"evaluate", "finetune", "localize"},
+    "bench": {"finetune"},
+    "compare": {"evaluate", "merge"},
+    "evaluate": {"merge"},
+    "finetune": {"patch"},
+    "localize": {"merge"},
+}
+"""The commands that are made of others: an audit fine-tunes, evaluates and localizes."""
+SHAPE = {
+    "analyze": "recipe plan run result", "audit": "recipe plan run result",
+    "bench": "recipe plan run result", "compare": "recipe run result",
+    "evaluate": "recipe plan run result", "extract_lora": "run",
+    "finetune": "recipe plan run result", "localize": "recipe plan run",
+    "merge": "recipe plan run", "patch": "run", "proxy": "run",
+    "realign": "recipe plan run result", "report": "run",
+}  # fmt: skip
+"""The files of the common shape that each command has: those without a recipe plan nothing."""
 
 PLACES = {
-    "numba": {"loops", "machine"},
-    "llvmlite": {"loops", "machine"},
-    "transformers": {"models"},
-    "tokenizers": {"models"},
-    "accelerate": {"tune"},
-    "peft": {"finetune"},
+    "numba": {"kernels"},
+    "llvmlite": {"kernels"},
+    "transformers": {"training.models"},
+    "tokenizers": {"training.models"},
+    "accelerate": {"training.loop"},
+    "peft": {"training"},
     "typer": {"cli"},
-    "rich": {"terminal"},
-    "gguf": {"ggufs"},
-    "altair": {"page"},
-    "vl_convert": {"page"},
-    "jinja2": {"page"},
+    "rich": {"cli.terminal"},
+    "gguf": {"checkpoints.gguf"},
+    "altair": {"verbs.report"},
+    "vl_convert": {"verbs.report"},
+    "jinja2": {"verbs.report"},
     "scipy": {"analysis"},
     "sklearn": {"analysis"},
     "mergekit": set(),
-    "PIL": {"images"},
+    "PIL": {"training.images"},
     "pickle": set(),
 }
-"""Where a tool may be imported; others import it nowhere."""
+"""Where a tool may be imported, a room or a module; others import it nowhere."""
 TORCH = {
-    "checkpoint", "models", "networks", "data", "images", "persample", "snapshot", "mover", "split", "kept",
-    "probe", "tune", "evals", "finetune",
-    "arithmetic", "bench",  "lowrank", "measure", "learned", "diagnose", "suites", "realign",
-    "audit",
+    "training", "evals", "analysis.arithmetic", "analysis.vector_space", "analysis.loss_curves",
+    "analysis.ancestry", "runs.weights", "checkpoints.checkpoint",
+    "verbs.audit", "verbs.bench", "verbs.evaluate", "verbs.extract_lora", "verbs.finetune",
+    "verbs.realign", "verbs.localize", "verbs.analyze",
 }  # fmt: skip
 """Where torch may be imported, and in ``checkpoint`` only when a torch tensor is asked for."""
-BELOW = {"checkpoint": {"vector"}}
-"""The one import against the order: subtracting two checkpoints gives a task vector."""
-TORCH_LATE = {"checkpoint.py", "held.py", "merges/spectral.py"}
+TORCH_LATE = {"checkpoints.checkpoint", "checkpoints.memory", "merges.spectral", "verbs.merge.lazy", "api.algebra"}
 """Where it is imported inside of functions only: by a torch tensor, by merges of whole matrices."""
+PLAIN = {"schema"}
+"""Rooms that import neither numpy nor torch; the recipes of commands are held to it, too."""
 
 
-def sources() -> Iterator[tuple[str, Path]]:
-    """Every module with the entry of ORDER that it belongs to."""
-    for path in sorted(ROOT.rglob("*.py")):
-        part = path.relative_to(ROOT).parts[0].removesuffix(".py")
-        if part != "__init__":
-            yield part, path
+def name_of(path: Path) -> str:
+    """Return the name of a module below ``suture``."""
+    parts = path.relative_to(ROOT).with_suffix("").parts
+    return ".".join(parts[:-1] if parts[-1] == "__init__" else parts)
+
+
+FILES = {name_of(path): path for path in sorted(ROOT.rglob("*.py"))}
+"""Every module, by its name; the package itself has an empty one."""
+INSIDE = {name: path for name, path in FILES.items() if name}
+
+
+def within(name: str, places: Iterable[str]) -> bool:
+    """Whether a module is one of some places, or lies below one of them."""
+    return any(name == place or name.startswith(f"{place}.") for place in places)
 
 
 def imported(path: Path) -> Iterator[tuple[str, bool]]:
-    """Every module that a file imports by an absolute name, and whether at its top level."""
+    """Every module that a file imports, and whether at its top level.
+
+    Imports for types and inside of functions are counted; a name of a package counts as a module
+    where it is one.
+    """
     tree = ast.parse(path.read_text(encoding="utf-8"))
-    typing_only = {
-        id(node)
-        for block in ast.walk(tree)
-        if isinstance(block, ast.If) and "TYPE_CHECKING" in ast.unparse(block.test)
-        for node in ast.walk(block)
-    }
     top = {id(node) for node in tree.body}
     for node in ast.walk(tree):
-        if id(node) in typing_only:
-            continue
         if isinstance(node, ast.Import):
             for alias in node.names:
                 yield alias.name, id(node) in top
         elif isinstance(node, ast.ImportFrom):
             assert node.level == 0, f"{path.name}: a relative import"
-            if node.module == "suture":
-                for alias in node.names:
-                    yield f"suture.{alias.name}", id(node) in top
-            elif node.module is not None:
-                yield node.module, id(node) in top
+            assert node.module is not None
+            for alias in node.names:
+                whole = f"{node.module}.{alias.name}"
+                name = whole if whole.removeprefix("suture.") in FILES else node.module
+                yield name, id(node) in top
 
 
-each_module = pytest.mark.parametrize(
-    ("part", "path"), [pytest.param(p, f, id=str(f.relative_to(ROOT))) for p, f in sources()]
-)
+def uses(name: str) -> set[str]:
+    """Return the modules of the package that a module imports, without the arrow of ``BELOW``."""
+    found = {n.removeprefix("suture.") for n, _ in imported(FILES[name]) if n.startswith("suture.")}
+    return (found & INSIDE.keys()) - BELOW.get(name, set()) - {name}
 
 
-def test_every_module_has_its_place() -> None:
-    """A new module is entered into the listing, and a removed one leaves it."""
-    assert {part for part, _ in sources()} == set(ORDER)
-    assert len(set(ORDER)) == len(ORDER)
+each_module = pytest.mark.parametrize("name", INSIDE)
+
+
+def test_every_module_lies_in_a_room() -> None:
+    """A module at the top is a room of its own; the rooms are those of the list."""
+    assert {name.split(".")[0] for name in INSIDE} == set(ROOMS)
 
 
 @each_module
-def test_a_module_imports_only_what_stands_above_it(part: str, path: Path) -> None:
-    """The listing is also the import rule, for imports inside of functions, too."""
-    allowed = {*ORDER[: ORDER.index(part) + 1], "__version__", *BELOW.get(part, ())}
-    for name, _ in imported(path):
-        if name.startswith("suture."):
-            assert name.split(".")[1] in allowed, f"{path.name} imports {name}"
+def test_a_module_imports_only_from_rooms_before_its_own(name: str) -> None:
+    """For types and inside of functions, too."""
+    room = name.split(".")[0]
+    allowed = {"", *ROOMS[: ROOMS.index(room) + 1]}
+    for other in uses(name):
+        assert other.split(".")[0] in allowed, f"{name} imports {other}"
+
+
+def test_commands_use_only_the_commands_they_are_made_of() -> None:
+    """``MAY_USE`` lists them, and lists nothing that is not used."""
+    arrows: dict[str, set[str]] = {}
+    for name in INSIDE:
+        if name.startswith("verbs."):
+            verb = name.split(".")[1]
+            others = {o.split(".")[1] for o in uses(name) if o.startswith("verbs.")} - {verb}
+            arrows.setdefault(verb, set()).update(others)
+    assert {verb: others for verb, others in arrows.items() if others} == MAY_USE
+
+
+def test_commands_are_of_one_shape() -> None:
+    """Whoever has read one folder knows where the others keep keys, checks, work and result."""
+    folders = {p.parent.name: p.parent for p in (ROOT / "verbs").glob("*/__init__.py")}
+    common = ("recipe", "plan", "run", "result")
+    assert SHAPE == {
+        verb: " ".join(part for part in common if (folder / f"{part}.py").exists())
+        for verb, folder in sorted(folders.items())
+    }
+
+
+def test_recipes_are_read_without_numpy_and_torch() -> None:
+    """The schema, and every ``recipe.py``, import neither by themselves."""
+    for name in INSIDE:
+        if within(name, PLAIN) or name.startswith("verbs.") and name.endswith(".recipe"):
+            tools = {other.split(".")[0] for other, _ in imported(FILES[name])}
+            assert not tools & {"numpy", "torch"}, name
+
+
+def test_no_class_name_is_taken_twice_below_the_commands() -> None:
+    """Outside of commands, where ``Plan`` is each one's own, a class is known by its name."""
+    homes: dict[str, list[str]] = {}
+    for name, path in INSIDE.items():
+        if not name.startswith("verbs."):
+            for node in ast.parse(path.read_text(encoding="utf-8")).body:
+                if isinstance(node, ast.ClassDef) and not node.name.startswith("_"):
+                    homes.setdefault(node.name, []).append(name)
+    assert {n: found for n, found in homes.items() if len(found) > 1} == TWICE
+
+
+TWICE: dict[str, list[str]] = {}
+"""Names that two modules below the commands still share."""
 
 
 def circles(uses: Mapping[str, set[str]]) -> list[list[str]]:
@@ -136,59 +201,52 @@ def test_circles_are_seen() -> None:
 
 def test_no_modules_import_each_other() -> None:
     """Not in a circle of any length; imports for types and inside of functions are counted."""
-    files = {
-        ".".join(("suture", *path.relative_to(ROOT).with_suffix("").parts)).removesuffix(
-            ".__init__"
-        ): path
-        for path in ROOT.rglob("*.py")
-    }
-    uses: dict[str, set[str]] = {}
-    for name, path in files.items():
-        uses[name] = set()
-        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
-            if isinstance(node, ast.Import):
-                uses[name] |= {alias.name for alias in node.names}
-            elif isinstance(node, ast.ImportFrom):
-                for alias in node.names:
-                    one = f"{node.module}.{alias.name}"
-                    uses[name].add(one if one in files else str(node.module))
-        uses[name] &= files.keys()
-    uses["suture.checkpoints.checkpoint"] -= {f"suture.{below}" for below in BELOW["checkpoint"]}
-    assert circles(uses) == []
+    assert circles({name: uses(name) for name in INSIDE}) == []
+
+
+def test_the_arrows_between_rooms_are_told(capsys: pytest.CaptureFixture[str]) -> None:
+    """How many modules each room has, and how many imports lead from it to each other one."""
+    rooms: dict[str, Counter[str]] = {room: Counter() for room in ROOMS}
+    for name in INSIDE:
+        room = name.split(".")[0]
+        rooms[room].update(o.split(".")[0] for o in uses(name) if o.split(".")[0] != room)
+    with capsys.disabled():
+        for room, arrows in rooms.items():
+            print(f"{room:<12}", " ".join(f"{other} {n}" for other, n in arrows.most_common()))
+    assert sum(map(len, rooms.values())) < len(ROOMS) ** 2 / 2
 
 
 @each_module
-def test_what_is_private_stays_where_it_is(part: str, path: Path) -> None:
+def test_what_is_private_stays_where_it_is(name: str) -> None:
     """No module imports a name of another that begins with an underscore."""
-    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+    for node in ast.walk(ast.parse(FILES[name].read_text(encoding="utf-8"))):
         if isinstance(node, ast.ImportFrom) and str(node.module).startswith("suture"):
             private = [a.name for a in node.names if a.name[0] == "_" and a.name[1] != "_"]
-            assert not private, f"{path.name} imports {private} from {node.module}"
+            assert not private, f"{name} imports {private} from {node.module}"
 
 
 @each_module
-def test_heavy_tools_have_one_place(part: str, path: Path) -> None:
-    """The compiler in loops and machine, transformers in models, the terminal in terminal; no pickle."""
-    for name, at_top in imported(path):
-        tool = name.split(".")[0]
-        assert part in PLACES.get(tool, {part}), f"{path.name} imports {name}"
+def test_heavy_tools_have_one_place(name: str) -> None:
+    """The compiler in kernels, transformers in models, the terminal in terminal; no pickle."""
+    for other, at_top in imported(FILES[name]):
+        tool = other.split(".")[0]
+        assert tool not in PLACES or within(name, PLACES[tool]), f"{name} imports {other}"
         if tool == "torch":
-            place = path.relative_to(ROOT).as_posix()
-            assert part in TORCH or place in TORCH_LATE, f"{path.name} imports {name}"
-            assert place not in TORCH_LATE or not at_top, "a merge would import torch"
+            assert within(name, TORCH | TORCH_LATE), f"{name} imports {other}"
+            assert name not in TORCH_LATE or not at_top, "a merge would import torch"
 
 
 @each_module
-def test_nothing_is_evaluated(part: str, path: Path) -> None:
+def test_nothing_is_evaluated(name: str) -> None:
     """No ``eval``, ``exec``, ``yaml.unsafe_load`` or pickle; ``print`` in terminal only."""
-    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+    for node in ast.walk(ast.parse(FILES[name].read_text(encoding="utf-8"))):
         if not isinstance(node, ast.Call):
             continue
         called = ast.unparse(node.func)
         assert called not in ("eval", "exec", "__import__", "yaml.unsafe_load", "torch.load"), (
             called
         )
-        assert called != "print" or part == "terminal", f"{path.name} prints"
+        assert called != "print" or name == "cli.terminal", f"{name} prints"
 
 
 def python(code: str, *args: str) -> Any:
@@ -222,7 +280,7 @@ def test_merges_import_neither_torch_nor_transformers(family: Any, tmp_path: Pat
     code = """
 import json, sys
 from pathlib import Path
-from suture.run import merge
+from suture.verbs.merge.run import merge
 recipes, out = json.loads(sys.argv[1]), Path(sys.argv[2])
 for recipe in recipes:
     merge(recipe, out / recipe["method"])
@@ -268,9 +326,10 @@ def test_every_public_name_is_there() -> None:
 
 
 VERBS = {
-    "suture", "suture.analyze", "suture.bench", "suture.finetune", "suture.page", "suture.verbs.proxy.run", "suture.realign",
-    "suture.regions", "suture.evals.results", "suture.verbs.compare.run", "suture.verbs.evaluate.result",
-    "suture.errors", "suture.checkpoints.atomic", "suture.stream.sweep",
+    "suture", "suture.analysis", "suture.evals.results", "suture.errors", "suture.checkpoints.atomic",
+    "suture.stream.sweep", "suture.verbs.analyze.run", "suture.verbs.bench.tasks", "suture.verbs.compare.result",
+    "suture.verbs.compare.run", "suture.verbs.evaluate.run", "suture.verbs.finetune.run", "suture.verbs.localize.plan",
+    "suture.verbs.localize.run", "suture.verbs.proxy", "suture.verbs.realign.run", "suture.verbs.report.run",
 }  # fmt: skip
 """What the demo may import: verbs, what reads and shows their results, errors, locks, cores."""
 
@@ -290,7 +349,7 @@ def test_the_demo_uses_verbs_and_the_product_uses_nothing_of_the_demo() -> None:
             elif isinstance(node, ast.Import):
                 inside = {a.name for a in node.names if a.name.split(".")[0] == "suture"}
                 assert inside <= {"suture"}, path.name
-    for _, path in sources():
+    for path in INSIDE.values():
         assert not [
             n for n, _ in imported(path) if n.split(".")[0] in ("demo", "suture_demo", "examples")
         ]

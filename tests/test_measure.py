@@ -20,9 +20,9 @@ from suture.errors import (
     NonFiniteError,
     RecipeError,
 )
-from suture.evals.loss import token_losses
 from suture.tensors.spec import TensorSpec
 from suture.training.data import Dataset, labels_of, tokenise
+from suture.training.loss import token_losses
 from suture.training.measure import OBJECTIVES, data_hash, measure
 from suture.training.models import (
     Classifier,

@@ -18,8 +18,8 @@ from typing import Any
 
 import suture
 from suture.evals.results import SuiteResult, read_result
+from suture.verbs.compare.result import comparison_table
 from suture.verbs.compare.run import Comparison
-from suture.verbs.evaluate.result import comparison_table
 from suture.verbs.proxy import run
 
 from .settings import Safety, Training

@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any, TypeAlias
 from suture.checkpoints.checkpoint import Checkpoint, refuse_uncomputable
 from suture.checkpoints.memory import TensorCheckpoint
 from suture.checkpoints.open import open_model
+from suture.edits.inputs import open_input
 from suture.edits.mask import Mask
 from suture.edits.mask import localize as find_mask
 from suture.edits.mask_file import StoredMask
@@ -28,12 +29,12 @@ from suture.errors import (
     spoken_in_python,
 )
 from suture.merges.apply import Stage
+from suture.merges.policy import Policy
 from suture.stream.vector import TaskVector
 from suture.tensors.roles import ParamSpace
 from suture.verbs.merge import run
-from suture.verbs.merge.jobs import Policy, short
+from suture.verbs.merge.jobs import short
 from suture.verbs.merge.lazy import Merged
-from suture.verbs.merge.plan import open_input
 from suture.verbs.merge.run import MergeReport
 
 if TYPE_CHECKING:

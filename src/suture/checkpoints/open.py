@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Mapping
 from pathlib import Path
 
 from suture.checkpoints.checkpoint import Checkpoint, locate, open_checkpoint
-from suture.errors import CheckpointError
+from suture.errors import CheckpointError, MismatchError, Problems
 from suture.schema.paths import place_of
 
 
@@ -87,3 +88,20 @@ def _exists(text: str, near: Path | None) -> bool:
         return place_of(text, near).exists()
     except OSError:
         return False
+
+
+def check_ties(inputs: Mapping[str, Checkpoint]) -> None:
+    """Refuse checkpoints that hold two different tensors which their config says are one.
+
+    Raises:
+        MismatchError: names them.
+    """
+    problems = Problems()
+    for label, checkpoint in inputs.items():
+        for alias in checkpoint.untied():
+            problems.add(
+                MismatchError,
+                f"{label}: config.json ties {alias} to {checkpoint.aliases[alias]}, but they "
+                "differ in the file; set tie_word_embeddings to false there, or remove one",
+            )
+    problems.raise_if_any()

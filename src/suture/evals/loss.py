@@ -22,6 +22,7 @@ from suture.evals.kinds import (
 )
 from suture.schema.parameters import Text
 from suture.training.data import Batch
+from suture.training.loss import token_losses, wide
 from suture.training.models import LanguageModel, evaluating
 
 
@@ -53,21 +54,6 @@ def loss(model: nn.Module, batches: Iterable[Batch], *, device: str = "cpu") -> 
     nats = ratio("loss", [s for s, _ in pairs], [c for _, c in pairs])
     ends = (math.exp(nats.value), nats.n, math.exp(nats.low), math.exp(nats.high))
     return nats, Metric("perplexity", *ends)
-
-
-def wide(logits: Tensor) -> Tensor:
-    """Logits in float32, or in float64 where the model is."""
-    return logits if logits.dtype == torch.float64 else logits.float()
-
-
-def token_losses(logits: Tensor, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
-    """Loss of predicting every token from those before it; 0 where the target is padding.
-
-    ``logits`` are ``(batch, length, vocabulary)``, the result is ``(batch, length - 1)`` float32.
-    """
-    targets = input_ids[:, 1:]
-    flat = F.cross_entropy(wide(logits[:, :-1]).flatten(0, 1), targets.flatten(), reduction="none")
-    return flat.view(targets.shape) * attention_mask[:, 1:]
 
 
 def target_losses(

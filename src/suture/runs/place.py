@@ -170,3 +170,7 @@ def existing(path: Path) -> Path:
     while not parent.exists():
         parent = parent.parent
     return parent
+
+
+SCHEMA = 1
+"""Version of the layout of ``suture.json``."""

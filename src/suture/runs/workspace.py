@@ -18,12 +18,14 @@ import shutil
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 from suture.checkpoints.atomic import LOCK, alone, publish
 from suture.checkpoints.writer import staging_of
 from suture.errors import OutputError, Problems
+from suture.runs.place import Options
 from suture.tensors.spec import listed
 from suture.version import __version__
 
@@ -181,6 +183,31 @@ def remove(path: Path) -> None:
         shutil.rmtree(path)
     else:
         path.unlink(missing_ok=True)
+
+
+KEPT = "; the training is kept, and the same command goes on from it"
+"""What is said after a failure of the disk."""
+
+
+@contextmanager
+def training_space(
+    out: Path, command: str, facts: Mapping[str, Any], options: Options
+) -> Iterator[Workspace]:
+    """Hold the workspace of a run that trains; checkpoints of another run in it are precious.
+
+    Args:
+        out: the output.
+        command: the command that trains.
+        facts: what decides the bytes of the run, as plain data; versions are added.
+        options: whether to go on with what is there, and to replace an older output.
+
+    Raises:
+        OutputError: it belongs to another run, or one is going on.
+    """
+    key = {**facts, "versions": [version("torch"), version("transformers")]}
+    with workspace(out, command, key, resume=options.resume, overwrite=options.overwrite,
+                   precious="checkpoints", remedy=KEPT) as space:  # fmt: skip
+        yield space
 
 
 __all__ = ["MADE", "Workspace", "check_workspace", "refuse_foreign", "remove", "workspace"]

@@ -347,3 +347,9 @@ def cell(record: Mapping[str, object], column: str, where: str) -> str:
         known = [str(key) for key, given in record.items() if given is not None]
         raise RecipeError(f"{where}: no column {column!r}; {did_you_mean(column, known)}")
     return value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)
+
+
+def data_digest(data: Dataset) -> str:
+    """A hash of tokenised rows."""
+    text = json.dumps([data.ids, data.labels, data.targets], separators=(",", ":"))
+    return hashlib.blake2b(text.encode(), digest_size=16).hexdigest()

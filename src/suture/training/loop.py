@@ -7,6 +7,8 @@ from __future__ import annotations
 
 import math
 import random
+import resource
+import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
@@ -395,3 +397,11 @@ def slope(step: int, steps: int, warmup: float, schedule: str = "linear") -> flo
         return 1.0
     left = (steps - step) / max(1, steps - rising)
     return left if schedule == "linear" else 0.5 - 0.5 * math.cos(math.pi * left)
+
+
+def peak_memory(device: str) -> int:
+    """Bytes of device memory at most; of the whole process where the device is the CPU."""
+    if torch.device(device).type == "cuda":
+        return int(torch.cuda.max_memory_allocated(device))
+    unit = 1 if sys.platform == "darwin" else 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit

@@ -162,3 +162,18 @@ def to(batch: Batch, device: torch.device) -> Batch:
         for t in (batch.input_ids, batch.attention_mask, batch.labels, batch.targets)
     ]
     return Batch(moved[0], moved[1], moved[2], batch.rows, moved[3])  # type: ignore[arg-type]
+
+
+def wide(logits: Tensor) -> Tensor:
+    """Logits in float32, or in float64 where the model is."""
+    return logits if logits.dtype == torch.float64 else logits.float()
+
+
+def token_losses(logits: Tensor, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
+    """Loss of predicting every token from those before it; 0 where the target is padding.
+
+    ``logits`` are ``(batch, length, vocabulary)``, the result is ``(batch, length - 1)`` float32.
+    """
+    targets = input_ids[:, 1:]
+    flat = F.cross_entropy(wide(logits[:, :-1]).flatten(0, 1), targets.flatten(), reduction="none")
+    return flat.view(targets.shape) * attention_mask[:, 1:]

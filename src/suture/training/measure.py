@@ -27,9 +27,8 @@ from suture.errors import (
     RecipeError,
     did_you_mean,
 )
-from suture.evals.loss import token_losses, wide
 from suture.training.data import Batch, Dataset
-from suture.training.loss import to, wanted
+from suture.training.loss import to, token_losses, wanted, wide
 from suture.training.models import evaluating, parameters_of
 from suture.training.persample import Spare, Taps
 

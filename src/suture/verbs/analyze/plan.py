@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from suture.checkpoints.checkpoint import Checkpoint
+from suture.edits.inputs import open_input
 from suture.edits.mask import Mask
 from suture.errors import MismatchError, Problems, RecipeError
 from suture.runs.place import check_place
@@ -25,7 +26,6 @@ from suture.verbs.analyze.recipe import (
     read_request,
 )
 from suture.verbs.localize.tasks import Material, read_material
-from suture.verbs.merge.plan import open_input
 
 RECORD = "analysis.json"
 

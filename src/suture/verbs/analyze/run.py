@@ -25,6 +25,7 @@ from suture.analysis.theory import Diagnostics
 from suture.checkpoints.checkpoint import is_from_hub
 from suture.edits.mask import Mask, localize
 from suture.merges.apply import Stage, checkpoint_fingerprint
+from suture.merges.policy import Policy
 from suture.runs.workspace import workspace
 from suture.schema.paths import place_of
 from suture.stream.sweep import Sources, sweep, tasks_of
@@ -35,7 +36,6 @@ from suture.verbs.analyze.classifiers import classifiers
 from suture.verbs.analyze.diagnostics import diagnostics
 from suture.verbs.analyze.plan import RECORD, AnalysisPlan, plan_analysis
 from suture.verbs.analyze.recipe import CLASSES, MASKED, Request
-from suture.verbs.merge.jobs import Policy
 from suture.verbs.merge.run import merged, save
 from suture.version import __version__
 

@@ -11,13 +11,13 @@ from suture.analysis.ancestry import Models, check_ancestor, measure
 from suture.checkpoints.checkpoint import Checkpoint
 from suture.errors import MismatchError
 from suture.merges.apply import checkpoint_fingerprint
+from suture.runs.ledger import Ledger, Say, digest
 from suture.tensors.roles import EVERYTHING
 from suture.verbs.audit.metrics import Look, look_of
 from suture.verbs.audit.plan import CELLS, Plan, counts
 from suture.verbs.audit.regions import Atlas, overlap
 from suture.verbs.audit.stitched import Change, Key, Net, Region
 from suture.verbs.audit.training import train
-from suture.verbs.bench.ledger import Ledger, Say, digest
 from suture.version import __version__
 
 STEPS = 1

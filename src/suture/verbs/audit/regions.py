@@ -26,6 +26,7 @@ from suture.edits.mask_file import (
 )
 from suture.edits.stats import Stats
 from suture.errors import CheckpointError
+from suture.runs.ledger import digest
 from suture.stream.vector import TaskVector
 from suture.tensors.roles import layer_key, role_of
 from suture.tensors.spec import TensorSpec
@@ -33,7 +34,6 @@ from suture.training.data import Dataset
 from suture.training.measure import OBJECTIVES, measure
 from suture.verbs.audit.recipe import SPARED, Audit
 from suture.verbs.audit.stitched import Change, Key, Net, Region
-from suture.verbs.bench.ledger import digest
 from suture.verbs.localize.run import profile
 
 BATCH = 4

@@ -12,6 +12,7 @@ import torch
 
 from suture.checkpoints.atomic import alone
 from suture.merges.apply import checkpoint_fingerprint
+from suture.runs.ledger import Say, digest, write
 from suture.runs.place import Options
 from suture.verbs.audit.cells import Run, made_with
 from suture.verbs.audit.experiment import Case
@@ -24,7 +25,6 @@ from suture.verbs.audit.plan import (
 )
 from suture.verbs.audit.result import card, finished, record_of
 from suture.verbs.audit.verdicts import judge
-from suture.verbs.bench.ledger import Say, digest, write
 
 
 def audit(

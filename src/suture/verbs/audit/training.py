@@ -12,10 +12,10 @@ from suture.edits.mask import Mask
 from suture.edits.mask_file import marked
 from suture.errors import SutureError
 from suture.merges.apply import checkpoint_fingerprint
+from suture.runs.ledger import Ledger, digest
 from suture.training.loop import Progress
 from suture.verbs.audit.plan import Plan, tune_plan
 from suture.verbs.audit.stitched import Key, Region
-from suture.verbs.bench.ledger import Ledger, digest
 from suture.verbs.finetune.run import execute
 
 

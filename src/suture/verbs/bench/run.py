@@ -27,6 +27,7 @@ from suture.checkpoints.atomic import alone
 from suture.checkpoints.checkpoint import open_checkpoint
 from suture.edits.mask import Mask
 from suture.merges.apply import checkpoint_fingerprint
+from suture.runs.ledger import Ledger, Say, digest, write
 from suture.training.calibrate import Calibration
 from suture.training.data import Dataset, labels_of, tokenise
 from suture.training.heads import zero_shot
@@ -40,7 +41,6 @@ from suture.verbs.bench.learn import (
     load_vectors,
     save_vectors,
 )
-from suture.verbs.bench.ledger import Ledger, Say, digest, write
 from suture.verbs.bench.maths import matched
 from suture.verbs.bench.plan import Plan, describe, expected, plan_bench
 from suture.verbs.bench.recipe import Line

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field, fields, replace
+from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +14,7 @@ from suture.errors import (
     did_you_mean,
 )
 from suture.schema.paths import shown
+from suture.schema.reader import Reader, read_training, refuse_unknown, section
 from suture.schema.settings import check_words, settings
 from suture.schema.sources import (
     TOO_LONG,
@@ -27,7 +28,6 @@ from suture.schema.tuning import TuneSettings
 from suture.tensors.spec import WORD_OF, dtype_named
 from suture.training.strategies import STRATEGIES
 from suture.training.strategy import Strategy
-from suture.verbs.merge.jobs import Reader, refuse_unknown, section
 
 KEYS = ("base", "strategy", "parameters", "task", "data", "head", "training", "output", "device")
 IMAGES = "image-classification"
@@ -232,48 +232,3 @@ class _Reader(Reader):
             texts = {}
         named = {str(k): str(v) for k, v in texts.items()}
         return {"labels": tuple(map(str, labels)), "label_texts": named, "chat": chat}
-
-
-def read_training(
-    raw: Mapping[str, Any], default: TuneSettings, problems: Problems, more: tuple[str, ...] = (),
-    place: str = "training",
-) -> TuneSettings:  # fmt: skip
-    """The section ``training`` of a recipe.
-
-    Args:
-        raw: what stands there.
-        default: what holds where nothing does.
-        problems: takes every fault.
-        more: keys that somebody else reads.
-        place: what the section is called in messages.
-    """
-    names = tuple(f.name for f in fields(TuneSettings))
-    refuse_unknown(raw, (*names, *more), f"{place}: ", problems)
-    fine: dict[str, Any] = {}
-    for key in names:
-        if key not in raw:
-            continue
-        value, like = raw[key], getattr(default, key)
-        if key == "precision" and value is False:  # YAML reads a bare `no` as false
-            value = "no"
-        number = isinstance(value, int | float) and not isinstance(value, bool)
-        if isinstance(like, str):
-            right = isinstance(value, str)
-        else:
-            whole = isinstance(like, int)
-            right = number and abs(value) < 2**63 and (not whole or value == int(value))
-        if right:
-            fine[key] = type(like)(value)
-        else:
-            kind = "a number" if isinstance(like, float) else "a whole number"
-            kind = "a word" if isinstance(like, str) else kind
-            kind += " below 2**63" if number and abs(value) >= 2**63 else ""
-            problems.add(RecipeError, f"{place}.{key}: {kind}, not {brief(value)}")
-    for key, value in [*fine.items()]:
-        try:
-            TuneSettings(**{key: value})
-        except RecipeError as error:
-            told = str(error).removeprefix(key).strip()
-            problems.add(RecipeError, f"{place}.{key}: {told}")
-            del fine[key]
-    return replace(default, **fine)

@@ -2,11 +2,7 @@
 
 from __future__ import annotations
 
-import hashlib
-import json
 import os
-import resource
-import sys
 import time
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
@@ -14,15 +10,14 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from suture.checkpoints.checkpoint import is_from_hub
 from suture.evals.base import Metric
+from suture.runs.place import SCHEMA
 from suture.tensors.spec import readable
-from suture.training.data import Dataset
+from suture.training.data import data_digest
+from suture.training.loop import peak_memory
 from suture.training.strategy import Job, Tuned
 from suture.verbs.finetune.plan import Plan
-from suture.verbs.merge.recipe import SCHEMA
 from suture.version import __version__
 
 
@@ -82,14 +77,6 @@ def report_of(
     )  # fmt: skip
 
 
-def peak_memory(device: str) -> int:
-    """Bytes of device memory at most; of the whole process where the device is the CPU."""
-    if torch.device(device).type == "cuda":
-        return int(torch.cuda.max_memory_allocated(device))
-    unit = 1 if sys.platform == "darwin" else 1024
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
-
-
 def provenance(plan: Plan, job: Job, tuned: Tuned, report: FinetuneReport) -> dict[str, Any]:
     """What ``suture.json`` holds."""
     base = plan.base
@@ -129,12 +116,6 @@ def provenance(plan: Plan, job: Job, tuned: Tuned, report: FinetuneReport) -> di
         },
         "versions": {tool: version(tool) for tool in tools},
     }
-
-
-def data_digest(data: Dataset) -> str:
-    """A hash of tokenised rows."""
-    text = json.dumps([data.ids, data.labels, data.targets], separators=(",", ":"))
-    return hashlib.blake2b(text.encode(), digest_size=16).hexdigest()
 
 
 def report_rows(report: FinetuneReport) -> list[tuple[str, str]]:

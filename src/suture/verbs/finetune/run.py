@@ -17,7 +17,8 @@ from suture.checkpoints.checkpoint import Checkpoint, open_checkpoint
 from suture.edits.mask_file import marked
 from suture.errors import CheckpointError, OutputError, Problems
 from suture.merges.apply import checkpoint_fingerprint
-from suture.runs.place import Options
+from suture.runs.place import SCHEMA, Options
+from suture.runs.weights import write_weights
 from suture.runs.workspace import Workspace
 from suture.schema.settings import settings
 from suture.schema.tuning import TuneSettings
@@ -36,7 +37,7 @@ from suture.training.models import (
 from suture.training.packed import Place, unpack
 from suture.training.strategy import Job, Say, Tuned, backbone_of
 from suture.verbs.finetune.metrics import Looks
-from suture.verbs.finetune.output import PATCH, write_beside, write_weights
+from suture.verbs.finetune.output import PATCH, write_beside
 from suture.verbs.finetune.plan import Plan, describe, plan_finetune
 from suture.verbs.finetune.result import (
     FinetuneReport,
@@ -45,7 +46,6 @@ from suture.verbs.finetune.result import (
     report_rows,
 )
 from suture.verbs.finetune.work import workshop
-from suture.verbs.merge.recipe import SCHEMA
 from suture.verbs.patch.run import make_patch
 from suture.version import __version__
 

@@ -3,19 +3,14 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from contextlib import contextmanager
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-from suture.runs.place import Options
-from suture.runs.workspace import Workspace, workspace
+from suture.runs.workspace import Workspace, training_space
+from suture.training.data import data_digest
 from suture.verbs.finetune.plan import Plan, named_files
-from suture.verbs.finetune.result import data_digest
-
-KEPT = "; the training is kept, and the same command goes on from it"
-"""What is said after a failure of the disk."""
 
 
 @contextmanager
@@ -37,27 +32,6 @@ def workshop(plan: Plan, fingerprint: str) -> Iterator[Workspace]:
     if files := named_files(plan.recipe):
         facts["files"] = {key: _digest(path) for key, path in files.items()}
     with training_space(plan.out, "finetune", facts, plan.options) as space:
-        yield space
-
-
-@contextmanager
-def training_space(
-    out: Path, command: str, facts: Mapping[str, Any], options: Options
-) -> Iterator[Workspace]:
-    """Hold the workspace of a run that trains; checkpoints of another run in it are precious.
-
-    Args:
-        out: the output.
-        command: the command that trains.
-        facts: what decides the bytes of the run, as plain data; versions are added.
-        options: whether to go on with what is there, and to replace an older output.
-
-    Raises:
-        OutputError: it belongs to another run, or one is going on.
-    """
-    key = {**facts, "versions": [version("torch"), version("transformers")]}
-    with workspace(out, command, key, resume=options.resume, overwrite=options.overwrite,
-                   precious="checkpoints", remedy=KEPT) as space:  # fmt: skip
         yield space
 
 

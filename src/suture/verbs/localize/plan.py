@@ -9,6 +9,7 @@ from typing import Any
 
 from suture.checkpoints.checkpoint import Checkpoint
 from suture.edits.importance import RULES, Rule
+from suture.edits.inputs import open_input
 from suture.edits.mask import check_question, check_without
 from suture.edits.mask_file import StoredMask
 from suture.edits.stats import Stats
@@ -20,7 +21,6 @@ from suture.stream.vector import align
 from suture.tensors.roles import names_in
 from suture.verbs.localize.recipe import Regions
 from suture.verbs.localize.tasks import Material, check_loadable, read_material
-from suture.verbs.merge.plan import open_input
 
 RECORD = "localize.json"
 

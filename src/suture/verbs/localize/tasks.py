@@ -12,10 +12,10 @@ from typing import TYPE_CHECKING, Any
 
 from suture.checkpoints.checkpoint import Checkpoint, open_checkpoint
 from suture.errors import Problems, RecipeError, did_you_mean
+from suture.merges.policy import Policy
 from suture.runs.card import carry
 from suture.tensors.roles import EVERYTHING
 from suture.training.task_rows import Task
-from suture.verbs.merge.jobs import Policy
 from suture.verbs.merge.run import merged, save
 
 if TYPE_CHECKING:

@@ -13,60 +13,15 @@ from suture.errors import (
     Problems,
     RecipeError,
     brief,
-    did_you_mean,
 )
 from suture.merges.base import Method, spelled
+from suture.merges.policy import ERRORS, POLICIES, Policy
 from suture.merges.protect import Protection
 from suture.merges.table import METHODS
 from suture.schema.parameters import Parameter
-from suture.schema.paths import place_of
 from suture.schema.settings import settings
 from suture.tensors.roles import DEFAULT_SPACE, ParamSpace
 from suture.tensors.spec import WORD_OF
-
-
-class Reader:
-    """Reads the keys of one recipe; every fault is noted, none stops it.
-
-    Args:
-        raw: what the recipe says.
-        folder: where its relative paths start, from ``recipe_folder``.
-        problems: takes the faults.
-    """
-
-    def __init__(self, raw: Mapping[str, Any], folder: Path, problems: Problems) -> None:
-        self.raw, self.folder, self.problems = raw, folder, problems
-
-    def place(self, path: str) -> Path:
-        """Return where a path of the recipe lies: absolute, from the folder of the recipe on."""
-        return place_of(path, self.folder)
-
-    def refuse(self, text: str) -> None:
-        """Note a fault."""
-        self.problems.add(RecipeError, text)
-
-
-@dataclass(frozen=True)
-class Policy:
-    """What to do where the models do not hold the same tensors."""
-
-    missing: str = "error"
-    """A model lacks a tensor: ``error``, or ``base`` to take it from the base."""
-    extra: str = "error"
-    """A model has one more: ``error``, or ``drop``."""
-    buffers: str = "equal"
-    """Integer and boolean tensors: ``equal`` in all models, or those of the ``base``."""
-    vocabulary: str = "error"
-    """Token embeddings of different size: ``error``, rows shared by id (``shared-rows``), or
-    matched by token to the vocabulary of the ``base`` or to the ``union`` of all."""
-
-
-POLICIES = {
-    "missing": ("error", "base"),
-    "extra": ("error", "drop"),
-    "buffers": ("equal", "base"),
-    "vocabulary": ("error", "shared-rows", "base", "union"),
-}
 
 
 @dataclass(frozen=True)
@@ -108,7 +63,7 @@ class Recipe:
     base: str | None = None
     parameters: Mapping[str, Any] = field(default_factory=dict)
     space: ParamSpace = DEFAULT_SPACE
-    policy: Policy = Policy()
+    policy: Policy = ERRORS
     dtype: str | None = None
     """The dtype of floating tensors of the output; ``None`` keeps that of the base, ``PROMOTED``
     takes for each the narrowest that holds every model's."""
@@ -233,46 +188,6 @@ def checked(recipe: Recipe, problems: Problems) -> Recipe:
 
 UNKNOWN = METHODS["linear"]
 """Stands in a recipe whose method does not exist, until that is reported."""
-
-
-def refuse_unknown(
-    raw: Mapping[Any, Any], keys: Sequence[str], where: str, problems: Problems
-) -> None:
-    """Note every key that is not one of ``keys``; ``where`` is empty or ends in a colon."""
-    for key in raw:
-        if key not in keys:
-            problems.add(RecipeError, f"{where}unknown key {key!r}; {did_you_mean(str(key), keys)}")
-
-
-def section(
-    raw: Mapping[Any, Any], key: str, problems: Problems, where: str = ""
-) -> dict[str, Any]:
-    """A part of a recipe that must be a mapping; nothing where it is missing."""
-    found = raw.get(key)
-    if found is None:
-        return {}
-    if not isinstance(found, Mapping):
-        problems.add(RecipeError, f"{where}{key}: a mapping, not {brief(found)}")
-        return {}
-    return {str(k): v for k, v in found.items()}
-
-
-def read_space(
-    raw: Mapping[str, Any], problems: Problems, default: ParamSpace = DEFAULT_SPACE
-) -> ParamSpace:
-    """The section ``space`` of a recipe: which tensors it is about."""
-    given = section(raw, "space", problems)
-    refuse_unknown(given, default._fields, "space: ", problems)
-    found = {}
-    for key, usual in default._asdict().items():
-        words = given.get(key, list(usual))
-        words = [words] if isinstance(words, str) else words
-        if not isinstance(words, list) or not all(isinstance(w, str) for w in words):
-            what = f"space.{key}: a list of roles or name patterns, not {brief(words)}"
-            problems.add(RecipeError, what)
-            words = usual
-        found[key] = tuple(words)
-    return ParamSpace(**found)
 
 
 def layer_range(raw: object, where: str, problems: Problems) -> tuple[int, int] | None:

@@ -24,16 +24,16 @@ from suture.errors import (
     did_you_mean,
     nearest,
 )
+from suture.merges.policy import Policy
 from suture.merges.table import METHODS
 from suture.schema.parameters import Parameter
+from suture.schema.reader import Reader, refuse_unknown, section
 from suture.schema.table import slip
 from suture.tensors.roles import DEFAULT_SPACE, ParamSpace
 from suture.tensors.spec import PROMOTED, dtype_named
 from suture.verbs.merge.jobs import (
     UNKNOWN,
     ModelEntry,
-    Policy,
-    Reader,
     Recipe,
     Slice,
     Source,
@@ -41,8 +41,6 @@ from suture.verbs.merge.jobs import (
     check_slice,
     layer_range,
     once,
-    refuse_unknown,
-    section,
     short,
 )
 from suture.verbs.merge.mergekit_methods import KITS, REQUIRED, Kit, Same

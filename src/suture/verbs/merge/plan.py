@@ -14,7 +14,6 @@ from typing import Any
 from suture.checkpoints.checkpoint import (
     Checkpoint,
     open_checkpoint,
-    refuse_uncomputable,
 )
 from suture.checkpoints.embeddings import (
     Aligned,
@@ -24,10 +23,11 @@ from suture.checkpoints.embeddings import (
     templated,
 )
 from suture.checkpoints.linearized import check_forms
-from suture.checkpoints.open import open_model
+from suture.checkpoints.open import check_ties
 from suture.checkpoints.views import Planned, View
 from suture.checkpoints.vocabulary import UNION, Wanted
 from suture.checkpoints.writer import Shard, plan_shards
+from suture.edits.inputs import open_input
 from suture.errors import (
     MismatchError,
     Problems,
@@ -298,19 +298,6 @@ def _opened(
     return found
 
 
-def open_input(path: str, near: Path | None, base: Checkpoint | None) -> Checkpoint:
-    """What a recipe may call a model, opened: also a patch or a graft, which lies on the base.
-
-    Raises:
-        SutureError: there is no such model, or nothing can be computed with it.
-    """
-    found = open_model(path, near, base)
-    if found.path.is_file():
-        found = _put_on(found, base)
-    refuse_uncomputable(found)
-    return found
-
-
 def _output_of(name: str, plan: Plan) -> Checkpoint:
     """What a stage made, or what is known of what it will make."""
     folder = stage_folder(plan)
@@ -319,25 +306,6 @@ def _output_of(name: str, plan: Plan) -> Checkpoint:
     found = open_checkpoint(folder)
     found.label = name
     return found
-
-
-def _put_on(file: Checkpoint, base: Checkpoint | None) -> Checkpoint:
-    """What a file means beside a base: a patch or a graft is the base with it on."""
-    from suture.edits.graft import is_graft, open_graft
-    from suture.edits.patch import Patch
-    from suture.edits.patch_file import is_patch
-
-    patch = is_patch(file)
-    if not patch and not is_graft(file.path):
-        return file
-    if base is None:
-        what = "a patch stands for a model only beside its base; name it"
-        if not patch:
-            what = "is a graft, weights to be put into a base; name the base"
-        raise RecipeError(f"{file.label}: {what}")
-    view = Patch.load(file.path).apply(base) if patch else open_graft(file.path, base)
-    view.path, view.label = file.path, file.label
-    return view
 
 
 def _aligned(recipe: Recipe, inputs: dict[str, Checkpoint], problems: Problems) -> Aligned:
@@ -433,23 +401,6 @@ def _check_factors(plan: Plan, problems: Problems) -> None:
     for adapter in found.values():
         with problems.collecting():
             adapter.check_finite()
-
-
-def check_ties(inputs: Mapping[str, Checkpoint]) -> None:
-    """Refuse checkpoints that hold two different tensors which their config says are one.
-
-    Raises:
-        MismatchError: names them.
-    """
-    problems = Problems()
-    for label, checkpoint in inputs.items():
-        for alias in checkpoint.untied():
-            problems.add(
-                MismatchError,
-                f"{label}: config.json ties {alias} to {checkpoint.aliases[alias]}, but they "
-                "differ in the file; set tie_word_embeddings to false there, or remove one",
-            )
-    problems.raise_if_any()
 
 
 def _check_buffers(plan: Plan, problems: Problems) -> None:

@@ -23,10 +23,13 @@ from suture.errors import (
     did_you_mean,
 )
 from suture.merges.base import Method
+from suture.merges.policy import POLICIES, Policy
 from suture.merges.presets import PRESETS, Preset
 from suture.merges.protect import Protection, read_protection
 from suture.merges.table import METHODS
+from suture.runs.place import SCHEMA
 from suture.schema.paths import place_of, recipe_folder
+from suture.schema.reader import read_space, refuse_unknown, section
 from suture.schema.settings import check_words, settings
 from suture.schema.text import (
     RECIPE_LIMIT,
@@ -37,11 +40,9 @@ from suture.schema.text import (
 from suture.tensors.roles import ParamSpace
 from suture.tensors.spec import PROMOTED, bytes_from, dtype_named
 from suture.verbs.merge.jobs import (
-    POLICIES,
     TAKEN,
     UNKNOWN,
     ModelEntry,
-    Policy,
     Recipe,
     Slice,
     Source,
@@ -49,14 +50,8 @@ from suture.verbs.merge.jobs import (
     checked,
     layer_range,
     once,
-    read_space,
-    refuse_unknown,
-    section,
     short,
 )
-
-SCHEMA = 1
-"""Version of the layout of ``suture.json``."""
 
 
 def read_recipe(source: Path | Mapping[str, Any], folder: Path | None = None) -> Recipe:

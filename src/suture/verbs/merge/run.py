@@ -25,10 +25,10 @@ from suture.errors import (
     SutureError,
 )
 from suture.merges.apply import Outcome, Stage, apply
+from suture.merges.policy import Policy
 from suture.merges.presets import PRESETS
 from suture.merges.table import METHODS
 from suture.runs.card import carried_files, config_text, model_card
-from suture.runs.envelope import provenance
 from suture.runs.place import MergeOptions, check_place
 from suture.stream.sweep import Progress
 from suture.stream.vector import TaskVector
@@ -40,7 +40,6 @@ from suture.tensors.spec import (
     dtype_named,
     readable,
 )
-from suture.verbs.merge.jobs import Policy
 from suture.verbs.merge.lazy import Merged, check_fingerprints
 from suture.verbs.merge.plan import (
     Plan,
@@ -52,6 +51,7 @@ from suture.verbs.merge.plan import (
     stages_of,
 )
 from suture.verbs.merge.recipe import read_recipe
+from suture.verbs.merge.record import provenance
 from suture.verbs.merge.slices import takes_files
 
 

@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from suture.checkpoints.checkpoint import Checkpoint
+from suture.checkpoints.open import check_ties
 from suture.checkpoints.views import Same, View
 from suture.checkpoints.writer import SHARD_SIZE, Writer, plan_shards
 from suture.edits.diff import (
@@ -54,7 +55,7 @@ from suture.runs.card import (
     patch_card,
 )
 from suture.runs.envelope import portable
-from suture.runs.place import MergeOptions, check_place, check_room
+from suture.runs.place import SCHEMA, MergeOptions, check_place, check_room
 from suture.stream.sweep import (
     DELTA,
     RAW,
@@ -69,8 +70,6 @@ from suture.stream.sweep import (
 from suture.stream.topk import SCOPES, Selection, select
 from suture.tensors.roles import DEFAULT_SPACE
 from suture.tensors.spec import TensorSpec, listed, readable
-from suture.verbs.merge.plan import check_ties
-from suture.verbs.merge.recipe import SCHEMA
 from suture.version import __version__
 
 

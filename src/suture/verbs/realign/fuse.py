@@ -27,7 +27,7 @@ from suture.errors import (
     brief,
     did_you_mean,
 )
-from suture.verbs.merge.jobs import refuse_unknown
+from suture.schema.reader import refuse_unknown
 
 SCOPES = ("global", "tensor")
 KEYS = ("how", "coefficient", "density", "scope", "seed")

@@ -14,6 +14,7 @@ from suture.errors import (
     brief,
     did_you_mean,
 )
+from suture.schema.reader import Reader, read_space, read_training, refuse_unknown, section
 from suture.schema.settings import check_words, settings
 from suture.schema.sources import (
     TOO_LONG,
@@ -25,13 +26,6 @@ from suture.schema.text import raw_recipe
 from suture.schema.tuning import TuneSettings
 from suture.tensors.roles import EVERYTHING, ParamSpace
 from suture.tensors.spec import WORD_OF, dtype_named
-from suture.verbs.finetune.recipe import read_training
-from suture.verbs.merge.jobs import (
-    Reader,
-    read_space,
-    refuse_unknown,
-    section,
-)
 from suture.verbs.realign.base import Realigner
 from suture.verbs.realign.fuse import Fusing, read_fusing
 from suture.verbs.realign.methods import REALIGNERS

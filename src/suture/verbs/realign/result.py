@@ -22,10 +22,10 @@ from suture.runs.card import (
     restricted_note,
     tags,
 )
+from suture.runs.place import SCHEMA
 from suture.tensors.roles import role_of
 from suture.tensors.spec import readable
-from suture.verbs.finetune.result import data_digest
-from suture.verbs.merge.recipe import SCHEMA
+from suture.training.data import data_digest
 from suture.verbs.realign.base import Scores
 from suture.verbs.realign.plan import Plan
 from suture.version import __version__

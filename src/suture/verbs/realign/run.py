@@ -27,16 +27,14 @@ from suture.errors import MismatchError, OutputError
 from suture.merges.apply import checkpoint_fingerprint, output_specs
 from suture.runs.card import carry, config_text
 from suture.runs.place import Options
-from suture.runs.workspace import Workspace
+from suture.runs.weights import TORCH, write_weights
+from suture.runs.workspace import Workspace, training_space
 from suture.schema.paths import place_of
 from suture.tensors.spec import readable
-from suture.training.loop import Progress, TuneResult, tune
+from suture.training.loop import Progress, TuneResult, peak_memory, tune
 from suture.training.loss import Mover
 from suture.training.models import load_language_model, parameters_of
 from suture.training.packed import Place
-from suture.verbs.finetune.output import TORCH, write_weights
-from suture.verbs.finetune.result import peak_memory
-from suture.verbs.finetune.work import training_space
 from suture.verbs.realign.base import Edit, Job, Realigned, Say, Scores
 from suture.verbs.realign.plan import Plan, plan_realign
 from suture.verbs.realign.result import (

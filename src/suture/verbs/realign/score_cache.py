@@ -16,12 +16,11 @@ from suture.checkpoints.atomic import appearing
 from suture.errors import OutputError, SutureError
 from suture.evals.base import Metric
 from suture.tensors.spec import cache_folder
-from suture.training.data import collate
+from suture.training.data import collate, data_digest
 from suture.training.data import plan as batch_plan
 from suture.training.kept import Kept, keep, positions
 from suture.training.loop import groups_of
 from suture.training.loss import to
-from suture.verbs.finetune.result import data_digest
 from suture.verbs.realign.base import Job, Scores
 from suture.verbs.realign.pairs import Pairs, batches_of, positions_of
 from suture.verbs.realign.plan import Plan
