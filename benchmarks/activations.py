@@ -37,9 +37,9 @@ from torch.utils.flop_counter import FlopCounterMode
 from suture.schema.tuning import TuneSettings
 from suture.training.calibrate import upper
 from suture.training.data import Batch, Dataset
-from suture.training.kept import Kept, keep, positions
+from suture.training.kept import KeptStates, keep, positions
 from suture.training.loop import groups_of
-from suture.training.loss import Mover, ReadOutLoss, next_token, wanted
+from suture.training.loss import Objective, ReadOutLoss, next_token, wanted
 from suture.training.models import (
     LanguageModel,
     load_language_model,
@@ -60,9 +60,9 @@ class Side:
     """A model that is trained, and how."""
 
     model: LanguageModel
-    mover: Mover
+    mover: Objective
     optimizer: torch.optim.AdamW
-    kept: Kept | None = None
+    kept: KeptStates | None = None
     steps: list[Times] = field(default_factory=list)
     losses: list[float] = field(default_factory=list)
 
@@ -92,7 +92,7 @@ def side(folder: Path, blocks: int) -> Side:
     names = set(upper([n for n, _ in model.named_parameters()], blocks))
     for name, parameter in model.named_parameters():
         parameter.requires_grad_(name in names)
-    mover = Mover(model, next_token)
+    mover = Objective(model, next_token)
     return Side(model, mover, torch.optim.AdamW(mover.groups(0.01), lr=5e-5, fused=True))
 
 

@@ -14,7 +14,7 @@ from tokenizers.pre_tokenizers import Whitespace
 
 from suture.errors import Problems
 from suture.evals.decoding import Decoding
-from suture.evals.kinds import Job, Row
+from suture.evals.kinds import EvalJob, Row
 from suture.training.models import LanguageModel, save_model
 
 WORDS = [
@@ -76,7 +76,7 @@ def folder(where: Path, seed: int = 0, *, chat: bool = True) -> Path:
     return where
 
 
-def job(rows: Sequence[Mapping[str, object]], *, chat: bool = True, max_tokens: int = 8) -> Job:
+def job(rows: Sequence[Mapping[str, object]], *, chat: bool = True, max_tokens: int = 8) -> EvalJob:
     """Rows as a suite hands them over; ``language`` and ``category`` are read off their columns."""
     made = [
         Row(
@@ -84,4 +84,4 @@ def job(rows: Sequence[Mapping[str, object]], *, chat: bool = True, max_tokens: 
         )
         for n, row in enumerate(rows, 1)
     ]
-    return Job(made, tokenizer(), 128, Decoding(max_tokens, chat=chat), Problems())
+    return EvalJob(made, tokenizer(), 128, Decoding(max_tokens, chat=chat), Problems())

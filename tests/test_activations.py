@@ -25,10 +25,10 @@ from suture.schema.tuning import TuneSettings
 from suture.training import kept as module
 from suture.training.calibrate import upper
 from suture.training.data import Batch, Dataset, collate
-from suture.training.kept import Kept, keep, positions
+from suture.training.kept import KeptStates, keep, positions
 from suture.training.load import load_tuned
 from suture.training.loop import groups_of, tune
-from suture.training.loss import Mover, next_token
+from suture.training.loss import Objective, next_token
 from suture.training.models import (
     Classifier,
     Encoder,
@@ -36,7 +36,7 @@ from suture.training.models import (
     ImageEncoder,
     LanguageModel,
 )
-from suture.training.split import Split, split_of
+from suture.training.split import SplitModel, split_of
 from suture.verbs.finetune import metrics
 from suture.verbs.finetune.run import finetune, plan_finetune
 from suture.verbs.realign.run import realign
@@ -114,7 +114,7 @@ def top(model: nn.Module, blocks: int) -> list[nn.Parameter]:
     return [model.get_parameter(n).requires_grad_() for n in names]
 
 
-def cut(kind: str, blocks: int = 1) -> Split:
+def cut(kind: str, blocks: int = 1) -> SplitModel:
     model = made(kind)
     split = split_of(model, top(model, blocks), example(kind))
     assert split is not None
@@ -181,12 +181,12 @@ def test_a_model_that_does_not_give_the_same_bits_is_asked_as_a_whole() -> None:
 
 def trained(
     kind: str, activations: str, tmp: Path, **more: Any
-) -> tuple[tuple[float, ...], dict[str, torch.Tensor], Kept]:
+) -> tuple[tuple[float, ...], dict[str, torch.Tensor], KeptStates]:
     model, data = made(kind), texts()
     changing = top(model, 1)
     settings = TuneSettings(epochs=3, batch=4, lr=1e-2, activations=activations, **more)
     loss = next_token if isinstance(model, LanguageModel) else None
-    mover = Mover(model) if loss is None else Mover(model, loss)
+    mover = Objective(model) if loss is None else Objective(model, loss)
     lengths = [len(row) for row in data.ids]
     groups = groups_of(lengths, settings)
     found = keep(model, changing, collate(data, groups[-1]), (20, positions(lengths, groups)),
@@ -239,7 +239,9 @@ def test_rows_stand_together_in_every_epoch() -> None:
 # -- bounds ----------------------------------------------------------------------------------------
 
 
-def kept_for(split: Split, bounds: TuneSettings, folder: Path | None, said: list[str]) -> Kept:
+def kept_for(
+    split: SplitModel, bounds: TuneSettings, folder: Path | None, said: list[str]
+) -> KeptStates:
     model = split.model
     changing = [p for p in model.parameters() if p.requires_grad]
     found = keep(model, changing, collate(texts(), [0, 7]), (1000, 5000), bounds, folder=folder,
@@ -282,7 +284,7 @@ def test_the_bound_is_never_passed(where: str, tmp_path: Path) -> None:
     split = cut("llama")
     one = collate(texts(), [0, 7])
     size = split.lower(one).nbytes
-    found = Kept(split, where, 2.5 * size, tmp_path / "a")
+    found = KeptStates(split, where, 2.5 * size, tmp_path / "a")
     for _ in range(2):
         for rows in ([0, 7], [7, 14], [14, 0]):
             batch = collate(texts(), rows)
@@ -297,15 +299,15 @@ def test_the_bound_is_never_passed(where: str, tmp_path: Path) -> None:
 # -- nothing stale, nothing damaged ----------------------------------------------------------------
 
 
-def store(folder: Path, blocks: int = 1, **more: Any) -> Kept:
+def store(folder: Path, blocks: int = 1, **more: Any) -> KeptStates:
     """A store on disk of a fresh model, as another process would open it."""
     model = made("llama", **more)
     split = split_of(model, top(model, blocks), example("llama"))
     assert split is not None
-    return Kept(split, "disk", module.GIB, folder)
+    return KeptStates(split, "disk", module.GIB, folder)
 
 
-def fresh(found: Kept, asked: Batch | None = None) -> bool:
+def fresh(found: KeptStates, asked: Batch | None = None) -> bool:
     """Whether states were made rather than found; they are right in either case."""
     batch = example("llama") if asked is None else asked
     assert torch.equal(found.states(batch), found.split.lower(batch))
@@ -371,7 +373,7 @@ def test_every_part_of_the_ground_is_in_the_key(
 def test_weights_that_are_written_to_are_noticed_in_memory_too() -> None:
     """A change under the cut, after states were made, makes new ones."""
     split, batch = cut("llama"), example("llama")
-    found = Kept(split, "memory", module.GIB)
+    found = KeptStates(split, "memory", module.GIB)
     before = found.states(batch)
     assert torch.equal(found.states(batch), before)
     assert found.made == 1
@@ -388,7 +390,7 @@ def test_a_damaged_file_is_not_used(damage: str, tmp_path: Path) -> None:
     name: the states are made anew, and the file is right again."""
     split, batch = cut("llama"), example("llama")
     right = split.lower(batch)
-    Kept(split, "disk", module.GIB, tmp_path).states(batch)
+    KeptStates(split, "disk", module.GIB, tmp_path).states(batch)
     (path,) = tmp_path.iterdir()
     whole = path.read_bytes()
     spoilt: list[bytes] = []
@@ -396,13 +398,13 @@ def test_a_damaged_file_is_not_used(damage: str, tmp_path: Path) -> None:
         for at in (0, 31, 40, len(whole) // 2, len(whole) - 1):
             spoilt.append(whole[:at] + bytes([whole[at] ^ 1]) + whole[at + 1 :])
     elif damage == "other":
-        Kept(split, "disk", module.GIB, tmp_path / "b").states(collate(texts(), [0, 1, 2]))
+        KeptStates(split, "disk", module.GIB, tmp_path / "b").states(collate(texts(), [0, 1, 2]))
         spoilt = [next((tmp_path / "b").iterdir()).read_bytes()]
     else:
         spoilt = [whole[:-1] if damage == "short" else b""]
     for data in spoilt:
         path.write_bytes(data)
-        found = Kept(split, "disk", module.GIB, tmp_path)
+        found = KeptStates(split, "disk", module.GIB, tmp_path)
         assert torch.equal(found.states(batch), right)
         assert found.made == 1
         assert path.read_bytes() == whole

@@ -39,7 +39,7 @@ from suture.errors import OutputError, RecipeError, SutureError
 from suture.runs.ledger import Ledger, digest
 from suture.schema.tuning import TuneSettings
 from suture.training.calibrate import Calibration, sensitivity
-from suture.training.data import Row, tokenise
+from suture.training.data import LabelledText, tokenise
 from suture.training.models import (
     Classifier,
     Head,
@@ -199,7 +199,9 @@ def sides(base: Base) -> list[Side]:
     """Two tasks with heads of their own: colours or sky, and the number of words."""
     tokenizer = load_tokenizer(base.checkpoint.folder)
     rows = tiny_model.rows(48)
-    other = [Row(row.text, "long" if len(row.text.split()) > 4 else "short") for row in rows]
+    other = [
+        LabelledText(row.text, "long" if len(row.text.split()) > 4 else "short") for row in rows
+    ]
     found = []
     for seed, (name, task) in enumerate((("kind", rows), ("length", other))):
         labels = tuple(sorted({row.label for row in task}))
@@ -540,7 +542,7 @@ def test_the_clock_goes_by_cells_of_the_same_kind(tmp_path: Path) -> None:
 
 def test_rows_are_divided_evenly_and_leak_nothing() -> None:
     """Each text is on one side, labels are as even as can be, other rows move nothing."""
-    rows = [Row(f"text {i}", "abc"[0 if i % 10 else 1 + i % 20 // 10]) for i in range(400)]
+    rows = [LabelledText(f"text {i}", "abc"[0 if i % 10 else 1 + i % 20 // 10]) for i in range(400)]
     parts = divide(rows, train=60, validation=20, test=20, seed=0)
 
     texts = [{row.text for row in side} for side in parts]
@@ -548,11 +550,13 @@ def test_rows_are_divided_evenly_and_leak_nothing() -> None:
     assert len(set.union(*texts)) == 100
     counts = [sum(row.label == word for row in parts.train) for word in "abc"]
     assert min(counts) > 8  # of a tenth of the rows, a fifth of the sample or more
-    more = divide([*rows, *(Row(f"new {i}", "a") for i in range(50))],
+    more = divide([*rows, *(LabelledText(f"new {i}", "a") for i in range(50))],
                   train=600, validation=200, test=200, seed=0)  # fmt: skip
     assert not {r.text for r in more.train} & texts[2]
     with pytest.raises(RecipeError, match="1 labels"):
-        divide([Row(str(i), "same") for i in range(99)], train=9, validation=9, test=9, seed=0)
+        divide(
+            [LabelledText(str(i), "same") for i in range(99)], train=9, validation=9, test=9, seed=0
+        )
 
 
 def test_tasks_of_packages_are_there_or_named() -> None:

@@ -14,7 +14,7 @@ import tiny_model
 from suture.errors import RecipeError
 from suture.training.data import (
     Dataset,
-    Row,
+    LabelledText,
     at_most,
     draw,
     labels_of,
@@ -35,15 +35,21 @@ def test_jsonl_and_csv_give_the_same_rows(tmp_path: Path) -> None:
     one.write_text('[{"text": "one, two", "label": 3}, {"text": "né", "label": true}]', "utf-8")
 
     assert read_rows(one) == read_rows(jsonl)
-    assert read_rows(jsonl) == read_rows(csv) == [Row("one, two", "3"), Row("né", "true")]
+    assert (
+        read_rows(jsonl)
+        == read_rows(csv)
+        == [LabelledText("one, two", "3"), LabelledText("né", "true")]
+    )
 
 
 def test_columns_are_named_by_the_caller(tmp_path: Path) -> None:
     file = tmp_path / "a.csv"
     file.write_text("q,kind,source\nhello,x,book\n")
 
-    assert read_rows(file, text="q", label="kind", group="source") == [Row("hello", "x", "book")]
-    assert read_rows(file, text="q", label=None) == [Row("hello")]
+    assert read_rows(file, text="q", label="kind", group="source") == [
+        LabelledText("hello", "x", "book")
+    ]
+    assert read_rows(file, text="q", label=None) == [LabelledText("hello")]
 
 
 @pytest.mark.parametrize(
@@ -82,13 +88,13 @@ def test_long_cells_and_byte_order_marks_are_read(tmp_path: Path) -> None:
         row = '{"text": "\\ud83d\\ude00", "label": "y"}'
         (tmp_path / name).write_text(row if name == "a.jsonl" else f"[{row}]", "utf-8-sig")
 
-    assert read_rows(tmp_path / "a.csv") == [Row(long, "a")]
+    assert read_rows(tmp_path / "a.csv") == [LabelledText(long, "a")]
     assert csv.field_size_limit() == before
-    assert read_rows(tmp_path / "a.jsonl") == [Row("\U0001f600", "y")]
-    assert read_rows(tmp_path / "a.json") == [Row("\U0001f600", "y")]
+    assert read_rows(tmp_path / "a.jsonl") == [LabelledText("\U0001f600", "y")]
+    assert read_rows(tmp_path / "a.json") == [LabelledText("\U0001f600", "y")]
 
 
-ROWS = [Row(f"text {i}", "ab"[i % 2], group=f"group {i // 3}") for i in range(600)]
+ROWS = [LabelledText(f"text {i}", "ab"[i % 2], group=f"group {i // 3}") for i in range(600)]
 
 
 def test_a_split_shares_no_group_and_loses_no_row() -> None:
@@ -109,7 +115,9 @@ def test_where_a_row_goes_depends_on_no_other_row() -> None:
 
 
 def test_equal_texts_share_a_side() -> None:
-    parts = split([Row("same", label) for label in "abcd"], seed=0, validation=0.3, test=0.3)
+    parts = split(
+        [LabelledText("same", label) for label in "abcd"], seed=0, validation=0.3, test=0.3
+    )
 
     assert sorted(map(len, parts)) == [0, 0, 4]
 
@@ -198,6 +206,8 @@ def test_tokenising_cuts_and_numbers_the_labels() -> None:
 
 def test_an_unlisted_label_and_an_empty_text_are_refused() -> None:
     with pytest.raises(RecipeError, match="'skyy' is not listed; did you mean 'sky'"):
-        tokenise([Row("sun", "skyy")], tiny_model.tokenizer(), labels=["sky"], max_length=4)
+        tokenise(
+            [LabelledText("sun", "skyy")], tiny_model.tokenizer(), labels=["sky"], max_length=4
+        )
     with pytest.raises(RecipeError, match="row 1 has no tokens"):
-        tokenise([Row("sun"), Row(" ")], tiny_model.tokenizer(), max_length=4)
+        tokenise([LabelledText("sun"), LabelledText(" ")], tiny_model.tokenizer(), max_length=4)

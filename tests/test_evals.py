@@ -19,7 +19,7 @@ from suture.errors import (
 from suture.evals.base import EvalResult, Metric, mean, ratio, share
 from suture.evals.embedding import agreement
 from suture.evals.table import EVALS
-from suture.training.data import Dataset, Row, labels_of, tokenise
+from suture.training.data import Dataset, LabelledText, labels_of, tokenise
 from suture.training.loss import token_losses
 from suture.training.models import Classifier, Head, embed
 
@@ -154,7 +154,7 @@ def test_an_encoder_agrees_with_itself_and_less_with_another() -> None:
 
 
 def test_the_neighbour_of_a_text_is_another_row() -> None:
-    rows = [Row(text, text) for text in ("red sun", "blue moon", "six five four")] * 2
+    rows = [LabelledText(text, text) for text in ("red sun", "blue moon", "six five four")] * 2
     data = tokenise(rows, tiny_model.tokenizer(), labels=labels_of(rows), max_length=8)
     alone = replace(data, labels=tuple(range(6)))
 

@@ -25,7 +25,7 @@ from suture.training.calibrate import (
 )
 from suture.training.data import Dataset, labels_of, tokenise
 from suture.training.models import Classifier, Head, LanguageModel
-from suture.training.packed import Place, unpack
+from suture.training.packed import ParameterPlace, unpack
 
 
 def data() -> Dataset:
@@ -244,4 +244,4 @@ def test_packed_projections_come_apart_and_together_bit_for_bit(kind: str) -> No
         place.of(whole[place.name]).copy_(known[name].detach())
     assert all(torch.equal(whole[n], before[n]) for n in whole)
     assert not [n for n in prunable(LanguageModel(model)) if n.endswith("k_proj.bias")]
-    assert Place("x").of(ids) is ids
+    assert ParameterPlace("x").of(ids) is ids

@@ -30,7 +30,7 @@ from suture.evals.results import read_result
 from suture.evals.table import EVALS
 from suture.training.calibrate import prunable
 from suture.training.image_rows import look_of
-from suture.training.images import Look, checked, prepared
+from suture.training.images import ImageTransform, checked, prepared
 from suture.training.load import load_tuned
 from suture.training.models import (
     Head,
@@ -210,11 +210,11 @@ def test_pixels_are_scaled_and_normalised_as_the_base_says(gallery: Path, tmp_pa
     assert "ImageNet" in plan_finetune(recipe(gallery), tmp_path / "x").rows.notes[0]
 
     white = np.full((2, 2, 3), 255, np.uint8)
-    look = Look((4, 4), 3, (0.5,) * 3, (0.25,) * 3)
+    look = ImageTransform((4, 4), 3, (0.5,) * 3, (0.25,) * 3)
     torch.testing.assert_close(prepared(white, look), torch.full((3, 4, 4), 2.0))
     torch.testing.assert_close(prepared(white[..., 0], look), torch.full((3, 4, 4), 2.0))
     torch.testing.assert_close(
-        prepared(white, Look((2, 2), 1, (0.0,), (1.0,))), torch.ones(1, 2, 2)
+        prepared(white, ImageTransform((2, 2), 1, (0.0,), (1.0,))), torch.ones(1, 2, 2)
     )
 
 
@@ -226,8 +226,8 @@ def test_photographs_are_turned_upright(tmp_path: Path) -> None:
     exif = Image.Exif()
     exif[0x0112] = 6  # to be turned a quarter
     picture.save(tmp_path / "turned.png", exif=exif)
-    assert prepared(tmp_path / "turned.png", Look((4, 2))).shape == (3, 4, 2)
-    upright = prepared(tmp_path / "turned.png", Look((4, 2), 3, (0.0,) * 3, (1.0,) * 3))
+    assert prepared(tmp_path / "turned.png", ImageTransform((4, 2))).shape == (3, 4, 2)
+    upright = prepared(tmp_path / "turned.png", ImageTransform((4, 2), 3, (0.0,) * 3, (1.0,) * 3))
     assert upright[:, 0, 1].tolist() == [1.0, 1.0, 1.0]
     assert upright.sum() == 3
 
@@ -298,7 +298,7 @@ def test_what_is_wrong_with_images_is_told_before_training(
 def test_a_file_that_breaks_later_is_named(gallery: Path, tmp_path: Path) -> None:
     """A file that is lost while training ends it with its name, not with a traceback."""
     with pytest.raises(RecipeError, match="gone.png: cannot be read as an image"):
-        prepared(tmp_path / "gone.png", Look((8, 8)))
+        prepared(tmp_path / "gone.png", ImageTransform((8, 8)))
 
 
 def test_other_image_models_are_refused(tmp_path: Path) -> None:

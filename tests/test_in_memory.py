@@ -27,7 +27,7 @@ from suture.errors import (
     RecipeError,
 )
 from suture.merges.apply import checkpoint_fingerprint
-from suture.training.data import Row, tokenise
+from suture.training.data import LabelledText, tokenise
 from suture.training.load import load_tuned
 from suture.training.models import LanguageModel, save_head, save_model
 
@@ -607,7 +607,7 @@ def test_what_was_measured_in_memory_goes_into_a_merge() -> None:
     from suture.training.models import Classifier, Head
 
     head = Head(("colour", "sky"), torch.eye(2, 16), torch.zeros(2))
-    rows = [Row(r.text, r.label) for r in tiny_model.rows(6)]
+    rows = [LabelledText(r.text, r.label) for r in tiny_model.rows(6)]
     data = tokenise(rows, tiny_model.tokenizer(), labels=head.labels, max_length=16)
     space = suture.ParamSpace(("encoder.layer.*",), ())
     stats = [suture.measure(Classifier(m, head), data, ["fisher"]) for m in (model, other)]

@@ -21,7 +21,7 @@ import tiny_model
 from suture.errors import CheckpointError, SutureError
 from suture.evals import judged, judges, verdicts
 from suture.evals.endpoint import PATIENCE
-from suture.evals.kinds import Job, Models, Prepare, Score
+from suture.evals.kinds import EvalJob, Models, Prepare, Score
 from suture.evals.refusal_model import (
     Labelled,
     cross_validated,
@@ -131,7 +131,7 @@ def serve() -> Iterator[Callable[[Callable[[str, int], object]], Server]]:
         server.close()
 
 
-def ask(make: Prepare, job: Job, reference: Any = None) -> dict[str, Score]:
+def ask(make: Prepare, job: EvalJob, reference: Any = None) -> dict[str, Score]:
     """The scores of a kind, by name; the model says what ``SAID`` has."""
     run = make(job)
     job.problems.raise_if_any()

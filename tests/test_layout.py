@@ -72,7 +72,13 @@ TORCH = {
     "verbs.realign", "verbs.localize", "verbs.analyze",
 }  # fmt: skip
 """Where torch may be imported, and in ``checkpoint`` only when a torch tensor is asked for."""
-TORCH_LATE = {"checkpoints.checkpoint", "checkpoints.memory", "merges.spectral", "verbs.merge.lazy", "api.algebra"}
+TORCH_LATE = {
+    "checkpoints.checkpoint",
+    "checkpoints.memory",
+    "merges.spectral",
+    "verbs.merge.lazy",
+    "api.algebra",
+}
 """Where it is imported inside of functions only: by a torch tensor, by merges of whole matrices."""
 PLAIN = {"schema"}
 """Rooms that import neither numpy nor torch; the recipes of commands are held to it, too."""
@@ -153,16 +159,16 @@ def test_commands_are_of_one_shape() -> None:
     """Whoever has read one folder knows where the others keep keys, checks, work and result."""
     folders = {p.parent.name: p.parent for p in (ROOT / "verbs").glob("*/__init__.py")}
     common = ("recipe", "plan", "run", "result")
-    assert SHAPE == {
+    assert {
         verb: " ".join(part for part in common if (folder / f"{part}.py").exists())
         for verb, folder in sorted(folders.items())
-    }
+    } == SHAPE
 
 
 def test_recipes_are_read_without_numpy_and_torch() -> None:
     """The schema, and every ``recipe.py``, import neither by themselves."""
     for name in INSIDE:
-        if within(name, PLAIN) or name.startswith("verbs.") and name.endswith(".recipe"):
+        if within(name, PLAIN) or (name.startswith("verbs.") and name.endswith(".recipe")):
             tools = {other.split(".")[0] for other, _ in imported(FILES[name])}
             assert not tools & {"numpy", "torch"}, name
 

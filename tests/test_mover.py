@@ -17,7 +17,7 @@ from suture.schema.tuning import TuneSettings
 from suture.training import loss as mover
 from suture.training.data import Batch, Dataset
 from suture.training.loop import tune
-from suture.training.loss import Mover, ReadOutLoss, next_token
+from suture.training.loss import Objective, ReadOutLoss, next_token
 from suture.training.models import LanguageModel
 
 ROWS = Dataset(
@@ -134,7 +134,9 @@ def test_language_models_train_in_mixed_precision_with_accumulated_batches(
     for precision in ("no", "bf16"):
         AcceleratorState._reset_state(True)
         model = tiny_model.language_model()
-        done = tune(model, ROWS, replace(how, precision=precision), mover=Mover(model, next_token))
+        done = tune(
+            model, ROWS, replace(how, precision=precision), mover=Objective(model, next_token)
+        )
         losses.append(done.losses)
     assert losses[0] != losses[1]
     assert losses[1] == pytest.approx(losses[0], rel=0.05)

@@ -39,7 +39,7 @@ from suture.errors import (
 )
 from suture.evals.base import EvalResult, Metric
 from suture.evals.results import Evaluation, Scores, SuiteResult
-from suture.runs.report import Entry, Report, Task
+from suture.runs.report import Entry, Report, ReportTask
 from suture.runs.workspace import workspace
 from suture.verbs.analyze.run import analysis
 from suture.verbs.compare.run import Comparison, compare
@@ -69,7 +69,7 @@ def metric(value: float) -> Metric:
 def results() -> Report:
     names = [("base", "base", 0.5), ("math", "expert", 0.9), (HOSTILE, "expert", 0.6),
              ("ties", "merge", 0.8), ("linear", "merge", 0.7)]  # fmt: skip
-    tasks = (Task("sums", "accuracy", "math"), Task(HOSTILE, "accuracy", HOSTILE))
+    tasks = (ReportTask("sums", "accuracy", "math"), ReportTask(HOSTILE, "accuracy", HOSTILE))
     entries = tuple(
         Entry(n, k, {t.name: metric(v - 0.02 * i) for i, t in enumerate(tasks)}, HOSTILE, 1.5)  # type: ignore[arg-type]
         for n, k, v in names

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 import refusing
-from suture.analysis.ancestry import Factors, Part, Whole
+from suture.analysis.ancestry import Factors, Part, Unmasked
 from suture.training.data import Dataset
 from suture.verbs.realign.concrete import (
     FLOOR,
@@ -64,7 +64,7 @@ def toy(how: str, *, granularity: str = "entry", rescale: str = "mean", start: f
             torch.randn(parameter.shape, generator=draw, dtype=torch.float64) * 0.1
             for _ in range(tasks)
         ]
-        parts.append(Whole(name, parameter.detach().clone(), deltas))
+        parts.append(Unmasked(name, parameter.detach().clone(), deltas))
     masking = Masking(granularity, 0.5, rescale)
     return model, Fusion.of(parts, masking, HOWS[how], named, start)
 
@@ -154,7 +154,7 @@ def test_closed_masks_give_the_aligned_model(how: str) -> None:
     draw = fusion.masks.drawn(5)
     used = fusion.fuser(draw, 5)
     for name, part in fusion.parts.items():
-        assert isinstance(part, Whole)
+        assert isinstance(part, Unmasked)
         assert torch.allclose(fusion.weights(name, draw, used), part.safe, rtol=1e-3, atol=1e-9)
 
 

@@ -37,7 +37,7 @@ from suture.merges.apply import checkpoint_fingerprint
 from suture.training.models import load_language_model
 from suture.verbs.merge.run import merge
 from suture.verbs.realign import somf
-from suture.verbs.realign.base import Job
+from suture.verbs.realign.base import RealignJob
 from suture.verbs.realign.fuse import FUSES
 from suture.verbs.realign.methods import REALIGNERS
 from suture.verbs.realign.pairs import answers_of, margins
@@ -138,9 +138,9 @@ def test_the_given_models_are_asked_once_for_all_methods(
     """A second method has the very numbers of a run that asked; what may change a bit asks anew:
     batch, rows, fuse, weights under the same path; so does a damaged cache, and one without room."""
     asked: list[str] = []
-    ask = Job.scores
+    ask = RealignJob.scores
 
-    def counted(job: Job, pairs: Any, utility: Any) -> Any:
+    def counted(job: RealignJob, pairs: Any, utility: Any) -> Any:
         asked.append(job.device)
         return ask(job, pairs, utility)
 
@@ -151,7 +151,7 @@ def test_the_given_models_are_asked_once_for_all_methods(
         report = realign(what, tmp_path / "out", overwrite=True)
         return len(asked), report.scores
 
-    monkeypatch.setattr(Job, "scores", counted)
+    monkeypatch.setattr(RealignJob, "scores", counted)
     assert asks("magnitude")[0] == 3
     known, scores = asks("random")
     assert (known, asks("random", "other")) == (1, (3, scores))

@@ -9,14 +9,17 @@ import pytest
 
 from suture.errors import RecipeError
 from suture.evals.base import Metric, share
-from suture.runs.report import Entry, Report, Task
+from suture.runs.report import Entry, Report, ReportTask
 
 
 def metric(value: float) -> Metric:
     return Metric("accuracy", value, 100, value - 0.1, value + 0.1)
 
 
-TASKS = (Task("a", "accuracy", "expert a", "about a"), Task("b", "accuracy", "expert b"))
+TASKS = (
+    ReportTask("a", "accuracy", "expert a", "about a"),
+    ReportTask("b", "accuracy", "expert b"),
+)
 ENTRIES = (
     Entry("base", "base", {"a": metric(0.5), "b": metric(0.6)}),
     Entry("expert a", "expert", {"a": metric(0.9), "b": metric(0.3)}),

@@ -24,7 +24,7 @@ from suture.evals import (
     words,
 )
 from suture.evals.branches import Asked, Tail, log_probabilities, log_sum
-from suture.evals.kinds import Job, Models, Prepare, Score
+from suture.evals.kinds import EvalJob, Models, Prepare, Score
 from suture.evals.numbers import STATISTICS, metric_of
 from suture.training.models import LanguageModel
 
@@ -39,14 +39,14 @@ ROWS: list[Mapping[str, object]] = [
 ]  # fmt: skip
 
 
-def ask(make: Prepare, job: Job, model: Any, reference: Any = None) -> dict[str, Score]:
+def ask(make: Prepare, job: EvalJob, model: Any, reference: Any = None) -> dict[str, Score]:
     """The scores of a kind, by name, in their order."""
     run = make(job)
     job.problems.raise_if_any()
     return {s.name: s for s in run(Models(model, reference=reference))}
 
 
-def refused_with(make: Prepare, job: Job) -> str:
+def refused_with(make: Prepare, job: EvalJob) -> str:
     """What a kind has against its rows."""
     make(job)
     with pytest.raises(SutureError) as caught:

@@ -22,7 +22,7 @@ from suture.cli.recipes import RECIPES
 from suture.edits.stats import KINDS
 from suture.errors import Problems, RecipeError
 from suture.schema.export import schema_of
-from suture.schema.fields import Listed, Named, Share
+from suture.schema.fields import Listed, NamedEntries, Share
 from suture.schema.read import parse, read
 from suture.schema.sections import Faults, Recipe, Section, check
 from suture.schema.sources import Source
@@ -95,7 +95,7 @@ class Toy(Recipe):
     """The share that is kept."""
     kind: Literal["alpha", "beta"] = "alpha"
     part: Part | None = None
-    named: Annotated[Mapping[str, Part], Named(r"\w+", "is no word", "a mapping")] = {}
+    named: Annotated[Mapping[str, Part], NamedEntries(r"\w+", "is no word", "a mapping")] = {}
     words: Annotated[tuple[Literal["red", "blue"], ...], Listed()] = ()
 
     @check

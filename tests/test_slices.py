@@ -18,7 +18,7 @@ from suture.checkpoints.layers import depths, sliced_config, stacks
 from suture.errors import SutureError
 from suture.merges.apply import checkpoint_fingerprint
 from suture.runs.place import MergeOptions
-from suture.schema.values import Curve, Scalar
+from suture.schema.values import DepthCurve, Scalar
 from suture.verbs.merge.describe import describe
 from suture.verbs.merge.mergekit import native
 from suture.verbs.merge.plan import plan_recipe
@@ -71,12 +71,12 @@ def test_a_curve_is_linear_between_its_points(
     points: tuple[float, ...], depth: float, value: float
 ) -> None:
     """The points are spread evenly over the depth; ends included."""
-    assert Curve(points).at(depth) == value
+    assert DepthCurve(points).at(depth) == value
 
 
 def test_a_scalar_settles_its_curves_once() -> None:
     """After ``bound`` a name has a number, by its old name where it had another."""
-    scalar = Scalar(1.0, (("*.3.*", 7.0), ("*", Curve((0.0, 1.0)))))
+    scalar = Scalar(1.0, (("*.3.*", 7.0), ("*", DepthCurve((0.0, 1.0)))))
 
     found = scalar.bound([("l.0.w", "l.3.w", 0.0), ("l.1.w", "l.4.w", 0.5), ("x", "x", 0.0)])
 

@@ -30,7 +30,7 @@ from suture.evals.decoding import Decoding
 from suture.evals.exact import EXTRACTORS
 from suture.evals.generate import _uncached, generate, questions
 from suture.evals.kinds import (
-    Job,
+    EvalJob,
     Kind,
     Models,
     Prepare,
@@ -106,8 +106,8 @@ def suite(shop: Path, **evaluations: Any) -> dict[str, Any]:
     return {"name": "tiny", "evaluations": found}
 
 
-def job(texts: list[str], **decoding: Any) -> Job:
-    return Job([Row(f"line {i}", {"prompt": t}) for i, t in enumerate(texts)],
+def job(texts: list[str], **decoding: Any) -> EvalJob:
+    return EvalJob([Row(f"line {i}", {"prompt": t}) for i, t in enumerate(texts)],
                tiny_model.tokenizer(), 30, Decoding(**decoding), Problems(), batch=3)  # fmt: skip
 
 
@@ -743,7 +743,7 @@ def test_a_chat_template_is_used_where_the_suite_asks_for_it(shop: Path, tmp_pat
 def drift(prompt: Template = "prompt") -> Prepare:
     """How far the model's next token is from the reference's: a kind of a few lines."""
 
-    def prepare(given: Job) -> Run:
+    def prepare(given: EvalJob) -> Run:
         prompts = questions(given, prompt)
 
         def run(models: Models) -> tuple[Score, ...]:

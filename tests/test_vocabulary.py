@@ -21,7 +21,7 @@ import suture
 import talk
 import toy
 from suture.checkpoints.chat import CHAT_TEMPLATES
-from suture.checkpoints.embeddings import Rows
+from suture.checkpoints.embeddings import MatchedRows
 from suture.checkpoints.vocabulary import (
     Vocabulary,
     read_vocabulary,
@@ -193,13 +193,13 @@ def test_unions_of_every_kind_of_tokenizer_load(kind: str, tmp_path: Path) -> No
 
 
 @pytest.fixture(scope="module")
-def rows(place: Path) -> tuple[Rows, np.ndarray]:
+def rows(place: Path) -> tuple[MatchedRows, np.ndarray]:
     """A tensor of rows of all kinds, and what it must hold."""
     one, two = suture.open(place / "base"), suture.open(place / "half")
     own = np.array([[0, 1, 2, -1, 7, 8, 9], [5, -1, 4, -1, 3, 2, 1]])
     source = np.array([0, 1, -2, -1, 0, 0, -2, -3, -3])
     row = np.array([3, 6, 0, 0, 7, 8, 0, 0, 0])
-    lens = Rows([(one, EMBEDDING), (two, EMBEDDING)], 0, (9, talk.HIDDEN), source, row, own)
+    lens = MatchedRows([(one, EMBEDDING), (two, EMBEDDING)], 0, (9, talk.HIDDEN), source, row, own)
     a, b = (np.asarray(c[EMBEDDING], np.float64) for c in (one, two))
     parts = [a[3], b[6], (a[2] + b[4]) / 2, 0 * a[0], a[7], a[8], (a[9] + b[1]) / 2]
     mean = np.mean([np.float32(p) for p in parts], 0, dtype=np.float64)
@@ -208,7 +208,7 @@ def rows(place: Path) -> tuple[Rows, np.ndarray]:
 
 @given(st.integers(0, 9 * talk.HIDDEN), st.integers(0, 9 * talk.HIDDEN))
 def test_any_stretch_of_rows_is_that_of_the_whole(
-    rows: tuple[Rows, np.ndarray], one: int, other: int
+    rows: tuple[MatchedRows, np.ndarray], one: int, other: int
 ) -> None:
     """Taken rows, means, zeros and padding, from any element to any other, always the same bytes."""
     lens, wanted = rows
@@ -224,7 +224,7 @@ def test_rows_that_are_only_taken_keep_their_bytes(place: Path) -> None:
     """Nothing is widened where nothing is computed."""
     half = suture.open(place / "half")
     source, row = np.zeros(3, np.int64), np.array([4, 0, 1])
-    lens = Rows([(half, EMBEDDING)], 0, (3, talk.HIDDEN), source, row, row[None])
+    lens = MatchedRows([(half, EMBEDDING)], 0, (3, talk.HIDDEN), source, row, row[None])
     raw = np.zeros(3 * talk.HIDDEN * 2, np.uint8)
     lens.read(0, raw)
 

@@ -12,9 +12,9 @@ import torch
 import suture
 import toy
 from suture.checkpoints.checkpoint import open_checkpoint
-from suture.merges.row_blocks import Rows
+from suture.merges.row_blocks import RowBlocks
 from suture.merges.table import METHODS
-from suture.merges.whole import HELD, Whole
+from suture.merges.whole import HELD, WholeTensor
 from suture.stream.sweep import (
     DELTA,
     Block,
@@ -74,7 +74,7 @@ def test_a_tensor_is_computed_once(sources: Sources, threads: int, block: int) -
         calls.append(name)
         return rows[0] - rows[1].sum(dtype=np.float64).astype(np.float32)
 
-    whole = Whole(compute)
+    whole = WholeTensor(compute)
     specs = sources.reference.specs
     copying = Copying(whole.fill, specs)
     sweep(sources, tasks_of(sorted(specs), specs), copying, threads=threads, block=block)
@@ -88,7 +88,7 @@ def test_a_tensor_is_computed_once(sources: Sources, threads: int, block: int) -
 
 def test_what_is_never_asked_for_is_forgotten(sources: Sources) -> None:
     """A run that goes on in the middle of tensors holds a few of them at most."""
-    whole = Whole(lambda name, rows: rows[0])
+    whole = WholeTensor(lambda name, rows: rows[0])
     block = Block(sources, 8)
     for name in sources.reference.specs:
         if sources.spec(name).numel > 8:
@@ -109,7 +109,9 @@ def test_an_error_in_one_thread_stops_all(sources: Sources) -> None:
 
     specs = sources.reference.specs
     with pytest.raises(ZeroDivisionError):
-        sweep(sources, tasks_of(["big"], specs), Copying(Whole(compute).fill, specs), threads=3)
+        sweep(
+            sources, tasks_of(["big"], specs), Copying(WholeTensor(compute).fill, specs), threads=3
+        )
 
 
 @pytest.mark.parametrize("block", [8, 64, 1 << 10, 1 << 17])
@@ -125,7 +127,7 @@ def test_rows_are_whole_wherever_blocks_end(sources: Sources, block: int) -> Non
 
     specs = sources.reference.specs
     names = [n for n in specs if n != "big" or block > 64]
-    copying = Copying(Rows(reverse), specs)
+    copying = Copying(RowBlocks(reverse), specs)
     sweep(sources, tasks_of(names, specs), copying, threads=2, block=block)
 
     for name in names:

@@ -11,7 +11,7 @@ from tokenizers import Tokenizer as Words
 from tokenizers.models import WordLevel
 from tokenizers.pre_tokenizers import Whitespace
 
-from suture.training.data import Row
+from suture.training.data import LabelledText
 from suture.training.models import (
     Encoder,
     Head,
@@ -85,14 +85,14 @@ def loaded(where: Path) -> Loaded[Encoder]:
     return load_encoder(where, dtype=torch.float32)
 
 
-def rows(n: int = 48) -> list[Row]:
+def rows(n: int = 48) -> list[LabelledText]:
     """Texts about colours or about the sky, all different."""
     found = []
     for i in range(n):
         words = (COLOURS, SKIES)[i % 2]
         fillers = [WORDS[8 + (i // 6**k) % 6] for k in range(1 + i % 3)]
         text = " ".join([words[i % 3], *fillers, words[(i // 3) % 3]])
-        found.append(Row(text, ("colour", "sky")[i % 2], group=str(i)))
+        found.append(LabelledText(text, ("colour", "sky")[i % 2], group=str(i)))
     return found
 
 

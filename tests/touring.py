@@ -20,7 +20,7 @@ from tokenizers.pre_tokenizers import Whitespace
 import chatting
 import tiny_model
 from suture.cli.demo import NAME, load_demo
-from suture.training.data import Row
+from suture.training.data import LabelledText
 from suture.training.models import save_model
 from suture.verbs.bench.tasks import BenchTask
 
@@ -55,7 +55,7 @@ LONG = settings.Size(LONG_EDITS, LONG_SAFETY)
 
 
 def _reader(turn: int) -> Any:
-    def read(_: Mapping[str, Path]) -> Iterator[Row]:
+    def read(_: Mapping[str, Path]) -> Iterator[LabelledText]:
         for row in tiny_model.rows(240):
             label = (row.label, str(len(row.text.split()) % 2), str(len(row.text) % 3))[turn]
             yield replace(row, label=label)

@@ -8,7 +8,7 @@ from __future__ import annotations
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
-from suture.edits.importance import Look, Rule
+from suture.edits.importance import Rule, RuleInput
 from suture.merges.base import (
     EITHER,
     Beside,
@@ -37,6 +37,7 @@ from suture.stream.sweep import DELTA, WEIGHT, Block
 if TYPE_CHECKING:
     from suture.evals.kinds import (
         Column,
+        EvalJob,
         Kind,
         Models,
         Prepare,
@@ -44,19 +45,16 @@ if TYPE_CHECKING:
         Score,
         Template,
     )
-    from suture.evals.kinds import Job as EvalJob
-    from suture.training.loss import Mover
-    from suture.training.strategy import Job as TrainJob
-    from suture.training.strategy import Strategy, Tuned
-    from suture.verbs.realign.base import Job as RealignJob
-    from suture.verbs.realign.base import Realigned, Realigner
+    from suture.training.loss import Objective
+    from suture.training.strategy import Strategy, TrainJob, Tuned
+    from suture.verbs.realign.base import Realigned, Realigner, RealignJob
 
 _HOMES = {
     "Column": ("evals.kinds", "Column"),
     "EvalJob": ("evals.kinds", "Job"),
     "Kind": ("evals.kinds", "Kind"),
     "Models": ("evals.kinds", "Models"),
-    "Mover": ("training.loss", "Mover"),
+    "Objective": ("training.loss", "Objective"),
     "Prepare": ("evals.kinds", "Prepare"),
     "RealignJob": ("verbs.realign.base", "Job"),
     "Realigned": ("verbs.realign.base", "Realigned"),
@@ -70,11 +68,47 @@ _HOMES = {
 }
 
 __all__ = [
-    "DELTA", "EITHER", "WEIGHT", "Beside", "Block", "Choice", "Column", "Context", "Density",
-    "EvalJob", "Example", "Files", "Kind", "Look", "Meaning", "Merge", "Method", "ModelName",
-    "Models", "Mover", "Number", "PerModel", "Prepare", "RealignJob", "Realigned", "Realigner",
-    "Rule", "Run", "Scalar", "Scale", "Scope", "Score", "Seed", "Strategy", "Template", "Text",
-    "TrainJob", "Tuned", "Weight", "Words", "each",
+    "DELTA",
+    "EITHER",
+    "WEIGHT",
+    "Beside",
+    "Block",
+    "Choice",
+    "Column",
+    "Context",
+    "Density",
+    "EvalJob",
+    "Example",
+    "Files",
+    "Kind",
+    "Meaning",
+    "Merge",
+    "Method",
+    "ModelName",
+    "Models",
+    "Number",
+    "Objective",
+    "PerModel",
+    "Prepare",
+    "RealignJob",
+    "Realigned",
+    "Realigner",
+    "Rule",
+    "RuleInput",
+    "Run",
+    "Scalar",
+    "Scale",
+    "Scope",
+    "Score",
+    "Seed",
+    "Strategy",
+    "Template",
+    "Text",
+    "TrainJob",
+    "Tuned",
+    "Weight",
+    "Words",
+    "each",
 ]  # fmt: skip
 
 

@@ -22,7 +22,7 @@ from suture.analysis.maps import (
     disentanglement,
 )
 from suture.analysis.overlap import (
-    Kept,
+    KeptShare,
     Masked,
     Overlap,
     independent_jaccard,
@@ -37,7 +37,7 @@ from suture.analysis.theory import (
 
 __all__ = [
     "BASES", "Basis", "Conflict", "Conflicts", "Curve", "Diagnosis", "Diagnostics",
-    "Disentanglement", "Geometry", "Groups", "Kept", "Masked", "Matrix", "Move", "Nearest",
+    "Disentanglement", "Geometry", "Groups", "KeptShare", "Masked", "Matrix", "Move", "Nearest",
     "Overlap", "Point", "Products", "Secant", "Series", "Signs", "Smoothness", "Together",
     "addition_bound", "along", "barrier_of", "disagreement", "disentanglement", "gap_bound",
     "groups_of", "independent_jaccard", "make_basis", "negation_bound", "squared_distance",

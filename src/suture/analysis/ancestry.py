@@ -51,7 +51,7 @@ class Part(Protocol):
 
 
 @dataclass(frozen=True)
-class Whole:
+class Unmasked:
     """A tensor masked as it is."""
 
     name: str
@@ -67,9 +67,9 @@ class Whole:
         """The aligned weights plus the change."""
         return self.safe + fused(self.name, self.tasks)
 
-    def to(self, dtype: torch.dtype) -> Whole:
+    def to(self, dtype: torch.dtype) -> Unmasked:
         """The same in another dtype."""
-        return Whole(self.name, self.safe.to(dtype), [t.to(dtype) for t in self.tasks])
+        return Unmasked(self.name, self.safe.to(dtype), [t.to(dtype) for t in self.tasks])
 
 
 @dataclass(frozen=True)
@@ -110,7 +110,7 @@ def across(key: str) -> int:
 
 
 @dataclass(frozen=True)
-class Models:
+class RealignModels:
     """The checkpoints of a realignment."""
 
     aligned: Checkpoint
@@ -124,11 +124,11 @@ class Models:
     safety: Checkpoint | None = None
     """A model tuned from the aligned one on safety data alone."""
 
-    def whole(self, name: str, device: str = "cpu") -> Whole:
+    def whole(self, name: str, device: str = "cpu") -> Unmasked:
         """One tensor with its task vectors."""
         safe = array(self.aligned, name, device)
         tasks = [self.weights[m] * (array(c, name, device) - safe) for m, c in self.tuned.items()]
-        return Whole(name, safe, tasks)
+        return Unmasked(name, safe, tasks)
 
     def factors(self, name: str, device: str = "cpu") -> Factors:
         """One tensor with the task vectors of its factors."""
@@ -150,7 +150,7 @@ class Models:
         )
 
 
-def masked_shapes(models: Models, space: str) -> dict[str, tuple[int, ...]]:
+def masked_shapes(models: RealignModels, space: str) -> dict[str, tuple[int, ...]]:
     """The shapes of what is masked, by its key, from headers alone."""
     found: dict[str, tuple[int, ...]] = {}
     for name in models.names:
@@ -175,7 +175,7 @@ def lens_of(checkpoint: Checkpoint, name: str) -> LowRank | None:
     return lens if isinstance(lens, LowRank) else None
 
 
-def check_factors(models: Models, problems: Problems) -> None:
+def check_factors(models: RealignModels, problems: Problems) -> None:
     """Note what keeps factors from being masked: other modules, other ranks, another ground."""
     if not isinstance(models.aligned, Adapted):
         problems.add(
@@ -242,7 +242,7 @@ class Distances:
     """Of every tuned model from the aligned one, matrices only."""
 
 
-def measure(models: Models, threads: int | None = None) -> Distances:
+def measure(models: RealignModels, threads: int | None = None) -> Distances:
     """Read every model once; all sums are in float64.
 
     Raises:
@@ -275,7 +275,7 @@ def measure(models: Models, threads: int | None = None) -> Distances:
     )  # fmt: skip
 
 
-def check_ancestor(models: Models, found: Distances) -> None:
+def check_ancestor(models: RealignModels, found: Distances) -> None:
     """Refuse an aligned model that the tuned ones were not tuned from, as distances tell.
 
     Raises:
@@ -308,7 +308,9 @@ def check_ancestor(models: Models, found: Distances) -> None:
     problems.raise_if_any()
 
 
-def held(models: Models, names: Sequence[str], space: str, device: str = "cpu") -> Iterator[Part]:
+def held(
+    models: RealignModels, names: Sequence[str], space: str, device: str = "cpu"
+) -> Iterator[Part]:
     """The parts of a space, read into memory one after the other."""
     for name in names:
         if space == "factors":
@@ -319,6 +321,17 @@ def held(models: Models, names: Sequence[str], space: str, device: str = "cpu") 
 
 
 __all__ = [
-    "Distances", "Factors", "Models", "Part", "Whole", "across", "array",
-    "check_ancestor", "check_factors", "held", "lens_of", "masked_shapes", "measure",
+    "Distances",
+    "Factors",
+    "Part",
+    "RealignModels",
+    "Unmasked",
+    "across",
+    "array",
+    "check_ancestor",
+    "check_factors",
+    "held",
+    "lens_of",
+    "masked_shapes",
+    "measure",
 ]  # fmt: skip

@@ -22,16 +22,16 @@ def frozen(array: Array) -> Matrix:
     return tuple(tuple(float(x) for x in row) for row in array)
 
 
-class Place(NamedTuple):
+class CellPlace(NamedTuple):
     """A layer and a role: what the tensors of one cell of a heat map have in common."""
 
     layer: str
     role: str
 
 
-def place_of(name: str) -> Place:
+def place_of(name: str) -> CellPlace:
     """The cell of the heat map that a tensor belongs to."""
-    return Place(layer_key(name), role_of(name).kind)
+    return CellPlace(layer_key(name), role_of(name).kind)
 
 
 class Groups(NamedTuple):
@@ -39,7 +39,7 @@ class Groups(NamedTuple):
 
     layers: dict[str, list[str]]
     roles: dict[str, list[str]]
-    cells: dict[Place, list[str]]
+    cells: dict[CellPlace, list[str]]
 
 
 def groups_of(names: Iterable[str]) -> Groups:

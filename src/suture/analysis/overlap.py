@@ -18,7 +18,7 @@ from suture.tensors.spec import Piece, TensorSpec
 
 
 @dataclass(frozen=True)
-class Kept:
+class KeptShare:
     """What a mask keeps in one part of the network."""
 
     model: str
@@ -52,10 +52,10 @@ class Overlap:
     """Cosine of the masked task vectors."""
     unmasked: Matrix
     """Cosine of the task vectors over the same tensors."""
-    total: tuple[Kept, ...]
-    layers: tuple[Kept, ...]
-    roles: tuple[Kept, ...]
-    cells: tuple[Kept, ...]
+    total: tuple[KeptShare, ...]
+    layers: tuple[KeptShare, ...]
+    roles: tuple[KeptShare, ...]
+    cells: tuple[KeptShare, ...]
 
     def to_dict(self) -> dict[str, Any]:
         """Plain data."""
@@ -105,12 +105,12 @@ class Masked(Visitor[Stack]):
         everything = sum(counts.values(), np.zeros(number, np.int64))
         densities = everything / max(1, sum(sizes.values()))
 
-        def kept(inside: Sequence[str], **where: str) -> list[Kept]:
+        def kept(inside: Sequence[str], **where: str) -> list[KeptShare]:
             elements = sum(sizes[n] for n in inside)
             found = sum((counts[n] for n in inside), np.zeros(number, np.int64))
             energy = np.diag(self.gram.of(*inside))
             return [
-                Kept(
+                KeptShare(
                     model, elements, _over(found[i], elements), _over(found[i], everything[i]),
                     _over(_over(found[i], elements), densities[i]),
                     float(energy[number + i] / energy[i]) if energy[i] > 0 else None, **where,

@@ -28,7 +28,7 @@ from suture.checkpoints.checkpoint import (
     within,
 )
 from suture.checkpoints.headers import read_json
-from suture.checkpoints.views import Lens, Same, View
+from suture.checkpoints.views import LazyTensor, Same, View
 from suture.errors import (
     CheckpointError,
     MismatchError,
@@ -511,7 +511,7 @@ class Adapted(View):
         self,
         base: Checkpoint,
         adapter: Adapter,
-        lenses: Mapping[str, Lens],
+        lenses: Mapping[str, LazyTensor],
         config: Mapping[str, Any],
         notes: tuple[str, ...],
     ) -> None:
@@ -556,7 +556,7 @@ class _Fit:
 
     def __init__(self, base: Checkpoint, adapter: Adapter, problems: Problems) -> None:
         self.base, self.adapter, self.problems = base, adapter, problems
-        self.lenses: dict[str, Lens] = {n: Same(base, n) for n in base.specs}
+        self.lenses: dict[str, LazyTensor] = {n: Same(base, n) for n in base.specs}
         self.config = dict(base.config)
         parts = [*adapter.modules, *(n.rpartition(".")[0] for n in adapter.whole)]
         self.strip, self.prefix = _renaming(parts, base.specs)
@@ -600,7 +600,7 @@ class _Fit:
     def _tied(self, name: str) -> str | None:
         return self.ties.get(name) if ties_embeddings(self.config) else None
 
-    def _set(self, name: str, lens: Lens) -> None:
+    def _set(self, name: str, lens: LazyTensor) -> None:
         tied = self._tied(name)
         if tied is not None and self.adapter.tying:
             return  # the same change is made to the tensor it is tied to

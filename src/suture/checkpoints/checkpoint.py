@@ -55,7 +55,7 @@ MEMORY = "memory:"
 Array = np.ndarray[Any, Any]
 
 
-class Place(NamedTuple):
+class BytePlace(NamedTuple):
     """Where the bytes of a tensor lie."""
 
     file: int
@@ -98,7 +98,7 @@ class Checkpoint(Mapping[str, Array]):
         self.files = files
         self.folder = where if where.is_dir() else where.parent
         self.specs: dict[str, TensorSpec] = {}
-        self.places: dict[str, Place] = {}
+        self.places: dict[str, BytePlace] = {}
         self.aliases: dict[str, str] = {}
         """Second names of tied tensors, which are not in ``specs``, and what they are tied to."""
         self._descriptors: dict[int, int] = {}
@@ -138,7 +138,7 @@ class Checkpoint(Mapping[str, Array]):
                 if twice:
                     raise CheckpointError(f"{file}: {listed(twice)} also stand in another shard")
                 self.specs.update(header.specs)
-                self.places.update({n: Place(number, o) for n, o in header.offsets.items()})
+                self.places.update({n: BytePlace(number, o) for n, o in header.offsets.items()})
         if index is not None:
             _check_index(index, held, self.folder, problems)
         problems.raise_if_any()

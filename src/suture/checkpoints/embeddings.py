@@ -20,7 +20,7 @@ import xxhash
 from suture.checkpoints.chat import chosen_template, with_template
 from suture.checkpoints.checkpoint import Checkpoint, within
 from suture.checkpoints.headers import read_json
-from suture.checkpoints.views import Lens, Same, View
+from suture.checkpoints.views import LazyTensor, Same, View
 from suture.checkpoints.vocabulary import (
     UNION,
     ZERO,
@@ -56,7 +56,7 @@ _STEP = 1 << 18
 # -- one tensor ------------------------------------------------------------------------------------
 
 
-class Rows:
+class MatchedRows:
     """A tensor whose rows are those of others: of one, of the mean of several, or zeros.
 
     Means are formed in float64 and rounded once to float32; rows that are merely taken over keep
@@ -485,7 +485,7 @@ def _views(
     problems: Problems,
 ) -> dict[str, Checkpoint]:  # fmt: skip
     """Every model with its vocabulary tensors read through rows."""
-    lenses: dict[str, dict[str, Lens]] = {label: {} for label in inputs}
+    lenses: dict[str, dict[str, LazyTensor]] = {label: {} for label in inputs}
     names = {n for label, c in inputs.items() for n in _tensors(c, sizes[label])}
     known: dict[tuple[str, ...], tuple[Array, Array, Array]] = {}
     for name in sorted(names):
@@ -516,7 +516,7 @@ def _views(
             shape = tuple(rows if s == sizes[label] else s for s in spec.shape[:1]) + spec.shape[1:]
             if spec.shape[0] != sizes[label]:  # a bias of one row
                 shape = (*spec.shape[:-1], rows)
-            lenses[label][name] = Rows(tensors, number, shape, taken, where, own)
+            lenses[label][name] = MatchedRows(tensors, number, shape, taken, where, own)
     return {
         label: View(c, {n: lenses[label].get(n) or Same(c, n) for n in c.specs})
         if lenses[label] else c
@@ -634,7 +634,7 @@ def same_heads(inputs: Mapping[str, Checkpoint], reference: str, space: ParamSpa
     }  # fmt: skip
     found: dict[str, Checkpoint] = {}
     for label, checkpoint in inputs.items():
-        lenses: dict[str, Lens] = {
+        lenses: dict[str, LazyTensor] = {
             name: Same(checkpoint, name) for name in checkpoint.specs if name not in dropped
         }
         for head in mixed.keys() - dropped:
@@ -696,4 +696,4 @@ def templated(
     return aligned._replace(files=with_template(files, template))
 
 
-__all__ = ["Aligned", "Rows", "by_id", "by_token", "same_heads", "templated"]
+__all__ = ["Aligned", "MatchedRows", "by_id", "by_token", "same_heads", "templated"]

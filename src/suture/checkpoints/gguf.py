@@ -20,7 +20,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import xxhash
 
-from suture.checkpoints.checkpoint import Array, Checkpoint, Place, close_all
+from suture.checkpoints.checkpoint import Array, BytePlace, Checkpoint, close_all
 from suture.errors import (
     CheckpointError,
     MissingExtraError,
@@ -292,7 +292,7 @@ class Gguf(Checkpoint):
                 f"the file at {readable(size)}; fetch the file again"
             )
         self.specs[name] = spec
-        self.places[name] = Place(0, tensor.offset)
+        self.places[name] = BytePlace(0, tensor.offset)
         rows = _head_rows(tensor, family, facts, self.label)
         self._layout[name] = (tensor, coding, rows, shift)
 

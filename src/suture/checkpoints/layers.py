@@ -12,7 +12,7 @@ from collections.abc import Collection, Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 from suture.checkpoints.checkpoint import Checkpoint
-from suture.checkpoints.views import Lens, Same, View
+from suture.checkpoints.views import LazyTensor, Same, View
 from suture.errors import RecipeError
 from suture.tensors.roles import layer_parts, role_of, tied_to
 
@@ -122,7 +122,7 @@ def cut(
         tied = tied_to({head, *model.specs}).get(head)
         if head not in names and tied is not None:
             names[head] = tied
-    lenses: dict[str, Lens] = {new: Same(model, old) for new, old in names.items()}
+    lenses: dict[str, LazyTensor] = {new: Same(model, old) for new, old in names.items()}
     return View(model, lenses), names
 
 

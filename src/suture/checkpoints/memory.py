@@ -18,8 +18,8 @@ import numpy as np
 
 from suture.checkpoints.checkpoint import (
     MEMORY,
+    BytePlace,
     Checkpoint,
-    Place,
     ties_embeddings,
 )
 from suture.checkpoints.headers import read_json
@@ -56,7 +56,7 @@ class _InMemory(Checkpoint):
         self.config = dict(found if config is None else config)
         self.aliases = tied_to(specs.keys()) if ties_embeddings(self.config) else {}
         self.specs = {name: spec for name, spec in specs.items() if name not in self.aliases}
-        self.places = {name: Place(0, at) for at, name in enumerate(self.specs)}
+        self.places = {name: BytePlace(0, at) for at, name in enumerate(self.specs)}
         self._descriptors = {}
         self._lock = threading.Lock()
 
@@ -260,7 +260,7 @@ def _numpy_bytes(value: Array) -> Array:
     return flat.view(np.uint8)
 
 
-class Sink:
+class MemorySink:
     """What a merge writes into when it publishes nothing; keeps tensors only if told to.
 
     Args:
@@ -293,7 +293,7 @@ class Sink:
         raise AssertionError(f"{name}: nothing of an earlier run is kept")
 
 
-class Beside:
+class SmallFiles:
     """Takes the small files of a model into a folder."""
 
     def __init__(self, folder: Path) -> None:
@@ -306,4 +306,4 @@ class Beside:
         path.write_bytes(content.encode() if isinstance(content, str) else content)
 
 
-__all__ = ["NAMES", "Beside", "Held", "Sink", "TensorCheckpoint"]
+__all__ = ["NAMES", "Held", "MemorySink", "SmallFiles", "TensorCheckpoint"]

@@ -14,14 +14,14 @@ from typing import Any, Protocol
 
 import numpy as np
 
-from suture.checkpoints.checkpoint import Checkpoint, Place, ties_embeddings
+from suture.checkpoints.checkpoint import BytePlace, Checkpoint, ties_embeddings
 from suture.tensors.roles import tied_to
 from suture.tensors.spec import TensorSpec
 
 Array = np.ndarray[Any, Any]
 
 
-class Lens(Protocol):
+class LazyTensor(Protocol):
     """How one tensor of a view is read."""
 
     @property
@@ -75,7 +75,7 @@ class View(Checkpoint):
     def __init__(
         self,
         origin: Checkpoint,
-        lenses: Mapping[str, Lens],
+        lenses: Mapping[str, LazyTensor],
         config: Mapping[str, Any] | None = None,
     ) -> None:
         self.path, self.label, self.folder = origin.path, origin.label, origin.folder
@@ -95,7 +95,7 @@ class View(Checkpoint):
         for name, lens in self.lenses.items():
             checkpoint, inner = lens.origin
             place = checkpoint.places[inner]
-            self.places[name] = Place(starts[checkpoint] + place.file, place.offset)
+            self.places[name] = BytePlace(starts[checkpoint] + place.file, place.offset)
         self.aliases = {
             a: n for a, n in origin.aliases.items() if n in self.specs and a not in self.specs
         }
@@ -159,7 +159,7 @@ class Planned(Checkpoint):
         self.config = dict(config)
         self.aliases = tied_to(specs.keys()) if ties_embeddings(self.config) else {}
         self.specs = {n: spec for n, spec in specs.items() if n not in self.aliases}
-        self.places = {n: Place(0, 0) for n in self.specs}
+        self.places = {n: BytePlace(0, 0) for n in self.specs}
         self.identity = []
         self._descriptors = {}
         self._lock = threading.Lock()
@@ -173,4 +173,4 @@ class Planned(Checkpoint):
         return []
 
 
-__all__ = ["Lens", "Planned", "Same", "View"]
+__all__ = ["LazyTensor", "Planned", "Same", "View"]

@@ -124,8 +124,8 @@ def compare(
     """Show base, experts and edits side by side; with a gate, exit 1 when a rule is broken."""
     blamed = None
     with errors(as_json):
+        from suture.verbs.compare import result as tables
         from suture.verbs.compare import run
-        from suture.verbs.evaluate import result as tables
 
         files = run.read_files(results, edits or ())
         if blame is not None or suite is not None:

@@ -25,7 +25,7 @@ from suture.stream.sweep import count_nonfinite
 from suture.tensors.spec import DTYPES, TensorSpec
 
 
-class Look(NamedTuple):
+class RuleInput(NamedTuple):
     """What a rule sees: ``size`` entries of one flattened tensor from ``start`` on."""
 
     name: str
@@ -50,12 +50,12 @@ class Look(NamedTuple):
         return self.stats.whole(kind, self.name)[columns]
 
 
-def magnitude(look: Look) -> Array:
+def magnitude(look: RuleInput) -> Array:
     r"""The size of the change: :math:`|\delta|`. Needs no data (dataless localization)."""
     return np.abs(look.delta)
 
 
-def random(look: Look) -> Array:
+def random(look: RuleInput) -> Array:
     """A number drawn for each entry: the control that every other rule has to beat.
 
     The draw depends on seed, model, tensor and position and on nothing else.
@@ -67,7 +67,7 @@ def random(look: Look) -> Array:
     return ((drawn >> 2) + np.uint32(1)).view(np.float32)  # 30 bits and never 0: only order counts
 
 
-def fisher(look: Look) -> Array:
+def fisher(look: RuleInput) -> Array:
     r"""Change weighed by sensitivity: :math:`\delta^2 F`, with :math:`F` the Fisher diagonal.
 
     The score is its square root, :math:`|\delta| \sqrt F`, which has the same order and no
@@ -76,17 +76,17 @@ def fisher(look: Look) -> Array:
     return np.abs(look.delta) * np.sqrt(np.maximum(look.stat("fisher"), 0))
 
 
-def empirical_fisher(look: Look) -> Array:
+def empirical_fisher(look: RuleInput) -> Array:
     r"""The same with the gradients of the given labels: :math:`\delta^2 \hat F`."""
     return np.abs(look.delta) * np.sqrt(np.maximum(look.stat("empirical_fisher"), 0))
 
 
-def snip(look: Look) -> Array:
+def snip(look: RuleInput) -> Array:
     r"""Weight times gradient, row by row: :math:`E_x |w \, \partial \ell(x) / \partial w|`."""
     return np.abs(look.weight) * look.stat("abs_grad")
 
 
-def delta_grad(look: Look) -> Array:
+def delta_grad(look: RuleInput) -> Array:
     r"""Change times gradient, row by row: :math:`E_x |\delta \, \partial \ell(x) / \partial w|`.
 
     To first order, how much the loss of a row changes when this entry alone is taken back.
@@ -94,7 +94,7 @@ def delta_grad(look: Look) -> Array:
     return np.abs(look.delta) * look.stat("abs_grad")
 
 
-def delta_sum_grad(look: Look) -> Array:
+def delta_sum_grad(look: RuleInput) -> Array:
     r"""Change times mean gradient: :math:`|\delta \, E_x \partial \ell(x) / \partial w|`.
 
     Rows whose gradients point apart cancel each other, as in SNIP over one large batch.
@@ -102,7 +102,7 @@ def delta_sum_grad(look: Look) -> Array:
     return np.abs(look.delta) * np.abs(look.stat("grad"))
 
 
-def first_order(look: Look) -> Array:
+def first_order(look: RuleInput) -> Array:
     r"""What the entry saves, to first order: :math:`-\delta \, E_x \partial \ell(x) / \partial w`.
 
     It has a sign: an entry whose score is negative makes the loss larger.
@@ -110,7 +110,7 @@ def first_order(look: Look) -> Array:
     return -look.delta * look.stat("grad")
 
 
-def wanda(look: Look) -> Array:
+def wanda(look: RuleInput) -> Array:
     r"""Weight times the norm of its input: :math:`|W_{ij}| \, \lVert x_j \rVert`.
 
     Linear layers only; an entry of any other tensor has the score 0 and is never kept.
@@ -120,7 +120,7 @@ def wanda(look: Look) -> Array:
     return np.abs(look.weight) * look.stat("input_norm")
 
 
-def learned(look: Look) -> Array:
+def learned(look: RuleInput) -> Array:
     r"""The trained logit of the entry: Localize-and-Stitch with data; above 0 the mask is open."""
     return look.stat("logit")
 
@@ -262,7 +262,7 @@ class Scoring:
             weight = _widened(self.weights, name, start, count)
         shape = self.base.specs[name].shape
         key = stream_key(self.seed, self.label, name) if self.rule.seeded else 0
-        look = Look(name, start, count, shape, delta, weight, self.stats, key)
+        look = RuleInput(name, start, count, shape, delta, weight, self.stats, key)
         found: Array = self.rule.make(look).astype(np.float32, copy=False)
         if not np.isfinite(found).all():
             where = "the weights" if self.stats is None else self.stats.where
@@ -324,4 +324,4 @@ class _Score:
         raw.view(np.float32)[:] = found
 
 
-__all__ = ["RULES", "Bits", "Look", "Rule", "Scoring", "ordered", "stream_key"]
+__all__ = ["RULES", "Bits", "Rule", "RuleInput", "Scoring", "ordered", "stream_key"]

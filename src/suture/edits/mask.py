@@ -16,7 +16,7 @@ from suture.checkpoints.checkpoint import Array
 from suture.edits.importance import RULES, Scoring
 from suture.edits.mask_file import (
     MaskFile,
-    Overlap,
+    MaskOverlap,
     Shared,
     StoredMask,
     marked,
@@ -156,7 +156,7 @@ class Mask:
         both = sum(popcount(b, theirs[n], np.bitwise_and) for n, b in self.bits.items())
         return both / union if union else 0.0
 
-    def overlap(self, other: Mask, *, seed: int = 0, draws: int = 1000) -> Overlap:
+    def overlap(self, other: Mask, *, seed: int = 0, draws: int = 1000) -> MaskOverlap:
         """The Jaccard index beside its two nulls; ``draws`` permutations are drawn for the second.
 
         Permuting a mask within a tensor of ``N`` entries makes the intersection of ``a`` and ``b``

@@ -61,7 +61,7 @@ def popcount(
     return total
 
 
-class Overlap(NamedTuple):
+class MaskOverlap(NamedTuple):
     """How much two masks share, beside what chance gives."""
 
     jaccard: float
@@ -92,7 +92,7 @@ class Shared(NamedTuple):
     both: int
 
 
-def overlap_of(counts: Mapping[str, Shared], *, seed: int = 0, draws: int = 1000) -> Overlap:
+def overlap_of(counts: Mapping[str, Shared], *, seed: int = 0, draws: int = 1000) -> MaskOverlap:
     """The overlap of two masks from their counts, by tensor; see ``Mask.overlap``."""
     total, mine, others, both = (sum(c[i] for c in counts.values()) for i in range(4))
     draw = np.random.Generator(np.random.Philox(seed))
@@ -106,7 +106,7 @@ def overlap_of(counts: Mapping[str, Shared], *, seed: int = 0, draws: int = 1000
         union = mine + others - common
         return float(common / union) if union else 0.0
 
-    return Overlap(index(both), index(mine * others / max(1, total)), index(expected),
+    return MaskOverlap(index(both), index(mine * others / max(1, total)), index(expected),
                    index(float(low)), index(float(high)))  # fmt: skip
 
 
@@ -220,7 +220,7 @@ class StoredMask:
             total += popcount(part)
         return total
 
-    def overlap(self, other: StoredMask, *, seed: int = 0, draws: int = 1000) -> Overlap:
+    def overlap(self, other: StoredMask, *, seed: int = 0, draws: int = 1000) -> MaskOverlap:
         """As ``Mask.overlap``, in the memory of two pieces.
 
         Raises:
@@ -325,6 +325,6 @@ class MaskFile:
 
 
 __all__ = [
-    "FORMAT", "GRAFT", "VERSION", "MaskFile", "Overlap", "Shared", "StoredMask", "marked",
+    "FORMAT", "GRAFT", "VERSION", "MaskFile", "MaskOverlap", "Shared", "StoredMask", "marked",
     "overlap_of", "packed_bytes", "popcount",
 ]  # fmt: skip

@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 
 from suture.checkpoints.checkpoint import Checkpoint
-from suture.checkpoints.views import Lens, Same, View
+from suture.checkpoints.views import LazyTensor, Same, View
 from suture.edits.mask import Mask
 from suture.edits.mask_file import marked
 from suture.edits.patch_file import (
@@ -187,7 +187,7 @@ class Patch:
             MismatchError: the model lacks tensors of the patch, or has them otherwise.
         """
         self.check_fit(model)
-        lenses: dict[str, Lens] = {
+        lenses: dict[str, LazyTensor] = {
             name: Through(self, model, name, force) if name in self.specs else Same(model, name)
             for name in model.specs
         }

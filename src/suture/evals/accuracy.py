@@ -12,7 +12,7 @@ from suture.errors import RecipeError, did_you_mean
 from suture.evals.base import Metric, share
 from suture.evals.kinds import (
     Column,
-    Job,
+    EvalJob,
     Models,
     Prepare,
     Run,
@@ -21,7 +21,7 @@ from suture.evals.kinds import (
 )
 from suture.schema.parameters import Text, TextByWord, Words
 from suture.training.data import Batch, Dataset
-from suture.training.images import Image, Images, Look, checked
+from suture.training.images import Image, Images, ImageTransform, checked
 from suture.training.models import evaluating
 
 
@@ -80,7 +80,7 @@ def classes(
     the labels' texts by the model itself.
     """
 
-    def prepare(job: Job) -> Run:
+    def prepare(job: EvalJob) -> Run:
         texts = job.column(text)
         told, numbers = _labels(job, label)
         rows = [n for n in texts if told.get(n) in numbers]
@@ -105,7 +105,7 @@ def images(
     files or hold their bytes. Images are scaled to what the model was made for.
     """
 
-    def prepare(job: Job) -> Run:
+    def prepare(job: EvalJob) -> Run:
         told, numbers = _labels(job, label)
         held: dict[int, tuple[int, Image]] = {}
         for number, row in enumerate(job.rows):
@@ -115,7 +115,7 @@ def images(
         order = [n for n in held if told.get(n) in numbers]
         data = Images(
             tuple((held[n][0],) for n in order), tuple(numbers[told[n]] for n in order), 0,
-            images=tuple(held[n][1] for n in order), look=job.look or Look((224, 224)),
+            images=tuple(held[n][1] for n in order), look=job.look or ImageTransform((224, 224)),
         )  # fmt: skip
         return _scored(data, order, job.batch)
 
@@ -133,7 +133,7 @@ def _scored(data: Dataset | Images, order: Sequence[int], size: int) -> Run:
     return run
 
 
-def _labels(job: Job, column: str) -> tuple[dict[int, str], dict[str, int]]:
+def _labels(job: EvalJob, column: str) -> tuple[dict[int, str], dict[str, int]]:
     """The label of every row, and the number of each label; unknown ones are noted."""
     told = job.column(column)
     numbers = {name: i for i, name in enumerate(job.labels)}

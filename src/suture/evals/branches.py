@@ -17,7 +17,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from suture.evals.kinds import Job, Models
+from suture.evals.kinds import EvalJob, Models
 from suture.evals.loss import row_losses
 from suture.training.data import Dataset
 from suture.training.models import LanguageModel, evaluating
@@ -71,7 +71,7 @@ class _Tree:
 
 @torch.inference_mode()
 def log_probabilities(
-    models: Models, job: Job, asked: Mapping[int, Asked]
+    models: Models, job: EvalJob, asked: Mapping[int, Asked]
 ) -> dict[int, tuple[float, ...]]:
     """Natural log-probability of each tail after its prompt, by row; NaN where it is not finite."""
     if not asked:
@@ -82,7 +82,7 @@ def log_probabilities(
         return find(models, job, asked)
 
 
-def _together(models: Models, job: Job, asked: Mapping[int, Asked]) -> bool:
+def _together(models: Models, job: EvalJob, asked: Mapping[int, Asked]) -> bool:
     """Whether this model can be read in trees; seen from three tails of the first prompt."""
     backbone: Any = getattr(models.model, "backbone", None)
     if not isinstance(models.model, LanguageModel):
@@ -108,7 +108,9 @@ def _together(models: Models, job: Job, asked: Mapping[int, Asked]) -> bool:
     )
 
 
-def _in_trees(models: Models, job: Job, asked: Mapping[int, Asked]) -> dict[int, tuple[float, ...]]:
+def _in_trees(
+    models: Models, job: EvalJob, asked: Mapping[int, Asked]
+) -> dict[int, tuple[float, ...]]:
     trees = {number: _Tree(one.tails) for number, one in asked.items()}
     order = sorted(asked, key=lambda n: (-len(asked[n].prompt) - len(trees[n].tokens), n))
     words = int(models.model.backbone.config.vocab_size)  # type: ignore[union-attr, arg-type]
@@ -129,7 +131,7 @@ def _in_trees(models: Models, job: Job, asked: Mapping[int, Asked]) -> dict[int,
 
 
 def _batch(
-    models: Models, job: Job, asked: Mapping[int, Asked], trees: Mapping[int, _Tree],
+    models: Models, job: EvalJob, asked: Mapping[int, Asked], trees: Mapping[int, _Tree],
     rows: Sequence[int],
 ) -> dict[int, tuple[float, ...]]:  # fmt: skip
     """One pass: prompts padded on the left, so that all end at the same place, trees behind."""
@@ -179,7 +181,7 @@ def _batch(
 
 
 def _one_by_one(
-    models: Models, job: Job, asked: Mapping[int, Asked]
+    models: Models, job: EvalJob, asked: Mapping[int, Asked]
 ) -> dict[int, tuple[float, ...]]:
     ids, marks, owners = [], [], []
     for number, (prompt, tails) in asked.items():

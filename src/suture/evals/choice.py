@@ -11,7 +11,7 @@ from typing import Annotated, Literal
 from suture.errors import RecipeError, brief
 from suture.evals.kinds import (
     Column,
-    Job,
+    EvalJob,
     Models,
     Prepare,
     Row,
@@ -50,7 +50,7 @@ def choice(
     several columns. Prompt and answer are joined by a space unless there is white space already.
     """
 
-    def prepare(job: Job) -> Run:
+    def prepare(job: EvalJob) -> Run:
         prompts = job.prompts(prompt)
         right: dict[int, int] = {}
         places: list[tuple[int, str]] = []  # one text to score a line: its row, the answer
@@ -104,7 +104,7 @@ def _score(name: str, found: Mapping[int, Sequence[float]], right: Mapping[int, 
     return Score(name, hits, "share")
 
 
-def _apart(prompt: str, job: Job) -> str:
+def _apart(prompt: str, job: EvalJob) -> str:
     return "" if job.decoding.chat or not prompt or prompt[-1].isspace() else " "
 
 

@@ -6,7 +6,7 @@ import math
 import re
 from collections.abc import Mapping, Sequence
 
-from suture.evals.kinds import Job, Models, dataset_of
+from suture.evals.kinds import EvalJob, Models, dataset_of
 from suture.evals.loss import row_losses
 
 GRAMS = 3
@@ -52,7 +52,7 @@ def _is_word(word: str) -> bool:
 
 
 def broken(
-    models: Models, job: Job, prompts: Mapping[int, Sequence[int]],
+    models: Models, job: EvalJob, prompts: Mapping[int, Sequence[int]],
     answers: Mapping[int, str | None], most: float,
 ) -> dict[int, float]:  # fmt: skip
     """1 where an answer is no language, 0 elsewhere, by row.

@@ -10,7 +10,7 @@ from torch import Tensor
 from suture.errors import MismatchError
 from suture.evals.kinds import (
     Column,
-    Job,
+    EvalJob,
     Models,
     Prepare,
     Run,
@@ -39,7 +39,7 @@ def drift(prompt: Template = "prompt", response: Column = "response") -> Prepare
     is lost, over benign ones how much else has changed.
     """
 
-    def prepare(job: Job) -> Run:
+    def prepare(job: EvalJob) -> Run:
         texts = filled(job, response)
         answers = dict(zip(
             texts, job.ids([lead(job) + t for t in texts.values()], plain=True), strict=True

@@ -12,7 +12,7 @@ from suture.errors import MismatchError, RecipeError
 from suture.evals.base import Eval, Metric, mean, share
 from suture.evals.kinds import (
     Column,
-    Job,
+    EvalJob,
     Models,
     Prepare,
     Run,
@@ -84,7 +84,7 @@ def nearest(model: nn.Module, held: Sequence[Batch], *, device: str = "cpu") -> 
 def neighbours(text: Column = "text", label: Column = "label") -> Prepare:
     """The share of rows whose nearest other row, by cosine of vectors, has the same label."""
 
-    def prepare(job: Job) -> Run:
+    def prepare(job: EvalJob) -> Run:
         texts, told = job.column(text), job.column(label)
         numbers = {name: i for i, name in enumerate(dict.fromkeys(told.values()))}
         rows = [n for n in texts if n in told]

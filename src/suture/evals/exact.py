@@ -11,7 +11,7 @@ from typing import Annotated, Literal
 from suture.evals.generate import generate, questions
 from suture.evals.kinds import (
     Column,
-    Job,
+    EvalJob,
     Models,
     Prepare,
     Row,
@@ -79,7 +79,7 @@ def exact_match(
     is the share of rows in whose answer anything was found.
     """
 
-    def prepare(job: Job) -> Run:
+    def prepare(job: EvalJob) -> Run:
         take = EXTRACTORS.get(extract)
         if take is None:
             take = _finder(pattern, job)
@@ -112,7 +112,7 @@ def exact_match(
     return prepare
 
 
-def _finder(pattern: str, job: Job) -> Callable[[str], str]:
+def _finder(pattern: str, job: EvalJob) -> Callable[[str], str]:
     try:
         compiled = re.compile(pattern, re.MULTILINE)
     except re.error as error:

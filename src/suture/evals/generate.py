@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from suture.evals.kinds import Job, Models
+from suture.evals.kinds import EvalJob, Models
 from suture.training.models import LanguageModel, evaluating
 
 Step = Callable[[Tensor | None], Tensor]
@@ -18,7 +18,7 @@ Step = Callable[[Tensor | None], Tensor]
 Begin = Callable[[nn.Module, Sequence[Sequence[int]], int, str], Step]
 
 
-def questions(job: Job, template: str) -> dict[int, list[int]]:
+def questions(job: EvalJob, template: str) -> dict[int, list[int]]:
     """The tokens of every prompt, with room left for the answer, by row; faults are noted."""
     prompts = job.prompts(template)
     found = {}
@@ -31,7 +31,7 @@ def questions(job: Job, template: str) -> dict[int, list[int]]:
 
 @torch.inference_mode()
 def generate(
-    models: Models, job: Job, prompts: Mapping[int, Sequence[int]]
+    models: Models, job: EvalJob, prompts: Mapping[int, Sequence[int]]
 ) -> dict[int, str | None]:
     """What the model answers, by row; ``None`` where it gives no finite logits any more.
 
@@ -50,7 +50,7 @@ def generate(
     return {n: found[n] for n in prompts}
 
 
-def _batch(models: Models, job: Job, prompts: Sequence[Sequence[int]]) -> list[str | None]:
+def _batch(models: Models, job: EvalJob, prompts: Sequence[Sequence[int]]) -> list[str | None]:
     begin: Begin = _cached if isinstance(models.model, LanguageModel) else _uncached
     pad = getattr(job.tokenizer, "pad_token_id", None) or 0
     step, stops = begin(models.model, prompts, pad, models.device), job.decoding.stop

@@ -15,7 +15,7 @@ from suture.evals.judges import (
     judge_of,
 )
 from suture.evals.kinds import (
-    Job,
+    EvalJob,
     Models,
     Prepare,
     Run,
@@ -52,7 +52,7 @@ def judged(
     expected. Only verdicts and hashes are kept, no texts.
     """
 
-    def prepare(job: Job) -> Run:
+    def prepare(job: EvalJob) -> Run:
         asked = questions(job, prompt)
         texts = job.texts(prompt)
         one: Judge | None = None
@@ -116,7 +116,7 @@ def preferred(
     verdicts and hashes are kept, no texts.
     """
 
-    def prepare(job: Job) -> Run:
+    def prepare(job: EvalJob) -> Run:
         asked = questions(job, prompt)
         texts = job.texts(prompt)
         one: Comparer | None = None

@@ -35,7 +35,7 @@ from suture.evals.decoding import Decoding
 from suture.schema.parameters import Text
 from suture.schema.table import Line
 from suture.training.data import Batch, Dataset, cell
-from suture.training.images import Look
+from suture.training.images import ImageTransform
 
 Needs = Literal["classifier", "encoder", "image-classifier", "language-model"]
 
@@ -56,7 +56,7 @@ class Row:
 
 
 @dataclass
-class Job:
+class EvalJob:
     """What is known before a model is loaded; rows are numbered as they stand."""
 
     rows: Sequence[Row]
@@ -73,7 +73,7 @@ class Job:
     """Of a classifier's head; of the rows where it is made of texts."""
     folder: Path = Path()
     """Where relative paths of the suite start."""
-    look: Look | None = None
+    look: ImageTransform | None = None
     """How the model wants its images, where it reads some."""
     stamp: str = ""
     """Set by a kind that reads more than rows and models: what tells that from another."""
@@ -205,7 +205,7 @@ class Score:
 
 Run = Callable[[Models], tuple[Score, ...]]
 """Asks the model; the first score is the one to compare by."""
-Prepare = Callable[[Job], Run]
+Prepare = Callable[[EvalJob], Run]
 
 
 @dataclass(frozen=True)
@@ -250,6 +250,6 @@ def dataset_of(
 
 
 __all__ = [
-    "Column", "Decoding", "Job", "Kind", "Models", "Prepare", "Row", "Run", "Score", "Template",
+    "Column", "Decoding", "EvalJob", "Kind", "Models", "Prepare", "Row", "Run", "Score", "Template",
     "dataset_of",
 ]  # fmt: skip

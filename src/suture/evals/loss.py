@@ -13,7 +13,7 @@ from torch.nn import functional as F
 from suture.errors import NonFiniteError
 from suture.evals.base import Metric, ratio
 from suture.evals.kinds import (
-    Job,
+    EvalJob,
     Models,
     Prepare,
     Run,
@@ -103,7 +103,7 @@ def row_losses(
 
 
 def joined(
-    job: Job, prompts: dict[int, str], answers: dict[int, str]
+    job: EvalJob, prompts: dict[int, str], answers: dict[int, str]
 ) -> dict[int, list[list[int]]]:
     """Tokens of prompt and answer together, and 1 for those of the answer, by row.
 
@@ -136,7 +136,7 @@ def prediction(
     the answer is judged and the prompt is read.
     """
 
-    def prepare(job: Job) -> Run:
+    def prepare(job: EvalJob) -> Run:
         if response:
             read = joined(job, job.prompts(prompt or "prompt"), job.column(response))
         else:

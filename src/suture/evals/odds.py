@@ -10,7 +10,7 @@ from typing import Annotated, Literal, NamedTuple
 from suture.errors import brief
 from suture.evals.branches import Asked, Tail, log_probabilities, log_sum
 from suture.evals.kinds import (
-    Job,
+    EvalJob,
     Models,
     Prepare,
     Run,
@@ -39,7 +39,7 @@ class Openers(NamedTuple):
 
 
 def openers_of(
-    job: Job, refusals: Sequence[str], compliances: Sequence[str] | None, before: str
+    job: EvalJob, refusals: Sequence[str], compliances: Sequence[str] | None, before: str
 ) -> dict[str, Openers]:
     """The openers for every language of the rows, tokenised; those that cannot be used are noted.
 
@@ -77,12 +77,12 @@ def _built_in(lists: Mapping[str, tuple[str, ...]], language: str) -> list[str]:
     return [*lists["en"], *(lists.get(language, ()) if language != "en" else ())]
 
 
-def lead(job: Job) -> str:
+def lead(job: EvalJob) -> str:
     """What stands between a prompt and its answer."""
     return "" if job.decoding.chat else " "
 
 
-def prompt_ids(job: Job, template: str, room: Mapping[int, int]) -> dict[int, tuple[int, ...]]:
+def prompt_ids(job: EvalJob, template: str, room: Mapping[int, int]) -> dict[int, tuple[int, ...]]:
     """The tokens of every prompt, with ``room`` left for what comes after, by row.
 
     Outside of a chat the space before an answer belongs to the answer.
@@ -98,7 +98,7 @@ def prompt_ids(job: Job, template: str, room: Mapping[int, int]) -> dict[int, tu
     return found
 
 
-def marks_of(job: Job, column: str) -> dict[int, bool]:
+def marks_of(job: EvalJob, column: str) -> dict[int, bool]:
     """A column of yes and no, by row; anything else is noted."""
     found = {}
     for number, text in job.column(column).items():
@@ -140,7 +140,7 @@ def refusal_odds(
     ``false_refusals`` the share of benign rows above the threshold that 95 % of the others pass.
     """
 
-    def prepare(job: Job) -> Run:
+    def prepare(job: EvalJob) -> Run:
         known = openers_of(job, refusals, compliances, lead(job))
         longest = max((len(i) for o in known.values() for i in (*o.refusing, *o.complying)),
                       default=0)  # fmt: skip
@@ -184,7 +184,7 @@ def refusal_odds(
     return prepare
 
 
-def filled(job: Job, column: str) -> dict[int, str]:
+def filled(job: EvalJob, column: str) -> dict[int, str]:
     """A column as text without space around it, by row; empty cells are noted."""
     found = {number: text.strip() for number, text in job.column(column).items()}
     for number, text in found.items():
@@ -194,7 +194,7 @@ def filled(job: Job, column: str) -> dict[int, str]:
 
 
 def _note_short(
-    job: Job, prefill: str, depths: Sequence[int], places: Mapping[int, Sequence[int]]
+    job: EvalJob, prefill: str, depths: Sequence[int], places: Mapping[int, Sequence[int]]
 ) -> None:
     for k in depths:
         short = sum(k not in found for found in places.values())
@@ -223,7 +223,7 @@ def depth(
     the deepest ``k``; rows whose answer is shorter than ``k`` and a token are left out there.
     """
 
-    def prepare(job: Job) -> Run:
+    def prepare(job: EvalJob) -> Run:
         known = openers_of(job, refusals, None, lead(job))  # of the start of an answer
         later = openers_of(job, refusals, None, " ")
         answers = filled(job, prefill)

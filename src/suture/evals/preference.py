@@ -8,7 +8,7 @@ from typing import Annotated, Literal
 from suture.evals.branches import Asked, Tail, log_probabilities
 from suture.evals.kinds import (
     Column,
-    Job,
+    EvalJob,
     Models,
     Prepare,
     Run,
@@ -37,7 +37,7 @@ def preference(
     two sides: a model that breaks loses both.
     """
 
-    def prepare(job: Job) -> Run:
+    def prepare(job: EvalJob) -> Run:
         kept, shunned = filled(job, safe), filled(job, unsafe)
         sides = {n: (kept[n], shunned[n]) for n in kept if n in shunned}
         for n, (one, other) in sides.items():

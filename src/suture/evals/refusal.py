@@ -7,7 +7,7 @@ from typing import Annotated, Literal
 from suture.evals.coherence import broken
 from suture.evals.generate import generate, questions
 from suture.evals.kinds import (
-    Job,
+    EvalJob,
     Models,
     Prepare,
     Run,
@@ -51,7 +51,7 @@ def refusal(
     refusals in other words are missed.
     """
 
-    def prepare(job: Job) -> Run:
+    def prepare(job: EvalJob) -> Run:
         known = sorted({family for lists in FAMILIES.values() for family in lists})
         for family in families:
             if family not in known:

@@ -54,7 +54,7 @@ Array = np.ndarray[Any, Any]
 
 
 @dataclass(frozen=True)
-class Job:
+class MergeJob:
     """What is merged, how, and into which tensors; a merge of slices is one job for each."""
 
     sources: Sources
@@ -185,7 +185,7 @@ class _Done:
 class _Local:
     """One thread's output buffer, digests and counts."""
 
-    def __init__(self, job: Job) -> None:
+    def __init__(self, job: MergeJob) -> None:
         self.hashers = Hashers(len(job.sources.all) + 1)
         self.raw = np.zeros(span_of(job.block) * 8, np.uint8)
         self.counts = np.zeros(3, np.int64)
@@ -200,7 +200,7 @@ def _bytes(raw: Array | None) -> Array:
 class _Merging(Visitor[_Local]):
     """The visitor that writes."""
 
-    def __init__(self, job: Job, state: Any, writer: Sink, done: _Done) -> None:
+    def __init__(self, job: MergeJob, state: Any, writer: Sink, done: _Done) -> None:
         self.job, self.state, self.writer, self.done = job, state, writer, done
 
     def local(self) -> _Local:
@@ -275,12 +275,12 @@ def _silent(stage: str, nbytes: int) -> Progress | None:
     return None
 
 
-def bytes_read(job: Job, names: Iterable[str]) -> int:
+def bytes_read(job: MergeJob, names: Iterable[str]) -> int:
     """Bytes of some tensors in all inputs."""
     return sum(c.specs[n].nbytes for n in names for c in job.sources.all if n in c.specs)
 
 
-def prepared(jobs: Sequence[Job], stage: Stage = _silent) -> list[Any]:
+def prepared(jobs: Sequence[MergeJob], stage: Stage = _silent) -> list[Any]:
     """What each merge has to know of all tensors before it makes one: read once, in order."""
     progress = stage("prepare", sum(bytes_read(j, j.names) * j.merge.passes for j in jobs))
     return [
@@ -291,7 +291,7 @@ def prepared(jobs: Sequence[Job], stage: Stage = _silent) -> list[Any]:
     ]
 
 
-def make_tensor(name: str, jobs: Sequence[Job], states: Sequence[Any], writer: Sink) -> None:
+def make_tensor(name: str, jobs: Sequence[MergeJob], states: Sequence[Any], writer: Sink) -> None:
     """Merge one tensor alone, into the writer: the bytes that ``apply`` gives it.
 
     Args:
@@ -311,7 +311,7 @@ def make_tensor(name: str, jobs: Sequence[Job], states: Sequence[Any], writer: S
 
 
 def apply(
-    jobs: Sequence[Job], writer: Sink, inputs: Mapping[str, Checkpoint], stage: Stage = _silent
+    jobs: Sequence[MergeJob], writer: Sink, inputs: Mapping[str, Checkpoint], stage: Stage = _silent
 ) -> Outcome:
     """Merge into the writer's staging folder, or memory; the caller adds its files and publishes.
 
@@ -355,7 +355,7 @@ def apply(
     return outcome
 
 
-def _left(job: Job, done: _Done) -> list[list[Piece]]:
+def _left(job: MergeJob, done: _Done) -> list[list[Piece]]:
     """The pieces of a job that are still to do, in tasks."""
     return [
         todo
@@ -364,7 +364,7 @@ def _left(job: Job, done: _Done) -> list[list[Piece]]:
     ]
 
 
-def _nbytes(job: Job, piece: Piece) -> int:
+def _nbytes(job: MergeJob, piece: Piece) -> int:
     return sum(
         (piece.stop - piece.start) * DTYPES[c.specs[piece.name].dtype].itemsize
         for c in job.sources.all
@@ -372,14 +372,14 @@ def _nbytes(job: Job, piece: Piece) -> int:
     )
 
 
-def _in_file_order(job: Job) -> list[str]:
+def _in_file_order(job: MergeJob) -> list[str]:
     """The order in which the reference's files hold the tensors, so that disks read forward."""
     places = job.sources.reference.places
     return sorted(job.specs, key=lambda name: places[name])
 
 
 def _outcome(
-    jobs: Sequence[Job], done: _Done, states: Sequence[Any], inputs: Mapping[str, Checkpoint],
+    jobs: Sequence[MergeJob], done: _Done, states: Sequence[Any], inputs: Mapping[str, Checkpoint],
     specs: Mapping[str, TensorSpec], resumed: int,
 ) -> Outcome:  # fmt: skip
     seen = _seen(jobs, done, list(inputs.values()))
@@ -411,7 +411,7 @@ def _outcome(
 
 
 def _seen(
-    jobs: Sequence[Job], done: _Done, inputs: Sequence[Checkpoint]
+    jobs: Sequence[MergeJob], done: _Done, inputs: Sequence[Checkpoint]
 ) -> dict[Checkpoint, dict[str, str]]:
     """The fingerprints of the inputs' tensors that the jobs read, under their own names."""
     found: dict[Checkpoint, dict[str, str]] = {checkpoint: {} for checkpoint in inputs}
@@ -476,7 +476,7 @@ def checkpoint_fingerprint(checkpoint: Checkpoint, progress: Progress | None = N
     )
 
 
-def peak_memory(jobs: Sequence[Job]) -> int:
+def peak_memory(jobs: Sequence[MergeJob]) -> int:
     """Bytes that a merge holds at most, above the interpreter and the compiled kernels."""
     journal = sum(
         max(1, -(-spec.numel // PIECE)) * 200 * (len(job.sources.all) + 2)
@@ -486,7 +486,7 @@ def peak_memory(jobs: Sequence[Job]) -> int:
     return max(_buffers(job) for job in jobs) + journal
 
 
-def _buffers(job: Job) -> int:
+def _buffers(job: MergeJob) -> int:
     models, inputs = len(job.sources.models), len(job.sources.all)
     threads = job.threads or 1
     blocks = job.block * (4 * models + 3 * 4) + span_of(job.block) * 8 * (inputs + 1)
@@ -499,7 +499,7 @@ def _buffers(job: Job) -> int:
 
 __all__ = [
     "DELTA",
-    "Job",
+    "MergeJob",
     "Outcome",
     "apply",
     "checkpoint_fingerprint",

@@ -40,7 +40,7 @@ def spelled(source: Any) -> str:
 
 
 @dataclass(frozen=True)
-class Files(parameters.Files):
+class ModelFiles(parameters.Files):
     """One file of masks or statistics a model, or what would be read from it."""
 
     kinds: ClassVar[tuple[type, ...]] = FILES

@@ -17,8 +17,8 @@ from suture.merges.base import Array, Beside, Context
 from suture.merges.counts import Census, Votes, correlations
 from suture.merges.marks import (
     Joined,
-    Masked,
     Ranked,
+    StoredMasks,
     agreed,
     check_mask,
     check_stats,
@@ -226,12 +226,12 @@ class Election:
         other.facts["matched"] = {k: state.facts[k] for k in ("elected", "owned")}
         return other
 
-    def _election(self, context: Context) -> Ranked | Masked:
+    def _election(self, context: Context) -> Ranked | StoredMasks:
         if self.masks is not None:
             paths = [self.masks[m] for m in context.models]
             if self.asks_base and self.base_masks is not None:
                 paths += [self.base_masks[m] for m in context.models]
-            return Masked(tuple(stored_mask(path) for path in paths))
+            return StoredMasks(tuple(stored_mask(path) for path in paths))
         assert self.stats is not None
         rule, base = RULES.find("snip"), context.sources.base
         assert base is not None
@@ -280,7 +280,7 @@ class Elected:
     """Which entries each model writes, and what is known of them."""
 
     def __init__(
-        self, how: Election, marks: Ranked | Joined | Masked, control: bool, context: Context
+        self, how: Election, marks: Ranked | Joined | StoredMasks, control: bool, context: Context
     ) -> None:
         self.how, self.marks, self.control = how, marks, control
         self.models = context.models

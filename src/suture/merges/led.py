@@ -8,8 +8,8 @@ from typing import Annotated, Literal
 from suture.kernels import compiled
 from suture.merges.base import (
     Density,
-    Files,
     Merge,
+    ModelFiles,
     Scale,
     Scope,
     Seed,
@@ -24,24 +24,33 @@ from suture.stream.sweep import Block, cores
 
 Statistics = Annotated[
     Mapping[str, str] | None,
-    Files("absolute gradients of each model on its own rows: a folder such as MASKS/stats, or a "
-          "file a model"),
-]  # fmt: skip
+    ModelFiles(
+        "absolute gradients of each model on its own rows: a folder such as MASKS/stats, or a "
+        "file a model"
+    ),
+]
 BaseStatistics = Annotated[
     Mapping[str, str] | None,
-    Files("those of the base on the rows of each model: a folder such as MASKS/stats/base, or a "
-          "file a model"),
-]  # fmt: skip
+    ModelFiles(
+        "those of the base on the rows of each model: a folder such as MASKS/stats/base, or a "
+        "file a model"
+    ),
+]
 Masks = Annotated[
     Mapping[str, str] | None,
-    Files("instead of statistics, the mask of each model: a folder that `suture localize` wrote, "
-          "or a file a model", instead=("density", "scope")),
-]  # fmt: skip
+    ModelFiles(
+        "instead of statistics, the mask of each model: a folder that `suture localize` wrote, "
+        "or a file a model",
+        instead=("density", "scope"),
+    ),
+]
 BaseMasks = Annotated[
     Mapping[str, str] | None,
-    Files("the masks of the base on the rows of each model: a folder such as MASKS/base, or a file "
-          "a model"),
-]  # fmt: skip
+    ModelFiles(
+        "the masks of the base on the rows of each model: a folder such as MASKS/base, or a file "
+        "a model"
+    ),
+]
 Elect = Annotated[
     Literal["both", "expert", "base", "either", "expert_only", "base_only", "neither"],
     Choice("which entries a model elects: those that matter to base and expert, to the expert, "

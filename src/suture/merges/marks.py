@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 import numpy as np
 
 from suture.checkpoints.checkpoint import Checkpoint
-from suture.checkpoints.views import Lens, View
+from suture.checkpoints.views import LazyTensor, View
 from suture.edits.graft import check_shapes, is_graft
 from suture.edits.importance import Scoring
 from suture.edits.mask_file import StoredMask
@@ -102,7 +102,7 @@ def ranked(
     views = []
     for scoring in scorings:
         held = [n for n in context.names if n in scoring.tuned.specs]
-        lenses: dict[str, Lens] = dict(scoring.view(held).lenses)
+        lenses: dict[str, LazyTensor] = dict(scoring.view(held).lenses)
         for name in held if flip else ():
             if role_of(name).kind not in ("embedding", "head"):
                 lenses[name] = _Flipped(lenses[name])
@@ -139,7 +139,7 @@ class _Flipped:
 
     identity: object = None
 
-    def __init__(self, scores: Lens) -> None:
+    def __init__(self, scores: LazyTensor) -> None:
         self.scores = scores
         self.origin, self.sources, self.spec = scores.origin, scores.sources, scores.spec
 
@@ -154,7 +154,7 @@ class _Free:
 
     identity: object = None
 
-    def __init__(self, scores: Lens, name: str, taken: Sequence[Ranked]) -> None:
+    def __init__(self, scores: LazyTensor, name: str, taken: Sequence[Ranked]) -> None:
         self.scores, self.name, self.taken = scores, name, taken
         self.origin, self.sources, self.spec = scores.origin, scores.sources, scores.spec
 
@@ -185,7 +185,7 @@ class Joined:
 
 
 @dataclass(frozen=True)
-class Masked:
+class StoredMasks:
     """Stored masks, one a column."""
 
     masks: tuple[StoredMask, ...]
@@ -267,8 +267,8 @@ def agreed(
 
 __all__ = [
     "Joined",
-    "Masked",
     "Ranked",
+    "StoredMasks",
     "agreed",
     "buffers",
     "check_mask",

@@ -16,8 +16,8 @@ from suture.merges.base import (
     Array,
     Beside,
     Context,
-    Files,
     Merge,
+    ModelFiles,
     Scale,
     Weight,
 )
@@ -28,7 +28,7 @@ from suture.stream.sweep import DELTA, Block, Sources
 
 Statistics = Annotated[
     Mapping[str, str],
-    Files("the statistics of each model: a folder such as MASKS/stats, or a file a model"),
+    ModelFiles("the statistics of each model: a folder such as MASKS/stats, or a file a model"),
 ]
 FisherKind = Annotated[
     Literal["fisher", "empirical_fisher"], Choice("which squared gradients are used")

@@ -9,7 +9,7 @@ import numpy as np
 from suture.kernels import compiled
 from suture.merges.base import Array, Context, Merge, Scale
 from suture.merges.linear import grams
-from suture.merges.row_blocks import Rows, row_grams, row_width
+from suture.merges.row_blocks import RowBlocks, row_grams, row_width
 from suture.schema.parameters import Choice, Number
 from suture.schema.values import Scalar
 from suture.stream.sweep import Block
@@ -44,7 +44,7 @@ def model_stock(
         width = row_width(block.sources.spec(block.name))
         compiled.sum_by_row(block.rows, factors, start, number, width, block.out)
 
-    rows = Rows(by_row)
+    rows = RowBlocks(by_row)
 
     def prepare(context: Context) -> dict[str, float]:
         if over == "row":

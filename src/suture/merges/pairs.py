@@ -7,7 +7,7 @@ from typing import Annotated
 import numpy as np
 
 from suture.merges.base import Array, Context, Merge
-from suture.merges.row_blocks import Rows, row_width
+from suture.merges.row_blocks import RowBlocks, row_width
 from suture.schema.parameters import Number
 from suture.schema.values import Scalar
 from suture.stream.sweep import Block, Visitor, sweep, tasks_of
@@ -76,7 +76,7 @@ class _Divergences(Visitor[None]):
         self.found = {
             n: np.zeros(specs[n].numel // row_width(specs[n]), np.float32) for n in context.names
         }
-        self._rows = Rows(self._measure)
+        self._rows = RowBlocks(self._measure)
 
     def see(self, local: None, block: Block) -> None:
         self._rows(block)

@@ -25,8 +25,8 @@ from suture.errors import (
 )
 from suture.merges.base import Beside, Context, Merge, spelled
 from suture.merges.marks import (
-    Masked,
     Ranked,
+    StoredMasks,
     agreed,
     buffers,
     check_mask,
@@ -188,7 +188,7 @@ def _computed(rule: object, density: object, stats: object) -> Iterator[str]:
 @dataclass(frozen=True)
 class _State:
     inner: Any
-    marks: Masked | Ranked
+    marks: StoredMasks | Ranked
     row: int
     facts: dict[str, Any] = field(default_factory=dict)
 
@@ -243,13 +243,13 @@ def protected(merge: Merge[Any], how: Protection) -> Merge[Any]:
 
 def _marks(
     how: Protection, stored: StoredMask | None, context: Context
-) -> tuple[Masked | Ranked, int]:
+) -> tuple[StoredMasks | Ranked, int]:
     """The marks, and how many there are."""
     held = {}
     if stored is not None:
         held = {n: stored.count(n) for n in stored.shapes}
         if how.rule is None:
-            return Masked((stored,)), sum(held.values())
+            return StoredMasks((stored,)), sum(held.values())
     base = context.sources.base
     assert base is not None
     tuned = context.sources.models[context.models.index(how.model)]

@@ -28,7 +28,7 @@ def row_width(spec: TensorSpec) -> int:
     return max(1, spec.shape[-1] if spec.shape else 1)
 
 
-class Rows:
+class RowBlocks:
     """Lets one change see whole rows, wherever blocks begin and end. Safe from any thread."""
 
     def __init__(self, change: Change) -> None:
@@ -84,4 +84,4 @@ def row_grams(block: Block, start: int, number: int) -> Array:
     return sums.reshape(number, models, models)
 
 
-__all__ = ["Change", "Rows", "row_grams", "row_width"]
+__all__ = ["Change", "RowBlocks", "row_grams", "row_width"]

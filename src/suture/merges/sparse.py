@@ -21,7 +21,7 @@ from suture.merges.base import (
 from suture.merges.dare import stream_key
 from suture.merges.elect import Aggregate, Elect, Rounding, Sign, Votes
 from suture.merges.linear import Normalize
-from suture.merges.row_blocks import Rows, row_width
+from suture.merges.row_blocks import RowBlocks, row_width
 from suture.merges.trim import (
     L1,
     Finish,
@@ -156,7 +156,7 @@ class _MagPrune:
     ) -> None:
         self.models, self.density, self.epsilon = models, density, epsilon
         self.seed, self.own = seed, own
-        self.rows = Rows(self._prune)
+        self.rows = RowBlocks(self._prune)
         self._local = threading.local()
 
     def _prune(self, block: Block, start: int, number: int) -> None:

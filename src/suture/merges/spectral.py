@@ -19,7 +19,7 @@ import numpy as np
 from suture.kernels import compiled
 from suture.merges.base import Array, Context, Merge, Scale, Weight
 from suture.merges.elect import scaled
-from suture.merges.whole import HELD, Whole
+from suture.merges.whole import HELD, WholeTensor
 from suture.schema.parameters import Number
 from suture.schema.values import PerModel, Scalar, each
 from suture.stream.sweep import Block, cores
@@ -39,7 +39,7 @@ Beside = Callable[[Callable[..., Any], Iterable[Any]], list[Any]]
 """Maps a function over values, in several threads; the order of results is that of the values."""
 
 
-def tsv_merge(*, weight: Weight = each(1.0), scale: Scale = Scalar(1.0)) -> Merge[Whole]:
+def tsv_merge(*, weight: Weight = each(1.0), scale: Scale = Scalar(1.0)) -> Merge[WholeTensor]:
     r"""Keep each model's strongest directions, make them orthogonal to one another, and add.
 
     Of :math:`T` task vectors :math:`\tau_t = U_t \Sigma_t V_t^\top` the first :math:`k = \lfloor
@@ -67,7 +67,7 @@ def tsv_merge(*, weight: Weight = each(1.0), scale: Scale = Scalar(1.0)) -> Merg
 
 def iso_c(
     *, weight: Weight = each(1.0), scale: Scale = Scalar(1.0), isotropy: Isotropy = 1.0
-) -> Merge[Whole]:
+) -> Merge[WholeTensor]:
     r"""Add the task vectors and give all singular directions of the sum the same strength.
 
     With :math:`\sum_t w_t \tau_t = U \Sigma V^\top` and :math:`\bar\sigma` the mean singular value:
@@ -92,7 +92,7 @@ def iso_cts(
     scale: Scale = Scalar(1.0),
     common: Common = 0.8,
     isotropy: Isotropy = 1.0,
-) -> Merge[Whole]:
+) -> Merge[WholeTensor]:
     r"""As ``iso_c``, with some directions given to what each model has beyond the common ones.
 
     The first :math:`k` directions :math:`U_c, V_c` of the sum are common; of each residual
@@ -147,10 +147,10 @@ def _flat(values: Tensor, isotropy: float) -> Tensor:
     return values + isotropy * (values.mean() - values)
 
 
-def _by_matrix(merge: Matrices, weight: PerModel, scale: Scalar) -> Merge[Whole]:
+def _by_matrix(merge: Matrices, weight: PerModel, scale: Scalar) -> Merge[WholeTensor]:
     """A merge that gives matrices to ``merge`` whole, and averages all other tensors."""
 
-    def prepare(context: Context) -> Whole:
+    def prepare(context: Context) -> WholeTensor:
         specs = context.sources.reference.specs
 
         def compute(name: str, rows: Array) -> Array:
@@ -163,9 +163,9 @@ def _by_matrix(merge: Matrices, weight: PerModel, scale: Scalar) -> Merge[Whole]
                 found = merge(list(deltas), lambda f, values: list(pool.map(f, values)))
             return np.ascontiguousarray(found.numpy().reshape(-1))
 
-        return Whole(compute)
+        return WholeTensor(compute)
 
-    def combine(block: Block, whole: Whole) -> None:
+    def combine(block: Block, whole: WholeTensor) -> None:
         shape = block.sources.spec(block.name).shape
         if len(shape) == 2 and block.count:
             whole.fill(block)

@@ -14,7 +14,7 @@ import numpy as np
 from suture.kernels import compiled
 from suture.merges.base import EITHER, Array, Context, Merge, Weight
 from suture.merges.linear import Normalize, grams
-from suture.merges.row_blocks import Rows, row_grams, row_width
+from suture.merges.row_blocks import RowBlocks, row_grams, row_width
 from suture.schema.parameters import Choice, Number
 from suture.schema.values import PerModel, each
 from suture.stream.sweep import WEIGHT, Block, Visitor, sweep, tasks_of
@@ -47,7 +47,7 @@ def nuslerp(*, weight: Weight = each(1.0), over: Over = "tensor") -> Merge[dict[
         width = row_width(block.sources.spec(block.name))
         compiled.sum_by_row(block.rows, factors, start, number, width, block.out)
 
-    rows = Rows(by_row)
+    rows = RowBlocks(by_row)
 
     def prepare(context: Context) -> dict[str, Array]:
         if over == "tensor":

@@ -13,14 +13,14 @@ from suture.merges.base import (
     Beside,
     Context,
     Density,
-    Files,
     Merge,
+    ModelFiles,
     Scale,
     Scope,
     Weight,
 )
 from suture.merges.elect import scaled
-from suture.merges.marks import Masked, check_mask
+from suture.merges.marks import StoredMasks, check_mask
 from suture.merges.ties import selected, selection_facts
 from suture.schema.values import Scalar, each
 from suture.stream.sweep import Block, Combine
@@ -28,7 +28,7 @@ from suture.stream.topk import Selection, exact_count
 
 Masks = Annotated[
     Mapping[str, str] | None,
-    Files("the mask of each model: a folder that `suture localize` wrote, or a file a model",
+    ModelFiles("the mask of each model: a folder that `suture localize` wrote, or a file a model",
           instead=("density", "scope")),
 ]  # fmt: skip
 
@@ -40,7 +40,7 @@ def stitch(
     scale: Scale = Scalar(1.0),
     scope: Scope = "global",
     masks: Masks = None,
-) -> Merge[Selection | Masked]:
+) -> Merge[Selection | StoredMasks]:
     r"""Keep the marked entries of each task vector; average where the marked regions overlap.
 
     With masks :math:`\gamma_i`: :math:`\theta = \theta_0 + \sum_i \gamma_i \tau_i / \max(1,
@@ -66,15 +66,15 @@ def _combine(weight: Any, scale: Scalar) -> Any:
 
 
 def _from_masks(files: Mapping[str, str], weight: Any, scale: Scalar) -> Merge[Any]:
-    def opened(context: Context) -> Masked:
-        return Masked(tuple(stored_mask(files[model]) for model in context.models))
+    def opened(context: Context) -> StoredMasks:
+        return StoredMasks(tuple(stored_mask(files[model]) for model in context.models))
 
-    def combine(block: Block, state: Masked) -> None:
+    def combine(block: Block, state: StoredMasks) -> None:
         bits = state.bits(block.name, block.start, block.count)
         compiled.stitched(block.rows, weight.row(block), bits, block.count, block.out)
         scaled(block, scale)
 
-    def facts(state: Masked) -> dict[str, Any]:
+    def facts(state: StoredMasks) -> dict[str, Any]:
         return {"masks": [{**mask.about, "file": mask.path.name} for mask in state.masks]}
 
     return Merge(combine, opened, facts=facts, beside=lambda c, p: _beside(files, c, p))

@@ -30,7 +30,7 @@ class _Entry:
     """Elements handed out."""
 
 
-class Whole:
+class WholeTensor:
     """Computes each tensor once and fills blocks from it. Safe from any thread.
 
     Memory is at most that of ``HELD`` merged tensors and of one computation a thread. A tensor that
@@ -81,4 +81,4 @@ def load_whole(sources: Sources, name: str) -> Array:
     return rows
 
 
-__all__ = ["HELD", "Whole", "load_whole"]
+__all__ = ["HELD", "WholeTensor", "load_whole"]

@@ -21,7 +21,7 @@ Kind = Literal["base", "expert", "merge"]
 
 
 @dataclass(frozen=True)
-class Task:
+class ReportTask:
     """One column of the table."""
 
     name: str
@@ -53,7 +53,7 @@ class Report:
     """Base, experts and merges on the same tasks."""
 
     title: str
-    tasks: tuple[Task, ...]
+    tasks: tuple[ReportTask, ...]
     entries: tuple[Entry, ...]
     """The base first."""
     notes: tuple[str, ...] = ()
@@ -87,12 +87,12 @@ class Report:
         known = ", ".join(entry.name for entry in self.entries)
         raise RecipeError(f"no entry {name!r}; there are {known}")
 
-    def share(self, entry: Entry, task: Task) -> float | None:
+    def share(self, entry: Entry, task: ReportTask) -> float | None:
         """``m / expert``; ``None`` where the expert has 0."""
         best = self.entry(task.expert).metrics[task.name].value
         return entry.metrics[task.name].value / best if best else None
 
-    def retention(self, entry: Entry, task: Task) -> float | None:
+    def retention(self, entry: Entry, task: ReportTask) -> float | None:
         """``(m - base) / (expert - base)``; ``None`` where the expert has no clear gain."""
         start = self.base.metrics[task.name].value
         best = self.entry(task.expert).metrics[task.name]
@@ -131,7 +131,7 @@ class Report:
         try:
             raw = json.loads(text)
             raw.pop("derived", None)
-            tasks = tuple(Task(**task) for task in raw.pop("tasks"))
+            tasks = tuple(ReportTask(**task) for task in raw.pop("tasks"))
             entries = tuple(_entry(entry) for entry in raw.pop("entries"))
             return cls(tasks=tasks, entries=entries, notes=tuple(raw.pop("notes")), **raw)
         except (ValueError, KeyError, TypeError, AttributeError) as error:

@@ -16,7 +16,7 @@ from suture.checkpoints.writer import index_of, plan_shards
 from suture.errors import OutputError
 from suture.merges.apply import checkpoint_fingerprint, output_specs
 from suture.tensors.spec import DTYPES
-from suture.training.packed import Place
+from suture.training.packed import ParameterPlace
 
 TORCH = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 
@@ -24,7 +24,7 @@ TORCH = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16
 def write_weights(
     base: Checkpoint,
     trained: Mapping[str, Tensor],
-    places: Mapping[str, Place],
+    places: Mapping[str, ParameterPlace],
     dtype: str | None,
     folder: Path,
 ) -> str:
@@ -80,6 +80,7 @@ def write_weights(
 
 
 def disk_error(folder: Path, error: OSError | SafetensorError) -> OutputError:
+    """Return what is said when the disk refuses; what was trained is kept."""
     why = getattr(error, "strerror", None) or error
     return OutputError(
         f"{folder}: {why}; the training is kept, and the same command goes on from it"

@@ -62,7 +62,7 @@ class Listed:
 
 
 @dataclass(frozen=True)
-class Named:
+class NamedEntries:
     """A mapping from names to entries; a list of names where ``listed``."""
 
     pattern: str
@@ -285,11 +285,11 @@ Opened = Annotated[str, Becomes(
     ModelKeys, lambda keys, _: keys.path, lambda path, names: Path(path).name if names else path
 )]  # fmt: skip
 _NAME = (".+", "cannot be the name of a model")
-Models = Annotated[Mapping[str, Opened], Named(
+Models = Annotated[Mapping[str, Opened], NamedEntries(
     *_NAME, "a mapping from names to paths, with at least one model", taken=("base", ""), least=1
 )]  # fmt: skip
 """Models by name, as ``opening.open_model`` takes them."""
-OtherModels = Annotated[Mapping[str, Opened], Named(
+OtherModels = Annotated[Mapping[str, Opened], NamedEntries(
     *_NAME, "a mapping from names to paths", taken=("base", "")
 )]  # fmt: skip
 """The same, or none."""

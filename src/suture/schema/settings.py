@@ -14,7 +14,7 @@ from suture.errors import (
 )
 from suture.schema.parameters import ModelName, Number, Parameter
 from suture.schema.table import Line
-from suture.schema.values import Curve, PerModel, Scalar, Value
+from suture.schema.values import DepthCurve, PerModel, Scalar, Value
 
 Own = Sequence[tuple[str, Mapping[str, Any]]]
 """Name and own parameters of each model, in the order of rows."""
@@ -163,7 +163,7 @@ def _scalar(parameter: Parameter, value: object, where: str, problems: Problems)
     if default is None:
         problems.add(RecipeError, f"{where}: a number for all other tensors is missing; say '*'")
         default = 1.0
-    return Scalar(default if isinstance(default, Curve) else float(default), rules)
+    return Scalar(default if isinstance(default, DepthCurve) else float(default), rules)
 
 
 def _value(parameter: Parameter, value: object, where: str, problems: Problems) -> Value:
@@ -174,7 +174,7 @@ def _value(parameter: Parameter, value: object, where: str, problems: Problems) 
             RecipeError, f"{where}: an empty list; give one number or more, in order of depth"
         )
     fine = [_check(parameter, v, f"{where}[{i}]", problems) for i, v in enumerate(value)]
-    return Curve(tuple(map(float, value))) if value and all(fine) else 1.0
+    return DepthCurve(tuple(map(float, value))) if value and all(fine) else 1.0
 
 
 __all__ = ["check_words", "settings"]

@@ -10,7 +10,7 @@ from suture.tensors.roles import selects
 
 
 @dataclass(frozen=True)
-class Curve:
+class DepthCurve:
     """A number that changes with depth: the points are spread evenly from first to last layer."""
 
     points: tuple[float, ...]
@@ -24,7 +24,7 @@ class Curve:
         return (1 - share) * self.points[before] + share * self.points[after]
 
 
-Value = float | Curve
+Value = float | DepthCurve
 
 
 @dataclass(frozen=True)
@@ -42,14 +42,14 @@ class Scalar:
     @property
     def curved(self) -> bool:
         """Whether it depends on depth."""
-        return any(isinstance(v, Curve) for v in (self.default, *(v for _, v in self.rules)))
+        return any(isinstance(v, DepthCurve) for v in (self.default, *(v for _, v in self.rules)))
 
     def at(self, name: str) -> float:
         """The number for one tensor."""
         if name in self.table:
             return self.table[name]
         value = self.rule(name) if self.rules else self.default
-        assert not isinstance(value, Curve), f"{name}: the depth of a curve was not settled"
+        assert not isinstance(value, DepthCurve), f"{name}: the depth of a curve was not settled"
         return value
 
     def rule(self, name: str) -> Value:
@@ -62,12 +62,12 @@ class Scalar:
         Args:
             names: of each tensor its name, the name by which the rules know it, and its depth.
         """
-        if not self.rules and not isinstance(self.default, Curve):
+        if not self.rules and not isinstance(self.default, DepthCurve):
             return self
         numbers = {}
         for name, known, depth in names:
             value = self.rule(known)
-            numbers[name] = value.at(depth) if isinstance(value, Curve) else value
+            numbers[name] = value.at(depth) if isinstance(value, DepthCurve) else value
         return replace(self, table=numbers)
 
 
@@ -92,4 +92,4 @@ def each(value: float) -> PerModel:
     return PerModel((Scalar(value),))
 
 
-__all__ = ["Curve", "PerModel", "Scalar", "Value", "each"]
+__all__ = ["DepthCurve", "PerModel", "Scalar", "Value", "each"]

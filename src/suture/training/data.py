@@ -34,7 +34,7 @@ CELL_LIMIT = 1 << 30
 
 
 @dataclass(frozen=True)
-class Row:
+class LabelledText:
     """One labelled text."""
 
     text: str
@@ -51,9 +51,9 @@ class Row:
 class Split(NamedTuple):
     """Three lists of rows that share no group."""
 
-    train: list[Row]
-    validation: list[Row]
-    test: list[Row]
+    train: list[LabelledText]
+    validation: list[LabelledText]
+    test: list[LabelledText]
 
 
 class Batch(NamedTuple):
@@ -73,14 +73,14 @@ class Batch(NamedTuple):
     without it, every token counts."""
 
 
-def rows_of(pairs: Iterable[tuple[str, str]]) -> list[Row]:
+def rows_of(pairs: Iterable[tuple[str, str]]) -> list[LabelledText]:
     """Rows of ``(text, label)`` pairs."""
-    return [Row(text, label) for text, label in pairs]
+    return [LabelledText(text, label) for text, label in pairs]
 
 
 def read_rows(
     path: Path, *, text: str = "text", label: str | None = "label", group: str | None = None
-) -> list[Row]:
+) -> list[LabelledText]:
     """Read a ``.jsonl`` or ``.csv`` file; the arguments name its columns.
 
     Labels become text as JSON writes it (``true``, ``3``). Blank lines are skipped.
@@ -89,7 +89,7 @@ def read_rows(
         RecipeError: the file is missing, is neither kind, or a row lacks a column.
     """
     return [
-        Row(
+        LabelledText(
             cell(record, text, where),
             cell(record, label, where) if label else "",
             cell(record, group, where) if group else "",
@@ -116,7 +116,7 @@ def read_records(path: Path) -> list[tuple[str, Mapping[str, object]]]:
     return records
 
 
-def split(rows: Iterable[Row], *, seed: int, validation: float, test: float) -> Split:
+def split(rows: Iterable[LabelledText], *, seed: int, validation: float, test: float) -> Split:
     """Divide rows into training, validation and test by a hash of seed and group.
 
     The two shares are expectations: groups are never divided, so small sets miss them a little.
@@ -131,7 +131,7 @@ def split(rows: Iterable[Row], *, seed: int, validation: float, test: float) -> 
     return parts
 
 
-def at_most(rows: Sequence[Row], per_label: int, *, seed: int) -> list[Row]:
+def at_most(rows: Sequence[LabelledText], per_label: int, *, seed: int) -> list[LabelledText]:
     """Keep at most so many rows of each label, chosen by a hash, in their given order."""
     by_label: dict[str, list[int]] = defaultdict(list)
     for index, row in enumerate(rows):
@@ -148,7 +148,7 @@ def draw(seed: int, key: str) -> float:
     return (int.from_bytes(digest, "little") >> 11) / 2**53  # 53 bits: exact, and never 1.0
 
 
-def labels_of(rows: Iterable[Row]) -> tuple[str, ...]:
+def labels_of(rows: Iterable[LabelledText]) -> tuple[str, ...]:
     """The distinct labels, sorted."""
     return tuple(sorted({row.label for row in rows}))
 
@@ -233,7 +233,11 @@ def collate(data: Dataset, rows: Sequence[int]) -> Batch:
 
 
 def tokenise(
-    rows: Sequence[Row], tokenizer: Tokenizer, *, labels: Sequence[str] = (), max_length: int
+    rows: Sequence[LabelledText],
+    tokenizer: Tokenizer,
+    *,
+    labels: Sequence[str] = (),
+    max_length: int,
 ) -> Dataset:
     """Tokenise rows, cut to ``max_length`` tokens; ``labels`` gives every label its number.
 

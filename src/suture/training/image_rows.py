@@ -14,8 +14,8 @@ from suture.training.data import cell
 from suture.training.images import (
     Image,
     Images,
+    ImageTransform,
     Labelled,
-    Look,
     array_images,
     checked,
     folder_images,
@@ -23,7 +23,7 @@ from suture.training.images import (
     is_idx,
 )
 from suture.training.rows import (
-    Rows,
+    TrainingRows,
     held_out,
     need_columns,
     numbered,
@@ -33,7 +33,7 @@ from suture.training.rows import (
 PREPROCESSOR = "preprocessor_config.json"
 
 
-def look_of(base: Checkpoint, size: int) -> tuple[Look, tuple[str, ...]]:
+def look_of(base: Checkpoint, size: int) -> tuple[ImageTransform, tuple[str, ...]]:
     """How a base wants its images, and what to know of that; ``size`` wins unless it is 0.
 
     Raises:
@@ -56,14 +56,16 @@ def look_of(base: Checkpoint, size: int) -> tuple[Look, tuple[str, ...]]:
             f"{patch[0]} x {patch[1]}; take for example {max(1, known[0] // patch[0]) * patch[0]}"
         )
     channels = int(config.get("num_channels", 3))
-    plain = Look(known, channels)
+    plain = ImageTransform(known, channels)
     mean, std = how.get("image_mean", plain.mean), how.get("image_std", plain.std)
     if how.get("do_normalize") is False:
         mean, std = [0.0] * channels, [1.0] * channels
     if len(mean) != channels or len(std) != channels:
         mean, std = [0.5] * channels, [0.5] * channels
         notes.append(f"no mean and std for {channels} channels; 0.5 is taken")
-    return Look(known, channels, tuple(map(float, mean)), tuple(map(float, std))), tuple(notes)
+    return ImageTransform(known, channels, tuple(map(float, mean)), tuple(map(float, std))), tuple(
+        notes
+    )
 
 
 def _size(value: Any) -> tuple[int, int] | None:
@@ -78,7 +80,7 @@ def _size(value: Any) -> tuple[int, int] | None:
     return None
 
 
-def image_rows(spec: DataSpec, look: Look, seed: int) -> Rows:
+def image_rows(spec: DataSpec, look: ImageTransform, seed: int) -> TrainingRows:
     """Images with labels.
 
     Raises:
@@ -107,7 +109,7 @@ def image_rows(spec: DataSpec, look: Look, seed: int) -> Rows:
         )
         for side, mine in zip(known, numbers, strict=True)
     ]  # fmt: skip
-    return Rows(made[0], made[1], labels, ())
+    return TrainingRows(made[0], made[1], labels, ())
 
 
 def labelled(source: Source, spec: DataSpec) -> list[Labelled]:

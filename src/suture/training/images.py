@@ -41,7 +41,7 @@ Labelled = tuple[str, Image, str]
 
 
 @dataclass(frozen=True)
-class Look:
+class ImageTransform:
     """How a model wants its images: the whole image is scaled, nothing is cut off."""
 
     size: tuple[int, int]
@@ -58,7 +58,7 @@ class Images(Dataset):
     """Labelled images. ``ids`` holds one number for each, a hash of its content."""
 
     images: tuple[Image, ...] = ()
-    look: Look = field(default_factory=lambda: Look((224, 224)))
+    look: ImageTransform = field(default_factory=lambda: ImageTransform((224, 224)))
 
     def collate(self, rows: Sequence[int]) -> Batch:
         """The images at these positions, scaled to one size and normalised."""
@@ -67,7 +67,7 @@ class Images(Dataset):
         return Batch(found, torch.ones(len(rows), 1, dtype=torch.int64), labels, tuple(rows))
 
 
-def prepared(image: Image, look: Look) -> Tensor:
+def prepared(image: Image, look: ImageTransform) -> Tensor:
     """Pixels as a model reads them, ``(channels, height, width)`` float32.
 
     Raises:

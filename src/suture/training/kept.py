@@ -32,7 +32,7 @@ from suture.errors import OutputError, RecipeError
 from suture.tensors.spec import readable
 from suture.training.data import Batch
 from suture.training.loss import to
-from suture.training.split import Split, split_of
+from suture.training.split import SplitModel, split_of
 from suture.version import __version__
 
 FORM = 1
@@ -58,10 +58,12 @@ class Bounds(Protocol):
         """GiB of disk at most."""
 
 
-class Kept:
+class KeptStates:
     """The states of batches under a cut."""
 
-    def __init__(self, split: Split, where: str, bound: float, folder: Path | None = None) -> None:
+    def __init__(
+        self, split: SplitModel, where: str, bound: float, folder: Path | None = None
+    ) -> None:
         """Keep states in ``where``: ``memory``, ``disk`` (then below ``folder``), ``recompute``.
 
         Args:
@@ -225,7 +227,7 @@ def positions(lengths: Sequence[int], groups: Iterable[Sequence[int]]) -> int:
 def keep(
     model: nn.Module, changing: Collection[nn.Parameter], batch: Batch, asked: tuple[int, int],
     bounds: Bounds, *, folder: Path | None = None, say: Callable[[str], None] = lambda _: None,
-) -> Kept | None:  # fmt: skip
+) -> KeptStates | None:  # fmt: skip
     """Find where a model can be cut, and where its states are kept; tell what they take.
 
     Args:
@@ -255,11 +257,11 @@ def keep(
     rows, places = asked
     lower = f"the lower {split.at} of {len(split.blocks)} blocks"
     if bounds.activations == "recompute":
-        return Kept(split, "recompute", 0)
+        return KeptStates(split, "recompute", 0)
     if not split.proven(batch):
         say(f"the activations of {lower} are computed anew at every step: given back to the model, "
             "they do not give the same bits")  # fmt: skip
-        return Kept(split, "recompute", 0)
+        return KeptStates(split, "recompute", 0)
     states = split.lower(batch)
     need = int(states.nbytes / batch.attention_mask.numel() * places)
     where = _place(bounds, need, folder)
@@ -267,11 +269,11 @@ def keep(
     if where == "recompute":
         say(f"the activations of {lower} are computed anew at every step: {size} are more than "
             "training.activations_memory and activations_disk allow")  # fmt: skip
-        return Kept(split, where, 0)
+        return KeptStates(split, where, 0)
     at = "in memory" if where == "memory" else f"in {folder}, until the run is done"
     say(f"the activations of {lower} are computed once and kept: {size} {at}")
     bound = bounds.activations_memory if where == "memory" else bounds.activations_disk
-    return Kept(split, where, bound * GIB, folder if where == "disk" else None)
+    return KeptStates(split, where, bound * GIB, folder if where == "disk" else None)
 
 
 def _place(bounds: Bounds, need: int, folder: Path | None) -> str:
@@ -306,4 +308,4 @@ def _existing(folder: Path) -> Path:
     return next(p for p in (folder, *folder.absolute().parents) if p.is_dir())
 
 
-__all__ = ["FORM", "Bounds", "Kept", "keep", "positions"]
+__all__ = ["FORM", "Bounds", "KeptStates", "keep", "positions"]

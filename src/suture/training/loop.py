@@ -33,8 +33,8 @@ from suture.training.data import (
     fixed_plan,
     plan,
 )
-from suture.training.kept import Kept
-from suture.training.loss import Loss, Mover, classification, to
+from suture.training.kept import KeptStates
+from suture.training.loss import Loss, Objective, classification, to
 from suture.training.snapshot import Snapshot, read_snapshot, write_snapshot
 
 
@@ -86,10 +86,10 @@ def tune(  # noqa: PLR0913 - who trains by hand needs each of these now and then
     loss: Loss = classification,
     device: str = "cpu",
     progress: Callable[[Progress], None] | None = None,
-    mover: Mover | None = None,
+    mover: Objective | None = None,
     score: Callable[[nn.Module], float] | None = None,
     checkpoint: Path | None = None,
-    kept: Kept | None = None,
+    kept: KeptStates | None = None,
 ) -> TuneResult:
     """Train the parameters of ``model`` that ask for gradients, in place.
 
@@ -116,7 +116,7 @@ def tune(  # noqa: PLR0913 - who trains by hand needs each of these now and then
         OutputError: the checkpoint cannot be written.
         RecipeError: there is nothing to train, or nothing to train on.
     """
-    mover = mover or Mover(model, loss)
+    mover = mover or Objective(model, loss)
     trained = mover.trained()
     if not trained or not len(data):
         raise RecipeError(f"nothing to train: {len(trained)} parameters, {len(data)} rows")
@@ -202,12 +202,12 @@ class _Run:
 
     def __init__(
         self,
-        mover: Mover,
+        mover: Objective,
         optimizer: torch.optim.AdamW,
         stepper: Any,
         accelerator: Any,
         path: Path | None,
-        kept: Kept | None,
+        kept: KeptStates | None,
     ) -> None:
         self.activations = kept
         if kept is not None and accelerator.num_processes > 1:

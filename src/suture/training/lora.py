@@ -21,15 +21,15 @@ from suture.errors import MissingExtraError, RecipeError
 from suture.tensors.roles import role_of
 from suture.training.calibrate import last_blocks
 from suture.training.persample import is_linear
-from suture.training.strategy import Job, backbone_of
+from suture.training.strategy import TrainJob, backbone_of
 
 
-class Adapter:
+class LoraUpdates:
     """Low-rank updates inside of a model, until they are merged into its weights."""
 
     def __init__(
         self,
-        job: Job,
+        job: TrainJob,
         *,
         rank: int,
         alpha: float,

@@ -16,7 +16,7 @@ from suture.training.persample import is_linear
 PARTS = ("q_proj", "k_proj", "v_proj")
 
 
-class Place(NamedTuple):
+class ParameterPlace(NamedTuple):
     """Where the entries of a parameter stand in the files of its checkpoint."""
 
     name: str
@@ -58,12 +58,12 @@ class Unpacked(nn.Module):
         return torch.cat([self.get_submodule(word)(x) for word in PARTS], -1)
 
 
-def unpack(model: nn.Module) -> dict[str, Place]:
+def unpack(model: nn.Module) -> dict[str, ParameterPlace]:
     """Replace packed projections in place; where each new parameter stood, by its name.
 
     Packings that interleave the heads (GPT-NeoX, BLOOM, Falcon) are left as they are.
     """
-    places: dict[str, Place] = {}
+    places: dict[str, ParameterPlace] = {}
     config = getattr(model, "config", None)
     for prefix, module in list(model.named_modules()):
         if (
@@ -81,11 +81,13 @@ def unpack(model: nn.Module) -> dict[str, Place]:
         setattr(model.get_submodule(parent), own, Unpacked(module, sizes).train(module.training))
         start = 0
         for word, size in zip(PARTS, sizes, strict=True):
-            places[f"{prefix}.{word}.weight"] = Place(
+            places[f"{prefix}.{word}.weight"] = ParameterPlace(
                 f"{prefix}.weight", across, start, start + size
             )
             if getattr(module, "bias", None) is not None:
-                places[f"{prefix}.{word}.bias"] = Place(f"{prefix}.bias", 0, start, start + size)
+                places[f"{prefix}.{word}.bias"] = ParameterPlace(
+                    f"{prefix}.bias", 0, start, start + size
+                )
             start += size
     return places
 

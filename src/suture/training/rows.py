@@ -15,14 +15,14 @@ from suture.errors import (
     did_you_mean,
 )
 from suture.schema.sources import DataSpec, Source
-from suture.training.data import Dataset, Row, cell, draw, read_records
+from suture.training.data import Dataset, LabelledText, cell, draw, read_records
 
 R = TypeVar("R")
 Record = tuple[str, Mapping[str, object]]
 """Where a row stands, and its cells."""
 
 
-class Rows(NamedTuple):
+class TrainingRows(NamedTuple):
     """Tokenised rows, and what they mean."""
 
     train: Dataset
@@ -31,7 +31,7 @@ class Rows(NamedTuple):
     notes: tuple[str, ...]
 
 
-class Tokens(NamedTuple):
+class TokenRow(NamedTuple):
     """One row: its token ids, and which of them are to be predicted (``None``: all)."""
 
     ids: list[int]
@@ -150,7 +150,7 @@ def numbered(
     return labels, [[numbers[label] for _, label in side] for side in sides]
 
 
-def classification_rows(spec: DataSpec, tokenizer: Any, longest: int, seed: int) -> Rows:
+def classification_rows(spec: DataSpec, tokenizer: Any, longest: int, seed: int) -> TrainingRows:
     """Texts with labels.
 
     Raises:
@@ -159,13 +159,15 @@ def classification_rows(spec: DataSpec, tokenizer: Any, longest: int, seed: int)
     """
     sides, problems = split_records(spec, seed), Problems()
     need_columns(sides, (spec.text, spec.label), problems)
-    read: list[list[Row]] = []
+    read: list[list[LabelledText]] = []
     places: list[list[str]] = []
     for side in sides:
         rows, where_of = [], []
         for where, record in side:
             with problems.collecting():
-                rows.append(Row(cell(record, spec.text, where), cell(record, spec.label, where)))
+                rows.append(
+                    LabelledText(cell(record, spec.text, where), cell(record, spec.label, where))
+                )
                 where_of.append(where)
         read.append(rows)
         places.append(where_of)
@@ -179,16 +181,18 @@ def classification_rows(spec: DataSpec, tokenizer: Any, longest: int, seed: int)
     )
     made = [
         _dataset(
-            [Tokens(ids, None) for ids in _ids(tokenizer, [r.text for r in rows])], where_of,
+            [TokenRow(ids, None) for ids in _ids(tokenizer, [r.text for r in rows])], where_of,
             mine, tokenizer, spec, longest, problems,
         )
         for rows, where_of, mine in zip(read, places, numbers, strict=True)
     ]  # fmt: skip
     problems.raise_if_any()
-    return Rows(made[0][0], made[1][0], labels, tuple(note for _, notes in made for note in notes))
+    return TrainingRows(
+        made[0][0], made[1][0], labels, tuple(note for _, notes in made for note in notes)
+    )
 
 
-def language_rows(spec: DataSpec, tokenizer: Any, longest: int, seed: int) -> Rows:
+def language_rows(spec: DataSpec, tokenizer: Any, longest: int, seed: int) -> TrainingRows:
     """Rows of a language model: plain text, prompts with responses, or chats.
 
     Raises:
@@ -201,7 +205,9 @@ def language_rows(spec: DataSpec, tokenizer: Any, longest: int, seed: int) -> Ro
         with problems.collecting():
             made.append(language_data(side, spec, tokenizer, longest))
     problems.raise_if_any()
-    return Rows(made[0][0], made[1][0], (), tuple(note for _, notes in made for note in notes))
+    return TrainingRows(
+        made[0][0], made[1][0], (), tuple(note for _, notes in made for note in notes)
+    )
 
 
 def language_data(
@@ -265,17 +271,17 @@ def _format(record: Mapping[str, object], spec: DataSpec) -> str:
 
 def _language_row(
     kind: str, spec: DataSpec, record: Mapping[str, object], where: str, tokenizer: Any
-) -> Tokens:
+) -> TokenRow:
     if kind == "text":
         end = [] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id]
-        return Tokens(_ids(tokenizer, [cell(record, spec.text, where)])[0] + end, None)
+        return TokenRow(_ids(tokenizer, [cell(record, spec.text, where)])[0] + end, None)
     if kind == "chat":
         return _chat(_messages(record.get(spec.messages), where, spec.messages), where, tokenizer)
     prompt, response = cell(record, spec.prompt, where), cell(record, spec.response, where)
     return answer_tokens(prompt, response, spec.chat, where, tokenizer)
 
 
-def answer_tokens(prompt: str, answer: str, chat: bool, where: str, tokenizer: Any) -> Tokens:
+def answer_tokens(prompt: str, answer: str, chat: bool, where: str, tokenizer: Any) -> TokenRow:
     """A prompt and the answer to it; the answer is what is to be predicted.
 
     Args:
@@ -297,7 +303,7 @@ def answer_tokens(prompt: str, answer: str, chat: bool, where: str, tokenizer: A
     end = [] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id]
     before = _ids(tokenizer, [prompt])[0]
     after = list(tokenizer([answer], add_special_tokens=False)["input_ids"][0]) + end
-    return Tokens(before + after, [0] * len(before) + [1] * len(after))
+    return TokenRow(before + after, [0] * len(before) + [1] * len(after))
 
 
 def _messages(value: object, where: str, column: str) -> list[dict[str, str]]:
@@ -319,7 +325,7 @@ def _messages(value: object, where: str, column: str) -> list[dict[str, str]]:
     return [{"role": m["role"], "content": m["content"]} for m in value]
 
 
-def _chat(messages: Sequence[dict[str, str]], where: str, tokenizer: Any) -> Tokens:
+def _chat(messages: Sequence[dict[str, str]], where: str, tokenizer: Any) -> TokenRow:
     """A chat in the model's template; what the assistant says is what is to be predicted.
 
     The template is asked for every beginning of the chat: what an assistant's turn adds to the
@@ -346,7 +352,7 @@ def _chat(messages: Sequence[dict[str, str]], where: str, tokenizer: Any) -> Tok
                 "goes on, so the assistant's words cannot be told; use one answer a row"
             )
         targets[len(before) : len(after)] = [1] * (len(after) - len(before))
-    return Tokens(whole, targets)
+    return TokenRow(whole, targets)
 
 
 def _ids(tokenizer: Any, texts: list[str]) -> list[list[int]]:
@@ -354,11 +360,11 @@ def _ids(tokenizer: Any, texts: list[str]) -> list[list[int]]:
 
 
 def _dataset(
-    tokens: Sequence[Tokens], places: Sequence[str], labels: Sequence[int], tokenizer: Any,
+    tokens: Sequence[TokenRow], places: Sequence[str], labels: Sequence[int], tokenizer: Any,
     spec: DataSpec, longest: int, problems: Problems,
 ) -> tuple[Dataset, list[str]]:  # fmt: skip
     limit = spec.max_length or longest
-    kept: list[tuple[Tokens, int]] = []
+    kept: list[tuple[TokenRow, int]] = []
     over, notes = 0, []
     for row, where, label in zip(tokens, places, labels, strict=True):
         if not row.ids:
@@ -373,7 +379,7 @@ def _dataset(
                 )
             if spec.too_long == "drop":
                 continue
-            row = Tokens(row.ids[:limit], None if row.targets is None else row.targets[:limit])
+            row = TokenRow(row.ids[:limit], None if row.targets is None else row.targets[:limit])
         if row.targets is not None and not any(row.targets[1:]):
             problems.add(
                 RecipeError, f"{where}: nothing to predict: the response is empty, or was cut away"

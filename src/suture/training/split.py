@@ -33,7 +33,7 @@ class _ReachedError(Exception):
         self.states = states
 
 
-class Split:
+class SplitModel:
     """A model, and where it is cut."""
 
     def __init__(self, model: nn.Module, blocks: list[nn.Module], at: int) -> None:
@@ -165,7 +165,9 @@ class Split:
         return bool(torch.equal(whole, parts))
 
 
-def split_of(model: nn.Module, changing: Collection[nn.Parameter], batch: Batch) -> Split | None:
+def split_of(
+    model: nn.Module, changing: Collection[nn.Parameter], batch: Batch
+) -> SplitModel | None:
     """Cut a model under the lowest block in which something changes.
 
     Args:
@@ -192,7 +194,7 @@ def split_of(model: nn.Module, changing: Collection[nn.Parameter], batch: Batch)
     backbone = next((m for m in model.modules() if hasattr(m, "config")), model)
     if not at or any(getattr(getattr(backbone, "config", None), word, 0) for word in DROPPED):
         return None
-    split = Split(model, blocks, at)
+    split = SplitModel(model, blocks, at)
     if not split.probe(batch):
         return None
     fixed = [*split.under, *split.around()]
@@ -224,4 +226,4 @@ def _passed(length: int) -> Callable[..., Any]:
     return forward
 
 
-__all__ = ["Split", "split_of"]
+__all__ = ["SplitModel", "split_of"]

@@ -26,17 +26,17 @@ from suture.training.calibrate import (
     upper,
 )
 from suture.training.compact import Compact
-from suture.training.loss import Mover
+from suture.training.loss import Objective
 from suture.training.strategy import (
-    Job,
     Strategy,
+    TrainJob,
     Tuned,
     entries,
     given_mask,
     ones,
 )
 
-Way = Callable[[Job], Tuned]
+Way = Callable[[TrainJob], Tuned]
 
 Share = Annotated[
     float, Number("share of the prunable entries that is trained, in (0, 1]", high=1, positive=True)
@@ -65,14 +65,14 @@ def full(embeddings: Embeddings = True, blocks: Blocks = 0) -> Way:
     embeddings, what stands below these blocks and the read-out stay as they are.
     """
 
-    def way(job: Job) -> Tuned:
+    def way(job: TrainJob) -> Tuned:
         count = _everything(job, embeddings, blocks)
-        return Tuned(job.train(Mover(job.model, job.loss)), count)
+        return Tuned(job.train(Objective(job.model, job.loss)), count)
 
     return way
 
 
-def _everything(job: Job, embeddings: bool, blocks: int) -> int:
+def _everything(job: TrainJob, embeddings: bool, blocks: int) -> int:
     """Let every parameter of the body ask for gradients; how many entries that is."""
     names = [n for n, _ in job.model.named_parameters() if n.startswith(job.body)]
     learning = {
@@ -95,7 +95,7 @@ def linearized(embeddings: Embeddings = True, blocks: Blocks = 0) -> Way:
     what it means to ``full``.
     """
 
-    def way(job: Job) -> Tuned:
+    def way(job: TrainJob) -> Tuned:
         from suture.training.tangent import Tangent
 
         count = _everything(job, embeddings, blocks)
@@ -119,15 +119,15 @@ def lora(
     They are merged into the weights at the end, and also saved as an adapter that PEFT reads.
     """
 
-    def way(job: Job) -> Tuned:
-        from suture.training.lora import Adapter
+    def way(job: TrainJob) -> Tuned:
+        from suture.training.lora import LoraUpdates
 
         seed = job.settings.seed
-        adapter = Adapter(
+        adapter = LoraUpdates(
             job, rank=rank, alpha=alpha, targets=targets, dropout=dropout, seed=seed, blocks=blocks
         )
         count = adapter.count
-        result = job.train(Mover(job.model, job.loss))
+        result = job.train(Objective(job.model, job.loss))
         return Tuned(result, count, save=adapter.save, finish=adapter.merge)
 
     return way
@@ -148,16 +148,16 @@ def linearized_lora(
     merging checks it.
     """
 
-    def way(job: Job) -> Tuned:
-        from suture.training.lora import Adapter
+    def way(job: TrainJob) -> Tuned:
+        from suture.training.lora import LoraUpdates
 
-        adapter = Adapter(
+        adapter = LoraUpdates(
             job, rank=rank, alpha=alpha, targets=targets, dropout=0.0, seed=adapter_seed,
             blocks=blocks,
         )  # fmt: skip
         digest = adapter.freeze_a()
         count = adapter.count
-        result = job.train(Mover(job.model, job.loss))
+        result = job.train(Objective(job.model, job.loss))
         return Tuned(result, count, adapter=digest, save=adapter.save, finish=adapter.merge)
 
     return way
@@ -179,7 +179,7 @@ def lota(
     :math:`|\theta - \theta_0|`.
     """
 
-    def way(job: Job) -> Tuned:
+    def way(job: TrainJob) -> Tuned:
         names = _trainable(job, prunable(job.model))
 
         def largest() -> dict[str, Tensor]:
@@ -196,7 +196,7 @@ def lota(
                 lr=dense_lr or job.settings.lr,
             )
             job.say("dense phase")
-            job.train(Mover(job.model, job.loss), "dense", settings)
+            job.train(Objective(job.model, job.loss), "dense", settings)
             with torch.no_grad():
                 moved = {n: (known[n] - start[n]).abs() for n in names}
                 for name, value in start.items():
@@ -241,7 +241,7 @@ def talos(
     """
     how = Calibration(density, rounds, damping, draws, score, rows, structure, least, seed)
 
-    def way(job: Job) -> Tuned:
+    def way(job: TrainJob) -> Tuned:
         def make() -> dict[str, Tensor]:
             names = _trainable(job, prunable(job.model, blocks=blocks))
             return calibrate(job.model, job.calibration, names, how, device=job.device, say=job.say)
@@ -273,7 +273,7 @@ def masked(
     ``dense`` takes all entries of the roles that ``only`` names.
     """
 
-    def way(job: Job) -> Tuned:
+    def way(job: TrainJob) -> Tuned:
         return _sparse(
             job,
             job.once(
@@ -283,7 +283,7 @@ def masked(
             ),
         )
 
-    def make(job: Job) -> dict[str, Tensor]:
+    def make(job: TrainJob) -> dict[str, Tensor]:
         if mask not in MASKS:
             path = place_of(mask, job.folder)
             if not path.is_file():
@@ -323,7 +323,7 @@ def _part(name: str) -> str:
     return role_of(name.removesuffix("bias") + "weight").kind if kind == "bias" else kind
 
 
-def _trainable(job: Job, names: list[str]) -> list[str]:
+def _trainable(job: TrainJob, names: list[str]) -> list[str]:
     return [n for n in names if n in job.places]
 
 
@@ -334,7 +334,7 @@ def _budget(density: float, tensors: dict[str, Tensor]) -> int:
     return budget
 
 
-def _sparse(job: Job, masks: dict[str, Tensor]) -> Tuned:
+def _sparse(job: TrainJob, masks: dict[str, Tensor]) -> Tuned:
     """Train the chosen entries, and a learned head with them."""
     head = ones(job.head())
     mover = Compact(job.model, {**masks, **head}, job.loss)

@@ -23,14 +23,14 @@ from suture.schema.tuning import TuneSettings
 from suture.tensors.roles import DEFAULT_SPACE
 from suture.training.data import Dataset
 from suture.training.loop import TuneResult
-from suture.training.loss import Loss, Mover
-from suture.training.packed import Place
+from suture.training.loss import Loss, Objective
+from suture.training.packed import ParameterPlace
 
 Say = Callable[[str], None]
 
 
 @dataclass
-class Job:
+class TrainJob:
     """What a strategy works with."""
 
     model: nn.Module
@@ -46,9 +46,9 @@ class Job:
     base: Checkpoint
     fingerprint: str
     """Of the base."""
-    places: Mapping[str, Place]
+    places: Mapping[str, ParameterPlace]
     """Where parameters stand in the base's files; those that are not there cannot be trained."""
-    run: Callable[[Mover, str, TuneSettings], TuneResult]
+    run: Callable[[Objective, str, TuneSettings], TuneResult]
     """Train with a mover, in a named phase with a checkpoint of its own."""
     work: Path | None = None
     """A folder for what is made once."""
@@ -57,7 +57,7 @@ class Job:
     """Where relative paths of the recipe start."""
 
     def train(
-        self, mover: Mover, phase: str = "train", settings: TuneSettings | None = None
+        self, mover: Objective, phase: str = "train", settings: TuneSettings | None = None
     ) -> TuneResult:
         """Train; an interrupted run goes on from its checkpoint."""
         return self.run(mover, phase, settings or self.settings)
@@ -201,4 +201,4 @@ def ones(parameters: Mapping[str, Tensor]) -> dict[str, Tensor]:
     }
 
 
-__all__ = ["Job", "Strategy", "Tuned", "backbone_of", "entries", "given_mask", "ones"]
+__all__ = ["Strategy", "TrainJob", "Tuned", "backbone_of", "entries", "given_mask", "ones"]

@@ -16,7 +16,7 @@ from suture.schema.fields import (
     Listed,
     ModelPath,
     Models,
-    Named,
+    NamedEntries,
     Numbers,
     OtherModels,
     Says,
@@ -174,7 +174,7 @@ class Request(Recipe):
     space: Space = DEFAULT_SPACE
     """The tensors that are looked at."""
     seed: Seed = 0
-    tasks: Annotated[Mapping[str, Task], Named(
+    tasks: Annotated[Mapping[str, Task], NamedEntries(
         ".*", "", "a mapping from names of models to their rows"
     )] = {}  # fmt: skip
     """Rows of some models, for the analyses that run the model."""

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from importlib.metadata import version
 from typing import Any
 
-from suture.analysis.ancestry import Models, check_ancestor, measure
+from suture.analysis.ancestry import RealignModels, check_ancestor, measure
 from suture.checkpoints.checkpoint import Checkpoint
 from suture.errors import MismatchError
 from suture.merges.apply import checkpoint_fingerprint
@@ -137,7 +137,7 @@ class Run:
         """
         aligned = self.plan.aligned
         names = tuple(EVERYTHING.names(aligned.specs))
-        models = Models(aligned, {label: checkpoint}, {label: 1.0}, names)
+        models = RealignModels(aligned, {label: checkpoint}, {label: 1.0}, names)
         found = measure(models, self.plan.options.threads)
         who = f"{label}: {checkpoint.label}"
         if not found.changed:

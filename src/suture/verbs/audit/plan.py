@@ -27,7 +27,7 @@ from suture.training.models import (
     load_tokenizer,
     longest_of,
 )
-from suture.training.rows import Rows as TuneRows
+from suture.training.rows import TrainingRows as TuneRows
 from suture.verbs.audit.recipe import SPARED, Audit, read_audit
 from suture.verbs.audit.rows import (
     Material,

@@ -18,7 +18,7 @@ from suture.schema.fields import (
     Count,
     Listed,
     ModelPath,
-    Named,
+    NamedEntries,
     Number,
     Says,
     Share,
@@ -200,7 +200,7 @@ class Audit(Recipe):
     attacked: ModelPath | None = None
     """The model without its safety; by default it is trained, by `attack`."""
     attack: Attack | None = None
-    languages: Annotated[Mapping[str, Rows], Named(
+    languages: Annotated[Mapping[str, Rows], NamedEntries(
         r"\w+", "is no word for a language, such as en",
         "a mapping from languages to their rows, with at least one; or a list, where the files "
         "under `rows` tell languages apart", listed=True, least=1,
@@ -222,7 +222,7 @@ class Audit(Recipe):
     """What a region is held against; snip is weight times gradient, which ignores the change."""
     control: ModelPath | None = None
     """A model that was tuned harmlessly from the aligned one."""
-    onto: Annotated[Mapping[str, ModelPath], Named(
+    onto: Annotated[Mapping[str, ModelPath], NamedEntries(
         r"[\w.-]+", "cannot be the name of a model here", "a mapping from names to models",
         taken=("aligned",),
     )] = {}  # fmt: skip

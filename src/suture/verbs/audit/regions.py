@@ -17,7 +17,7 @@ from suture.edits.graft import write_graft
 from suture.edits.importance import RULES
 from suture.edits.mask import Located, Mask, localize
 from suture.edits.mask_file import (
-    Overlap,
+    MaskOverlap,
     Shared,
     StoredMask,
     marked,
@@ -213,7 +213,7 @@ def overlap(one: Mask, other: Mask, magnitude: Mask) -> dict[str, Any]:
     ``magnitude`` also the same overlap with the largest changes there: masks that agree only in
     liking large changes have as much in common as this.
     """
-    found: Overlap = one.overlap(other)
+    found: MaskOverlap = one.overlap(other)
     strata: dict[str, Shared] = {}
     for name, big in magnitude.bits.items():
         a, b = one.bits[name], other.bits[name]

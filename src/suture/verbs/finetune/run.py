@@ -26,7 +26,7 @@ from suture.tensors.spec import listed
 from suture.training.heads import make_head
 from suture.training.load import encoder_of
 from suture.training.loop import Progress, TuneResult, tune
-from suture.training.loss import Mover, classification, next_token
+from suture.training.loss import Objective, classification, next_token
 from suture.training.models import (
     Classifier,
     Head,
@@ -34,8 +34,8 @@ from suture.training.models import (
     load_language_model,
     recompute_activations,
 )
-from suture.training.packed import Place, unpack
-from suture.training.strategy import Job, Say, Tuned, backbone_of
+from suture.training.packed import ParameterPlace, unpack
+from suture.training.strategy import Say, TrainJob, Tuned, backbone_of
 from suture.verbs.finetune.metrics import Looks
 from suture.verbs.finetune.output import PATCH, write_beside
 from suture.verbs.finetune.plan import Plan, describe, plan_finetune
@@ -132,14 +132,14 @@ def _model(plan: Plan) -> tuple[nn.Module, Head | None]:
 
 def _job(
     plan: Plan, model: nn.Module, fingerprint: str, work: Path, looks: Looks, tell: Tell | None
-) -> Job:
+) -> TrainJob:
     recipe = plan.recipe
     body = "backbone." if plan.task == "language-model" else "encoder.backbone."
     backbone = backbone_of(model, body)
     stored = file_names(backbone)
     apart = unpack(backbone) if recipe.strategy.sparse else {}
 
-    def run(mover: Mover, phase: str, settings: TuneSettings) -> TuneResult:
+    def run(mover: Objective, phase: str, settings: TuneSettings) -> TuneResult:
         if phase == "dense":  # a means to a mask: not looked at, never stopped early
             settings = replace(settings, patience=0)
         looks.begin(mover.model)
@@ -152,7 +152,7 @@ def _job(
 
     loss = next_token if plan.task == "language-model" else classification
     calibration = plan.rows.validation if len(plan.rows.validation) else plan.rows.train
-    return Job(
+    return TrainJob(
         model, body, plan.rows.train, calibration, loss, recipe.training, plan.device, plan.base,
         fingerprint, places_of(model, body, stored, apart, plan.base), run, work, looks.say,
         recipe.folder,
@@ -160,9 +160,9 @@ def _job(
 
 
 def places_of(
-    model: nn.Module, body: str, stored: Mapping[str, str], apart: Mapping[str, Place],
+    model: nn.Module, body: str, stored: Mapping[str, str], apart: Mapping[str, ParameterPlace],
     base: Checkpoint,
-) -> dict[str, Place]:  # fmt: skip
+) -> dict[str, ParameterPlace]:  # fmt: skip
     """Where each parameter of the body stands in the base's files, checked by its values.
 
     Args:
@@ -179,7 +179,7 @@ def places_of(
     prefix = str(getattr(backbone, "base_model_prefix", "") or "")
     found, lost = {}, []
     for name, parameter in backbone.named_parameters():
-        place = apart.get(name, Place(name))
+        place = apart.get(name, ParameterPlace(name))
         own = stored.get(place.name, place.name)
         for candidate in (own, f"{prefix}.{own}", own.removeprefix(f"{prefix}."), place.name):
             if candidate not in base.specs:
@@ -202,7 +202,12 @@ def places_of(
 
 
 def _written(
-    plan: Plan, job: Job, tuned: Tuned, head: Head | None, report: FinetuneReport, space: Workspace
+    plan: Plan,
+    job: TrainJob,
+    tuned: Tuned,
+    head: Head | None,
+    report: FinetuneReport,
+    space: Workspace,
 ) -> FinetuneReport:
     folder = space.fresh()
     trained, form = _moved(job), plan.recipe.form
@@ -240,7 +245,7 @@ def _mark_parts(folder: Path, restricted: bool) -> None:
             (part / "suture.json").write_text(json.dumps(record, indent=2) + "\n")
 
 
-def _moved(job: Job) -> dict[str, torch.Tensor]:
+def _moved(job: TrainJob) -> dict[str, torch.Tensor]:
     """The parameters of the body by the names they had before adapters were put around them."""
     found: dict[str, torch.Tensor] = {}
     for name, parameter in job.model.named_parameters():

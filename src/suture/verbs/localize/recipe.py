@@ -17,7 +17,7 @@ from suture.schema.fields import (
     Files,
     Listed,
     ModelPath,
-    Named,
+    NamedEntries,
     Says,
     Seed,
     Space,
@@ -61,7 +61,7 @@ class Regions(Recipe):
 
     base: ModelPath
     """What the models were tuned from."""
-    models: Annotated[Mapping[str, TunedModel], Named(
+    models: Annotated[Mapping[str, TunedModel], NamedEntries(
         r"[^/\\]+", "cannot be the name of a mask file",
         "a mapping from names to paths, with at least one model", taken=("base", "stats"), least=1,
     )]  # fmt: skip
@@ -78,11 +78,11 @@ class Regions(Recipe):
     """Of the rule random."""
     space: Space = DEFAULT_SPACE
     """The tensors in which masks lie."""
-    stats: Annotated[Mapping[str, FilePath], Named(
+    stats: Annotated[Mapping[str, FilePath], NamedEntries(
         ".*", "", "a mapping from names of models to files of statistics"
     )] = {}  # fmt: skip
     """Statistics that were measured before, by model."""
-    tasks: Annotated[Mapping[str, Task], Named(
+    tasks: Annotated[Mapping[str, Task], NamedEntries(
         ".*", "", "a mapping from names of models to their rows"
     )] = {}  # fmt: skip
     """Rows by model, for rules that measure."""

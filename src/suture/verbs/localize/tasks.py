@@ -19,7 +19,7 @@ from suture.training.task_rows import Task
 from suture.verbs.merge.run import merged, save
 
 if TYPE_CHECKING:
-    from suture.training.data import Dataset, Row
+    from suture.training.data import Dataset, LabelledText
     from suture.training.measure import Objective
     from suture.training.models import Head
     from suture.training.rows import Record
@@ -29,7 +29,7 @@ if TYPE_CHECKING:
 class Material:
     """What a model is measured with: its rows and the head that reads them."""
 
-    rows: Sequence[Row] | Sequence[Record]
+    rows: Sequence[LabelledText] | Sequence[Record]
     head: Head | None
 
     @property

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from suture.checkpoints.writer import plan_shards
-from suture.merges.apply import Job, peak_memory
+from suture.merges.apply import MergeJob, peak_memory
 from suture.stream.sweep import Block, Visitor, sweep, tasks_of
 from suture.tensors.spec import PIECE, Piece
 from suture.verbs.merge.plan import Plan, stage_folder
@@ -101,7 +101,7 @@ def estimate(plan: Plan) -> float:
     return took / taken * total + plan.nbytes / 5e8
 
 
-def _sample(job: Job) -> list[list[Piece]]:
+def _sample(job: MergeJob) -> list[list[Piece]]:
     """The first tasks of a job, with 16 pieces or fewer."""
     names, most = [], 0
     for name in job.names:

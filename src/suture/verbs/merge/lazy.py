@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from suture.checkpoints.checkpoint import Array, Checkpoint
 from suture.checkpoints.headers import JSON_LIMIT, read_json
-from suture.checkpoints.memory import Held, Sink
+from suture.checkpoints.memory import Held, MemorySink
 from suture.errors import MismatchError, Problems, told_in_python
 from suture.merges.apply import (
     Outcome,
@@ -137,7 +137,7 @@ class Merged(Mapping[str, Array]):
         specs = {name: ready.plan.specs[name]}
         held = Held(str(self), None, specs, {})
         with told_in_python():
-            make_tensor(name, ready.plan.jobs, ready.states, Sink(specs, held.bytes))
+            make_tensor(name, ready.plan.jobs, ready.states, MemorySink(specs, held.bytes))
         return held
 
     def checkpoint(
@@ -157,7 +157,7 @@ class Merged(Mapping[str, Array]):
         plan = self._planned(MergeOptions(threads=threads, allow_nonfinite=allow_nonfinite)).plan
         held = Held(label or str(self), None, plan.specs, plan.config)
         with told_in_python():
-            computed(plan, Sink(plan.specs, held.bytes))
+            computed(plan, MemorySink(plan.specs, held.bytes))
         held.aliases = {a: n for a, n in plan.lead.aliases.items() if n in plan.specs}
         held.restricted = any(c.restricted for c in self.inputs.values())
         return held
@@ -210,7 +210,7 @@ class Merged(Mapping[str, Array]):
         return self is other
 
 
-def computed(plan: Plan, sink: Sink, stage: Stage | None = None) -> Outcome:
+def computed(plan: Plan, sink: MemorySink, stage: Stage | None = None) -> Outcome:
     """Merge as planned into memory; nothing is published.
 
     Raises:

@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from suture.checkpoints.linearized import LINEARIZED, check_forms
-from suture.checkpoints.memory import Beside, Held, Sink
+from suture.checkpoints.memory import Held, MemorySink, SmallFiles
 from suture.errors import Problems, RecipeError, SutureError
 from suture.merges.apply import Outcome, Stage
 from suture.verbs.merge.jobs import Recipe, checked
@@ -51,7 +51,7 @@ def fingerprint_of(plan: Plan, stage: Stage | None = None) -> str:
     Raises:
         SutureError: an input is at fault.
     """
-    return computed(plan, Sink(plan.specs, None), stage).fingerprints["output"]
+    return computed(plan, MemorySink(plan.specs, None), stage).fingerprints["output"]
 
 
 def leave_one_out(plan: Plan) -> list[LeftOut]:
@@ -105,7 +105,7 @@ def without(recipe: Recipe, name: str) -> Recipe:
 def prepare(plan: Plan, label: str, folder: Path) -> Held:
     """The checkpoint to be: its small files lie in ``folder``, its tensors are not there yet."""
     folder.mkdir(parents=True)
-    beside = Beside(folder)
+    beside = SmallFiles(folder)
     add_files(plan, beside)
     convert_tokenizer(plan, beside)
     return Held(label, folder, plan.specs)
@@ -117,7 +117,7 @@ def fill(held: Held, plan: Plan, stage: Stage | None = None) -> Outcome:
     Raises:
         SutureError: an input is at fault.
     """
-    return computed(plan, Sink(plan.specs, held.bytes), stage)
+    return computed(plan, MemorySink(plan.specs, held.bytes), stage)
 
 
 def must_be_written(plan: Plan) -> str:

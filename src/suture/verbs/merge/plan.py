@@ -34,7 +34,7 @@ from suture.errors import (
     RecipeError,
     SutureError,
 )
-from suture.merges.apply import Job, bytes_read, tensor_fingerprints
+from suture.merges.apply import MergeJob, bytes_read, tensor_fingerprints
 from suture.merges.base import Beside, Context
 from suture.runs.card import carried_files, carried_tokenizer
 from suture.runs.place import (
@@ -75,7 +75,7 @@ class Plan:
     """A merge whose every input was opened and checked; nothing was read but headers."""
 
     recipe: Recipe
-    jobs: tuple[Job, ...]
+    jobs: tuple[MergeJob, ...]
     """One, or one for each slice; each makes some tensors of the output."""
     inputs: Mapping[str, Checkpoint]
     """The checkpoints by label, the base first."""

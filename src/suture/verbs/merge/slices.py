@@ -24,7 +24,7 @@ from suture.checkpoints.layers import (
 )
 from suture.checkpoints.writer import Shard
 from suture.errors import MismatchError, Problems, RecipeError
-from suture.merges.apply import Job, output_specs
+from suture.merges.apply import MergeJob, output_specs
 from suture.merges.base import Method
 from suture.merges.protect import protected
 from suture.runs.place import MergeOptions
@@ -182,7 +182,7 @@ def _check_stacking(parts: Sequence[Part], problems: Problems) -> None:
                 break
 
 
-def job_of(recipe: Recipe, part: Part, options: MergeOptions, problems: Problems) -> Job:
+def job_of(recipe: Recipe, part: Part, options: MergeOptions, problems: Problems) -> MergeJob:
     """What the engine does for one part: the method with its numbers, over its tensors."""
     reference = part.reference
     how = recipe.method.make(**_bound(recipe.settings_of(part.cut, part.rows), part))
@@ -196,13 +196,13 @@ def job_of(recipe: Recipe, part: Part, options: MergeOptions, problems: Problems
     sources = Sources(
         models, base, how.rows(base is not None), raw, options.allow_nonfinite, lead=reference
     )
-    return Job(
+    return MergeJob(
         sources, part.rows, how, merged_names, output_specs(reference, recipe.dtype, models),
         recipe.policy.buffers == "equal", options.threads or cores(), options.block,
     )  # fmt: skip
 
 
-def whole_shards(jobs: Sequence[Job]) -> tuple[Shard, ...]:
+def whole_shards(jobs: Sequence[MergeJob]) -> tuple[Shard, ...]:
     """The files of the reference of which every tensor is copied as it is."""
     if len(jobs) != 1:
         return ()  # layers that were stacked anew stand in no file as they are
@@ -265,7 +265,7 @@ def _curved(found: Mapping[str, Any]) -> bool:
 
 
 def check_required(
-    recipe: Recipe, jobs: Sequence[Job], parts: Sequence[Part], problems: Problems
+    recipe: Recipe, jobs: Sequence[MergeJob], parts: Sequence[Part], problems: Problems
 ) -> None:
     """Note tensors for which no condition gives a number that must be given."""
     for job, part in zip(jobs, parts, strict=True):

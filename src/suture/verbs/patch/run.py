@@ -46,7 +46,7 @@ from suture.errors import (
     RecipeError,
     did_you_mean,
 )
-from suture.merges.apply import Job, Outcome, Stage, apply
+from suture.merges.apply import MergeJob, Outcome, Stage, apply
 from suture.merges.base import Merge
 from suture.runs.card import (
     carried_files,
@@ -347,7 +347,7 @@ def _run(
     check_ties({"model": model})
     view = patch.apply(model, force=True)
     work = _Work(action, patch, given, model, view, said, place, how)
-    job = Job(
+    job = MergeJob(
         Sources((view,), how=RAW, allow_nonfinite=True), ("patched",), Merge(_no_merge), (),
         view.specs, False, how.threads or cores(),
     )  # fmt: skip

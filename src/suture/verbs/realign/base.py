@@ -10,7 +10,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
-from suture.analysis.ancestry import Models
+from suture.analysis.ancestry import RealignModels
 from suture.edits.mask import Mask
 from suture.edits.stats import Stats
 from suture.errors import RecipeError
@@ -19,7 +19,7 @@ from suture.evals.table import EVALS
 from suture.schema.table import Line
 from suture.schema.tuning import TuneSettings
 from suture.training.data import Dataset
-from suture.training.kept import Kept
+from suture.training.kept import KeptStates
 from suture.training.loop import TuneResult
 from suture.training.models import parameters_of
 from suture.verbs.realign.fuse import Fuser, Fusing, fuser
@@ -33,10 +33,10 @@ Scores = dict[str, Metric]
 
 
 @dataclass
-class Job:
+class RealignJob:
     """What a way to realign works with."""
 
-    models: Models
+    models: RealignModels
     names: tuple[str, ...]
     """The tensors in which a tuned model differs from the aligned one."""
     fusing: Fusing
@@ -57,7 +57,7 @@ class Job:
     threads: int | None = None
     folder: Path = field(default_factory=Path)
     """Where relative paths of the recipe start."""
-    kept: Kept | None = None
+    kept: KeptStates | None = None
     """Activations under the tensors that change: every model that is looked at has the same."""
     _parameters: dict[str, nn.Parameter] = field(default_factory=dict)
 
@@ -139,7 +139,7 @@ class Realigned:
     """Of each tensor, how much of the tuned change may stay, and how many entries it has."""
 
 
-Way = Callable[[Job], Realigned]
+Way = Callable[[RealignJob], Realigned]
 
 
 @dataclass(frozen=True)
@@ -171,4 +171,4 @@ def needed(value: Any, what: str) -> Any:
     return value
 
 
-__all__ = ["Edit", "Job", "Realigned", "Realigner", "Say", "Scores", "Way", "needed"]
+__all__ = ["Edit", "RealignJob", "Realigned", "Realigner", "Say", "Scores", "Way", "needed"]

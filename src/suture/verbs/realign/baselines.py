@@ -19,7 +19,7 @@ from suture.edits.mask import Mask, localize
 from suture.schema.paths import place_of
 from suture.stream.vector import TaskVector
 from suture.tensors.roles import role_of
-from suture.verbs.realign.base import Edit, Job, Realigned, needed
+from suture.verbs.realign.base import Edit, Realigned, RealignJob, needed
 from suture.verbs.realign.concrete import rescaled
 from suture.verbs.realign.fuse import dice
 
@@ -27,7 +27,7 @@ VOCABULARY = ("embedding", "head", "position")
 """Roles whose matrices are no maps between features, and have no subspace to project on."""
 
 
-def resta(job: Job, gamma: float, density: float, seed: int) -> Realigned:
+def resta(job: RealignJob, gamma: float, density: float, seed: int) -> Realigned:
     """``fused + gamma v``; below a density of 1 with DARE on ``v``."""
     fused, base = job.fused(), needed(job.models.base, "base")
 
@@ -40,7 +40,7 @@ def resta(job: Job, gamma: float, density: float, seed: int) -> Realigned:
     return Realigned(edit)
 
 
-def dare(job: Job, density: float, seed: int) -> Realigned:
+def dare(job: RealignJob, density: float, seed: int) -> Realigned:
     """Entries of every task vector dropped at random, the rest divided by their share."""
 
     def mask(task: int) -> Callable[[str], Tensor]:
@@ -58,7 +58,9 @@ def _kept(like: Tensor, density: float, seed: int, *words: object) -> Tensor:
     return (draw < density).to(like)
 
 
-def masked(job: Job, rule: str, density: float, scope: str, rescale: str, seed: int) -> Realigned:
+def masked(
+    job: RealignJob, rule: str, density: float, scope: str, rescale: str, seed: int
+) -> Realigned:
     """Task vectors through masks of exactly this density; random ones are shared by all tasks."""
     tuned = job.models.tuned
     masks = {}
@@ -86,11 +88,11 @@ def _mean(mask: Mask, name: str) -> float:
     return float(mask[name].mean()) if name in mask.shapes else 0.0
 
 
-def _size(job: Job, name: str) -> int:
+def _size(job: RealignJob, name: str) -> int:
     return job.models.aligned.specs[name].numel
 
 
-def protect(job: Job, density: float, mask: str) -> Realigned:
+def protect(job: RealignJob, density: float, mask: str) -> Realigned:
     """``fused``, with the entries that matter for safety put back to their aligned values.
 
     They are those of a mask, or those in which the alignment moved the base the most.
@@ -123,7 +125,7 @@ class Projections:
     ``normalise`` divides by the largest of ``v v^T`` instead, so that nothing grows or vanishes.
     """
 
-    def __init__(self, job: Job, normalise: bool) -> None:
+    def __init__(self, job: RealignJob, normalise: bool) -> None:
         self.job, self.normalise = job, normalise
         self.base: Checkpoint = needed(job.models.base, "base")
         self.fused = job.fused()
@@ -154,7 +156,9 @@ class Projections:
         return found.T if flip else found
 
 
-def safelora(job: Job, select: str, threshold: float, number: int, normalise: bool) -> Realigned:
+def safelora(
+    job: RealignJob, select: str, threshold: float, number: int, normalise: bool
+) -> Realigned:
     """``aligned + C delta`` for matrices whose change the alignment's subspace explains least."""
     found = Projections(job, normalise)
     if select == "threshold":
@@ -171,7 +175,7 @@ def safelora(job: Job, select: str, threshold: float, number: int, normalise: bo
     return Realigned(edit, _chosen(found, chosen))
 
 
-def safemerge(job: Job, threshold: float, weight: float, normalise: bool) -> Realigned:
+def safemerge(job: RealignJob, threshold: float, weight: float, normalise: bool) -> Realigned:
     """``weight delta + (1 - weight) (safety - aligned)`` for matrices below the threshold."""
     found, safety = Projections(job, normalise), needed(job.models.safety, "safety")
     chosen = {n for n, cosine in found.cosines.items() if cosine < threshold}
@@ -195,7 +199,7 @@ def _chosen(found: Projections, chosen: set[str]) -> dict[str, Any]:
 # -- how far back is far enough --------------------------------------------------------------------
 
 
-def line_search(job: Job, metric: str, retain: float, points: int) -> Realigned:
+def line_search(job: RealignJob, metric: str, retain: float, points: int) -> Realigned:
     """``fused + c (aligned - fused)`` with the c that passes at the least loss of utility.
 
     Points pass where the metric of the validation pairs is at least ``tuned + retain (aligned -

@@ -28,12 +28,12 @@ from suture.training.data import (
     draw,
     plan,
 )
-from suture.training.kept import Kept, positions
+from suture.training.kept import KeptStates, positions
 from suture.training.loss import to, wanted
 from suture.training.models import LanguageModel, evaluating
 from suture.training.rows import (
     Record,
-    Tokens,
+    TokenRow,
     answer_tokens,
     need_columns,
     records_of,
@@ -158,7 +158,7 @@ def _tokenised(
     problems: Problems, notes: list[str],
 ) -> Pairs:  # fmt: skip
     limit = spec.max_length or longest
-    kept: list[list[Tokens]] = []
+    kept: list[list[TokenRow]] = []
     same = over = 0
     for where, record in records:
         with problems.collecting():
@@ -204,13 +204,13 @@ def _tokenised(
     )  # fmt: skip
 
 
-def _cut(tokens: Tokens, limit: int, long: int, spec: PairSpec, where: str) -> Tokens:
+def _cut(tokens: TokenRow, limit: int, long: int, spec: PairSpec, where: str) -> TokenRow:
     if long > limit and spec.too_long == "error":
         raise RecipeError(
             f"{where}: {long} tokens, but max_length is {limit}; raise it, or say "
             "`too_long: cut` or `too_long: drop` under data"
         )
-    found = Tokens(tokens.ids[:limit], (tokens.targets or [])[:limit])
+    found = TokenRow(tokens.ids[:limit], (tokens.targets or [])[:limit])
     if not any((found.targets or [])[1:]):
         raise RecipeError(f"{where}: an answer has no tokens: is it empty, or was it cut away?")
     return found
@@ -252,7 +252,7 @@ def dpo(answers: Tensor, reference: Tensor, beta: float) -> Tensor:
 @torch.no_grad()
 def answers_of(
     model: nn.Module, pairs: Pairs, groups: int | Sequence[Sequence[int]], device: str = "cpu",
-    kept: Kept | None = None,
+    kept: KeptStates | None = None,
 ) -> Tensor:  # fmt: skip
     """Log-probabilities of all answers: ``(pairs, 2)`` float64 on the CPU.
 

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from suture.analysis.ancestry import (
-    Models,
+    RealignModels,
     across,
     check_factors,
     masked_shapes,
@@ -46,7 +46,7 @@ class Plan:
     """A realignment whose inputs were opened and checked; no weight was read."""
 
     recipe: Realign
-    models: Models
+    models: RealignModels
     rows: PairRows | None
     utility: Dataset | None
     choosing: Dataset | None
@@ -226,7 +226,7 @@ def _check_needs(
         )
 
 
-def _labelled(models: Models) -> dict[str, Checkpoint]:
+def _labelled(models: RealignModels) -> dict[str, Checkpoint]:
     found = {"aligned": models.aligned, **{f"models.{m}": c for m, c in models.tuned.items()}}
     for label, checkpoint in (("base", models.base), ("safety", models.safety)):
         if checkpoint is not None:
@@ -234,7 +234,9 @@ def _labelled(models: Models) -> dict[str, Checkpoint]:
     return found
 
 
-def _models(recipe: Realign, problems: Problems) -> tuple[dict[str, Checkpoint], Models | None]:
+def _models(
+    recipe: Realign, problems: Problems
+) -> tuple[dict[str, Checkpoint], RealignModels | None]:
     """Open every model; an adapter alone is put on what the aligned model's adapter is put on.
 
     What could be opened comes back by what the recipe calls it, and all of it where it fits.
@@ -252,7 +254,7 @@ def _models(recipe: Realign, problems: Problems) -> tuple[dict[str, Checkpoint],
         if (found := _opened(f"models.{m}", path, recipe, ground, problems)) is not None
     }  # fmt: skip
     safety = _opened("safety", recipe.safety, recipe, ground, problems)
-    models = Models(aligned, tuned, recipe.weights, (), base, safety)
+    models = RealignModels(aligned, tuned, recipe.weights, (), base, safety)
     for other in (base, safety, *tuned.values()):
         if other is not None:
             align(aligned, other, problems, buffers=True)

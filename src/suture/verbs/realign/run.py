@@ -32,10 +32,10 @@ from suture.runs.workspace import Workspace, training_space
 from suture.schema.paths import place_of
 from suture.tensors.spec import readable
 from suture.training.loop import Progress, TuneResult, peak_memory, tune
-from suture.training.loss import Mover
+from suture.training.loss import Objective
 from suture.training.models import load_language_model, parameters_of
-from suture.training.packed import Place
-from suture.verbs.realign.base import Edit, Job, Realigned, Say, Scores
+from suture.training.packed import ParameterPlace
+from suture.verbs.realign.base import Edit, Realigned, RealignJob, Say, Scores
 from suture.verbs.realign.plan import Plan, plan_realign
 from suture.verbs.realign.result import (
     RealignReport,
@@ -161,7 +161,7 @@ def _names(plan: Plan, found: Distances) -> tuple[str, ...]:
     return tuple(n for n in plan.models.names if n in both)
 
 
-def _job(plan: Plan, names: tuple[str, ...], work: Path, say: Say, tell: Tell | None) -> Job:
+def _job(plan: Plan, names: tuple[str, ...], work: Path, say: Say, tell: Tell | None) -> RealignJob:
     recipe, rows = plan.recipe, plan.rows
     model = None
     if plan.looks:
@@ -170,7 +170,7 @@ def _job(plan: Plan, names: tuple[str, ...], work: Path, say: Say, tell: Tell | 
         ).model
         _adapt(model, plan.models.aligned)
 
-    def train(mover: Mover, score: Callable[[nn.Module], float] | None) -> TuneResult:
+    def train(mover: Objective, score: Callable[[nn.Module], float] | None) -> TuneResult:
         assert rows is not None
         return tune(
             mover.model, rows.train.leading, recipe.training, device=plan.device, mover=mover,
@@ -178,7 +178,7 @@ def _job(plan: Plan, names: tuple[str, ...], work: Path, say: Say, tell: Tell | 
             checkpoint=work / "train.safetensors", kept=job.kept,
         )  # fmt: skip
 
-    job = Job(
+    job = RealignJob(
         plan.models, names, recipe.fusing, None if rows is None else rows.train,
         None if rows is None else rows.validation, plan.utility, plan.choosing, recipe.training,
         plan.device, model, train, work, say, plan.options.threads, recipe.folder,
@@ -197,7 +197,7 @@ def _adapt(model: nn.Module, aligned: Checkpoint) -> None:
         parameter.copy_(array(aligned, name))
 
 
-def _before(plan: Plan, job: Job, prints: Mapping[str, str]) -> dict[str, Scores]:
+def _before(plan: Plan, job: RealignJob, prints: Mapping[str, str]) -> dict[str, Scores]:
     """The aligned model and the tuned ones, as they came."""
     if not plan.looks:
         return {}
@@ -213,7 +213,9 @@ def _stored(plan: Plan, edit: Edit) -> Edit:
     return lambda name: edit(name).to(TORCH[specs[name].dtype]).float()
 
 
-def _looked(plan: Plan, job: Job, name: str, edit: Edit, inputs: list[Any] | None = None) -> Scores:
+def _looked(
+    plan: Plan, job: RealignJob, name: str, edit: Edit, inputs: list[Any] | None = None
+) -> Scores:
     """The scores of an edit; with ``inputs`` those of an earlier run that had the same."""
     job.place(edit)  # whatever is remembered, a method finds the same weights
 
@@ -244,12 +246,12 @@ class _Lazy(Mapping[str, Tensor]):
 
 
 def _written(
-    plan: Plan, job: Job, realigned: Realigned, report: RealignReport,
+    plan: Plan, job: RealignJob, realigned: Realigned, report: RealignReport,
     fingerprints: Mapping[str, str], space: Workspace,
 ) -> RealignReport:  # fmt: skip
     folder, aligned = space.fresh(), plan.models.aligned
     weights = _Lazy(realigned.edit, job.names)
-    places = {name: Place(name) for name in job.names}
+    places = {name: ParameterPlace(name) for name in job.names}
     report = replace(
         report, fingerprint=write_weights(aligned, weights, places, plan.recipe.dtype, folder)
     )

@@ -18,10 +18,10 @@ from suture.evals.base import Metric
 from suture.tensors.spec import cache_folder
 from suture.training.data import collate, data_digest
 from suture.training.data import plan as batch_plan
-from suture.training.kept import Kept, keep, positions
+from suture.training.kept import KeptStates, keep, positions
 from suture.training.loop import groups_of
 from suture.training.loss import to
-from suture.verbs.realign.base import Job, Scores
+from suture.verbs.realign.base import RealignJob, Scores
 from suture.verbs.realign.pairs import Pairs, batches_of, positions_of
 from suture.verbs.realign.plan import Plan
 from suture.version import __version__
@@ -30,7 +30,7 @@ LOOKS = 2
 """Version of what scoring does; raise it with that, so that nothing stale is used again."""
 
 
-def inputs_of(plan: Plan, job: Job, prints: Mapping[str, str], name: str) -> list[Any]:
+def inputs_of(plan: Plan, job: RealignJob, prints: Mapping[str, str], name: str) -> list[Any]:
     """All that the bits of the scores of ``aligned`` or ``tuned`` follow from, as plain data."""
     rows = [None if plan.rows is None else plan.rows.reported.rows, plan.utility]
     device = torch.device(plan.device)
@@ -47,7 +47,7 @@ def inputs_of(plan: Plan, job: Job, prints: Mapping[str, str], name: str) -> lis
     ]  # fmt: skip
 
 
-def keep_for(plan: Plan, job: Job) -> Kept | None:
+def keep_for(plan: Plan, job: RealignJob) -> KeptStates | None:
     """Where the activations are kept that aligned, tuned and realigned models have in common.
 
     They are those under the lowest block that has a tensor in which the models differ.

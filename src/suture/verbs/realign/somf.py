@@ -33,9 +33,9 @@ from suture.errors import (
 )
 from suture.training.data import Batch
 from suture.training.loop import groups_of
-from suture.training.loss import Mover, to
+from suture.training.loss import Objective, to
 from suture.training.snapshot import Snapshot, read_snapshot, write_snapshot
-from suture.verbs.realign.base import Edit, Job, Realigned, needed
+from suture.verbs.realign.base import Edit, Realigned, RealignJob, needed
 from suture.verbs.realign.concrete import Draw, Masking, Masks
 from suture.verbs.realign.fuse import Fuser, Fusing, fuser
 from suture.verbs.realign.pairs import Pairs, dpo, log_probabilities
@@ -134,7 +134,7 @@ def _masked(mask: Tensor, tasks: Sequence[Tensor]) -> list[Tensor]:
     return [mask * task for task in tasks]
 
 
-class Somf(Mover):
+class Somf(Objective):
     """Moves the logits by DPO; a fresh draw of the masks for every batch."""
 
     def __init__(
@@ -220,7 +220,7 @@ class Somf(Mover):
         return self.fusion.masks.exported(self.how.export, self.how.draws, self.how.seed)
 
 
-def learn(job: Job, space: str, masking: Masking, how: Learning) -> Realigned:
+def learn(job: RealignJob, space: str, masking: Masking, how: Learning) -> Realigned:
     """Learn the masks of a job and make of them what is written.
 
     Raises:
@@ -265,7 +265,7 @@ def learn(job: Job, space: str, masking: Masking, how: Learning) -> Realigned:
                      _shares(fusion))  # fmt: skip
 
 
-def references(job: Job, fusion: Fusion, how: Learning) -> tuple[Tensor, Tensor]:
+def references(job: RealignJob, fusion: Fusion, how: Learning) -> tuple[Tensor, Tensor]:
     """Log-probabilities under the reference, of training and validation pairs; made once a run."""
     path = None if job.work is None else job.work / "reference.safetensors"
     found = None if path is None else read_snapshot(path)
@@ -292,7 +292,7 @@ def references(job: Job, fusion: Fusion, how: Learning) -> tuple[Tensor, Tensor]
     return tensors["train"], tensors.get("validation", torch.zeros(0, 2))
 
 
-def _groups(job: Job, side: str, pairs: Pairs) -> int | list[list[int]]:
+def _groups(job: RealignJob, side: str, pairs: Pairs) -> int | list[list[int]]:
     """Training pairs are asked in the batches in which they are trained on."""
     if side != "train" or job.kept is None:
         return job.settings.batch
@@ -303,7 +303,7 @@ def _all_open(fusion: Fusion) -> Draw:
     return lambda key: torch.ones((), device=fusion.tasks[key][0].device)
 
 
-def _kept(job: Job) -> str:
+def _kept(job: RealignJob) -> str:
     saved = None if job.work is None else job.work / "train.safetensors"
     if saved is None or not saved.is_file():
         return ""
