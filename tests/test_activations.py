@@ -28,7 +28,7 @@ from suture.training.data import Batch, Dataset, collate
 from suture.training.kept import KeptStates, keep, positions
 from suture.training.load import load_tuned
 from suture.training.loop import groups_of, tune
-from suture.training.loss import Objective, next_token
+from suture.training.loss import LossStep, next_token
 from suture.training.models import (
     Classifier,
     Encoder,
@@ -186,7 +186,7 @@ def trained(
     changing = top(model, 1)
     settings = TuneSettings(epochs=3, batch=4, lr=1e-2, activations=activations, **more)
     loss = next_token if isinstance(model, LanguageModel) else None
-    mover = Objective(model) if loss is None else Objective(model, loss)
+    mover = LossStep(model) if loss is None else LossStep(model, loss)
     lengths = [len(row) for row in data.ids]
     groups = groups_of(lengths, settings)
     found = keep(model, changing, collate(data, groups[-1]), (20, positions(lengths, groups)),

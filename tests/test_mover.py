@@ -17,7 +17,7 @@ from suture.schema.tuning import TuneSettings
 from suture.training import loss as mover
 from suture.training.data import Batch, Dataset
 from suture.training.loop import tune
-from suture.training.loss import Objective, ReadOutLoss, next_token
+from suture.training.loss import LossStep, ReadOutLoss, next_token
 from suture.training.models import LanguageModel
 
 ROWS = Dataset(
@@ -135,7 +135,7 @@ def test_language_models_train_in_mixed_precision_with_accumulated_batches(
         AcceleratorState._reset_state(True)
         model = tiny_model.language_model()
         done = tune(
-            model, ROWS, replace(how, precision=precision), mover=Objective(model, next_token)
+            model, ROWS, replace(how, precision=precision), mover=LossStep(model, next_token)
         )
         losses.append(done.losses)
     assert losses[0] != losses[1]

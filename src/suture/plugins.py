@@ -45,7 +45,7 @@ if TYPE_CHECKING:
         Score,
         Template,
     )
-    from suture.training.loss import Objective
+    from suture.training.loss import LossStep
     from suture.training.strategy import Strategy, TrainJob, Tuned
     from suture.verbs.realign.base import Realigned, Realigner, RealignJob
 
@@ -54,7 +54,7 @@ _HOMES = {
     "EvalJob": ("evals.kinds", "Job"),
     "Kind": ("evals.kinds", "Kind"),
     "Models": ("evals.kinds", "Models"),
-    "Objective": ("training.loss", "Objective"),
+    "LossStep": ("training.loss", "LossStep"),
     "Prepare": ("evals.kinds", "Prepare"),
     "RealignJob": ("verbs.realign.base", "Job"),
     "Realigned": ("verbs.realign.base", "Realigned"),
@@ -81,13 +81,13 @@ __all__ = [
     "Example",
     "Files",
     "Kind",
+    "LossStep",
     "Meaning",
     "Merge",
     "Method",
     "ModelName",
     "Models",
     "Number",
-    "Objective",
     "PerModel",
     "Prepare",
     "RealignJob",

@@ -21,7 +21,7 @@ from torch import Tensor, nn
 
 from suture.errors import RecipeError
 from suture.training.data import Batch
-from suture.training.loss import Loss, Objective, classification
+from suture.training.loss import Loss, LossStep, classification
 
 
 def _on_gradient(parameter: nn.Parameter, hook: Callable[[Tensor], None]) -> Any:
@@ -39,7 +39,7 @@ class Chosen(NamedTuple):
     stop: int
 
 
-class Compact(Objective):
+class Compact(LossStep):
     """Moves the entries that masks choose, bit for bit nothing else.
 
     A tensor without a chosen entry is frozen: it gets no gradient, and what only its gradient

@@ -34,7 +34,7 @@ from suture.training.data import (
     plan,
 )
 from suture.training.kept import KeptStates
-from suture.training.loss import Loss, Objective, classification, to
+from suture.training.loss import Loss, LossStep, classification, to
 from suture.training.snapshot import Snapshot, read_snapshot, write_snapshot
 
 
@@ -86,7 +86,7 @@ def tune(  # noqa: PLR0913 - who trains by hand needs each of these now and then
     loss: Loss = classification,
     device: str = "cpu",
     progress: Callable[[Progress], None] | None = None,
-    mover: Objective | None = None,
+    mover: LossStep | None = None,
     score: Callable[[nn.Module], float] | None = None,
     checkpoint: Path | None = None,
     kept: KeptStates | None = None,
@@ -116,7 +116,7 @@ def tune(  # noqa: PLR0913 - who trains by hand needs each of these now and then
         OutputError: the checkpoint cannot be written.
         RecipeError: there is nothing to train, or nothing to train on.
     """
-    mover = mover or Objective(model, loss)
+    mover = mover or LossStep(model, loss)
     trained = mover.trained()
     if not trained or not len(data):
         raise RecipeError(f"nothing to train: {len(trained)} parameters, {len(data)} rows")
@@ -202,7 +202,7 @@ class _Run:
 
     def __init__(
         self,
-        mover: Objective,
+        mover: LossStep,
         optimizer: torch.optim.AdamW,
         stepper: Any,
         accelerator: Any,

@@ -96,7 +96,7 @@ def wanted(batch: Batch) -> Tensor:
     return batch.attention_mask if batch.targets is None else batch.targets
 
 
-class Objective:
+class LossStep:
     """How batches become gradients and a step becomes weights. This one is plain training.
 
     Strategies that train something else than the parameters that ask for gradients (a few entries

@@ -26,7 +26,7 @@ from suture.training.calibrate import (
     upper,
 )
 from suture.training.compact import Compact
-from suture.training.loss import Objective
+from suture.training.loss import LossStep
 from suture.training.strategy import (
     Strategy,
     TrainJob,
@@ -67,7 +67,7 @@ def full(embeddings: Embeddings = True, blocks: Blocks = 0) -> Way:
 
     def way(job: TrainJob) -> Tuned:
         count = _everything(job, embeddings, blocks)
-        return Tuned(job.train(Objective(job.model, job.loss)), count)
+        return Tuned(job.train(LossStep(job.model, job.loss)), count)
 
     return way
 
@@ -127,7 +127,7 @@ def lora(
             job, rank=rank, alpha=alpha, targets=targets, dropout=dropout, seed=seed, blocks=blocks
         )
         count = adapter.count
-        result = job.train(Objective(job.model, job.loss))
+        result = job.train(LossStep(job.model, job.loss))
         return Tuned(result, count, save=adapter.save, finish=adapter.merge)
 
     return way
@@ -157,7 +157,7 @@ def linearized_lora(
         )  # fmt: skip
         digest = adapter.freeze_a()
         count = adapter.count
-        result = job.train(Objective(job.model, job.loss))
+        result = job.train(LossStep(job.model, job.loss))
         return Tuned(result, count, adapter=digest, save=adapter.save, finish=adapter.merge)
 
     return way
@@ -196,7 +196,7 @@ def lota(
                 lr=dense_lr or job.settings.lr,
             )
             job.say("dense phase")
-            job.train(Objective(job.model, job.loss), "dense", settings)
+            job.train(LossStep(job.model, job.loss), "dense", settings)
             with torch.no_grad():
                 moved = {n: (known[n] - start[n]).abs() for n in names}
                 for name, value in start.items():

@@ -23,7 +23,7 @@ from suture.schema.tuning import TuneSettings
 from suture.tensors.roles import DEFAULT_SPACE
 from suture.training.data import Dataset
 from suture.training.loop import TuneResult
-from suture.training.loss import Loss, Objective
+from suture.training.loss import Loss, LossStep
 from suture.training.packed import ParameterPlace
 
 Say = Callable[[str], None]
@@ -48,7 +48,7 @@ class TrainJob:
     """Of the base."""
     places: Mapping[str, ParameterPlace]
     """Where parameters stand in the base's files; those that are not there cannot be trained."""
-    run: Callable[[Objective, str, TuneSettings], TuneResult]
+    run: Callable[[LossStep, str, TuneSettings], TuneResult]
     """Train with a mover, in a named phase with a checkpoint of its own."""
     work: Path | None = None
     """A folder for what is made once."""
@@ -57,7 +57,7 @@ class TrainJob:
     """Where relative paths of the recipe start."""
 
     def train(
-        self, mover: Objective, phase: str = "train", settings: TuneSettings | None = None
+        self, mover: LossStep, phase: str = "train", settings: TuneSettings | None = None
     ) -> TuneResult:
         """Train; an interrupted run goes on from its checkpoint."""
         return self.run(mover, phase, settings or self.settings)

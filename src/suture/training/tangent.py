@@ -17,7 +17,7 @@ from torch.autograd import forward_ad
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from suture.training.data import Batch
-from suture.training.loss import Loss, Objective, classification
+from suture.training.loss import Loss, LossStep, classification
 from suture.training.models import Classifier
 
 with warnings.catch_warnings():  # torch's first use of forward mode warns of its own innards
@@ -80,7 +80,7 @@ class _Given(nn.Module):
         return self.out
 
 
-class Tangent(Objective):
+class Tangent(LossStep):
     r"""Trains :math:`\tau` by two ordinary passes, exactly.
 
     :math:`\theta_0` is constant, so :math:`\nabla_\tau L(f_0 + J\tau) = J^\top g` with

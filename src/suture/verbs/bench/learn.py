@@ -29,7 +29,7 @@ from suture.schema.settings import settings as settings_of
 from suture.schema.tuning import TuneSettings
 from suture.training.data import draw
 from suture.training.loop import TuneResult, tune
-from suture.training.loss import Objective, classification
+from suture.training.loss import LossStep, classification
 from suture.training.models import Classifier, Encoder, file_names
 from suture.training.packed import ParameterPlace, unpack
 from suture.training.strategy import TrainJob
@@ -84,7 +84,7 @@ def learn(
     wanted: list[int] = []
     found: dict[int, tuple[Vector, float]] = {}
 
-    def run(mover: Objective, phase: str, how: TuneSettings) -> TuneResult:
+    def run(mover: LossStep, phase: str, how: TuneSettings) -> TuneResult:
         steps = _steps(len(side.data["train"]), how)
         wanted[:] = [max(1, round(share * steps)) for share in checkpoints]
 
@@ -128,7 +128,7 @@ def _steps(rows: int, how: TuneSettings) -> int:
 @torch.no_grad()
 def vector_of(
     model: Classifier,
-    mover: Objective,
+    mover: LossStep,
     start: Mapping[str, Tensor],
     places: Mapping[str, ParameterPlace],
 ) -> dict[str, Tensor]:

@@ -26,7 +26,7 @@ from suture.tensors.spec import listed
 from suture.training.heads import make_head
 from suture.training.load import encoder_of
 from suture.training.loop import Progress, TuneResult, tune
-from suture.training.loss import Objective, classification, next_token
+from suture.training.loss import LossStep, classification, next_token
 from suture.training.models import (
     Classifier,
     Head,
@@ -139,7 +139,7 @@ def _job(
     stored = file_names(backbone)
     apart = unpack(backbone) if recipe.strategy.sparse else {}
 
-    def run(mover: Objective, phase: str, settings: TuneSettings) -> TuneResult:
+    def run(mover: LossStep, phase: str, settings: TuneSettings) -> TuneResult:
         if phase == "dense":  # a means to a mask: not looked at, never stopped early
             settings = replace(settings, patience=0)
         looks.begin(mover.model)

@@ -32,7 +32,7 @@ from suture.runs.workspace import Workspace, training_space
 from suture.schema.paths import place_of
 from suture.tensors.spec import readable
 from suture.training.loop import Progress, TuneResult, peak_memory, tune
-from suture.training.loss import Objective
+from suture.training.loss import LossStep
 from suture.training.models import load_language_model, parameters_of
 from suture.training.packed import ParameterPlace
 from suture.verbs.realign.base import Edit, Realigned, RealignJob, Say, Scores
@@ -170,7 +170,7 @@ def _job(plan: Plan, names: tuple[str, ...], work: Path, say: Say, tell: Tell | 
         ).model
         _adapt(model, plan.models.aligned)
 
-    def train(mover: Objective, score: Callable[[nn.Module], float] | None) -> TuneResult:
+    def train(mover: LossStep, score: Callable[[nn.Module], float] | None) -> TuneResult:
         assert rows is not None
         return tune(
             mover.model, rows.train.leading, recipe.training, device=plan.device, mover=mover,

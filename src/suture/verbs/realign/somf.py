@@ -33,7 +33,7 @@ from suture.errors import (
 )
 from suture.training.data import Batch
 from suture.training.loop import groups_of
-from suture.training.loss import Objective, to
+from suture.training.loss import LossStep, to
 from suture.training.snapshot import Snapshot, read_snapshot, write_snapshot
 from suture.verbs.realign.base import Edit, Realigned, RealignJob, needed
 from suture.verbs.realign.concrete import Draw, Masking, Masks
@@ -134,7 +134,7 @@ def _masked(mask: Tensor, tasks: Sequence[Tensor]) -> list[Tensor]:
     return [mask * task for task in tasks]
 
 
-class Somf(Objective):
+class Somf(LossStep):
     """Moves the logits by DPO; a fresh draw of the masks for every batch."""
 
     def __init__(
