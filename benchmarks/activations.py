@@ -19,6 +19,7 @@ import os
 import platform
 import random
 import statistics
+import sys
 import time
 from collections.abc import Callable
 from contextlib import nullcontext
@@ -30,26 +31,29 @@ os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
 import torch
-from suture.demo_safety import TEMPLATE
 from talos import Alone, smollm
 from torch.utils.flop_counter import FlopCounterMode
 
+from suture.schema.sources import DataSpec, Source
 from suture.schema.tuning import TuneSettings
 from suture.training.calibrate import upper
 from suture.training.data import Batch, Dataset
 from suture.training.kept import KeptStates, keep, positions
 from suture.training.loop import groups_of
-from suture.training.loss import Objective, ReadOutLoss, next_token, wanted
+from suture.training.loss import LossStep, ReadOutLoss, next_token, wanted
 from suture.training.models import (
     LanguageModel,
     load_language_model,
     load_tokenizer,
 )
 from suture.training.rows import language_rows
-from suture.verbs.finetune.recipe import DataSpec, Source
 from suture.verbs.proxy import run
 
 HERE = Path(__file__).parent
+sys.path.insert(0, str(HERE.parent / "examples"))
+
+from demo.safety import TEMPLATE  # noqa: E402
+
 DEPTHS = (1, 2, 3, 4, 6, 10)
 Times = tuple[float, float]
 """Seconds by the clock and of the processor."""
@@ -60,7 +64,7 @@ class Side:
     """A model that is trained, and how."""
 
     model: LanguageModel
-    mover: Objective
+    mover: LossStep
     optimizer: torch.optim.AdamW
     kept: KeptStates | None = None
     steps: list[Times] = field(default_factory=list)
@@ -92,7 +96,7 @@ def side(folder: Path, blocks: int) -> Side:
     names = set(upper([n for n, _ in model.named_parameters()], blocks))
     for name, parameter in model.named_parameters():
         parameter.requires_grad_(name in names)
-    mover = Objective(model, next_token)
+    mover = LossStep(model, next_token)
     return Side(model, mover, torch.optim.AdamW(mover.groups(0.01), lr=5e-5, fused=True))
 
 

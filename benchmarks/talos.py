@@ -42,7 +42,7 @@ from suture.training.calibrate import (
 )
 from suture.training.compact import Compact
 from suture.training.data import Batch, Dataset
-from suture.training.loss import Objective, classification, next_token
+from suture.training.loss import LossStep, classification, next_token
 from suture.training.models import (
     Classifier,
     Head,
@@ -71,7 +71,7 @@ class Alone:
 @dataclass
 class Method:
     name: str
-    mover: Objective
+    mover: LossStep
     optimizer: torch.optim.AdamW
     model: nn.Module
 
@@ -170,12 +170,12 @@ def method_of(name: str, args: Any, masks: dict[str, Tensor] | None, fused: bool
     model, loss = loaded(args.model, args.scratch)
     model.eval()  # dropout would blur the comparison, and one of these models has none
     if masks is not None:
-        mover: Objective = Compact(model, masks, loss)
+        mover: LossStep = Compact(model, masks, loss)
     else:
         names = set(prunable(model))
         for own, p in model.named_parameters():
             p.requires_grad_(own in names)
-        mover = Tangent(model, loss) if name == "linearized" else Objective(model, loss)
+        mover = Tangent(model, loss) if name == "linearized" else LossStep(model, loss)
     optimizer = torch.optim.AdamW(mover.groups(0.01), lr=1e-6, fused=fused)
     return Method(name, mover, optimizer, model)
 

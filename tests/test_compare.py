@@ -422,7 +422,7 @@ def test_comparing_imports_no_framework(tmp_path: Path) -> None:
 import json, sys
 from pathlib import Path
 import suture
-from suture.suites.comparison import compare_files
+from suture.verbs.compare.run import compare_files
 compare_files([Path(p) for p in sys.argv[1:]])
 print(json.dumps(sorted(sys.modules)))
 """

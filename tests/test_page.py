@@ -44,7 +44,7 @@ from suture.runs.workspace import workspace
 from suture.verbs.analyze.run import analysis
 from suture.verbs.compare.run import Comparison, compare
 from suture.verbs.merge.run import merge
-from suture.verbs.report import charts, collect, tasks
+from suture.verbs.report import charts, tasks
 from suture.verbs.report.blocks import (
     Builder,
     in_order,
@@ -52,6 +52,7 @@ from suture.verbs.report.blocks import (
     number,
     percent,
 )
+from suture.verbs.report.collect import gather
 from suture.verbs.report.run import draw, write_page
 from suture.verbs.report.sections import sections_of
 from suture.verbs.report.theme import themed, themes
@@ -198,7 +199,7 @@ def elements(page: Path) -> Elements:
 
 def test_a_folder_is_gathered_whole(sample: Path) -> None:
     """Merges, results, analyses, maps, curves, localizations; a broken file becomes a note."""
-    found = collect(sample)
+    found = gather(sample)
 
     assert [w for w, _ in found.merges] == ["merges/linear/suture.json", "merges/ties/suture.json"]
     assert [len(k) for k in (found.reports, found.results, found.analyses, found.maps,
@@ -215,7 +216,7 @@ def test_a_damaged_result_of_an_evaluation_is_named(tmp_path: Path) -> None:
     (tmp_path / "cut.json").write_text(text[: len(text) // 2])
     (tmp_path / "odd.json").write_text(text.replace('"evaluations"', '"evaluation"'))
     (tmp_path / "other.json").write_text("{")
-    found = collect(tmp_path)
+    found = gather(tmp_path)
     assert [note.split()[0] for note in found.notes] == ["cut.json", "odd.json"]
 
 
@@ -227,7 +228,7 @@ def test_links_and_hidden_folders_are_not_followed(sample: Path, tmp_path: Path)
     (tmp_path / ".hidden/results.json").write_text(results().to_json())
 
     with pytest.raises(RecipeError, match="nothing to show"):
-        collect(tmp_path)
+        gather(tmp_path)
 
 
 @pytest.mark.parametrize(
@@ -417,10 +418,11 @@ def test_a_missing_extra_is_named(
     for name in [
         m
         for m in sys.modules
-        if m.startswith("suture.page.") and m.split(".")[-1] in ("sections", "weights", "charts")
+        if m.startswith("suture.verbs.report.")
+        and m.split(".")[-1] in ("sections", "weights", "charts")
     ]:
         monkeypatch.delitem(sys.modules, name)
-        monkeypatch.delattr(sys.modules["suture.page"], name.split(".")[-1], raising=False)
+        monkeypatch.delattr(sys.modules["suture.verbs.report"], name.split(".")[-1], raising=False)
     monkeypatch.setitem(sys.modules, module, None)
     with pytest.raises(MissingExtraError, match=r"suture\[report\]"):
         write_page(sample, tmp_path / "page.html")
@@ -687,7 +689,7 @@ def test_results_of_a_suite_are_shown(tmp_path: Path) -> None:
     )
     (tmp_path / "ada.quick.json").write_text(result.to_json())
 
-    found = collect(tmp_path)
+    found = gather(tmp_path)
 
     assert [(r.model, r.task, r.metrics[0].n) for _, r in found.results] == [("ada", "riddles", 3)]
     assert found.results[0][1].metrics == evaluation.metrics
@@ -794,8 +796,8 @@ def test_realignments_of_one_model_share_a_section(tmp_path: Path) -> None:
         "Where the tuned change may stay", "least of the tuned change is left in q of layer 0",
         "Loss while the mask was learned", "somf ends at 0.25", "Recipe of somf/suture.json",
     )  # fmt: skip
-    assert len(collect(tmp_path).realignments) == 3
-    assert not collect(tmp_path).merges
+    assert len(gather(tmp_path).realignments) == 3
+    assert not gather(tmp_path).merges
 
 
 def test_a_realignment_by_itself_has_a_name_and_beats_nobody(tmp_path: Path) -> None:
@@ -1003,7 +1005,7 @@ def test_every_map_of_a_page_can_be_read(sample: Path, tmp_path: Path, theme: st
     specs = [
         chart.spec
         for folder in (sample, tmp_path)
-        for section in sections_of(collect(folder))
+        for section in sections_of(gather(folder))
         for figure in section.figures
         for chart in figure.charts
     ]
@@ -1087,7 +1089,7 @@ def missing_in(folder: Path, page: Path) -> list[str]:
 
 def steps_in(folder: Path) -> list[tuple[str, str]]:
     """What is missing, and the command of each."""
-    return [p for s in sections_of(collect(folder)) if s.anchor == "missing" for p in s.steps]
+    return [p for s in sections_of(gather(folder)) if s.anchor == "missing" for p in s.steps]
 
 
 def tuned(name: str, before: float = 0.5, after: float = 0.8, print_: str = "") -> dict[str, Any]:
@@ -1205,7 +1207,7 @@ def test_hidden_folders_of_others_and_links_are_no_runs(tmp_path: Path) -> None:
     (tmp_path / ".far.suture").mkdir()
     (where / ".far.suture").symlink_to(tmp_path / ".far.suture")
     with pytest.raises(RecipeError, match="nothing to show"):
-        collect(where)
+        gather(where)
 
 
 def test_models_that_were_never_asked_are_named(tmp_path: Path) -> None:
@@ -1301,7 +1303,7 @@ def test_a_broken_rule_says_why(tmp_path: Path) -> None:
         ["refusal.refused >= 0.7"],
     )  # fmt: skip
     put(tmp_path / "comparison.json", found.to_dict())
-    tables = [t for s in sections_of(collect(tmp_path)) for t in s.tables]
+    tables = [t for s in sections_of(gather(tmp_path)) for t in s.tables]
     rows = {
         str(row[0]): row
         for t in tables
@@ -1337,7 +1339,7 @@ def test_safety_is_claimed_only_where_it_was_asked_for(tmp_path: Path) -> None:
     lines_of(text, "Comparison: comparison", "Other measures against utility",
              "In text.loss no other model is clearly better than the base (2.000).")  # fmt: skip
     assert "In skill.accuracy no other" not in text
-    figure = next(f for s in sections_of(collect(tmp_path / "in")) for f in s.figures
+    figure = next(f for s in sections_of(gather(tmp_path / "in")) for f in s.figures
                   if f.title == "Other measures against utility")  # fmt: skip
     ups = [x["encoding"]["y"] for x in layers_of(figure.charts[0].spec) if "y" in x["encoding"]]
     assert ups

@@ -11,6 +11,7 @@ import json
 import os
 import tempfile
 from collections.abc import Callable, Mapping, Sequence
+from importlib import import_module
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeAlias
 
@@ -871,3 +872,17 @@ __all__ = [
     "merge", "merge_recipe", "open", "patch_apply", "patch_make", "patch_revert", "realign",
     "report", "revert_patch", "run_recipe", "save",
 ]  # fmt: skip
+
+
+def _late(module: str, name: str) -> Callable[..., Any]:
+    """Return a function that is imported when it is called."""
+
+    def called(*args: Any, **options: Any) -> Any:
+        return getattr(import_module(module), name)(*args, **options)
+
+    return called
+
+
+# Names of before there was one list, kept for one release.
+vars(finetune)["load_tuned"] = _late("suture.training.load", "load_tuned")
+vars(analyze)["analysis"] = _late("suture.verbs.analyze.run", "analysis")

@@ -122,7 +122,7 @@ def _intersections(
 
 _DAMAGED = "the mask is damaged, fetch or make it again"
 GRAFT = "suture.graft"
-"""The format of a mask with the weights that it marks; see ``suture.graft``."""
+"""The format of a mask with the weights that it marks; see ``suture.edits.graft``."""
 
 
 class StoredMask:
