@@ -9,7 +9,9 @@ import re
 import signal
 import subprocess
 import sys
+import threading
 import time
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -167,24 +169,31 @@ def test_progress_goes_to_standard_error(here: Path) -> None:
 
 
 def on_a_terminal(here: Path, *arguments: str) -> tuple[int, str, str]:
-    """Run a command whose standard error is a terminal."""
+    """Run a command whose standard error is a terminal, which is read as it writes.
+
+    A terminal that nobody reads takes some 4 kB; then its writer waits.
+    """
     ours, theirs = pty.openpty()
+    shown: list[bytes] = []
+
+    def read() -> None:
+        with suppress(OSError):  # the other side was closed
+            while more := os.read(ours, 1 << 16):
+                shown.append(more)
+
     env = environment(TERM="xterm-256color")
     with subprocess.Popen([sys.executable, "-m", "suture", *arguments], cwd=here, env=env, text=True,
                           stdout=subprocess.PIPE, stderr=theirs, stdin=theirs) as process:  # fmt: skip
         os.close(theirs)
-        out, _ = process.communicate(timeout=120)
-        shown = b""
-        while True:
-            try:
-                more = os.read(ours, 1 << 16)
-            except OSError:
-                break
-            if not more:
-                break
-            shown += more
+        reader = threading.Thread(target=read)
+        reader.start()
+        try:
+            out, _ = process.communicate(timeout=120)
+        finally:
+            process.kill()
+            reader.join()
     os.close(ours)
-    return process.returncode, out, shown.decode(errors="replace")
+    return process.returncode, out, b"".join(shown).decode(errors="replace")
 
 
 def test_on_a_terminal_there_are_bars(here: Path) -> None:
