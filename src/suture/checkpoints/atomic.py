@@ -79,8 +79,8 @@ def locked(descriptor: int) -> bool:
 
 
 @contextmanager
-def appearing(path: Path) -> Iterator[BinaryIO]:
-    """A new file that gets its name whole and synced, when the block ends without an error.
+def taking_place(path: Path) -> Iterator[Path]:
+    """Give a name to write to, beside ``path``; it becomes ``path``, synced, at the end of the block.
 
     Raises:
         OutputError: it cannot be written; what stood there before still does.
@@ -88,17 +88,37 @@ def appearing(path: Path) -> Iterator[BinaryIO]:
     partial = path.with_name(f".{path.name}.partial")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        with partial.open("wb") as file:
-            yield file
-            file.flush()
+        yield partial
+        with partial.open("rb") as file:
             os.fsync(file.fileno())
         partial.replace(path)
         sync_folder(path.parent)
     except OSError as error:
-        raise OutputError(f"{path}: cannot be written: {error.strerror}") from error
+        raise OutputError(f"{path}: cannot be written: {error.strerror or error}") from error
     finally:
         with suppress(OSError):
             partial.unlink(missing_ok=True)
+
+
+@contextmanager
+def appearing(path: Path) -> Iterator[BinaryIO]:
+    """A new file that gets its name whole and synced, when the block ends without an error.
+
+    Raises:
+        OutputError: it cannot be written; what stood there before still does.
+    """
+    with taking_place(path) as partial, partial.open("wb") as file:
+        yield file
+
+
+def write_whole(path: Path, content: str | bytes) -> None:
+    """Write a small file, which gets its name whole and synced; text is UTF-8.
+
+    Raises:
+        OutputError: it cannot be written; what stood there before still does.
+    """
+    with appearing(path) as file:
+        file.write(content.encode() if isinstance(content, str) else content)
 
 
 def publish(folder: Path, out: Path, *, overwrite: bool) -> None:

@@ -9,14 +9,13 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 import time
 from collections import Counter, defaultdict
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from suture.errors import OutputError
+from suture.checkpoints.atomic import write_whole
 
 Say = Callable[[str], None]
 Kind = tuple[str, str]
@@ -27,24 +26,6 @@ def digest(what: Any) -> str:
     """A short hash of plain data."""
     text = json.dumps(what, sort_keys=True, default=list, separators=(",", ":"))
     return hashlib.blake2b(text.encode(), digest_size=12).hexdigest()
-
-
-def write(path: Path, text: str) -> None:
-    """Write a small file that appears whole.
-
-    Raises:
-        OutputError: the disk is full or refuses.
-    """
-    partial = path.with_name(f".{path.name}.partial")
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with partial.open("w", encoding="utf-8") as file:
-            file.write(text)
-            file.flush()
-            os.fsync(file.fileno())
-        partial.replace(path)
-    except OSError as error:
-        raise OutputError(f"{path}: cannot be written: {error.strerror}") from error
 
 
 class Ledger:
@@ -89,7 +70,7 @@ class Ledger:
             value = make()
             seconds = time.perf_counter() - began
             found = {"key": key, "inputs": inputs, "seconds": round(seconds, 2), "value": value}
-            write(self.path(name, key), json.dumps(found, indent=1) + "\n")
+            write_whole(self.path(name, key), json.dumps(found, indent=1) + "\n")
             self._done(kind, float(found["seconds"]))
             self.say(f"{name}: {seconds:.1f} s{self._left()}")
         else:

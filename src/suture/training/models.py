@@ -23,6 +23,7 @@ from typing import Any, Generic, NamedTuple, Protocol, TypeVar
 
 from safetensors import SafetensorError, safe_open
 
+from suture.checkpoints.atomic import taking_place
 from suture.errors import (
     CheckpointError,
     MismatchError,
@@ -580,12 +581,11 @@ def save_shared(tensors: Mapping[str, Tensor], path: Path, facts: Mapping[str, s
 
 def save_head(head: Head, path: Path) -> None:
     """Write a head as one safetensors file: ``weight``, ``bias``, the labels in its metadata."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(f".{path.name}.partial")
     tensors = {"weight": head.weight.contiguous(), "bias": head.bias.contiguous()}
     # One key: the library writes several in an order that changes from run to run.
-    save_shared(tensors, partial, {_COSINE if head.cosine else _LABELS: json.dumps(head.labels)})
-    partial.replace(path)
+    facts = {_COSINE if head.cosine else _LABELS: json.dumps(head.labels)}
+    with taking_place(path) as partial:
+        save_shared(tensors, partial, facts)
 
 
 def load_head(path: Path, *, device: str = "cpu") -> Head:

@@ -11,6 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from suture.checkpoints.atomic import taking_place
 from suture.checkpoints.checkpoint import Checkpoint, open_checkpoint
 from suture.checkpoints.linearized import PLAIN
 from suture.edits.mask import Mask
@@ -82,9 +83,8 @@ class TrainJob:
             return self.masks_of(Mask.load(path), str(path))
         masks = make()
         if path is not None:
-            partial = path.with_name(f".{path.name}.partial")
-            self.mask(masks, about).save(partial)
-            partial.replace(path)
+            with taking_place(path) as partial:
+                self.mask(masks, about).save(partial)
         return masks
 
     def mask(self, masks: Mapping[str, Tensor], about: Mapping[str, Any]) -> Mask:

@@ -10,9 +10,9 @@ from typing import Any
 
 import torch
 
-from suture.checkpoints.atomic import alone
+from suture.checkpoints.atomic import alone, write_whole
 from suture.merges.apply import checkpoint_fingerprint
-from suture.runs.ledger import Say, digest, write
+from suture.runs.ledger import Say, digest
 from suture.runs.place import Options
 from suture.verbs.audit.cells import Run, made_with
 from suture.verbs.audit.experiment import Case
@@ -105,9 +105,9 @@ def _all(run: Run) -> dict[str, Any]:
     for checkpoint in run.plan.inputs.values():
         checkpoint.check_unchanged()
     record = record_of(run.plan, run.prints, run.key, aligned, seeds, verdicts)
-    write(run.plan.out / "README.md", card(record, run.plan.out.name))
+    write_whole(run.plan.out / "README.md", card(record, run.plan.out.name))
     text = finished(record)
-    write(run.plan.out / RECORD, text)
+    write_whole(run.plan.out / RECORD, text)
     told: dict[str, Any] = json.loads(text)
     return told
 

@@ -10,7 +10,6 @@ from __future__ import annotations
 import copy
 import math
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -21,6 +20,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from suture.analysis.vector_space import BATCH, Side, Vector
+from suture.checkpoints.atomic import taking_place
 from suture.checkpoints.checkpoint import Checkpoint
 from suture.edits.mask import Mask
 from suture.errors import OutputError, Problems
@@ -183,14 +183,10 @@ def save_vectors(vectors: Sequence[Vector], path: Path) -> None:
                 held[f"{number}/{name}/values"] = flat.clone()
             else:
                 held[f"{number}/{name}/dense"] = delta.contiguous()
-    partial = path.with_name(f".{path.name}.partial")
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        save_file(held, partial)
-        partial.replace(path)
-    except (OSError, SafetensorError) as error:
-        with suppress(OSError):
-            partial.unlink(missing_ok=True)
+        with taking_place(path) as partial:
+            save_file(held, partial)
+    except SafetensorError as error:
         raise OutputError(f"{path}: task vectors cannot be written: {error}") from error
 
 

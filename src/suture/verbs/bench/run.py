@@ -23,11 +23,11 @@ from suture.analysis.vector_space import (
     accuracy,
     space_of,
 )
-from suture.checkpoints.atomic import alone
+from suture.checkpoints.atomic import alone, write_whole
 from suture.checkpoints.checkpoint import open_checkpoint
 from suture.edits.mask import Mask
 from suture.merges.apply import checkpoint_fingerprint
-from suture.runs.ledger import Ledger, Say, digest, write
+from suture.runs.ledger import Ledger, Say, digest
 from suture.training.calibrate import Calibration
 from suture.training.data import Dataset, labels_of, tokenise
 from suture.training.heads import zero_shot
@@ -363,10 +363,10 @@ class _Run:
         found["complete"] = complete
         found["cells"] = self.ledger.finished
         out = self.plan.out
-        write(out / "results.json", json.dumps(found, indent=1) + "\n")
-        write(out / "results.md", markdown(found))
+        write_whole(out / "results.json", json.dumps(found, indent=1) + "\n")
+        write_whole(out / "results.md", markdown(found))
         for name, curve in curves(found).items():
-            write(out / "curves" / f"{name}.json", json.dumps(curve, indent=1) + "\n")
+            write_whole(out / "curves" / f"{name}.json", json.dumps(curve, indent=1) + "\n")
         return found
 
 

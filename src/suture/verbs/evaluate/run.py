@@ -16,6 +16,7 @@ import numpy as np
 import torch
 from torch import nn
 
+from suture.checkpoints.atomic import write_whole
 from suture.checkpoints.checkpoint import Checkpoint
 from suture.errors import OutputError, Problems, RecipeError
 from suture.evals.kinds import Models, Score
@@ -158,7 +159,7 @@ def _ask(
 ) -> SuiteResult:
     missing = [name for name in plan.asked if name not in result.evaluations]
     if subject.out is not None:
-        _write(result, subject.out)
+        write_whole(subject.out, result.to_json())
     if not missing:
         return result
     around = beside(subject.checkpoint)
@@ -175,7 +176,7 @@ def _ask(
             made = _evaluation(asked, subject, scores, key, spent)
             result = result.with_(made)
             if subject.out is not None:
-                _write(result, subject.out)
+                write_whole(subject.out, result.to_json())
     return result
 
 
@@ -283,21 +284,6 @@ class _Shelf:
             path = origin / HEAD if head == "model" else place_of(head, self.plan.suite.folder)
             made = load_head(path, device=device)
         return Classifier(body, made).to(device).eval()
-
-
-def _write(result: SuiteResult, path: Path) -> None:
-    """Put a result in the place of the one before, in one step."""
-    partial = path.with_name(f".{path.name}.partial")
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with partial.open("w", encoding="utf-8") as file:
-            file.write(result.to_json())
-            file.flush()
-            os.fsync(file.fileno())
-        partial.replace(path)
-    except OSError as error:
-        partial.unlink(missing_ok=True)
-        raise OutputError(f"{path}: cannot be written: {error.strerror}") from None
 
 
 def evaluate(

@@ -16,6 +16,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
 
+from suture.checkpoints.atomic import write_whole
 from suture.errors import OutputError, RecipeError
 
 LANGUAGES = ("en", "de", "es")
@@ -465,9 +466,7 @@ def write(
             raise OutputError(f"{folder}: holds other rows in {', '.join(others)}; name another "
                               "folder, or --overwrite")  # fmt: skip
         for path, text in texts.items():
-            partial = path.with_name(f".{path.stem}.partial")
-            partial.write_bytes(text)
-            partial.replace(path)
+            write_whole(path, text)
     except OSError as error:
         raise OutputError(f"{folder}: cannot be written: {error.strerror}") from None
     return {name: len(rows) for name, rows in made.items()}

@@ -9,6 +9,7 @@ import re
 from pathlib import Path
 from typing import Any
 
+from suture.checkpoints.atomic import write_whole
 from suture.errors import (
     MissingExtraError,
     OutputError,
@@ -62,7 +63,7 @@ def write_page(
     sections = sections_of(found)
     text = render(found, sections, title or f"Report on {folder.resolve().name}")
     drawn = [] if images is None else _draw(sections, images)
-    _publish(out, text.encode("utf-8"))
+    write_whole(out, text.encode("utf-8"))
     notes = [p for s in sections if s.anchor == "notes" for p in s.points]
     return {
         "out": str(out),
@@ -159,16 +160,6 @@ def _hash(text: str) -> str:
     return f"'sha256-{base64.b64encode(digest).decode()}'"
 
 
-def _publish(path: Path, raw: bytes) -> None:
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        partial = path.with_name(f".{path.name}.partial")
-        partial.write_bytes(raw)
-        partial.replace(path)
-    except OSError as error:
-        raise OutputError(f"{path}: {error.strerror}") from None
-
-
 def _draw(sections: list[Section], folder: Path) -> list[str]:
     """Write every drawing as SVG and PNG, on white, under names of the page's own making."""
     written = []
@@ -203,8 +194,8 @@ def _image(chart: Chart, title: str, folder: Path, name: str) -> list[str]:
         raise MissingExtraError(f"the report ({error.name})", "report") from None
     spec = themed(_sized(chart, title), themes()["light"])
     spec["config"] = {**spec["config"], "background": "#ffffff"}
-    _publish(folder / f"{name}.svg", vegalite_to_svg(spec, allowed_base_urls=[]).encode("utf-8"))
-    _publish(folder / f"{name}.png", vegalite_to_png(spec, scale=2, allowed_base_urls=[]))
+    write_whole(folder / f"{name}.svg", vegalite_to_svg(spec, allowed_base_urls=[]).encode("utf-8"))
+    write_whole(folder / f"{name}.png", vegalite_to_png(spec, scale=2, allowed_base_urls=[]))
     return [f"{name}.svg", f"{name}.png"]
 
 
