@@ -21,7 +21,6 @@ import yaml
 from typer.testing import CliRunner
 
 import tiny_model
-from suture import finetune
 from suture.analysis import masks
 from suture.analysis.arithmetic import entangled, movement, sharing
 from suture.analysis.vector_space import (
@@ -38,6 +37,7 @@ from suture.edits.mask import Mask
 from suture.errors import OutputError, RecipeError, SutureError
 from suture.runs.ledger import Ledger, digest
 from suture.schema.tuning import TuneSettings
+from suture.training import strategies
 from suture.training.calibrate import Calibration, sensitivity
 from suture.training.data import LabelledText, tokenise
 from suture.training.models import (
@@ -219,7 +219,7 @@ def sides(base: Base) -> list[Side]:
 def line_of(name: str) -> Line:
     raw = STRATEGIES[name]
     return Line(
-        name, finetune.STRATEGIES.find(raw.get("strategy", name)), raw["parameters"], (5e-3,)
+        name, strategies.STRATEGIES.find(raw.get("strategy", name)), raw["parameters"], (5e-3,)
     )
 
 
@@ -482,7 +482,7 @@ def test_a_killed_run_loses_one_cell_at_most(shop: Path) -> None:
     recipe = yaml.safe_load((shop / "bench.yaml").read_text()) | {"seeds": [0]}
     (shop / "bench.yaml").write_text(yaml.safe_dump(recipe))
     expected = bench(shop / "bench.yaml", shop / "whole")
-    code = ("import sys\nfrom pathlib import Path\nfrom suture.bench import bench\n"
+    code = ("import sys\nfrom pathlib import Path\nfrom suture.verbs.bench.run import bench\n"
             "import torch\ntorch.set_num_threads(1)\n"
             "bench(Path(sys.argv[1]), Path(sys.argv[2]))")  # fmt: skip
     place = shop / "killed"

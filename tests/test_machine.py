@@ -16,7 +16,7 @@ from suture.kernels import compiled
 SCRIPT = """
 import sys
 import numpy as np
-from suture import kernels
+from suture.kernels import compiled as kernels
 out = np.zeros(4, np.float32)
 kernels.weighted_sum(np.ones((2, 4), np.float32), np.array([1, 2], np.float32), 0, 4, out)
 print(out.tolist(), "numba" in sys.modules)

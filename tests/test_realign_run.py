@@ -645,7 +645,7 @@ from pathlib import Path
 os.environ["HF_HUB_OFFLINE"] = "1"
 import torch
 torch.set_num_threads(1)
-from suture.realign import realign
+from suture.verbs.realign.run import realign
 recipe, out, stop = json.loads(sys.argv[1]), Path(sys.argv[2]), json.loads(sys.argv[3])
 def tell(phase, at):
     if at.step == stop:

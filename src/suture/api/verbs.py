@@ -174,12 +174,13 @@ def localize_recipe(
         2
         >>> place.cleanup()
     """
-    from suture import regions
+    from suture.verbs.localize.plan import plan_regions
+    from suture.verbs.localize.run import execute
 
-    plan = regions.plan_regions(_source(recipe), Path(out), threads=threads, overwrite=overwrite,
+    plan = plan_regions(_source(recipe), Path(out), threads=threads, overwrite=overwrite,
                                 values=values, restricted=restricted,
                                 folder=_place(folder))  # fmt: skip
-    return regions.execute(plan, None, say)
+    return execute(plan, None, say)
 
 
 @spoken_in_python

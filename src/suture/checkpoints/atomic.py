@@ -80,7 +80,7 @@ def locked(descriptor: int) -> bool:
 
 @contextmanager
 def taking_place(path: Path) -> Iterator[Path]:
-    """Give a name to write to, beside ``path``; it becomes ``path``, synced, at the end of the block.
+    """Give a name beside ``path`` to write to; it becomes ``path``, synced, once the block ends.
 
     Raises:
         OutputError: it cannot be written; what stood there before still does.

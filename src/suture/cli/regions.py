@@ -43,21 +43,22 @@ def localize(
 ) -> None:
     """Find the entries that carry a model's skill: a mask for each model, by an importance rule."""
     with errors(as_json), Bars(as_json) as bars:
-        from suture import regions
         from suture.kernels import cache
+        from suture.verbs.localize.plan import plan_regions
+        from suture.verbs.localize.run import execute, lines
 
         cache.announce = lambda: say("compiling for this processor (once, some ten seconds)")
-        plan = regions.plan_regions(recipe, out, threads=threads, overwrite=overwrite,
+        plan = plan_regions(recipe, out, threads=threads, overwrite=overwrite,
                                     values=values, restricted=restricted)  # fmt: skip
         if not dry_run:
-            record = regions.execute(plan, bars.stage, silent if as_json else say)
+            record = execute(plan, bars.stage, silent if as_json else say)
     if dry_run:
         found = plan.describe()
         show_json(found) if as_json else _show_regions(found)
     elif as_json:
         show_json(record)
     else:
-        for line in regions.lines(record, out):
+        for line in lines(record, out):
             tell(line)
 
 

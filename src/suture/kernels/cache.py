@@ -166,7 +166,7 @@ def _folder() -> Path:
     import llvmlite.binding as llvm
 
     here = Path(__file__)
-    files = (here, *(here.with_name(f"{name}.py") for name in ("loops", "ranks", "kernels")))
+    files = (here, *(here.with_name(f"{name}.py") for name in ("loops", "ranks", "compiled")))
     source = b"".join(file.read_bytes() for file in files)
     facts = [llvm.get_default_triple(), llvm.get_host_cpu_name(),
              llvm.get_host_cpu_features().flatten(), str(llvm.llvm_version_info)]  # fmt: skip
