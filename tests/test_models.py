@@ -214,3 +214,11 @@ def test_a_cosine_head_comes_back_and_has_the_same_bytes_every_time(tmp_path: Pa
     assert load_head(tmp_path / "one").cosine
     assert load_head(tmp_path / "one").labels == ("a", "b")
     assert (tmp_path / "one").read_bytes() == (tmp_path / "two").read_bytes()
+
+
+def test_a_disk_that_refuses_a_head_is_for_the_caller_to_tell(tmp_path: Path) -> None:
+    """``finetune`` says that the training is kept; half a head is left nowhere."""
+    (tmp_path / "file").write_text("no folder")
+    with pytest.raises(OSError, match="file"):
+        save_head(HEAD, tmp_path / "file" / "head.safetensors")
+    assert [p.name for p in tmp_path.iterdir()] == ["file"]

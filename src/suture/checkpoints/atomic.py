@@ -79,11 +79,11 @@ def locked(descriptor: int) -> bool:
 
 
 @contextmanager
-def taking_place(path: Path) -> Iterator[Path]:
+def replacing(path: Path) -> Iterator[Path]:
     """Give a name beside ``path`` to write to; it becomes ``path``, synced, once the block ends.
 
     Raises:
-        OutputError: it cannot be written; what stood there before still does.
+        OSError: the disk is full or refuses; what stood there before still does.
     """
     partial = path.with_name(f".{path.name}.partial")
     try:
@@ -93,8 +93,6 @@ def taking_place(path: Path) -> Iterator[Path]:
             os.fsync(file.fileno())
         partial.replace(path)
         sync_folder(path.parent)
-    except OSError as error:
-        raise OutputError(f"{path}: cannot be written: {error.strerror or error}") from error
     finally:
         with suppress(OSError):
             partial.unlink(missing_ok=True)
@@ -107,8 +105,11 @@ def appearing(path: Path) -> Iterator[BinaryIO]:
     Raises:
         OutputError: it cannot be written; what stood there before still does.
     """
-    with taking_place(path) as partial, partial.open("wb") as file:
-        yield file
+    try:
+        with replacing(path) as partial, partial.open("wb") as file:
+            yield file
+    except OSError as error:
+        raise OutputError(f"{path}: cannot be written: {error.strerror or error}") from error
 
 
 def write_whole(path: Path, content: str | bytes) -> None:

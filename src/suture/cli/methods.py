@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import suppress
-from importlib import import_module
 from typing import Annotated, Any
 
 import typer
 
+import suture
 from suture.cli.options import Json, OneOf, app, errors
 from suture.cli.terminal import say, show_json, tell
 from suture.errors import (
@@ -18,14 +18,10 @@ from suture.errors import (
 )
 
 KINDS = {
-    "merge": ("suture.merges.table", "METHODS"),
-    "strategy": ("suture.training.strategies", "STRATEGIES"),
-    "realigner": ("suture.verbs.realign.methods", "REALIGNERS"),
-    "rule": ("suture.edits.importance", "RULES"),
-    "eval": ("suture.evals.table", "EVALS"),
-    "preset": ("suture.merges.presets", "PRESETS"),
-}
-"""Where the table of each kind is."""
+    "merge": "METHODS", "strategy": "STRATEGIES", "realigner": "REALIGNERS", "rule": "RULES",
+    "eval": "EVALS", "preset": "PRESETS",
+}  # fmt: skip
+"""The public name of each kind's table."""
 KindOrName = Annotated[
     str | None,
     typer.Argument(metavar="kind", help=f"{', '.join(KINDS)}; by default merge. Or a name."),
@@ -68,8 +64,7 @@ def realigners(name: OneOf = None, as_json: Json = False) -> None:
 
 def table_of(kind: str) -> Any:
     """The table of a kind."""
-    module, name = KINDS[kind]
-    return getattr(import_module(module), name)
+    return getattr(suture, KINDS[kind])
 
 
 def kind_of(name: str) -> str:

@@ -351,27 +351,9 @@ def localize(  # noqa: PLR0913  every word of the question
     without: Mask | StoredMask | None = None,
     threads: int | None = None,
 ) -> Mask:
-    """The entries of a task vector that matter most by a rule; exactly ``round(density * n)``.
+    """Return the entries of a task vector that matter most by a rule: ``round(density * n)``.
 
-    Ties are broken by position. Entries that cannot matter, whose score is 0 by a rule without
-    signs, are never kept, even if fewer are left.
-
-    Args:
-        vector: tuned minus base, over the tensors that compete.
-        rule: one of ``RULES``; ``magnitude`` needs no data (He et al. 2025, arXiv:2408.13656).
-        density: the share to keep, in (0, 1]; may be left out with ``positive``.
-        scope: whether entries compete over all tensors (``global``), a ``layer``, a ``tensor``.
-        stats: what the rule needs, from ``measure``, or the file it was saved to.
-        positive: keep only entries whose score is above 0 (rules with a sign).
-        seed: of the rule ``random``.
-        label: the name of the model, from which ``random`` draws another mask for each.
-        without: entries that are never kept (set difference: Wei et al. 2024, arXiv:2402.05162);
-            the density stays that of all entries.
-        threads: default every core; changes no bit.
-
-    Raises:
-        RecipeError: no such rule or scope, ``density`` is not in (0, 1], statistics are missing.
-        MismatchError: the statistics, or the mask of ``without``, are those of other tensors.
+    Arguments and errors are those of ``suture.localize``.
     """
     if isinstance(stats, str | Path):
         stats = Stats.load(Path(stats))

@@ -165,9 +165,7 @@ def _folder() -> Path:
     """Where machine code for this processor and these sources is kept."""
     import llvmlite.binding as llvm
 
-    here = Path(__file__)
-    files = (here, *(here.with_name(f"{name}.py") for name in ("loops", "ranks", "compiled")))
-    source = b"".join(file.read_bytes() for file in files)
+    source = b"".join(file.read_bytes() for file in sorted(Path(__file__).parent.glob("*.py")))
     facts = [llvm.get_default_triple(), llvm.get_host_cpu_name(),
              llvm.get_host_cpu_features().flatten(), str(llvm.llvm_version_info)]  # fmt: skip
     key = hashlib.sha256("\n".join(facts).encode() + source).hexdigest()[:24]

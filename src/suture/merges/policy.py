@@ -27,5 +27,5 @@ POLICIES = {
     "vocabulary": ("error", "shared-rows", "base", "union"),
 }
 
-ERRORS = Policy()
+STRICT = Policy()
 """Refuse every difference."""

@@ -60,6 +60,10 @@ class Progress:
     """What the validation rows gave after this step, if they were looked at."""
 
 
+Tell = Callable[[str, Progress], None]
+"""Is told the phase and where training stands, after every step."""
+
+
 @dataclass(frozen=True)
 class TuneResult:
     """What training did; the model itself was changed in place."""

@@ -23,7 +23,7 @@ from typing import Any, Generic, NamedTuple, Protocol, TypeVar
 
 from safetensors import SafetensorError, safe_open
 
-from suture.checkpoints.atomic import taking_place
+from suture.checkpoints.atomic import replacing
 from suture.errors import (
     CheckpointError,
     MismatchError,
@@ -584,7 +584,7 @@ def save_head(head: Head, path: Path) -> None:
     tensors = {"weight": head.weight.contiguous(), "bias": head.bias.contiguous()}
     # One key: the library writes several in an order that changes from run to run.
     facts = {_COSINE if head.cosine else _LABELS: json.dumps(head.labels)}
-    with taking_place(path) as partial:
+    with replacing(path) as partial:
         save_shared(tensors, partial, facts)
 
 

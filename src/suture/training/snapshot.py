@@ -7,9 +7,7 @@ one before. There is no pickle in it.
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Mapping
-from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -18,7 +16,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from suture.checkpoints.atomic import sync_folder
+from suture.checkpoints.atomic import replacing
 from suture.errors import CheckpointError, OutputError
 
 
@@ -41,18 +39,11 @@ def write_snapshot(snapshot: Snapshot, path: Path) -> None:
     Raises:
         OutputError: the disk is full or refuses; the one before is still there.
     """
-    partial = path.with_name(f".{path.name}.partial")
     tensors = {n: t.detach().cpu().contiguous() for n, t in snapshot.tensors.items()}
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        save_file(tensors, partial, {"facts": json.dumps(snapshot.facts)})
-        with partial.open("rb") as file:
-            os.fsync(file.fileno())
-        partial.replace(path)
-        sync_folder(path.parent)
+        with replacing(path) as partial:
+            save_file(tensors, partial, {"facts": json.dumps(snapshot.facts)})
     except (OSError, SafetensorError) as error:
-        with suppress(OSError):
-            partial.unlink(missing_ok=True)
         why = error.strerror if isinstance(error, OSError) and error.strerror else error
         kept = "it was the first; with more room the same command starts anew"
         if path.is_file():

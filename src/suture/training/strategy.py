@@ -11,7 +11,6 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from suture.checkpoints.atomic import taking_place
 from suture.checkpoints.checkpoint import Checkpoint, open_checkpoint
 from suture.checkpoints.linearized import PLAIN
 from suture.edits.mask import Mask
@@ -83,8 +82,7 @@ class TrainJob:
             return self.masks_of(Mask.load(path), str(path))
         masks = make()
         if path is not None:
-            with taking_place(path) as partial:
-                self.mask(masks, about).save(partial)
+            self.mask(masks, about).save(path)
         return masks
 
     def mask(self, masks: Mapping[str, Tensor], about: Mapping[str, Any]) -> Mask:

@@ -20,7 +20,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from suture.analysis.vector_space import BATCH, Side, Vector
-from suture.checkpoints.atomic import taking_place
+from suture.checkpoints.atomic import replacing
 from suture.checkpoints.checkpoint import Checkpoint
 from suture.edits.mask import Mask
 from suture.errors import OutputError, Problems
@@ -184,9 +184,9 @@ def save_vectors(vectors: Sequence[Vector], path: Path) -> None:
             else:
                 held[f"{number}/{name}/dense"] = delta.contiguous()
     try:
-        with taking_place(path) as partial:
+        with replacing(path) as partial:
             save_file(held, partial)
-    except SafetensorError as error:
+    except (OSError, SafetensorError) as error:
         raise OutputError(f"{path}: task vectors cannot be written: {error}") from error
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -25,7 +25,7 @@ from suture.schema.tuning import TuneSettings
 from suture.tensors.spec import listed
 from suture.training.heads import make_head
 from suture.training.load import encoder_of
-from suture.training.loop import Progress, TuneResult, tune
+from suture.training.loop import Tell, TuneResult, tune
 from suture.training.loss import LossStep, classification, next_token
 from suture.training.models import (
     Classifier,
@@ -48,9 +48,6 @@ from suture.verbs.finetune.result import (
 from suture.verbs.finetune.work import workshop
 from suture.verbs.patch.run import make_patch
 from suture.version import __version__
-
-Tell = Callable[[str, Progress], None]
-"""Is told the phase and where training stands, after every step."""
 
 
 def finetune(

@@ -15,7 +15,7 @@ from suture.errors import (
     brief,
 )
 from suture.merges.base import Method, spelled
-from suture.merges.policy import ERRORS, POLICIES, Policy
+from suture.merges.policy import POLICIES, STRICT, Policy
 from suture.merges.protect import Protection
 from suture.merges.table import METHODS
 from suture.schema.parameters import Parameter
@@ -63,7 +63,7 @@ class Recipe:
     base: str | None = None
     parameters: Mapping[str, Any] = field(default_factory=dict)
     space: ParamSpace = DEFAULT_SPACE
-    policy: Policy = ERRORS
+    policy: Policy = STRICT
     dtype: str | None = None
     """The dtype of floating tensors of the output; ``None`` keeps that of the base, ``PROMOTED``
     takes for each the narrowest that holds every model's."""

@@ -31,7 +31,7 @@ from suture.runs.weights import TORCH, write_weights
 from suture.runs.workspace import Workspace, training_space
 from suture.schema.paths import place_of
 from suture.tensors.spec import readable
-from suture.training.loop import Progress, TuneResult, peak_memory, tune
+from suture.training.loop import Tell, TuneResult, peak_memory, tune
 from suture.training.loss import LossStep
 from suture.training.models import load_language_model, parameters_of
 from suture.training.packed import ParameterPlace
@@ -49,9 +49,6 @@ from suture.verbs.realign.result import (
     retention,
 )
 from suture.verbs.realign.score_cache import inputs_of, keep_for, remembered
-
-Tell = Callable[[str, Progress], None]
-"""Is told the phase and where training stands, after every step."""
 
 
 def realign(

@@ -63,7 +63,7 @@ def write_page(
     sections = sections_of(found)
     text = render(found, sections, title or f"Report on {folder.resolve().name}")
     drawn = [] if images is None else _draw(sections, images)
-    write_whole(out, text.encode("utf-8"))
+    write_whole(out, text)
     notes = [p for s in sections if s.anchor == "notes" for p in s.points]
     return {
         "out": str(out),
@@ -194,7 +194,7 @@ def _image(chart: Chart, title: str, folder: Path, name: str) -> list[str]:
         raise MissingExtraError(f"the report ({error.name})", "report") from None
     spec = themed(_sized(chart, title), themes()["light"])
     spec["config"] = {**spec["config"], "background": "#ffffff"}
-    write_whole(folder / f"{name}.svg", vegalite_to_svg(spec, allowed_base_urls=[]).encode("utf-8"))
+    write_whole(folder / f"{name}.svg", vegalite_to_svg(spec, allowed_base_urls=[]))
     write_whole(folder / f"{name}.png", vegalite_to_png(spec, scale=2, allowed_base_urls=[]))
     return [f"{name}.svg", f"{name}.png"]
 
