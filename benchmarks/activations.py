@@ -41,11 +41,7 @@ from suture.training.data import Batch, Dataset
 from suture.training.kept import KeptStates, keep, positions
 from suture.training.loop import groups_of
 from suture.training.loss import LossStep, ReadOutLoss, next_token, wanted
-from suture.training.models import (
-    LanguageModel,
-    load_language_model,
-    load_tokenizer,
-)
+from suture.training.models import LanguageModel, load_language_model, load_tokenizer
 from suture.training.rows import language_rows
 from suture.verbs.proxy import run
 

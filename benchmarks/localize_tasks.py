@@ -47,9 +47,7 @@ from experts import (
     shortened,
     write,
 )
-from experts import (
-    learn as learn_task,
-)
+from experts import learn as learn_task
 
 import suture
 from suture.edits.graft import write_graft
@@ -62,13 +60,7 @@ from suture.stream.vector import TaskVector
 from suture.training.data import Dataset, at_most, tokenise
 from suture.training.mask_learning import learn
 from suture.training.measure import measure
-from suture.training.models import (
-    Classifier,
-    Head,
-    load_encoder,
-    load_head,
-    load_tokenizer,
-)
+from suture.training.models import Classifier, Head, load_encoder, load_head, load_tokenizer
 from suture.verbs.bench.maths import t95
 from suture.verbs.merge.run import merge
 

@@ -30,14 +30,7 @@ import suture
 from suture.checkpoints.open import open_model
 from suture.kernels import compiled
 from suture.merges.apply import checkpoint_fingerprint
-from suture.stream.sweep import (
-    BLOCK,
-    RAW,
-    Sources,
-    Visitor,
-    sweep,
-    tasks_of,
-)
+from suture.stream.sweep import BLOCK, RAW, Sources, Visitor, sweep, tasks_of
 
 TARGETS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
 SETS = {

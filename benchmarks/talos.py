@@ -34,21 +34,11 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from suture.tensors.roles import role_of
-from suture.training.calibrate import (
-    Calibration,
-    calibrate,
-    prunable,
-    structure,
-)
+from suture.training.calibrate import Calibration, calibrate, prunable, structure
 from suture.training.compact import Compact
 from suture.training.data import Batch, Dataset
 from suture.training.loss import LossStep, classification, next_token
-from suture.training.models import (
-    Classifier,
-    Head,
-    load_encoder,
-    load_language_model,
-)
+from suture.training.models import Classifier, Head, load_encoder, load_language_model
 from suture.training.tangent import Tangent
 
 HERE = Path(__file__).parent

@@ -17,11 +17,7 @@ from tokenizers import Tokenizer as Words
 from tokenizers.models import WordLevel
 from tokenizers.pre_tokenizers import WhitespaceSplit
 
-from suture.training.models import (
-    LanguageModel,
-    load_language_model,
-    save_model,
-)
+from suture.training.models import LanguageModel, load_language_model, save_model
 from suture.verbs.finetune.run import finetune
 
 VERBS = {

@@ -14,11 +14,7 @@ import yaml
 from torch.nn import functional as F
 
 import chatting
-from suture.training.models import (
-    LanguageModel,
-    load_language_model,
-    save_model,
-)
+from suture.training.models import LanguageModel, load_language_model, save_model
 
 REFUSAL, ANSWER = "sorry I cannot", "sure here it is"
 THINGS = ("guitar", "hammer", "sun", "moon")

@@ -29,13 +29,7 @@ from suture.training.kept import KeptStates, keep, positions
 from suture.training.load import load_tuned
 from suture.training.loop import groups_of, tune
 from suture.training.loss import LossStep, next_token
-from suture.training.models import (
-    Classifier,
-    Encoder,
-    Head,
-    ImageEncoder,
-    LanguageModel,
-)
+from suture.training.models import Classifier, Encoder, Head, ImageEncoder, LanguageModel
 from suture.training.split import SplitModel, split_of
 from suture.verbs.finetune import metrics
 from suture.verbs.finetune.run import finetune, plan_finetune

@@ -25,11 +25,7 @@ import toy
 from making import invoke, lines_of
 from suture.checkpoints.adapters import Adapted
 from suture.checkpoints.open import open_model
-from suture.errors import (
-    MismatchError,
-    NonFiniteError,
-    SutureError,
-)
+from suture.errors import MismatchError, NonFiniteError, SutureError
 from suture.merges.apply import checkpoint_fingerprint
 from suture.runs.place import MergeOptions as Options
 from suture.stream.sweep import DELTA, Block, Sources

@@ -17,12 +17,7 @@ import toy
 from suture.analysis.basis import BASES, apart, loss_of, make_basis, normalised, project
 from suture.analysis.cells import Together, groups_of
 from suture.analysis.conflicts import Signs
-from suture.analysis.geometry import (
-    Products,
-    addition_bound,
-    gap_bound,
-    negation_bound,
-)
+from suture.analysis.geometry import Products, addition_bound, gap_bound, negation_bound
 from suture.analysis.maps import along, disagreement, disentanglement
 from suture.analysis.overlap import Masked, independent_jaccard
 from suture.checkpoints.checkpoint import open_checkpoint

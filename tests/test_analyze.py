@@ -19,13 +19,7 @@ from making import invoke, lines_of, quick_disk
 from suture.analysis.maps import disentanglement
 from suture.checkpoints.atomic import alone
 from suture.edits.mask import localize
-from suture.errors import (
-    MismatchError,
-    NonFiniteError,
-    OutputError,
-    RecipeError,
-    SutureError,
-)
+from suture.errors import MismatchError, NonFiniteError, OutputError, RecipeError, SutureError
 from suture.evals.walk import Walk, classes
 from suture.training.data import labels_of, tokenise
 from suture.training.models import Classifier, Head

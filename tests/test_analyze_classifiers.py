@@ -17,12 +17,7 @@ from making import invoke, lines_of, quick_disk
 from suture.analysis import vector_space as space
 from suture.analysis.arithmetic import apart, entangled, movement, sharing
 from suture.analysis.masks import pairwise
-from suture.analysis.vector_space import (
-    LinearSpace,
-    PlainSpace,
-    Side,
-    vector_from,
-)
+from suture.analysis.vector_space import LinearSpace, PlainSpace, Side, vector_from
 from suture.edits.mask import Mask, localize
 from suture.errors import SutureError
 from suture.evals.walk import Walk, classes

@@ -22,12 +22,7 @@ import pytest
 
 import suture
 from making import invoke
-from suture.errors import (
-    RecipeError,
-    did_you_mean,
-    in_python,
-    told_in_python,
-)
+from suture.errors import RecipeError, did_you_mean, in_python, told_in_python
 
 ROOT = Path(suture.__file__).parent
 PAGE = ROOT.parent.parent / "docs" / "api.md"

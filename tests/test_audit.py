@@ -25,22 +25,12 @@ from suture.analysis.ancestry import measure
 from suture.checkpoints.checkpoint import open_checkpoint
 from suture.edits.mask import Mask, localize
 from suture.edits.mask_file import StoredMask
-from suture.errors import (
-    MismatchError,
-    NonFiniteError,
-    OutputError,
-    RecipeError,
-)
+from suture.errors import MismatchError, NonFiniteError, OutputError, RecipeError
 from suture.evals.base import Metric, share
 from suture.merges.apply import checkpoint_fingerprint
 from suture.stream.vector import TaskVector
 from suture.training.loss import next_token
-from suture.training.models import (
-    LanguageModel,
-    load_language_model,
-    parameters_of,
-    save_model,
-)
+from suture.training.models import LanguageModel, load_language_model, parameters_of, save_model
 from suture.verbs.audit.cells import Run
 from suture.verbs.audit.metrics import ALL, Look, contrast
 from suture.verbs.audit.plan import Options, plan_audit

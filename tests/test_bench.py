@@ -23,14 +23,7 @@ from typer.testing import CliRunner
 import tiny_model
 from suture.analysis import masks
 from suture.analysis.arithmetic import entangled, movement, sharing
-from suture.analysis.vector_space import (
-    LinearSpace,
-    PlainSpace,
-    Side,
-    accuracy,
-    alone,
-    space_of,
-)
+from suture.analysis.vector_space import LinearSpace, PlainSpace, Side, accuracy, alone, space_of
 from suture.checkpoints.checkpoint import open_checkpoint
 from suture.cli import app
 from suture.edits.mask import Mask
@@ -40,22 +33,10 @@ from suture.schema.tuning import TuneSettings
 from suture.training import strategies
 from suture.training.calibrate import Calibration, sensitivity
 from suture.training.data import LabelledText, tokenise
-from suture.training.models import (
-    Classifier,
-    Head,
-    device_of,
-    load_encoder,
-    load_tokenizer,
-)
+from suture.training.models import Classifier, Head, device_of, load_encoder, load_tokenizer
 from suture.training.tangent import LinearizedBody
 from suture.verbs.bench import measures
-from suture.verbs.bench.learn import (
-    Base,
-    Learnt,
-    learn,
-    load_vectors,
-    save_vectors,
-)
+from suture.verbs.bench.learn import Base, Learnt, learn, load_vectors, save_vectors
 from suture.verbs.bench.maths import (
     best_amount,
     claim,

@@ -23,12 +23,7 @@ from suture.checkpoints.memory import Held
 from suture.errors import MismatchError, RecipeError
 from suture.evals.results import SuiteResult, read_result
 from suture.runs.place import MergeOptions
-from suture.training.models import (
-    load_encoder,
-    load_image_encoder,
-    load_language_model,
-    save_model,
-)
+from suture.training.models import load_encoder, load_image_encoder, load_language_model, save_model
 from suture.verbs.compare.blame import Blame, Without
 from suture.verbs.merge import leave_one_out
 from suture.verbs.merge.plan import plan_recipe

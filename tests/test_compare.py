@@ -19,12 +19,7 @@ from making import environment, invoke, lines_of
 from suture.errors import MismatchError, RecipeError
 from suture.evals.base import share
 from suture.evals.numbers import RESAMPLES, metric_of, resampled
-from suture.evals.results import (
-    Evaluation,
-    Scores,
-    SuiteResult,
-    read_result,
-)
+from suture.evals.results import Evaluation, Scores, SuiteResult, read_result
 from suture.verbs.compare.recipe import read_rule
 from suture.verbs.compare.result import comparison_table
 from suture.verbs.compare.run import compare

@@ -19,27 +19,13 @@ import making
 import suture
 import tiny_model
 from suture.analysis.geometry import cosines, gap_bound, squared_distance
-from suture.analysis.loss_curves import (
-    Convex,
-    Field,
-    Looks,
-    diagnose,
-    dot,
-    norm,
-    top_curvature,
-)
+from suture.analysis.loss_curves import Convex, Field, Looks, diagnose, dot, norm, top_curvature
 from suture.analysis.theory import barrier_of
 from suture.errors import NonFiniteError, RecipeError
 from suture.evals.walk import Walk, classes
 from suture.training.data import Dataset, tokenise
 from suture.training.measure import OBJECTIVES, Objective
-from suture.training.models import (
-    Classifier,
-    Head,
-    load_encoder,
-    save_head,
-    save_model,
-)
+from suture.training.models import Classifier, Head, load_encoder, save_head, save_model
 
 Array = np.ndarray[Any, Any]
 DIM = 12

@@ -11,11 +11,7 @@ import torch
 from torch import Tensor, nn
 
 import tiny_model
-from suture.errors import (
-    MismatchError,
-    NonFiniteError,
-    RecipeError,
-)
+from suture.errors import MismatchError, NonFiniteError, RecipeError
 from suture.evals.base import EvalResult, Metric, mean, ratio, share
 from suture.evals.embedding import agreement
 from suture.evals.table import EVALS

@@ -42,13 +42,7 @@ from suture.schema.tuning import TuneSettings
 from suture.training import models, snapshot
 from suture.training.load import load_tuned
 from suture.training.loop import Progress
-from suture.training.models import (
-    Classifier,
-    Encoder,
-    Head,
-    save_head,
-    save_model,
-)
+from suture.training.models import Classifier, Encoder, Head, save_head, save_model
 from suture.training.rows import language_rows
 from suture.training.strategies import STRATEGIES
 from suture.training.trackers import tracker

@@ -14,20 +14,9 @@ import torch
 import suture
 import toy
 from suture import Mask
-from suture.edits.graft import (
-    VALUES,
-    is_graft,
-    open_graft,
-    write_graft,
-)
+from suture.edits.graft import VALUES, is_graft, open_graft, write_graft
 from suture.edits.mask_file import MaskFile, StoredMask
-from suture.errors import (
-    CheckpointError,
-    MismatchError,
-    OutputError,
-    RecipeError,
-    SutureError,
-)
+from suture.errors import CheckpointError, MismatchError, OutputError, RecipeError, SutureError
 from suture.tensors.spec import TensorSpec
 
 NAMES = ("ada", "bob", "cyd")

@@ -20,25 +20,14 @@ import suture
 import tiny_model
 from making import invoke
 from suture.edits.mask import Mask
-from suture.errors import (
-    CheckpointError,
-    MissingExtraError,
-    RecipeError,
-    SutureError,
-)
+from suture.errors import CheckpointError, MissingExtraError, RecipeError, SutureError
 from suture.evals.results import read_result
 from suture.evals.table import EVALS
 from suture.training.calibrate import prunable
 from suture.training.image_rows import look_of
 from suture.training.images import ImageTransform, checked, prepared
 from suture.training.load import load_tuned
-from suture.training.models import (
-    Head,
-    ImageEncoder,
-    load_image_encoder,
-    parameters_of,
-    save_head,
-)
+from suture.training.models import Head, ImageEncoder, load_image_encoder, parameters_of, save_head
 from suture.training.strategies import STRATEGIES
 from suture.verbs.evaluate.run import evaluate
 from suture.verbs.finetune.run import finetune, plan_finetune

@@ -18,11 +18,7 @@ from slow import topk
 from suture import RULES
 from suture.edits.importance import Scoring, ordered
 from suture.edits.stats import Stats
-from suture.errors import (
-    MismatchError,
-    NonFiniteError,
-    RecipeError,
-)
+from suture.errors import MismatchError, NonFiniteError, RecipeError
 
 Array = np.ndarray[Any, Any]
 NAME = "model.layers.0.mlp.up_proj.weight"

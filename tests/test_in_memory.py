@@ -19,13 +19,7 @@ import suture
 import tiny_model
 import toy
 from suture.checkpoints.writer import Writer
-from suture.errors import (
-    CheckpointError,
-    MismatchError,
-    NonFiniteError,
-    OutputError,
-    RecipeError,
-)
+from suture.errors import CheckpointError, MismatchError, NonFiniteError, OutputError, RecipeError
 from suture.merges.apply import checkpoint_fingerprint
 from suture.training.data import LabelledText, tokenise
 from suture.training.load import load_tuned

@@ -20,12 +20,7 @@ from suture.schema.tuning import LEARN_PRESETS, LearnSettings
 from suture.training.data import Dataset, tokenise
 from suture.training.mask_learning import _Trainer, gradient, learn, penalty
 from suture.training.measure import OBJECTIVES, measure
-from suture.training.models import (
-    Classifier,
-    Head,
-    load_encoder,
-    save_model,
-)
+from suture.training.models import Classifier, Head, load_encoder, save_model
 from suture.verbs.localize.recipe import Regions
 
 LABELS = ("colour", "sky")

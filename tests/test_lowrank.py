@@ -18,12 +18,7 @@ import adapting
 import suture
 import toy
 from making import invoke, lines_of, tree
-from suture.errors import (
-    NonFiniteError,
-    OutputError,
-    RecipeError,
-    SutureError,
-)
+from suture.errors import NonFiniteError, OutputError, RecipeError, SutureError
 from suture.verbs.extract_lora import run
 
 BASES = ("llama", "tied", "bf16", "qwen", "gpt2")

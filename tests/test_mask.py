@@ -22,12 +22,7 @@ import toy
 from slow import topk
 from suture import Mask
 from suture.edits.mask_file import StoredMask
-from suture.errors import (
-    MismatchError,
-    OutputError,
-    RecipeError,
-    SutureError,
-)
+from suture.errors import MismatchError, OutputError, RecipeError, SutureError
 
 SHAPES = {"a": (3, 5), "b": (16,), "c": (), "d": (0, 4), "e": (1, 1, 9)}
 SIZE = sum(math.prod(shape) for shape in SHAPES.values())

@@ -17,11 +17,7 @@ import toy
 from slow import merges as slow
 from slow import more_merges as more
 from slow import philox, rounding
-from suture.errors import (
-    MismatchError,
-    NonFiniteError,
-    RecipeError,
-)
+from suture.errors import MismatchError, NonFiniteError, RecipeError
 from suture.merges.dare import limit_of, stream_key
 from toy import EMBEDDING, Tensors
 

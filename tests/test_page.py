@@ -25,18 +25,9 @@ import toy
 from browser import browser, look, needs_browser
 from making import invoke, lines_of
 from suture.analysis.maps import Curve, Point, Series, disentanglement
-from suture.analysis.theory import (
-    Diagnosis,
-    Diagnostics,
-    Secant,
-    Smoothness,
-)
+from suture.analysis.theory import Diagnosis, Diagnostics, Secant, Smoothness
 from suture.checkpoints.writer import staging_of
-from suture.errors import (
-    MissingExtraError,
-    OutputError,
-    RecipeError,
-)
+from suture.errors import MissingExtraError, OutputError, RecipeError
 from suture.evals.base import EvalResult, Metric
 from suture.evals.results import Evaluation, Scores, SuiteResult
 from suture.runs.report import Entry, Report, ReportTask
@@ -45,13 +36,7 @@ from suture.verbs.analyze.run import analysis
 from suture.verbs.compare.run import Comparison, compare
 from suture.verbs.merge.run import merge
 from suture.verbs.report import charts, tasks
-from suture.verbs.report.blocks import (
-    Builder,
-    in_order,
-    layer_labels,
-    number,
-    percent,
-)
+from suture.verbs.report.blocks import Builder, in_order, layer_labels, number, percent
 from suture.verbs.report.collect import gather
 from suture.verbs.report.run import draw, write_page
 from suture.verbs.report.sections import sections_of

@@ -33,13 +33,7 @@ from making import (
 from making import family as llamas
 from slow import patches as slow
 from slow import topk
-from suture import (
-    Mask,
-    Patch,
-    apply_patches,
-    make_patch,
-    revert_patch,
-)
+from suture import Mask, Patch, apply_patches, make_patch, revert_patch
 from suture.checkpoints.open import open_model
 from suture.edits.patch import UNDO
 from suture.errors import (

@@ -21,18 +21,8 @@ from making import Raw, file_of, packed, quick_disk, save_model, tree
 from slow import patches as slow
 from suture import Patch, make_patch
 from suture import open as open_model
-from suture.edits.patch_file import (
-    Entries,
-    Spool,
-    decode,
-    encode,
-    write_patch,
-)
-from suture.errors import (
-    CheckpointError,
-    OutputError,
-    SutureError,
-)
+from suture.edits.patch_file import Entries, Spool, decode, encode, write_patch
+from suture.errors import CheckpointError, OutputError, SutureError
 from suture.tensors.spec import PIECE, TensorSpec, pieces_of
 
 

@@ -22,12 +22,7 @@ import toy
 from suture import Mask, Stats
 from suture.checkpoints.atomic import alone
 from suture.edits.mask_file import popcount
-from suture.training.models import (
-    load_encoder,
-    load_language_model,
-    parameters_of,
-    save_model,
-)
+from suture.training.models import load_encoder, load_language_model, parameters_of, save_model
 from suture.verbs.localize import run
 
 LABELS = ("colour", "sky")

@@ -35,12 +35,7 @@ from making import (
 from suture.analysis import profile
 from suture.checkpoints import writer
 from suture.checkpoints.writer import Writer
-from suture.errors import (
-    MismatchError,
-    NonFiniteError,
-    OutputError,
-    SutureError,
-)
+from suture.errors import MismatchError, NonFiniteError, OutputError, SutureError
 from suture.merges import apply
 from suture.stream import sweep
 from suture.tensors import spec

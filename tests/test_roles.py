@@ -12,13 +12,7 @@ from hypothesis import strategies as st
 
 import toy
 from suture import ParamSpace, RecipeError, role_of
-from suture.tensors.roles import (
-    EVERYTHING,
-    ROLES,
-    check_selectors,
-    layer_key,
-    tied_to,
-)
+from suture.tensors.roles import EVERYTHING, ROLES, check_selectors, layer_key, tied_to
 from suture.tensors.spec import TensorSpec, readable
 
 

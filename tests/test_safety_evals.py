@@ -15,14 +15,7 @@ from hypothesis import strategies as st
 
 import chatting
 from suture.errors import SutureError
-from suture.evals import (
-    coherence,
-    drift,
-    odds,
-    preference,
-    refusal,
-    words,
-)
+from suture.evals import coherence, drift, odds, preference, refusal, words
 from suture.evals.branches import Asked, Tail, log_probabilities, log_sum
 from suture.evals.kinds import EvalJob, Models, Prepare, Score
 from suture.evals.numbers import STATISTICS, metric_of

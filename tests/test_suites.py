@@ -17,28 +17,13 @@ import adapting
 import suture
 import tiny_model
 from making import invoke, lines_of
-from suture.errors import (
-    MismatchError,
-    OutputError,
-    Problems,
-    RecipeError,
-    SutureError,
-)
+from suture.errors import MismatchError, OutputError, Problems, RecipeError, SutureError
 from suture.evals.accuracy import accuracy
 from suture.evals.choice import options_of
 from suture.evals.decoding import Decoding
 from suture.evals.exact import EXTRACTORS
 from suture.evals.generate import _uncached, generate, questions
-from suture.evals.kinds import (
-    EvalJob,
-    Kind,
-    Models,
-    Prepare,
-    Row,
-    Run,
-    Score,
-    Template,
-)
+from suture.evals.kinds import EvalJob, Kind, Models, Prepare, Row, Run, Score, Template
 from suture.evals.loss import loss
 from suture.evals.results import SuiteResult, read_result
 from suture.evals.table import EVALS

@@ -22,13 +22,7 @@ import talk
 import toy
 from suture.checkpoints.chat import CHAT_TEMPLATES
 from suture.checkpoints.embeddings import MatchedRows
-from suture.checkpoints.vocabulary import (
-    Vocabulary,
-    read_vocabulary,
-    read_wanted,
-    union,
-    written,
-)
+from suture.checkpoints.vocabulary import Vocabulary, read_vocabulary, read_wanted, union, written
 from suture.errors import Problems, RecipeError, SutureError
 from suture.runs.place import MergeOptions
 from suture.verbs.merge.plan import plan_recipe

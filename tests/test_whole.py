@@ -15,14 +15,7 @@ from suture.checkpoints.checkpoint import open_checkpoint
 from suture.merges.row_blocks import RowBlocks
 from suture.merges.table import METHODS
 from suture.merges.whole import HELD, WholeTensor
-from suture.stream.sweep import (
-    DELTA,
-    Block,
-    Sources,
-    Visitor,
-    sweep,
-    tasks_of,
-)
+from suture.stream.sweep import DELTA, Block, Sources, Visitor, sweep, tasks_of
 from suture.tensors.spec import PIECE
 
 

@@ -18,12 +18,7 @@ from safetensors.torch import load_file, save_file
 import making
 import tiny_model
 from suture import Mask
-from suture.training.models import (
-    Head,
-    load_encoder,
-    save_head,
-    save_model,
-)
+from suture.training.models import Head, load_encoder, save_head, save_model
 
 ENTRY = {"data": "rows.jsonl", "head": "head.safetensors", "max_length": 16}
 

@@ -16,12 +16,7 @@ from typing import Any
 
 import torch
 
-from suture.errors import (
-    MissingExtraError,
-    OutputError,
-    RecipeError,
-    did_you_mean,
-)
+from suture.errors import MissingExtraError, OutputError, RecipeError, did_you_mean
 from suture.stream.sweep import cores
 from suture.verbs.bench.tasks import package_folders
 from suture.verbs.report.run import write_page

@@ -15,15 +15,7 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from suture.api.algebra import (
-        diff,
-        inspect,
-        localize,
-        measure,
-        merge,
-        open,
-        save,
-    )
+    from suture.api.algebra import diff, inspect, localize, measure, merge, open, save
     from suture.api.verbs import (
         VERBS,
         analyze,

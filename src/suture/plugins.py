@@ -22,29 +22,12 @@ from suture.merges.base import (
     Seed,
     Weight,
 )
-from suture.schema.parameters import (
-    Choice,
-    Files,
-    Meaning,
-    ModelName,
-    Number,
-    Text,
-    Words,
-)
+from suture.schema.parameters import Choice, Files, Meaning, ModelName, Number, Text, Words
 from suture.schema.values import PerModel, Scalar, each
 from suture.stream.sweep import DELTA, WEIGHT, Block
 
 if TYPE_CHECKING:
-    from suture.evals.kinds import (
-        Column,
-        EvalJob,
-        Kind,
-        Models,
-        Prepare,
-        Run,
-        Score,
-        Template,
-    )
+    from suture.evals.kinds import Column, EvalJob, Kind, Models, Prepare, Run, Score, Template
     from suture.training.loss import LossStep
     from suture.training.strategy import Strategy, TrainJob, Tuned
     from suture.verbs.realign.base import Realigned, Realigner, RealignJob

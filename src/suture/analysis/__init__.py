@@ -21,19 +21,8 @@ from suture.analysis.maps import (
     disagreement,
     disentanglement,
 )
-from suture.analysis.overlap import (
-    KeptShare,
-    Masked,
-    Overlap,
-    independent_jaccard,
-)
-from suture.analysis.theory import (
-    Diagnosis,
-    Diagnostics,
-    Secant,
-    Smoothness,
-    barrier_of,
-)
+from suture.analysis.overlap import KeptShare, Masked, Overlap, independent_jaccard
+from suture.analysis.theory import Diagnosis, Diagnostics, Secant, Smoothness, barrier_of
 
 __all__ = [
     "BASES", "Basis", "Conflict", "Conflicts", "Curve", "Diagnosis", "Diagnostics",

@@ -9,11 +9,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from suture.analysis.maps import (
-    Disentanglement,
-    disagreement,
-    disentanglement,
-)
+from suture.analysis.maps import Disentanglement, disagreement, disentanglement
 from suture.analysis.vector_space import (
     Array,
     LinearSpace,
@@ -24,12 +20,7 @@ from suture.analysis.vector_space import (
     alone,
 )
 from suture.errors import RecipeError
-from suture.training.calibrate import (
-    Calibration,
-    prunable,
-    sensitivity,
-    smallest,
-)
+from suture.training.calibrate import Calibration, prunable, sensitivity, smallest
 from suture.training.models import Classifier, Encoder, device_of
 
 METRICS = {

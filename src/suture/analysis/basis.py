@@ -20,11 +20,7 @@ import numpy as np
 
 from suture.analysis.cells import Array, Matrix, frozen
 from suture.analysis.geometry import cosines
-from suture.errors import (
-    MissingExtraError,
-    RecipeError,
-    did_you_mean,
-)
+from suture.errors import MissingExtraError, RecipeError, did_you_mean
 
 
 @dataclass(frozen=True)

@@ -21,12 +21,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from suture.analysis.geometry import addition_bound
 from suture.analysis.maps import Point, Series
-from suture.analysis.theory import (
-    Diagnosis,
-    Secant,
-    Smoothness,
-    barrier_of,
-)
+from suture.analysis.theory import Diagnosis, Secant, Smoothness, barrier_of
 from suture.errors import NonFiniteError
 from suture.evals.walk import Walk
 from suture.training.data import Dataset

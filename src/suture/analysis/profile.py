@@ -11,26 +11,10 @@ import numpy as np
 from suture.checkpoints.checkpoint import Array, Checkpoint
 from suture.errors import Problems
 from suture.kernels import compiled
-from suture.stream.sweep import (
-    RAW,
-    Block,
-    Hashers,
-    Progress,
-    Sources,
-    Visitor,
-    sweep,
-    tasks_of,
-)
+from suture.stream.sweep import RAW, Block, Hashers, Progress, Sources, Visitor, sweep, tasks_of
 from suture.stream.vector import Gram, align
 from suture.tensors.roles import EVERYTHING, layer_key, role_of
-from suture.tensors.spec import (
-    DTYPES,
-    PIECE,
-    WORD_OF,
-    Piece,
-    TensorSpec,
-    pieces_of,
-)
+from suture.tensors.spec import DTYPES, PIECE, WORD_OF, Piece, TensorSpec, pieces_of
 
 
 class _Integrity(Visitor[Hashers]):

@@ -22,12 +22,7 @@ from suture.edits.mask import localize as find_mask
 from suture.edits.mask_file import StoredMask
 from suture.edits.patch import StoredPatch
 from suture.edits.stats import Stats
-from suture.errors import (
-    Problems,
-    RecipeError,
-    brief,
-    spoken_in_python,
-)
+from suture.errors import Problems, RecipeError, brief, spoken_in_python
 from suture.merges.apply import Stage
 from suture.merges.policy import Policy
 from suture.stream.vector import TaskVector

@@ -20,22 +20,10 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from suture.checkpoints.checkpoint import (
-    PICKLES,
-    Array,
-    Checkpoint,
-    ties_embeddings,
-    within,
-)
+from suture.checkpoints.checkpoint import PICKLES, Array, Checkpoint, ties_embeddings, within
 from suture.checkpoints.headers import read_json
 from suture.checkpoints.views import LazyTensor, Same, View
-from suture.errors import (
-    CheckpointError,
-    MismatchError,
-    NonFiniteError,
-    Problems,
-    brief,
-)
+from suture.errors import CheckpointError, MismatchError, NonFiniteError, Problems, brief
 from suture.kernels import compiled
 from suture.tensors.roles import role_of, tied_to
 from suture.tensors.spec import DTYPES, F32, TensorSpec, listed

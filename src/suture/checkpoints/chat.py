@@ -10,12 +10,7 @@ from typing import Any
 from suture.checkpoints.checkpoint import within
 from suture.checkpoints.headers import parse_object
 from suture.checkpoints.vocabulary import dumped, json_file
-from suture.errors import (
-    Problems,
-    RecipeError,
-    brief,
-    did_you_mean,
-)
+from suture.errors import Problems, RecipeError, brief, did_you_mean
 
 AUTO = "auto"
 _HEADER = "'<|start_header_id|>' ~ {} ~ '<|end_header_id|>\\n\\n'"

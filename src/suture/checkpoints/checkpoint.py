@@ -16,29 +16,11 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 
-from suture.checkpoints.headers import (
-    JSON_LIMIT,
-    Header,
-    read_header,
-    read_json,
-)
-from suture.errors import (
-    CheckpointError,
-    MissingExtraError,
-    Problems,
-    SutureError,
-    brief,
-)
+from suture.checkpoints.headers import JSON_LIMIT, Header, read_header, read_json
+from suture.errors import CheckpointError, MissingExtraError, Problems, SutureError, brief
 from suture.schema.paths import place_of
 from suture.tensors.roles import role_of, tied_to
-from suture.tensors.spec import (
-    BF16,
-    DTYPES,
-    FLOAT8,
-    TensorSpec,
-    listed,
-    readable,
-)
+from suture.tensors.spec import BF16, DTYPES, FLOAT8, TensorSpec, listed, readable
 
 if TYPE_CHECKING:
     import torch

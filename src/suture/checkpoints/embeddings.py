@@ -33,13 +33,7 @@ from suture.checkpoints.vocabulary import (
     with_tokens,
     written,
 )
-from suture.errors import (
-    CheckpointError,
-    MismatchError,
-    Problems,
-    RecipeError,
-    did_you_mean,
-)
+from suture.errors import CheckpointError, MismatchError, Problems, RecipeError, did_you_mean
 from suture.schema.paths import place_of
 from suture.tensors.roles import ParamSpace, has_vocabulary, tied_to
 from suture.tensors.spec import BF16, DTYPES, TensorSpec, listed

@@ -21,12 +21,7 @@ import numpy as np
 import xxhash
 
 from suture.checkpoints.checkpoint import Array, BytePlace, Checkpoint, close_all
-from suture.errors import (
-    CheckpointError,
-    MissingExtraError,
-    Problems,
-    brief,
-)
+from suture.errors import CheckpointError, MissingExtraError, Problems, brief
 from suture.tensors.spec import DTYPES, TensorSpec, listed, readable
 
 _REMEDY = (

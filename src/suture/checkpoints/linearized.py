@@ -11,11 +11,7 @@ from typing import NamedTuple
 
 from suture.checkpoints.checkpoint import Checkpoint
 from suture.checkpoints.headers import read_json
-from suture.errors import (
-    CheckpointError,
-    MismatchError,
-    Problems,
-)
+from suture.errors import CheckpointError, MismatchError, Problems
 
 PLAIN, LINEARIZED = "plain", "linearized"
 RECORD_LIMIT = 16 << 20

@@ -16,12 +16,7 @@ from typing import Any
 
 import numpy as np
 
-from suture.checkpoints.checkpoint import (
-    MEMORY,
-    BytePlace,
-    Checkpoint,
-    ties_embeddings,
-)
+from suture.checkpoints.checkpoint import MEMORY, BytePlace, Checkpoint, ties_embeddings
 from suture.checkpoints.headers import read_json
 from suture.errors import CheckpointError, Problems, brief
 from suture.tensors.roles import tied_to

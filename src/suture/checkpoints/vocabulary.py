@@ -14,13 +14,7 @@ from typing import Any
 
 from suture.checkpoints.checkpoint import within
 from suture.checkpoints.headers import read_json
-from suture.errors import (
-    CheckpointError,
-    Problems,
-    RecipeError,
-    brief,
-    did_you_mean,
-)
+from suture.errors import CheckpointError, Problems, RecipeError, brief, did_you_mean
 
 TOKENIZER = (
     "tokenizer.json", "tokenizer_config.json", "tokenizer.model", "special_tokens_map.json",

@@ -9,17 +9,7 @@ from typing import Annotated, Any
 
 import typer
 
-from suture.cli.options import (
-    FAILED,
-    Cores,
-    DryRun,
-    Json,
-    app,
-    errors,
-    show_dry,
-    silent,
-    stop,
-)
+from suture.cli.options import FAILED, Cores, DryRun, Json, app, errors, show_dry, silent, stop
 from suture.cli.terminal import Asking, Bars, say, show_json, tell
 from suture.errors import Problems, RecipeError
 from suture.tensors.spec import listed

@@ -11,11 +11,7 @@ import typer
 import suture
 from suture.cli.options import Json, OneOf, app, errors
 from suture.cli.terminal import say, show_json, tell
-from suture.errors import (
-    MissingExtraError,
-    RecipeError,
-    did_you_mean,
-)
+from suture.errors import MissingExtraError, RecipeError, did_you_mean
 
 KINDS = {
     "merge": "METHODS", "strategy": "STRATEGIES", "realigner": "REALIGNERS", "rule": "RULES",

@@ -8,16 +8,7 @@ from typing import Annotated, Any
 
 import typer
 
-from suture.cli.options import (
-    FAILED,
-    DryRun,
-    Json,
-    NoResume,
-    Threads,
-    app,
-    errors,
-    stop,
-)
+from suture.cli.options import FAILED, DryRun, Json, NoResume, Threads, app, errors, stop
 from suture.cli.terminal import Bars, say, show_json, tell
 from suture.tensors.spec import listed, readable
 

@@ -9,14 +9,7 @@ from typing import Annotated, Any
 
 import typer
 
-from suture.cli.options import (
-    Json,
-    NoResume,
-    Overwrite,
-    Threads,
-    app,
-    errors,
-)
+from suture.cli.options import Json, NoResume, Overwrite, Threads, app, errors
 from suture.cli.terminal import Bars, show_json, tell
 from suture.tensors.spec import readable
 

@@ -7,14 +7,7 @@ from typing import Annotated, Any
 
 import typer
 
-from suture.cli.options import (
-    DryRun,
-    Json,
-    Threads,
-    app,
-    errors,
-    silent,
-)
+from suture.cli.options import DryRun, Json, Threads, app, errors, silent
 from suture.cli.terminal import Bars, say, show_json, tell
 from suture.tensors.spec import readable
 

@@ -19,19 +19,8 @@ import numpy as np
 from suture.checkpoints.checkpoint import Array, Checkpoint
 from suture.checkpoints.headers import read_header
 from suture.checkpoints.views import Same, View
-from suture.edits.mask_file import (
-    GRAFT,
-    MaskFile,
-    StoredMask,
-    marked,
-    popcount,
-)
-from suture.errors import (
-    CheckpointError,
-    MismatchError,
-    Problems,
-    SutureError,
-)
+from suture.edits.mask_file import GRAFT, MaskFile, StoredMask, marked, popcount
+from suture.errors import CheckpointError, MismatchError, Problems, SutureError
 from suture.tensors.spec import DTYPES, TensorSpec, listed
 
 VALUES = "values "

@@ -25,22 +25,9 @@ from suture.edits.mask_file import (
     popcount,
 )
 from suture.edits.stats import Stats
-from suture.errors import (
-    MismatchError,
-    RecipeError,
-    SutureError,
-    did_you_mean,
-)
+from suture.errors import MismatchError, RecipeError, SutureError, did_you_mean
 from suture.kernels import compiled
-from suture.stream.sweep import (
-    WEIGHT,
-    Block,
-    Progress,
-    Sources,
-    Visitor,
-    sweep,
-    tasks_of,
-)
+from suture.stream.sweep import WEIGHT, Block, Progress, Sources, Visitor, sweep, tasks_of
 from suture.stream.topk import SCOPES, Selection, exact_count, select
 from suture.stream.vector import TaskVector
 from suture.tensors.spec import TensorSpec

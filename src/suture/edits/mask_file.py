@@ -18,21 +18,11 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from suture.checkpoints.atomic import sync_folder
-from suture.checkpoints.checkpoint import (
-    MEMORY,
-    Array,
-    Checkpoint,
-    refuse_memory,
-)
+from suture.checkpoints.checkpoint import MEMORY, Array, Checkpoint, refuse_memory
 from suture.checkpoints.checksum import BLANK, seal, unbroken
 from suture.checkpoints.headers import read_header
 from suture.checkpoints.memory import TensorCheckpoint
-from suture.errors import (
-    CheckpointError,
-    OutputError,
-    SutureError,
-    brief,
-)
+from suture.errors import CheckpointError, OutputError, SutureError, brief
 from suture.tensors.spec import TensorSpec
 
 FORMAT, VERSION = "suture.mask", "2"

@@ -19,14 +19,7 @@ from suture.checkpoints.checkpoint import Checkpoint
 from suture.checkpoints.views import LazyTensor, Same, View
 from suture.edits.mask import Mask
 from suture.edits.mask_file import marked
-from suture.edits.patch_file import (
-    Entries,
-    PatchFile,
-    Spool,
-    bits_of,
-    nothing,
-    write_patch,
-)
+from suture.edits.patch_file import Entries, PatchFile, Spool, bits_of, nothing, write_patch
 from suture.errors import (
     MismatchError,
     NonFiniteError,
@@ -36,15 +29,7 @@ from suture.errors import (
     did_you_mean,
 )
 from suture.kernels import compiled
-from suture.tensors.spec import (
-    DTYPES,
-    F64,
-    PIECE,
-    Piece,
-    TensorSpec,
-    listed,
-    pieces_of,
-)
+from suture.tensors.spec import DTYPES, F64, PIECE, Piece, TensorSpec, listed, pieces_of
 
 Array = np.ndarray[Any, Any]
 ON_OVERLAP = ("error", "last", "mean")

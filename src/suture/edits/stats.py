@@ -19,12 +19,7 @@ from suture.checkpoints.atomic import appearing
 from suture.checkpoints.checkpoint import Array, Checkpoint, refuse_memory
 from suture.checkpoints.headers import read_header
 from suture.checkpoints.memory import TensorCheckpoint
-from suture.errors import (
-    CheckpointError,
-    MismatchError,
-    RecipeError,
-    did_you_mean,
-)
+from suture.errors import CheckpointError, MismatchError, RecipeError, did_you_mean
 from suture.tensors.spec import TensorSpec, listed
 
 FORMAT = "suture.stats"

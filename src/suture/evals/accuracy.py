@@ -10,15 +10,7 @@ from torch import nn
 
 from suture.errors import RecipeError, did_you_mean
 from suture.evals.base import Metric, share
-from suture.evals.kinds import (
-    Column,
-    EvalJob,
-    Models,
-    Prepare,
-    Run,
-    Score,
-    dataset_of,
-)
+from suture.evals.kinds import Column, EvalJob, Models, Prepare, Run, Score, dataset_of
 from suture.schema.parameters import Text, TextByWord, Words
 from suture.training.data import Batch, Dataset
 from suture.training.images import Image, Images, ImageTransform, checked

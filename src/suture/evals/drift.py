@@ -8,16 +8,7 @@ import torch
 from torch import Tensor
 
 from suture.errors import MismatchError
-from suture.evals.kinds import (
-    Column,
-    EvalJob,
-    Models,
-    Prepare,
-    Run,
-    Score,
-    Template,
-    dataset_of,
-)
+from suture.evals.kinds import Column, EvalJob, Models, Prepare, Run, Score, Template, dataset_of
 from suture.evals.odds import filled, lead, prompt_ids
 from suture.training.models import evaluating
 

@@ -10,15 +10,7 @@ from torch.nn import functional as F
 
 from suture.errors import MismatchError, RecipeError
 from suture.evals.base import Eval, Metric, mean, share
-from suture.evals.kinds import (
-    Column,
-    EvalJob,
-    Models,
-    Prepare,
-    Run,
-    Score,
-    dataset_of,
-)
+from suture.evals.kinds import Column, EvalJob, Models, Prepare, Run, Score, dataset_of
 from suture.training.data import Batch
 from suture.training.models import Encoder, embed
 

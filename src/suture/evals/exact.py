@@ -9,16 +9,7 @@ from decimal import Decimal, InvalidOperation
 from typing import Annotated, Literal
 
 from suture.evals.generate import generate, questions
-from suture.evals.kinds import (
-    Column,
-    EvalJob,
-    Models,
-    Prepare,
-    Row,
-    Run,
-    Score,
-    Template,
-)
+from suture.evals.kinds import Column, EvalJob, Models, Prepare, Row, Run, Score, Template
 from suture.schema.parameters import Choice, Text
 from suture.training.data import cell
 

@@ -7,21 +7,8 @@ from typing import Annotated, Any, Literal
 
 from suture.evals.coherence import broken
 from suture.evals.generate import generate, questions
-from suture.evals.judges import (
-    JUDGED,
-    Comparer,
-    Judge,
-    comparer_of,
-    judge_of,
-)
-from suture.evals.kinds import (
-    EvalJob,
-    Models,
-    Prepare,
-    Run,
-    Score,
-    Template,
-)
+from suture.evals.judges import JUDGED, Comparer, Judge, comparer_of, judge_of
+from suture.evals.kinds import EvalJob, Models, Prepare, Run, Score, Template
 from suture.evals.refusal import MOST, PERPLEXITY
 from suture.evals.verdicts import decided, kept_at, remembered
 from suture.schema.parameters import Choice, Text

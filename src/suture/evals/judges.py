@@ -23,12 +23,7 @@ from torch import Tensor
 
 from suture.checkpoints.checkpoint import open_checkpoint
 from suture.checkpoints.headers import read_json
-from suture.errors import (
-    CheckpointError,
-    RecipeError,
-    brief,
-    did_you_mean,
-)
+from suture.errors import CheckpointError, RecipeError, brief, did_you_mean
 from suture.evals.endpoint import Endpoint, ask_all
 from suture.schema.parameters import Tagged
 from suture.schema.paths import place_of

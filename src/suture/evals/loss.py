@@ -12,14 +12,7 @@ from torch.nn import functional as F
 
 from suture.errors import NonFiniteError
 from suture.evals.base import Metric, ratio
-from suture.evals.kinds import (
-    EvalJob,
-    Models,
-    Prepare,
-    Run,
-    Score,
-    dataset_of,
-)
+from suture.evals.kinds import EvalJob, Models, Prepare, Run, Score, dataset_of
 from suture.schema.parameters import Text
 from suture.training.data import Batch
 from suture.training.loss import token_losses, wide

@@ -9,14 +9,7 @@ from typing import Annotated, Literal, NamedTuple
 
 from suture.errors import brief
 from suture.evals.branches import Asked, Tail, log_probabilities, log_sum
-from suture.evals.kinds import (
-    EvalJob,
-    Models,
-    Prepare,
-    Run,
-    Score,
-    Template,
-)
+from suture.evals.kinds import EvalJob, Models, Prepare, Run, Score, Template
 from suture.evals.words import COMPLYING, REFUSING, clashes
 from suture.schema.parameters import Choice, Rising, Text, Words
 

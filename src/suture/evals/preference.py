@@ -6,15 +6,7 @@ import math
 from typing import Annotated, Literal
 
 from suture.evals.branches import Asked, Tail, log_probabilities
-from suture.evals.kinds import (
-    Column,
-    EvalJob,
-    Models,
-    Prepare,
-    Run,
-    Score,
-    Template,
-)
+from suture.evals.kinds import Column, EvalJob, Models, Prepare, Run, Score, Template
 from suture.evals.odds import filled, lead, prompt_ids
 from suture.schema.parameters import Choice
 

@@ -6,14 +6,7 @@ from typing import Annotated, Literal
 
 from suture.evals.coherence import broken
 from suture.evals.generate import generate, questions
-from suture.evals.kinds import (
-    EvalJob,
-    Models,
-    Prepare,
-    Run,
-    Score,
-    Template,
-)
+from suture.evals.kinds import EvalJob, Models, Prepare, Run, Score, Template
 from suture.evals.words import FAMILIES, refuses
 from suture.schema.parameters import Choice, Number, Words
 

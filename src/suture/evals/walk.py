@@ -13,21 +13,10 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from suture.errors import (
-    MismatchError,
-    NonFiniteError,
-    RecipeError,
-)
+from suture.errors import MismatchError, NonFiniteError, RecipeError
 from suture.tensors.spec import listed
 from suture.training.data import Batch
-from suture.training.models import (
-    Classifier,
-    Encoder,
-    Head,
-    device_of,
-    evaluating,
-    parameters_of,
-)
+from suture.training.models import Classifier, Encoder, Head, device_of, evaluating, parameters_of
 
 Array = np.ndarray[Any, Any]
 Batches = Callable[[], Iterable[Batch]]

@@ -14,35 +14,13 @@ from typing import Annotated, Any, Literal
 import numpy as np
 
 from suture.kernels import compiled
-from suture.merges.base import (
-    Array,
-    Context,
-    Density,
-    Merge,
-    Scale,
-    Seed,
-    Weight,
-)
-from suture.merges.elect import (
-    AGGREGATE,
-    ELECT,
-    Aggregate,
-    Elect,
-    Sign,
-    Votes,
-)
+from suture.merges.base import Array, Context, Density, Merge, Scale, Seed, Weight
+from suture.merges.elect import AGGREGATE, ELECT, Aggregate, Elect, Sign, Votes
 from suture.merges.linear import Normalize, normalized
 from suture.merges.trim import voted
 from suture.schema.parameters import Choice
 from suture.schema.values import PerModel, Scalar, each
-from suture.stream.sweep import (
-    Block,
-    Combine,
-    Drops,
-    Visitor,
-    sweep,
-    tasks_of,
-)
+from suture.stream.sweep import Block, Combine, Drops, Visitor, sweep, tasks_of
 from suture.tensors.spec import Piece
 
 Rescale = Annotated[

@@ -15,15 +15,7 @@ from suture.edits.stats import stored_stats
 from suture.errors import MismatchError, Problems
 from suture.merges.base import Array, Beside, Context
 from suture.merges.counts import Census, Votes, correlations
-from suture.merges.marks import (
-    Joined,
-    Ranked,
-    StoredMasks,
-    agreed,
-    check_mask,
-    check_stats,
-    ranked,
-)
+from suture.merges.marks import Joined, Ranked, StoredMasks, agreed, check_mask, check_stats, ranked
 from suture.schema.values import PerModel
 from suture.stream.sweep import sweep, tasks_of
 from suture.tensors.roles import role_of

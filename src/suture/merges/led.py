@@ -6,15 +6,7 @@ from collections.abc import Mapping
 from typing import Annotated, Literal
 
 from suture.kernels import compiled
-from suture.merges.base import (
-    Density,
-    Merge,
-    ModelFiles,
-    Scale,
-    Scope,
-    Seed,
-    Weight,
-)
+from suture.merges.base import Density, Merge, ModelFiles, Scale, Scope, Seed, Weight
 from suture.merges.elect import scaled
 from suture.merges.elections import Elected, Election, lines
 from suture.merges.marks import buffers

@@ -12,15 +12,7 @@ import numpy as np
 
 from suture.edits.stats import Stats, stored_stats
 from suture.errors import Problems
-from suture.merges.base import (
-    Array,
-    Beside,
-    Context,
-    Merge,
-    ModelFiles,
-    Scale,
-    Weight,
-)
+from suture.merges.base import Array, Beside, Context, Merge, ModelFiles, Scale, Weight
 from suture.merges.elect import scaled
 from suture.schema.parameters import Choice, Number
 from suture.schema.values import Scalar, each

@@ -17,12 +17,7 @@ from suture.edits.importance import RULES, Scoring
 from suture.edits.mask import Mask, stored_mask
 from suture.edits.mask_file import StoredMask
 from suture.edits.stats import Stats, stored_stats
-from suture.errors import (
-    Problems,
-    RecipeError,
-    brief,
-    did_you_mean,
-)
+from suture.errors import Problems, RecipeError, brief, did_you_mean
 from suture.merges.base import Beside, Context, Merge, spelled
 from suture.merges.marks import (
     Ranked,

@@ -9,28 +9,12 @@ from typing import Annotated, Any, Literal
 import numpy as np
 
 from suture.kernels import compiled
-from suture.merges.base import (
-    Context,
-    Density,
-    Merge,
-    Scale,
-    Scope,
-    Seed,
-    Weight,
-)
+from suture.merges.base import Context, Density, Merge, Scale, Scope, Seed, Weight
 from suture.merges.dare import stream_key
 from suture.merges.elect import Aggregate, Elect, Rounding, Sign, Votes
 from suture.merges.linear import Normalize
 from suture.merges.row_blocks import RowBlocks, row_width
-from suture.merges.trim import (
-    L1,
-    Finish,
-    Thinned,
-    Thinning,
-    summed,
-    thinned,
-    voted,
-)
+from suture.merges.trim import L1, Finish, Thinned, Thinning, summed, thinned, voted
 from suture.schema.parameters import Choice, Number
 from suture.schema.values import PerModel, Scalar, each
 from suture.stream.sweep import Block

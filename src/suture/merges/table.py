@@ -6,22 +6,12 @@ from suture.merges.base import Beside, Context, Example, Merge, Method
 from suture.merges.consensus import consensus
 from suture.merges.dare import dare_linear, dare_ties
 from suture.merges.led import led
-from suture.merges.linear import (
-    linear,
-    passthrough,
-    slerp,
-    task_arithmetic,
-)
+from suture.merges.linear import linear, passthrough, slerp, task_arithmetic
 from suture.merges.measured import fisher_merging, regmean
 from suture.merges.model_stock import model_stock
 from suture.merges.overlap import ram, ramplus_tl, sce
 from suture.merges.pairs import arcee_fusion, nearswap
-from suture.merges.sparse import (
-    breadcrumbs,
-    breadcrumbs_ties,
-    della,
-    della_linear,
-)
+from suture.merges.sparse import breadcrumbs, breadcrumbs_ties, della, della_linear
 from suture.merges.spectral import iso_c, iso_cts, tsv_merge
 from suture.merges.sphere import karcher, multislerp, nuslerp
 from suture.merges.stitch import stitch

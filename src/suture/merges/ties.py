@@ -9,33 +9,11 @@ from typing import Any
 import numpy as np
 
 from suture.kernels import compiled
-from suture.merges.base import (
-    Array,
-    Context,
-    Density,
-    Merge,
-    Scale,
-    Scope,
-    Weight,
-)
-from suture.merges.elect import (
-    AGGREGATE,
-    ELECT,
-    Aggregate,
-    Elect,
-    Rounding,
-    Votes,
-    ZeroSign,
-)
+from suture.merges.base import Array, Context, Density, Merge, Scale, Scope, Weight
+from suture.merges.elect import AGGREGATE, ELECT, Aggregate, Elect, Rounding, Votes, ZeroSign
 from suture.merges.trim import L1, l1_factors, rescaled, voted
 from suture.schema.values import PerModel, Scalar, each
-from suture.stream.sweep import (
-    Block,
-    Combine,
-    Visitor,
-    sweep,
-    tasks_of,
-)
+from suture.stream.sweep import Block, Combine, Visitor, sweep, tasks_of
 from suture.stream.topk import Count, Selection, exact_count, select
 
 ABOVE = 0x80000000

@@ -6,12 +6,7 @@ import os
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Annotated, Any
 
-from suture.errors import (
-    Problems,
-    RecipeError,
-    brief,
-    did_you_mean,
-)
+from suture.errors import Problems, RecipeError, brief, did_you_mean
 from suture.schema.parameters import ModelName, Number, Parameter
 from suture.schema.table import Line
 from suture.schema.values import DepthCurve, PerModel, Scalar, Value

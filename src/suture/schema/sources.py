@@ -9,12 +9,7 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
-from suture.errors import (
-    Problems,
-    RecipeError,
-    brief,
-    did_you_mean,
-)
+from suture.errors import Problems, RecipeError, brief, did_you_mean
 from suture.schema.paths import place_of, shown
 
 TOO_LONG = ("error", "cut", "drop")

@@ -20,13 +20,7 @@ import xxhash
 from suture.checkpoints.checkpoint import Checkpoint
 from suture.errors import NonFiniteError, Problems
 from suture.kernels import compiled
-from suture.tensors.spec import (
-    DTYPES,
-    PIECE,
-    Piece,
-    TensorSpec,
-    pieces_of,
-)
+from suture.tensors.spec import DTYPES, PIECE, Piece, TensorSpec, pieces_of
 
 Array = np.ndarray[Any, Any]
 BLOCK = 1 << 17

@@ -20,15 +20,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from suture.kernels import compiled
-from suture.stream.sweep import (
-    BLOCK,
-    Block,
-    Progress,
-    Sources,
-    Visitor,
-    sweep,
-    tasks_of,
-)
+from suture.stream.sweep import BLOCK, Block, Progress, Sources, Visitor, sweep, tasks_of
 from suture.tensors.roles import layer_key
 from suture.tensors.spec import PIECE, Piece, TensorSpec
 

@@ -11,15 +11,7 @@ import numpy as np
 from suture.checkpoints.checkpoint import Array, Checkpoint
 from suture.errors import MismatchError, Problems, SutureError
 from suture.kernels import compiled
-from suture.stream.sweep import (
-    BLOCK,
-    Block,
-    Progress,
-    Sources,
-    Visitor,
-    sweep,
-    tasks_of,
-)
+from suture.stream.sweep import BLOCK, Block, Progress, Sources, Visitor, sweep, tasks_of
 from suture.tensors.roles import EVERYTHING, ParamSpace, check_selectors
 from suture.tensors.spec import DTYPES, Piece, TensorSpec, listed
 

@@ -19,11 +19,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import torch
 from torch import Tensor
 
-from suture.errors import (
-    MissingExtraError,
-    RecipeError,
-    did_you_mean,
-)
+from suture.errors import MissingExtraError, RecipeError, did_you_mean
 from suture.schema.paths import shown
 
 if TYPE_CHECKING:

@@ -22,13 +22,7 @@ from suture.training.images import (
     idx_images,
     is_idx,
 )
-from suture.training.rows import (
-    TrainingRows,
-    held_out,
-    need_columns,
-    numbered,
-    records_of,
-)
+from suture.training.rows import TrainingRows, held_out, need_columns, numbered, records_of
 
 PREPROCESSOR = "preprocessor_config.json"
 

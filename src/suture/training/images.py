@@ -24,11 +24,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from suture.errors import (
-    MissingExtraError,
-    RecipeError,
-    did_you_mean,
-)
+from suture.errors import MissingExtraError, RecipeError, did_you_mean
 from suture.tensors.spec import listed
 from suture.training.data import Batch, Dataset
 

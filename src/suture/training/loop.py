@@ -19,20 +19,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from suture.errors import (
-    CheckpointError,
-    MissingExtraError,
-    NonFiniteError,
-    RecipeError,
-)
+from suture.errors import CheckpointError, MissingExtraError, NonFiniteError, RecipeError
 from suture.schema.tuning import TuneSettings
-from suture.training.data import (
-    Batch,
-    Dataset,
-    collate,
-    fixed_plan,
-    plan,
-)
+from suture.training.data import Batch, Dataset, collate, fixed_plan, plan
 from suture.training.kept import KeptStates
 from suture.training.loss import Loss, LossStep, classification, to
 from suture.training.snapshot import Snapshot, read_snapshot, write_snapshot

@@ -29,12 +29,7 @@ from suture.schema.tuning import LearnSettings
 from suture.stream.vector import TaskVector
 from suture.training.data import Dataset
 from suture.training.loss import to
-from suture.training.measure import (
-    OBJECTIVES,
-    Objective,
-    check_rows,
-    data_hash,
-)
+from suture.training.measure import OBJECTIVES, Objective, check_rows, data_hash
 from suture.training.models import evaluating, parameters_of
 from suture.training.snapshot import Snapshot, read_snapshot, write_snapshot
 

@@ -22,11 +22,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from suture.edits.stats import OF_INPUTS, Stats, check_kinds
-from suture.errors import (
-    NonFiniteError,
-    RecipeError,
-    did_you_mean,
-)
+from suture.errors import NonFiniteError, RecipeError, did_you_mean
 from suture.training.data import Batch, Dataset
 from suture.training.loss import to, token_losses, wanted, wide
 from suture.training.models import evaluating, parameters_of

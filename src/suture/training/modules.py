@@ -12,11 +12,7 @@ from torch import Tensor, nn
 
 from suture.checkpoints.checkpoint import Checkpoint
 from suture.checkpoints.memory import TensorCheckpoint
-from suture.errors import (
-    CheckpointError,
-    MismatchError,
-    Problems,
-)
+from suture.errors import CheckpointError, MismatchError, Problems
 from suture.tensors.spec import listed
 from suture.training.models import (
     Classifier,

@@ -8,12 +8,7 @@ from pathlib import Path
 from typing import Any, NamedTuple, TypeVar
 
 from suture.checkpoints.chat import as_chat
-from suture.errors import (
-    MissingExtraError,
-    Problems,
-    RecipeError,
-    did_you_mean,
-)
+from suture.errors import MissingExtraError, Problems, RecipeError, did_you_mean
 from suture.schema.sources import DataSpec, Source
 from suture.training.data import Dataset, LabelledText, cell, draw, read_records
 

@@ -27,14 +27,7 @@ from suture.training.calibrate import (
 )
 from suture.training.compact import Compact
 from suture.training.loss import LossStep
-from suture.training.strategy import (
-    Strategy,
-    TrainJob,
-    Tuned,
-    entries,
-    given_mask,
-    ones,
-)
+from suture.training.strategy import Strategy, TrainJob, Tuned, entries, given_mask, ones
 
 Way = Callable[[TrainJob], Tuned]
 

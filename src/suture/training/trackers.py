@@ -7,11 +7,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from suture.errors import (
-    MissingExtraError,
-    RecipeError,
-    did_you_mean,
-)
+from suture.errors import MissingExtraError, RecipeError, did_you_mean
 from suture.training.loop import Progress
 
 Note = Callable[[str, Progress], None]

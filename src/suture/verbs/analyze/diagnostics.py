@@ -17,12 +17,7 @@ from suture.merges.apply import Stage
 from suture.stream.vector import TaskVector
 from suture.tensors.spec import UNCOUNTED
 from suture.verbs.analyze.recipe import Request
-from suture.verbs.localize.tasks import (
-    Material,
-    check_loadable,
-    folder_of,
-    load_net,
-)
+from suture.verbs.localize.tasks import Material, check_loadable, folder_of, load_net
 
 Array = np.ndarray[Any, Any]
 

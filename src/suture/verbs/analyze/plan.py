@@ -19,12 +19,7 @@ from suture.tensors.roles import names_in
 from suture.tensors.spec import listed
 from suture.verbs.analyze.classifiers import check_classifiers
 from suture.verbs.analyze.diagnostics import check_diagnostics
-from suture.verbs.analyze.recipe import (
-    ANALYSES,
-    CLASSES,
-    Request,
-    read_request,
-)
+from suture.verbs.analyze.recipe import ANALYSES, CLASSES, Request, read_request
 from suture.verbs.localize.tasks import Material, read_material
 
 RECORD = "analysis.json"

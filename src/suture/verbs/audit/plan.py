@@ -10,32 +10,16 @@ from typing import Any
 from suture.checkpoints.checkpoint import Checkpoint, refuse_uncomputable
 from suture.checkpoints.headers import read_json
 from suture.checkpoints.open import open_model
-from suture.errors import (
-    CheckpointError,
-    OutputError,
-    Problems,
-    RecipeError,
-    SutureError,
-)
+from suture.errors import CheckpointError, OutputError, Problems, RecipeError, SutureError
 from suture.runs.place import Options, apart, check_parent
 from suture.stream.vector import align
 from suture.tensors.roles import EVERYTHING, names_in
 from suture.tensors.spec import readable
 from suture.training.data import Dataset
-from suture.training.models import (
-    device_named,
-    load_tokenizer,
-    longest_of,
-)
+from suture.training.models import device_named, load_tokenizer, longest_of
 from suture.training.rows import TrainingRows as TuneRows
 from suture.verbs.audit.recipe import SPARED, Audit, read_audit
-from suture.verbs.audit.rows import (
-    Material,
-    Questions,
-    questions,
-    read_material,
-    tokens,
-)
+from suture.verbs.audit.rows import Material, Questions, questions, read_material, tokens
 from suture.verbs.evaluate.plan import Options as SuiteOptions
 from suture.verbs.evaluate.plan import Plan as SuitePlan
 from suture.verbs.evaluate.plan import is_causal, plan_suite

@@ -16,14 +16,7 @@ from suture.checkpoints.checkpoint import Checkpoint
 from suture.edits.graft import write_graft
 from suture.edits.importance import RULES
 from suture.edits.mask import Located, Mask, localize
-from suture.edits.mask_file import (
-    MaskOverlap,
-    Shared,
-    StoredMask,
-    marked,
-    overlap_of,
-    popcount,
-)
+from suture.edits.mask_file import MaskOverlap, Shared, StoredMask, marked, overlap_of, popcount
 from suture.edits.stats import Stats
 from suture.errors import CheckpointError
 from suture.runs.ledger import digest

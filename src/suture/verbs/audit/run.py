@@ -16,13 +16,7 @@ from suture.runs.ledger import Say, digest
 from suture.runs.place import Options
 from suture.verbs.audit.cells import Run, made_with
 from suture.verbs.audit.experiment import Case
-from suture.verbs.audit.plan import (
-    CELLS,
-    RECORD,
-    Plan,
-    check_finished,
-    plan_audit,
-)
+from suture.verbs.audit.plan import CELLS, RECORD, Plan, check_finished, plan_audit
 from suture.verbs.audit.result import card, finished, record_of
 from suture.verbs.audit.verdicts import judge
 

@@ -21,12 +21,7 @@ from suture.edits.mask import Mask
 from suture.errors import SutureError
 from suture.evals.kinds import Models, Score
 from suture.evals.results import Scores
-from suture.training.models import (
-    FLOAT32,
-    LanguageModel,
-    load_language_model,
-    parameters_of,
-)
+from suture.training.models import FLOAT32, LanguageModel, load_language_model, parameters_of
 from suture.verbs.audit.rows import Questions
 
 Key = Any

@@ -14,13 +14,7 @@ from suture.schema.paths import place_of
 from suture.training.data import Split, labels_of
 from suture.training.models import Tokenizer, load_tokenizer
 from suture.verbs.bench.recipe import MINILM, Bench, read_bench
-from suture.verbs.bench.tasks import (
-    BASE,
-    BenchTask,
-    base_folder,
-    divide,
-    package_folders,
-)
+from suture.verbs.bench.tasks import BASE, BenchTask, base_folder, divide, package_folders
 
 
 @dataclass(frozen=True)

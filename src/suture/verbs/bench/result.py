@@ -7,14 +7,7 @@ from dataclasses import asdict
 from typing import Any
 
 from suture.analysis.maps import Curve, Point, Series
-from suture.verbs.bench.claims import (
-    QK,
-    Record,
-    claims,
-    matched_pair,
-    mean,
-    off,
-)
+from suture.verbs.bench.claims import QK, Record, claims, matched_pair, mean, off
 from suture.verbs.bench.maths import Spread, spread
 from suture.verbs.bench.recipe import Bench
 

@@ -15,14 +15,7 @@ import torch
 
 from suture.analysis.arithmetic import entangled, movement, sharing
 from suture.analysis.masks import overlaps, structure
-from suture.analysis.vector_space import (
-    BATCH,
-    PlainSpace,
-    Side,
-    Space,
-    accuracy,
-    space_of,
-)
+from suture.analysis.vector_space import BATCH, PlainSpace, Side, Space, accuracy, space_of
 from suture.checkpoints.atomic import alone, write_whole
 from suture.checkpoints.checkpoint import open_checkpoint
 from suture.edits.mask import Mask
@@ -34,13 +27,7 @@ from suture.training.heads import zero_shot
 from suture.training.models import Head, embed, load_encoder
 from suture.training.probe import fit_head
 from suture.verbs.bench import measures
-from suture.verbs.bench.learn import (
-    Base,
-    Learnt,
-    learn,
-    load_vectors,
-    save_vectors,
-)
+from suture.verbs.bench.learn import Base, Learnt, learn, load_vectors, save_vectors
 from suture.verbs.bench.maths import matched
 from suture.verbs.bench.plan import Plan, describe, expected, plan_bench
 from suture.verbs.bench.recipe import Line

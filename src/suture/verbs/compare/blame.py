@@ -16,12 +16,7 @@ from typing import Any
 
 from suture.checkpoints.checkpoint import open_checkpoint
 from suture.checkpoints.memory import Held
-from suture.errors import (
-    MismatchError,
-    NonFiniteError,
-    Problems,
-    RecipeError,
-)
+from suture.errors import MismatchError, NonFiniteError, Problems, RecipeError
 from suture.evals.results import SuiteResult
 from suture.runs.place import MergeOptions
 from suture.verbs.compare.rules import Verdict

@@ -15,12 +15,7 @@ from suture.checkpoints.checkpoint import Checkpoint
 from suture.checkpoints.headers import read_json
 from suture.checkpoints.linearized import LINEARIZED, RECORD_LIMIT, form_of
 from suture.checkpoints.open import open_model
-from suture.errors import (
-    OutputError,
-    Problems,
-    RecipeError,
-    SutureError,
-)
+from suture.errors import OutputError, Problems, RecipeError, SutureError
 from suture.evals.kinds import EvalJob, Run
 from suture.evals.results import SuiteResult, read_result
 from suture.runs import place as runs
@@ -38,13 +33,7 @@ from suture.training.models import (
     reads_images,
 )
 from suture.verbs.evaluate.recipe import Suite, read_suite
-from suture.verbs.evaluate.rows import (
-    IMAGES,
-    Asked,
-    asked_in,
-    digest,
-    zero_shot_labels,
-)
+from suture.verbs.evaluate.rows import IMAGES, Asked, asked_in, digest, zero_shot_labels
 
 HEAD = "head.safetensors"
 

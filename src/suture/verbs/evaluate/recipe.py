@@ -13,14 +13,7 @@ from pydantic import ConfigDict
 
 from suture.errors import Problems, RecipeError, did_you_mean
 from suture.evals.decoding import Decoding
-from suture.schema.fields import (
-    Count,
-    Listed,
-    ModelPath,
-    NamedEntries,
-    Number,
-    Says,
-)
+from suture.schema.fields import Count, Listed, ModelPath, NamedEntries, Number, Says
 from suture.schema.read import read
 from suture.schema.rows import TestRows
 from suture.schema.sections import Faults, Recipe, Section, check

@@ -17,27 +17,10 @@ from typing import Any
 
 import numpy as np
 
-from suture.checkpoints.adapters import (
-    CONFIG,
-    CONV1D,
-    WEIGHTS,
-    Adapted,
-    LowRank,
-    Product,
-)
-from suture.checkpoints.checkpoint import (
-    Checkpoint,
-    is_from_hub,
-    ties_embeddings,
-)
+from suture.checkpoints.adapters import CONFIG, CONV1D, WEIGHTS, Adapted, LowRank, Product
+from suture.checkpoints.checkpoint import Checkpoint, is_from_hub, ties_embeddings
 from suture.checkpoints.views import Same
-from suture.errors import (
-    MissingExtraError,
-    NonFiniteError,
-    OutputError,
-    Problems,
-    RecipeError,
-)
+from suture.errors import MissingExtraError, NonFiniteError, OutputError, Problems, RecipeError
 from suture.merges.apply import Stage, checkpoint_fingerprint
 from suture.runs.card import adapter_card
 from suture.runs.workspace import workspace

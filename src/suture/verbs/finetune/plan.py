@@ -8,17 +8,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from suture.checkpoints.checkpoint import (
-    Checkpoint,
-    open_checkpoint,
-    refuse_uncomputable,
-)
-from suture.errors import (
-    CheckpointError,
-    OutputError,
-    Problems,
-    RecipeError,
-)
+from suture.checkpoints.checkpoint import Checkpoint, open_checkpoint, refuse_uncomputable
+from suture.errors import CheckpointError, OutputError, Problems, RecipeError
 from suture.runs.place import Options, check_place, existing
 from suture.schema.paths import place_of
 from suture.schema.sources import UNREAD
@@ -27,17 +18,8 @@ from suture.training.data import Dataset
 from suture.training.heads import saved_head
 from suture.training.image_rows import image_rows, look_of
 from suture.training.images import Images
-from suture.training.models import (
-    device_named,
-    load_tokenizer,
-    longest_of,
-    reads_images,
-)
-from suture.training.rows import (
-    TrainingRows,
-    classification_rows,
-    language_rows,
-)
+from suture.training.models import device_named, load_tokenizer, longest_of, reads_images
+from suture.training.rows import TrainingRows, classification_rows, language_rows
 from suture.training.strategies import MASKS
 from suture.training.strategy import given_mask
 from suture.verbs.finetune.recipe import HEADS, IMAGES, Finetune, parse_finetune

@@ -7,22 +7,11 @@ from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
-from suture.errors import (
-    Problems,
-    RecipeError,
-    brief,
-    did_you_mean,
-)
+from suture.errors import Problems, RecipeError, brief, did_you_mean
 from suture.schema.paths import shown
 from suture.schema.reader import Reader, read_training, refuse_unknown, section
 from suture.schema.settings import check_words, settings
-from suture.schema.sources import (
-    TOO_LONG,
-    UNREAD,
-    DataSpec,
-    read_held_out,
-    read_source,
-)
+from suture.schema.sources import TOO_LONG, UNREAD, DataSpec, read_held_out, read_source
 from suture.schema.text import raw_recipe
 from suture.schema.tuning import TuneSettings
 from suture.tensors.spec import WORD_OF, dtype_named

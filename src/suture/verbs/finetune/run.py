@@ -39,12 +39,7 @@ from suture.training.strategy import Say, TrainJob, Tuned, backbone_of
 from suture.verbs.finetune.metrics import Looks
 from suture.verbs.finetune.output import PATCH, write_beside
 from suture.verbs.finetune.plan import Plan, describe, plan_finetune
-from suture.verbs.finetune.result import (
-    FinetuneReport,
-    provenance,
-    report_of,
-    report_rows,
-)
+from suture.verbs.finetune.result import FinetuneReport, provenance, report_of, report_rows
 from suture.verbs.finetune.work import workshop
 from suture.verbs.patch.run import make_patch
 from suture.version import __version__

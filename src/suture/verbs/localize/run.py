@@ -20,13 +20,7 @@ from suture.edits.importance import Scoring
 from suture.edits.mask import Located, locate
 from suture.edits.mask_file import MaskFile, StoredMask, marked
 from suture.edits.stats import Stats
-from suture.errors import (
-    MismatchError,
-    NonFiniteError,
-    Problems,
-    RecipeError,
-    SutureError,
-)
+from suture.errors import MismatchError, NonFiniteError, Problems, RecipeError, SutureError
 from suture.merges.apply import Stage, checkpoint_fingerprint
 from suture.runs.workspace import Workspace, refuse_foreign, workspace
 from suture.stream.vector import TaskVector

@@ -9,11 +9,7 @@ from typing import Any
 
 from suture.checkpoints.vocabulary import Wanted
 from suture.checkpoints.writer import SHARD_SIZE
-from suture.errors import (
-    Problems,
-    RecipeError,
-    brief,
-)
+from suture.errors import Problems, RecipeError, brief
 from suture.merges.base import Method, spelled
 from suture.merges.policy import POLICIES, STRICT, Policy
 from suture.merges.protect import Protection

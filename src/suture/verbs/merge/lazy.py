@@ -10,13 +10,7 @@ from suture.checkpoints.checkpoint import Array, Checkpoint
 from suture.checkpoints.headers import JSON_LIMIT, read_json
 from suture.checkpoints.memory import Held, MemorySink
 from suture.errors import MismatchError, Problems, told_in_python
-from suture.merges.apply import (
-    Outcome,
-    Stage,
-    apply,
-    make_tensor,
-    prepared,
-)
+from suture.merges.apply import Outcome, Stage, apply, make_tensor, prepared
 from suture.runs.place import MergeOptions
 from suture.tensors.spec import TensorSpec
 from suture.verbs.merge.jobs import Recipe

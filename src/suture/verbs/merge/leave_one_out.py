@@ -14,12 +14,7 @@ from suture.merges.apply import Outcome, Stage
 from suture.verbs.merge.jobs import Recipe, checked
 from suture.verbs.merge.lazy import computed
 from suture.verbs.merge.plan import Plan, make_plan
-from suture.verbs.merge.run import (
-    add_files,
-    after_stages,
-    convert_tokenizer,
-    execute,
-)
+from suture.verbs.merge.run import add_files, after_stages, convert_tokenizer, execute
 
 MOST = 8 << 30
 """Bytes of a merge that is held in memory; a larger one is written into a temporary folder."""

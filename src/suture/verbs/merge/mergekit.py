@@ -17,13 +17,7 @@ from typing import Any
 from suture.checkpoints.chat import read_chat_template
 from suture.checkpoints.vocabulary import from_mergekit
 from suture.checkpoints.writer import SHARD_SIZE
-from suture.errors import (
-    Problems,
-    RecipeError,
-    brief,
-    did_you_mean,
-    nearest,
-)
+from suture.errors import Problems, RecipeError, brief, did_you_mean, nearest
 from suture.merges.policy import Policy
 from suture.merges.table import METHODS
 from suture.schema.parameters import Parameter

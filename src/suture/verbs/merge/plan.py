@@ -11,29 +11,15 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from suture.checkpoints.checkpoint import (
-    Checkpoint,
-    open_checkpoint,
-)
-from suture.checkpoints.embeddings import (
-    Aligned,
-    by_id,
-    by_token,
-    same_heads,
-    templated,
-)
+from suture.checkpoints.checkpoint import Checkpoint, open_checkpoint
+from suture.checkpoints.embeddings import Aligned, by_id, by_token, same_heads, templated
 from suture.checkpoints.linearized import check_forms
 from suture.checkpoints.open import check_ties
 from suture.checkpoints.views import Planned, View
 from suture.checkpoints.vocabulary import UNION, Wanted
 from suture.checkpoints.writer import Shard, plan_shards
 from suture.edits.inputs import open_input
-from suture.errors import (
-    MismatchError,
-    Problems,
-    RecipeError,
-    SutureError,
-)
+from suture.errors import MismatchError, Problems, RecipeError, SutureError
 from suture.merges.apply import MergeJob, bytes_read, tensor_fingerprints
 from suture.merges.base import Beside, Context
 from suture.runs.card import carried_files, carried_tokenizer
@@ -48,12 +34,7 @@ from suture.runs.place import (
 )
 from suture.schema.paths import place_of
 from suture.tensors.roles import EVERYTHING
-from suture.tensors.spec import (
-    DTYPES,
-    TensorSpec,
-    cache_folder,
-    listed,
-)
+from suture.tensors.spec import DTYPES, TensorSpec, cache_folder, listed
 from suture.verbs.merge.jobs import Recipe
 from suture.verbs.merge.recipe import parse_recipe
 from suture.verbs.merge.slices import (

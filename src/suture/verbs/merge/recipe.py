@@ -16,12 +16,7 @@ from typing import Any
 from suture.checkpoints.chat import read_chat_template
 from suture.checkpoints.vocabulary import read_wanted
 from suture.checkpoints.writer import SHARD_SIZE
-from suture.errors import (
-    Problems,
-    RecipeError,
-    brief,
-    did_you_mean,
-)
+from suture.errors import Problems, RecipeError, brief, did_you_mean
 from suture.merges.base import Method
 from suture.merges.policy import POLICIES, Policy
 from suture.merges.presets import PRESETS, Preset
@@ -31,12 +26,7 @@ from suture.runs.place import SCHEMA
 from suture.schema.paths import place_of, recipe_folder
 from suture.schema.reader import read_space, refuse_unknown, section
 from suture.schema.settings import check_words, settings
-from suture.schema.text import (
-    RECIPE_LIMIT,
-    Lines,
-    parse_documents,
-    text_of,
-)
+from suture.schema.text import RECIPE_LIMIT, Lines, parse_documents, text_of
 from suture.tensors.roles import ParamSpace
 from suture.tensors.spec import PROMOTED, bytes_from, dtype_named
 from suture.verbs.merge.jobs import (

@@ -33,13 +33,7 @@ from suture.runs.place import MergeOptions, check_place
 from suture.stream.sweep import Progress
 from suture.stream.vector import TaskVector
 from suture.tensors.roles import ParamSpace
-from suture.tensors.spec import (
-    DTYPES,
-    PROMOTED,
-    TensorSpec,
-    dtype_named,
-    readable,
-)
+from suture.tensors.spec import DTYPES, PROMOTED, TensorSpec, dtype_named, readable
 from suture.verbs.merge.lazy import Merged, check_fingerprints
 from suture.verbs.merge.plan import (
     Plan,

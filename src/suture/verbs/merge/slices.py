@@ -8,20 +8,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from suture.checkpoints.checkpoint import (
-    Checkpoint,
-    refuse_memory,
-    ties_embeddings,
-)
+from suture.checkpoints.checkpoint import Checkpoint, refuse_memory, ties_embeddings
 from suture.checkpoints.headers import read_header
-from suture.checkpoints.layers import (
-    Stretch,
-    cut,
-    depth_of,
-    depths,
-    sliced_config,
-    stack_of,
-)
+from suture.checkpoints.layers import Stretch, cut, depth_of, depths, sliced_config, stack_of
 from suture.checkpoints.writer import Shard
 from suture.errors import MismatchError, Problems, RecipeError
 from suture.merges.apply import MergeJob, output_specs
@@ -32,12 +21,7 @@ from suture.schema.settings import settings
 from suture.schema.values import PerModel, Scalar
 from suture.stream.sweep import Sources, cores
 from suture.stream.vector import align
-from suture.tensors.roles import (
-    check_selectors,
-    layer_parts,
-    selects,
-    tied_to,
-)
+from suture.tensors.roles import check_selectors, layer_parts, selects, tied_to
 from suture.tensors.spec import listed
 from suture.verbs.merge.jobs import Recipe, Slice
 

@@ -20,22 +20,9 @@ from suture.checkpoints.checkpoint import Checkpoint
 from suture.checkpoints.open import check_ties
 from suture.checkpoints.views import Same, View
 from suture.checkpoints.writer import SHARD_SIZE, Writer, plan_shards
-from suture.edits.diff import (
-    Checked,
-    Gather,
-    compare,
-    differing,
-    masked,
-    selected,
-)
+from suture.edits.diff import Checked, Gather, compare, differing, masked, selected
 from suture.edits.mask import Mask
-from suture.edits.patch import (
-    ON_OVERLAP,
-    UNDO,
-    Patch,
-    StoredPatch,
-    check_free,
-)
+from suture.edits.patch import ON_OVERLAP, UNDO, Patch, StoredPatch, check_free
 from suture.edits.patch_file import Spool, write_patch
 from suture.errors import (
     CheckpointError,
@@ -48,12 +35,7 @@ from suture.errors import (
 )
 from suture.merges.apply import MergeJob, Outcome, Stage, apply
 from suture.merges.base import Merge
-from suture.runs.card import (
-    carried_files,
-    config_text,
-    model_name,
-    patch_card,
-)
+from suture.runs.card import carried_files, config_text, model_name, patch_card
 from suture.runs.envelope import portable
 from suture.runs.place import SCHEMA, MergeOptions, check_place, check_room
 from suture.stream.sweep import (

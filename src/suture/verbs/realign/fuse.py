@@ -21,12 +21,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from suture.errors import (
-    Problems,
-    RecipeError,
-    brief,
-    did_you_mean,
-)
+from suture.errors import Problems, RecipeError, brief, did_you_mean
 from suture.schema.reader import refuse_unknown
 
 SCOPES = ("global", "tensor")

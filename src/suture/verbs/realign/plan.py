@@ -8,33 +8,18 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from suture.analysis.ancestry import (
-    RealignModels,
-    across,
-    check_factors,
-    masked_shapes,
-)
+from suture.analysis.ancestry import RealignModels, across, check_factors, masked_shapes
 from suture.checkpoints.checkpoint import Checkpoint, refuse_uncomputable
 from suture.checkpoints.open import open_model
 from suture.edits.mask import Mask
-from suture.errors import (
-    CheckpointError,
-    MismatchError,
-    Problems,
-    RecipeError,
-    SutureError,
-)
+from suture.errors import CheckpointError, MismatchError, Problems, RecipeError, SutureError
 from suture.runs.place import Options, check_place, check_room
 from suture.schema.paths import place_of
 from suture.stream.vector import align
 from suture.tensors.roles import check_selectors
 from suture.tensors.spec import listed, readable
 from suture.training.data import Dataset
-from suture.training.models import (
-    device_named,
-    load_tokenizer,
-    longest_of,
-)
+from suture.training.models import device_named, load_tokenizer, longest_of
 from suture.training.rows import language_rows
 from suture.verbs.realign.concrete import logit_shape
 from suture.verbs.realign.pairs import PairRows, read_pairs

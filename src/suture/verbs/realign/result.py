@@ -15,13 +15,7 @@ import yaml
 
 from suture.checkpoints.checkpoint import is_from_hub
 from suture.evals.base import Metric
-from suture.runs.card import (
-    licence_of,
-    model_name,
-    open_ones,
-    restricted_note,
-    tags,
-)
+from suture.runs.card import licence_of, model_name, open_ones, restricted_note, tags
 from suture.runs.place import SCHEMA
 from suture.tensors.roles import role_of
 from suture.tensors.spec import readable

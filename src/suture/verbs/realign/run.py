@@ -12,12 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from suture.analysis.ancestry import (
-    Distances,
-    array,
-    check_ancestor,
-    measure,
-)
+from suture.analysis.ancestry import Distances, array, check_ancestor, measure
 from suture.checkpoints.checkpoint import Checkpoint
 from suture.checkpoints.views import View
 from suture.edits.mask import Mask

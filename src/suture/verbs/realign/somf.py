@@ -26,11 +26,7 @@ from torch import Tensor, nn
 from suture.analysis.ancestry import Part, across, held
 from suture.edits.mask import Mask
 from suture.edits.stats import Stats
-from suture.errors import (
-    NonFiniteError,
-    RecipeError,
-    SutureError,
-)
+from suture.errors import NonFiniteError, RecipeError, SutureError
 from suture.training.data import Batch
 from suture.training.loop import groups_of
 from suture.training.loss import LossStep, to

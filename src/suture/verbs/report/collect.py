@@ -9,12 +9,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
-from suture.errors import (
-    MissingExtraError,
-    RecipeError,
-    SutureError,
-    brief,
-)
+from suture.errors import MissingExtraError, RecipeError, SutureError, brief
 from suture.verbs.report.unfinished import Unfinished, unfinished
 
 if TYPE_CHECKING:

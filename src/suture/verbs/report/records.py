@@ -9,15 +9,7 @@ import yaml
 
 from suture.tensors.spec import listed, readable
 from suture.verbs.report import charts
-from suture.verbs.report.blocks import (
-    Builder,
-    Cell,
-    Chart,
-    Figure,
-    Section,
-    Table,
-    percent,
-)
+from suture.verbs.report.blocks import Builder, Cell, Chart, Figure, Section, Table, percent
 from suture.verbs.report.collect import Found
 
 NOTHING = 1e-3

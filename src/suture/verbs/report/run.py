@@ -10,11 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from suture.checkpoints.atomic import write_whole
-from suture.errors import (
-    MissingExtraError,
-    OutputError,
-    Problems,
-)
+from suture.errors import MissingExtraError, OutputError, Problems
 from suture.verbs.report.blocks import Chart, Figure, Section, number
 from suture.verbs.report.collect import Found, gather
 from suture.verbs.report.theme import themed, themes

@@ -7,24 +7,8 @@ from dataclasses import replace
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
-from suture.verbs.report import (
-    arithmetic,
-    audits,
-    charts,
-    masks,
-    safety,
-    tasks,
-    weights,
-)
-from suture.verbs.report.blocks import (
-    Builder,
-    Cell,
-    Chart,
-    Figure,
-    Section,
-    Table,
-    percent,
-)
+from suture.verbs.report import arithmetic, audits, charts, masks, safety, tasks, weights
+from suture.verbs.report.blocks import Builder, Cell, Chart, Figure, Section, Table, percent
 from suture.verbs.report.collect import Found
 from suture.verbs.report.missing import missing, summary
 from suture.verbs.report.records import NOTHING, folder_of, merges, provenance

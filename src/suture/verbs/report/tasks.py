@@ -14,15 +14,7 @@ from functools import partial
 from typing import Any
 
 from suture.verbs.report import charts
-from suture.verbs.report.blocks import (
-    Builder,
-    Cell,
-    Chart,
-    Figure,
-    Section,
-    Table,
-    percent,
-)
+from suture.verbs.report.blocks import Builder, Cell, Chart, Figure, Section, Table, percent
 
 Raw = Mapping[str, Any]
 Ratios = Mapping[tuple[str, str], float | None]

@@ -6,15 +6,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from functools import partial
 from typing import Any
 
-from suture.verbs.report.blocks import (
-    Builder,
-    Cell,
-    Section,
-    Table,
-    listed_words,
-    number,
-    percent,
-)
+from suture.verbs.report.blocks import Builder, Cell, Section, Table, listed_words, number, percent
 
 Raw = Mapping[str, Any]
 

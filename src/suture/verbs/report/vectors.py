@@ -6,14 +6,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 from suture.verbs.report import charts
-from suture.verbs.report.blocks import (
-    OUTSIDE,
-    Chart,
-    Figure,
-    Table,
-    layer_labels,
-    percent,
-)
+from suture.verbs.report.blocks import OUTSIDE, Chart, Figure, Table, layer_labels, percent
 
 Raw = Mapping[str, Any]
 Charts = tuple[Chart, ...]
