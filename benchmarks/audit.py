@@ -28,9 +28,10 @@ from harmless import TEMPLATE, skills, write_rows
 from led_smollm2 import same_settings, tune
 from proxies import smollm2
 
+from suture.runs.progress import Progress
+from suture.verbs.audit import VERB as audit
 from suture.verbs.audit.metrics import ALL
 from suture.verbs.audit.result import shown
-from suture.verbs.audit.run import audit
 from suture.verbs.audit.verdicts import tables
 from suture.verbs.proxy import run
 
@@ -118,7 +119,7 @@ def main() -> None:
     for name in ("sums", "order"):
         tune(aligned, scratch / f"{name}.jsonl", scratch / name, args.seed, args.lr)
     found = audit(recipe(scratch, args), scratch / "audited", threads=args.threads,
-                  say=lambda line: print(line, flush=True))  # fmt: skip
+                  progress=Progress(say=lambda line: print(line, flush=True)))  # fmt: skip
     found.pop("recipe")
     for one in found["seeds"].values():
         one.pop("places")  # a number for every layer and part; the report draws them

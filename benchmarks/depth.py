@@ -23,7 +23,7 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 from experts import TASKS, TextTask, base_folder, packages
 
 from suture.training.data import at_most, split
-from suture.verbs.finetune.run import finetune
+from suture.verbs.finetune import VERB as finetune
 
 HERE = Path(__file__).parent
 

@@ -25,8 +25,9 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 import numpy as np
 import torch
 
+from suture.runs.progress import Progress
 from suture.training.models import file_names
-from suture.verbs.finetune.run import finetune
+from suture.verbs.finetune import VERB as finetune
 
 HERE = Path(__file__).parent
 RATES = {"full": 1e-5, "talos": 3e-4, "masked": 3e-4, "lora": 3e-4, "lota": 1e-4}
@@ -120,7 +121,7 @@ def main() -> None:
                 },
             }  # fmt: skip
             if not (out / "suture.json").is_file():
-                finetune(recipe, out, say=print)
+                finetune(recipe, out, progress=Progress(say=print))
             results = json.loads((out / "suture.json").read_text())["results"]
             found.setdefault(name, []).append(results)
             print(name, seed, results["base_metric"], results["metric"], flush=True)

@@ -35,13 +35,13 @@ from proxies import correlation, smollm2
 from suture.evals.base import Metric
 from suture.evals.results import SuiteResult, read_result
 from suture.runs.place import Options
+from suture.runs.progress import Progress
+from suture.verbs import VERBS
 from suture.verbs.compare.rules import combined, part_of
 from suture.verbs.compare.run import compare
 from suture.verbs.evaluate import plan as planning
 from suture.verbs.evaluate.run import execute
-from suture.verbs.finetune.run import finetune
-from suture.verbs.localize import run as regions
-from suture.verbs.localize.plan import plan_regions
+from suture.verbs.finetune import VERB as finetune
 from suture.verbs.merge import leave_one_out
 from suture.verbs.merge.plan import plan_recipe
 from suture.verbs.proxy import run
@@ -147,10 +147,10 @@ def located(place: Path, base: Path, experts: Mapping[str, Path], rows: int) -> 
         print(f"scoring into {out}", flush=True)
         tasks = {n: {"data": str(place / f"{n}.jsonl"), "kind": "causal", "chat": True,
                      "rows": rows, "max_length": 128} for n in experts}  # fmt: skip
-        regions.execute(plan_regions({
+        VERBS["localize"]({
             "base": str(base), "models": {n: str(p) for n, p in experts.items()}, "rule": "snip",
             "at": "both", "density": DENSITIES["policy"], "scope": "tensor", "tasks": tasks,
-        }, out, folder=place))  # fmt: skip
+        }, out, folder=place)  # fmt: skip
     return out
 
 
@@ -189,7 +189,7 @@ def ask(place: Path, name: str, what: Any, questions: dict[str, Any]) -> SuiteRe
         return old
     print(f"asking {name}", flush=True)
     if isinstance(what, Path):
-        execute(planning.plan_suite([what], questions, out))
+        execute(planning.plan_suite([what], questions, out), Progress())
     else:
         with tempfile.TemporaryDirectory() as small:
             plan = plan_recipe(what, None, Options())
@@ -199,7 +199,7 @@ def ask(place: Path, name: str, what: Any, questions: dict[str, Any]) -> SuiteRe
             facts = place / "facts" / f"{name}.json"
             facts.parent.mkdir(exist_ok=True)
             facts.write_text(json.dumps(outcome.facts, indent=2, default=str) + "\n")
-            execute(asking)
+            execute(asking, Progress())
     return read_result(out)
 
 

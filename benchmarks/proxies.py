@@ -29,9 +29,9 @@ from harmless import skills, write_rows
 from scipy.stats import spearmanr
 
 import suture
+from suture import evaluate
 from suture.evals.results import SuiteResult, read_result
-from suture.verbs.evaluate.run import evaluate
-from suture.verbs.finetune.run import finetune
+from suture.verbs.finetune import VERB as finetune
 from suture.verbs.proxy import run
 
 HERE = Path(__file__).parent

@@ -33,7 +33,7 @@ from harmless import write_rows
 from led_smollm2 import ask, suite, tune, tuned, write_all
 from proxies import smollm2
 
-from suture.verbs.realign.run import realign
+from suture.verbs.realign import VERB as realign
 
 HERE = Path(__file__).parent
 SKILLS = ("sums", "order")

@@ -18,7 +18,7 @@ from tokenizers.models import WordLevel
 from tokenizers.pre_tokenizers import WhitespaceSplit
 
 from suture.training.models import LanguageModel, load_language_model, save_model
-from suture.verbs.finetune.run import finetune
+from suture.verbs.finetune import VERB as finetune
 
 VERBS = {
     "en": ["paint", "count", "sing", "carry", "find", "draw"],

@@ -18,7 +18,7 @@ from tokenizers.models import WordLevel
 from tokenizers.pre_tokenizers import Whitespace
 
 from suture.training.models import LanguageModel, Tokenizer, save_model
-from suture.verbs.finetune.run import finetune
+from suture.verbs.finetune import VERB as finetune
 
 VERBS = ["paint", "count", "sing", "carry", "find", "draw"]
 THINGS = ["apple", "boat", "chair", "drum", "egg", "fish", "goat", "hat"]

@@ -21,6 +21,7 @@ import suture
 import tiny_model
 from suture.edits.mask import Mask
 from suture.errors import RecipeError
+from suture.runs.progress import Progress
 from suture.schema.tuning import TuneSettings
 from suture.training import kept as module
 from suture.training.calibrate import upper
@@ -31,9 +32,10 @@ from suture.training.loop import groups_of, tune
 from suture.training.loss import LossStep, next_token
 from suture.training.models import Classifier, Encoder, Head, ImageEncoder, LanguageModel
 from suture.training.split import SplitModel, split_of
+from suture.verbs.finetune import VERB as finetune
 from suture.verbs.finetune import metrics
-from suture.verbs.finetune.run import finetune, plan_finetune
-from suture.verbs.realign.run import realign
+from suture.verbs.finetune.plan import make_plan as plan_finetune
+from suture.verbs.realign import VERB as realign
 
 WORDS = len(tiny_model.WORDS)
 SHAPE = {
@@ -466,7 +468,7 @@ def test_every_strategy_gives_the_same_bytes_whatever_is_kept(name: str, tmp_pat
             "head": "learned" if name == "full" else "probe",
             "training": {"epochs": 3, "batch": 8, "lr": 1e-2, "activations": where},
         }  # fmt: skip
-        found[where] = finetune(what, tmp_path / where, say=told.append)
+        found[where] = finetune(what, tmp_path / where, progress=Progress(say=told.append))
         assert any("the lower 1 of 2 blocks" in line for line in told) == (where != "recompute")
     first = found["recompute"]
     assert first.losses[0] != first.losses[-1]
@@ -532,7 +534,7 @@ def test_realignment_of_upper_blocks_is_the_same_whatever_is_kept(
         }  # fmt: skip
         if method == "random":
             what["training"] = {"batch": 8, "activations": where}
-        report = realign(what, tmp_path / where, say=told.append)
+        report = realign(what, tmp_path / where, progress=Progress(say=told.append))
         assert any("the lower 1 of 2 blocks" in line for line in told) == (where != "recompute")
         found[where] = (report.fingerprint, report.scores, report.losses, report.curve)
     assert found["memory"] == found["recompute"]

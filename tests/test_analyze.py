@@ -21,10 +21,12 @@ from suture.checkpoints.atomic import alone
 from suture.edits.mask import localize
 from suture.errors import MismatchError, NonFiniteError, OutputError, RecipeError, SutureError
 from suture.evals.walk import Walk, classes
+from suture.runs.place import Options
 from suture.training.data import labels_of, tokenise
 from suture.training.models import Classifier, Head
-from suture.verbs.analyze.plan import plan_analysis
-from suture.verbs.analyze.run import analyse, analysis
+from suture.verbs.analyze import VERB as analysis
+from suture.verbs.analyze.plan import make_plan as plan_analysis
+from suture.verbs.analyze.run import analyse
 
 
 @pytest.fixture(autouse=True)
@@ -190,8 +192,8 @@ def test_an_analysis_is_plain_data_that_names_its_inputs(models: Any, tmp_path: 
 
 def test_an_analysis_does_not_depend_on_threads(models: Any) -> None:
     """The same numbers from one thread and from three."""
-    one = analyse(plan_analysis(request(models, density=0.2), threads=1))
-    three = analyse(plan_analysis(request(models, density=0.2), threads=3))
+    one = analyse(plan_analysis(request(models, density=0.2), options=Options(threads=1)))
+    three = analyse(plan_analysis(request(models, density=0.2), options=Options(threads=3)))
 
     assert one == three
 

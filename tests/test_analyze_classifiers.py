@@ -33,8 +33,8 @@ from suture.training.models import (
     save_head,
     save_model,
 )
-from suture.verbs.analyze.plan import plan_analysis
-from suture.verbs.analyze.run import analysis
+from suture.verbs.analyze import VERB as analysis
+from suture.verbs.analyze.plan import make_plan as plan_analysis
 
 NAMES = ("one", "two")
 

@@ -180,7 +180,7 @@ def test_verbs_have_one_signature() -> None:
 def test_the_old_ways_still_lead_there() -> None:
     """One release of aliases: what the pages named before."""
     from suture.training.load import load_tuned
-    from suture.verbs.analyze.run import analysis
+    from suture.verbs.analyze import VERB as analysis
 
     assert load_tuned is suture.load_tuned
     for old, new in ((suture.finetune.load_tuned, load_tuned), (suture.analyze.analysis, analysis)):

@@ -28,15 +28,17 @@ from suture.edits.mask_file import StoredMask
 from suture.errors import MismatchError, NonFiniteError, OutputError, RecipeError
 from suture.evals.base import Metric, share
 from suture.merges.apply import checkpoint_fingerprint
+from suture.runs.progress import Progress
 from suture.stream.vector import TaskVector
 from suture.training.loss import next_token
 from suture.training.models import LanguageModel, load_language_model, parameters_of, save_model
+from suture.verbs.audit import VERB as audit
 from suture.verbs.audit.cells import Run
 from suture.verbs.audit.metrics import ALL, Look, contrast
-from suture.verbs.audit.plan import Options, plan_audit
+from suture.verbs.audit.plan import Options
+from suture.verbs.audit.plan import make_plan as plan_audit
 from suture.verbs.audit.recipe import SPARED
 from suture.verbs.audit.regions import Atlas, overlap, places
-from suture.verbs.audit.run import audit
 from suture.verbs.audit.stitched import Change, Net, Region
 from suture.verbs.audit.training import train
 from suture.verbs.audit.verdicts import (
@@ -49,7 +51,7 @@ from suture.verbs.audit.verdicts import (
     judge,
     together,
 )
-from suture.verbs.finetune.run import finetune
+from suture.verbs.finetune import VERB as finetune
 from suture.verbs.merge.run import merge
 from suture.verbs.report import audits
 from suture.verbs.report.blocks import Builder
@@ -626,7 +628,7 @@ def test_several_seeds_stand_side_by_side(shop: Path, tmp_path: Path) -> None:
     asked = auditing.recipe(shop, attack=auditing.training(shop), seeds=[0, 1], shares=[0.2, 1])
     del asked["attacked"]
     told: list[str] = []
-    record = audit(asked, tmp_path / "out", say=told.append)
+    record = audit(asked, tmp_path / "out", progress=Progress(say=told.append))
 
     assert any(re.match(r"attack-seed1: step \d+ of \d+, loss .* s left", line) for line in told)
     assert list(record["seeds"]) == ["0", "1"]
@@ -661,7 +663,7 @@ def test_files_by_language_a_judge_and_a_suite(shop: Path, tmp_path: Path) -> No
     }  # fmt: skip
     (tmp_path / "audit.yaml").write_text(yaml.safe_dump(recipe))
     told: list[str] = []
-    record = audit(tmp_path / "audit.yaml", tmp_path / "out", say=told.append)
+    record = audit(tmp_path / "audit.yaml", tmp_path / "out", progress=Progress(say=told.append))
     (seed,) = record["seeds"].values()
 
     assert record["choices"]["answers judged by"] == "a judge of refusal"

@@ -29,12 +29,14 @@ from suture.cli import app
 from suture.edits.mask import Mask
 from suture.errors import OutputError, RecipeError, SutureError
 from suture.runs.ledger import Ledger, digest
+from suture.runs.progress import Progress
 from suture.schema.tuning import TuneSettings
 from suture.training import strategies
 from suture.training.calibrate import Calibration, sensitivity
 from suture.training.data import LabelledText, tokenise
 from suture.training.models import Classifier, Head, device_of, load_encoder, load_tokenizer
 from suture.training.tangent import LinearizedBody
+from suture.verbs.bench import VERB as bench
 from suture.verbs.bench import measures
 from suture.verbs.bench.learn import Base, Learnt, learn, load_vectors, save_vectors
 from suture.verbs.bench.maths import (
@@ -46,9 +48,8 @@ from suture.verbs.bench.maths import (
     spread,
     within_one_interval,
 )
-from suture.verbs.bench.plan import plan_bench
+from suture.verbs.bench.plan import make_plan as plan_bench
 from suture.verbs.bench.recipe import MEASURES, Grids, Line, read_bench
-from suture.verbs.bench.run import bench
 from suture.verbs.bench.tasks import TASKS, divide, package_folders
 from suture.verbs.report.collect import gather
 
@@ -409,7 +410,7 @@ def shop(tmp_path: Path) -> Path:
 def test_a_run_gives_tables_claims_and_curves(shop: Path) -> None:
     """Everything that was asked for is in the results; numbers agree with their cells."""
     told: list[str] = []
-    found = bench(shop / "bench.yaml", shop / "out", say=told.append)
+    found = bench(shop / "bench.yaml", shop / "out", progress=Progress(say=told.append))
 
     assert found["complete"]
     assert found["lines"].keys() == {"full", "talos", "linearized"}
@@ -437,7 +438,7 @@ def test_a_second_run_makes_no_cell_again(shop: Path) -> None:
     """Nothing is made twice; what a changed recipe needs is, and comes out as before."""
     first = bench(shop / "bench.yaml", shop / "out")
     told: list[str] = []
-    again = bench(shop / "bench.yaml", shop / "out", say=told.append)
+    again = bench(shop / "bench.yaml", shop / "out", progress=Progress(say=told.append))
     assert told == []
     assert again == first
 
@@ -449,7 +450,9 @@ def test_a_second_run_makes_no_cell_again(shop: Path) -> None:
 
     for cell in (shop / "out/cells").glob("addition-talos-seed1-*"):
         cell.unlink()  # its vectors are gone, too: they are trained again
-    third = bench(shop / "bench.yaml", shop / "out", say=look)  # the tables never shrink
+    third = bench(
+        shop / "bench.yaml", shop / "out", progress=Progress(say=look)
+    )  # the tables never shrink
     made = {text.partition(":")[0].rsplit("-lr", 1)[0] for text in told}
     assert made == {"addition-talos-seed1", "train-talos-one-seed1", "train-talos-two-seed1"} or (
         made == {"addition-talos-seed1", "addition-talos-seed1-checkpoint1",
@@ -499,7 +502,7 @@ def test_a_folder_is_worked_on_by_one_process(shop: Path) -> None:
             raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
-        bench(shop / "bench.yaml", out, say=tell)
+        bench(shop / "bench.yaml", out, progress=Progress(say=tell))
     assert refused
     assert list(out.glob("cells/*.json"))
 

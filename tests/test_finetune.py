@@ -36,19 +36,21 @@ from suture.errors import (
 )
 from suture.evals.table import EVALS
 from suture.runs.place import Options
+from suture.runs.progress import Progress
 from suture.runs.workspace import training_space
 from suture.schema.sources import DataSpec, Source
 from suture.schema.tuning import TuneSettings
 from suture.training import models, snapshot
 from suture.training.load import load_tuned
-from suture.training.loop import Progress
+from suture.training.loop import TrainingStep
 from suture.training.models import Classifier, Encoder, Head, save_head, save_model
 from suture.training.rows import language_rows
 from suture.training.strategies import STRATEGIES
 from suture.training.trackers import tracker
+from suture.verbs.finetune import VERB as finetune
 from suture.verbs.finetune import run as module
+from suture.verbs.finetune.plan import make_plan as plan_finetune
 from suture.verbs.finetune.recipe import read_finetune
-from suture.verbs.finetune.run import finetune, plan_finetune
 from suture.verbs.merge.run import merge
 
 EXAMPLES: dict[str, dict[str, Any]] = {
@@ -108,7 +110,7 @@ def test_every_strategy_goes_from_a_recipe_to_a_folder(
     told: list[str] = []
     training = {**TRAINING, "epochs": 20, "lr": 1e-2, "save_every": 50}
     what = recipe(shop, name, training=training)
-    report = finetune(what, out, say=told.append)
+    report = finetune(what, out, progress=Progress(say=told.append))
 
     assert report.losses[1] < report.losses[0]
     assert report.metric is not None
@@ -355,7 +357,7 @@ sys.path.insert(0, sys.argv[1])
 os.environ["HF_HUB_OFFLINE"] = "1"
 import torch
 torch.set_num_threads(1)
-from suture.verbs.finetune.run import finetune
+from suture.verbs.finetune import VERB as finetune
 recipe, out, stops = json.loads(sys.argv[2]), Path(sys.argv[3]), json.loads(sys.argv[4])
 for stop in stops:  # each run is a process of its own; what is imported is not imported again
     child = os.fork()
@@ -363,7 +365,7 @@ for stop in stops:  # each run is a process of its own; what is imported is not 
         def tell(phase, at):
             if [phase, at.step] == stop:
                 os.kill(os.getpid(), signal.SIGKILL)
-        report = finetune(recipe, out, tell=tell)
+        report = finetune(recipe, out, progress=Progress(step=tell))
         print(report.fingerprint, report.losses, flush=True)
         os._exit(0)
     _, status = os.waitpid(child, 0)
@@ -871,7 +873,7 @@ def test_curves_go_to_trackio_or_say_what_is_missing(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Every step's numbers, by phase; without the library the extra is named."""
-    at = Progress(3, 9, 0.5, 1e-3, 1.0, 2.0, 7.0, 0.25)
+    at = TrainingStep(3, 9, 0.5, 1e-3, 1.0, 2.0, 7.0, 0.25)
     seen: list[Any] = []
     fake = types.ModuleType("trackio")
     fake.init = lambda **facts: seen.append(facts["name"])  # type: ignore[attr-defined]

@@ -16,7 +16,7 @@ from suture.edits.patch import Patch
 from suture.errors import MismatchError
 from suture.merges.apply import checkpoint_fingerprint
 from suture.training.strategies import STRATEGIES
-from suture.verbs.finetune.run import finetune
+from suture.verbs.finetune import VERB as finetune
 from test_finetune import EXAMPLES, TRAINING, command, problems_of, recipe, shop, talker
 
 __all__ = ["shop", "talker"]

@@ -19,6 +19,7 @@ from PIL import Image
 import suture
 import tiny_model
 from making import invoke
+from suture import evaluate
 from suture.edits.mask import Mask
 from suture.errors import CheckpointError, MissingExtraError, RecipeError, SutureError
 from suture.evals.results import read_result
@@ -29,8 +30,8 @@ from suture.training.images import ImageTransform, checked, prepared
 from suture.training.load import load_tuned
 from suture.training.models import Head, ImageEncoder, load_image_encoder, parameters_of, save_head
 from suture.training.strategies import STRATEGIES
-from suture.verbs.evaluate.run import evaluate
-from suture.verbs.finetune.run import finetune, plan_finetune
+from suture.verbs.finetune import VERB as finetune
+from suture.verbs.finetune.plan import make_plan as plan_finetune
 from test_finetune import EXAMPLES, problems_of
 
 TRAINING = {"epochs": 16, "batch": 8, "lr": 1e-2, "save_every": 50, "seed": 1}

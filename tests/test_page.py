@@ -32,7 +32,7 @@ from suture.evals.base import EvalResult, Metric
 from suture.evals.results import Evaluation, Scores, SuiteResult
 from suture.runs.report import Entry, Report, ReportTask
 from suture.runs.workspace import workspace
-from suture.verbs.analyze.run import analysis
+from suture.verbs.analyze import VERB as analysis
 from suture.verbs.compare.run import Comparison, compare
 from suture.verbs.merge.run import merge
 from suture.verbs.report import charts, tasks

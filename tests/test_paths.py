@@ -23,32 +23,33 @@ import adapting
 import refusing
 import suture
 import tiny_model
+from suture import evaluate
 from suture.edits.mask import localize
 from suture.errors import Problems, SutureError
 from suture.schema.paths import place_of, recipe_folder, shown
 from suture.training.models import Head, save_head, save_model
-from suture.verbs.analyze.plan import plan_analysis
-from suture.verbs.analyze.run import analysis
-from suture.verbs.audit.plan import plan_audit
-from suture.verbs.audit.run import audit
-from suture.verbs.bench.plan import plan_bench
+from suture.verbs.analyze import VERB as analysis
+from suture.verbs.analyze.plan import make_plan as plan_analysis
+from suture.verbs.audit import VERB as audit
+from suture.verbs.audit.plan import make_plan as plan_audit
+from suture.verbs.bench import VERB as bench
+from suture.verbs.bench.plan import make_plan as plan_bench
 from suture.verbs.bench.recipe import read_bench
-from suture.verbs.bench.run import bench
 from suture.verbs.compare.blame import blame
 from suture.verbs.evaluate.plan import plan_suite
 from suture.verbs.evaluate.recipe import read_suite
-from suture.verbs.evaluate.run import evaluate
+from suture.verbs.finetune import VERB as finetune
+from suture.verbs.finetune.plan import make_plan as plan_finetune
 from suture.verbs.finetune.recipe import read_finetune
-from suture.verbs.finetune.run import finetune, plan_finetune
 from suture.verbs.finetune.work import workshop
-from suture.verbs.localize.plan import plan_regions
+from suture.verbs.localize.plan import make_plan as plan_regions
 from suture.verbs.localize.run import execute as locate
 from suture.verbs.merge.plan import plan_recipe
 from suture.verbs.merge.recipe import read_recipe
 from suture.verbs.merge.run import merge
-from suture.verbs.realign.plan import plan_realign
+from suture.verbs.realign import VERB as realign
+from suture.verbs.realign.plan import make_plan as plan_realign
 from suture.verbs.realign.recipe import read_realign
-from suture.verbs.realign.run import realign
 
 ROOT = Path(suture.__file__).parent
 Source = Path | Mapping[str, Any]

@@ -34,17 +34,18 @@ from suture.errors import (
     SutureError,
 )
 from suture.merges.apply import checkpoint_fingerprint
+from suture.runs.progress import Progress
 from suture.training.models import load_language_model
 from suture.verbs.merge.run import merge
+from suture.verbs.realign import VERB as realign
 from suture.verbs.realign import somf
 from suture.verbs.realign.base import RealignJob
 from suture.verbs.realign.fuse import FUSES
 from suture.verbs.realign.methods import REALIGNERS
 from suture.verbs.realign.pairs import answers_of, margins
-from suture.verbs.realign.plan import plan_realign
+from suture.verbs.realign.plan import make_plan as plan_realign
 from suture.verbs.realign.recipe import read_realign
 from suture.verbs.realign.result import curve_of, report_rows
-from suture.verbs.realign.run import realign
 
 EXAMPLES: dict[str, dict[str, Any]] = {
     "somf": {},
@@ -106,7 +107,7 @@ def test_every_method_goes_from_a_recipe_to_a_folder(name: str, shop: Path, tmp_
     the same bytes."""
     what = recipe(shop, name, utility={"rows": str(shop / "utility.jsonl")})
     told: list[str] = []
-    report = realign(what, tmp_path / "out", say=told.append)
+    report = realign(what, tmp_path / "out", progress=Progress(say=told.append))
     looks = [
         line.partition(":")[0] for line in told if ": margin " in line and ", utility " in line
     ]
@@ -206,7 +207,7 @@ def test_pairs_the_wrong_way_round_are_told(shop: Path, tmp_path: Path) -> None:
             "rejected": "chosen"}  # fmt: skip
     what = dataless(shop, "magnitude", density=0.5)
     told: list[str] = []
-    report = realign({**what, "data": data}, tmp_path / "out", say=told.append)
+    report = realign({**what, "data": data}, tmp_path / "out", progress=Progress(say=told.append))
     assert report.retention["safety"] is None
     (note,) = report.notes
     assert "nothing to bring back; are the columns of `chosen` and `rejected` exchanged?" in note
@@ -645,12 +646,12 @@ from pathlib import Path
 os.environ["HF_HUB_OFFLINE"] = "1"
 import torch
 torch.set_num_threads(1)
-from suture.verbs.realign.run import realign
+from suture.verbs.realign import VERB as realign
 recipe, out, stop = json.loads(sys.argv[1]), Path(sys.argv[2]), json.loads(sys.argv[3])
 def tell(phase, at):
     if at.step == stop:
         os.kill(os.getpid(), signal.SIGKILL)
-report = realign(recipe, out, tell=tell)
+report = realign(recipe, out, progress=Progress(step=tell))
 print(report.fingerprint, report.losses)
 """
 
@@ -724,7 +725,7 @@ def test_what_goes_wrong_keeps_the_last_good_state(
             monkeypatch.setattr(somf, "COLLAPSED", 0.9)
 
     with pytest.raises(SutureError, match=r"collapsed: its mean fell to 0.*is kept in"):
-        realign(what, tmp_path / "out", tell=closing)
+        realign(what, tmp_path / "out", progress=Progress(step=closing))
     assert steps[0] > 1
     assert not (tmp_path / "out").exists()
     monkeypatch.setattr(somf, "COLLAPSED", 1e-3)
@@ -747,7 +748,7 @@ def test_another_recipe_does_not_take_over(shop: Path, tmp_path: Path) -> None:
             raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
-        realign(recipe(shop), tmp_path / "out", tell=stop)
+        realign(recipe(shop), tmp_path / "out", progress=Progress(step=stop))
     other = recipe(shop, training={**TRAINING, "lr": 0.01})
     with pytest.raises(OutputError, match="another recipe"):
         realign(other, tmp_path / "out")
@@ -759,7 +760,11 @@ def test_another_recipe_does_not_take_over(shop: Path, tmp_path: Path) -> None:
     key.write_bytes(whole)
     told: list[str] = []
     with pytest.raises(KeyboardInterrupt):
-        realign(recipe(shop), tmp_path / "out", tell=stop, say=told.append)
+        realign(
+            recipe(shop),
+            tmp_path / "out",
+            progress=Progress(step=stop, say=told.append),
+        )
     assert "going on from the last checkpoint of a run that was interrupted" in told
     (key.parent / "reference.safetensors").write_bytes(b"half")
     with pytest.raises(CheckpointError, match="remove it to start anew"):

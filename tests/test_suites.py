@@ -27,6 +27,7 @@ from suture.evals.kinds import EvalJob, Kind, Models, Prepare, Row, Run, Score, 
 from suture.evals.loss import loss
 from suture.evals.results import SuiteResult, read_result
 from suture.evals.table import EVALS
+from suture.runs.progress import Progress
 from suture.training.data import rows_of, tokenise
 from suture.training.models import (
     Classifier,
@@ -43,7 +44,7 @@ from suture.verbs.compare.run import compare_files
 from suture.verbs.evaluate import run as work
 from suture.verbs.evaluate.plan import Options, plan_suite
 from suture.verbs.evaluate.recipe import read_suite
-from suture.verbs.finetune.run import finetune
+from suture.verbs.finetune import VERB as finetune
 
 WORDS = tiny_model.WORDS[2:]
 
@@ -401,7 +402,7 @@ def test_what_finetune_wrote_is_evaluated_as_what_it_is(shop: Path, tmp_path: Pa
         "data": {"train": str(shop / "rows.jsonl"), "validation": str(shop / "rows.jsonl")},
         "head": str(shop / "head.safetensors"), "training": {"epochs": 6, "batch": 6, "lr": 0.01},
     }  # fmt: skip
-    report = finetune(what, tmp_path / "tuned", say=lambda _: None)
+    report = finetune(what, tmp_path / "tuned", progress=Progress(say=lambda _: None))
     (result,) = suture.evaluate(tmp_path / "tuned", suite(shop, topics={"kind": "accuracy"}))
 
     assert report.metric is not None

@@ -16,7 +16,7 @@ from suture.evals.table import EVALS
 from suture.schema.tuning import TuneSettings
 from suture.training import data as data_module
 from suture.training.data import Dataset, labels_of, tokenise
-from suture.training.loop import Progress, classification, slope, tune
+from suture.training.loop import TrainingStep, classification, slope, tune
 from suture.training.loss import next_token
 from suture.training.models import Classifier, Head, embed
 from suture.training.probe import fit_head
@@ -185,7 +185,7 @@ def test_the_rate_rises_to_one_and_falls_towards_zero() -> None:
 
 def test_progress_is_told_after_every_step() -> None:
     model, data = classifier()
-    told: list[Progress] = []
+    told: list[TrainingStep] = []
 
     result = tune(model, data, SETTINGS, progress=told.append)
 

@@ -13,7 +13,7 @@ import yaml
 import making
 import refusing
 import tiny_model
-from suture.verbs.realign.plan import plan_realign
+from suture.verbs.realign.plan import make_plan as plan_realign
 
 
 @pytest.fixture(scope="module")

@@ -17,11 +17,8 @@ import yaml
 
 import suture
 from suture.checkpoints.atomic import appearing
-from suture.verbs.analyze.run import analysis
-from suture.verbs.finetune.run import finetune
-from suture.verbs.localize.plan import plan_regions
-from suture.verbs.localize.run import execute
-from suture.verbs.realign.run import realign
+from suture.runs.progress import Progress
+from suture.verbs import VERBS
 
 from .steps import Now, Step
 
@@ -56,11 +53,22 @@ class Place:
         self, name: str, does: str, recipe: Mapping[str, Any], needs: Sequence[str], seconds: float
     ) -> Step:
         """``suture finetune``."""
+        return self._trained("finetune", name, does, recipe, needs, seconds)
 
+    def realigned(
+        self, name: str, does: str, recipe: Mapping[str, Any], needs: Sequence[str], seconds: float
+    ) -> Step:
+        """``suture realign``."""
+        return self._trained("realign", name, does, recipe, needs, seconds)
+
+    def _trained(
+        self, verb: str, name: str, does: str, recipe: Mapping[str, Any], needs: Sequence[str],
+        seconds: float,
+    ) -> Step:  # fmt: skip
         def make(now: Now) -> str:
             path = self.recipe(name.rpartition("/")[2], recipe)
-            finetune(path, self.at(name), overwrite=True, resume=now.resume,
-                     tell=lambda _, at: now.tick(at.step / at.steps))  # fmt: skip
+            steps = Progress(step=lambda _, at: now.tick(at.step / at.steps))
+            VERBS[verb](path, self.at(name), overwrite=True, resume=now.resume, progress=steps)
             return ""
 
         return self._step(name, does, recipe, make, needs, seconds, self.megabytes)
@@ -86,23 +94,10 @@ class Place:
 
         def make(now: Now) -> str:
             path = self.recipe(name.rpartition("/")[2], recipe)
-            execute(plan_regions(path, self.at(name), overwrite=True, values=values))
+            VERBS["localize"](path, self.at(name), overwrite=True, values=values)
             return ""
 
         return self._step(name, does, [recipe, values], make, needs, seconds, self.megabytes)
-
-    def realigned(
-        self, name: str, does: str, recipe: Mapping[str, Any], needs: Sequence[str], seconds: float
-    ) -> Step:
-        """``suture realign``."""
-
-        def make(now: Now) -> str:
-            path = self.recipe(name.rpartition("/")[2], recipe)
-            realign(path, self.at(name), overwrite=True, resume=now.resume,
-                    tell=lambda _, at: now.tick(at.step / at.steps))  # fmt: skip
-            return ""
-
-        return self._step(name, does, recipe, make, needs, seconds, self.megabytes)
 
     def asked(
         self, name: str, does: str, suite: Mapping[str, Any], models: Sequence[str], seconds: float
@@ -129,7 +124,7 @@ class Place:
         """``suture analyze``."""
 
         def make(now: Now) -> str:
-            analysis(self.recipe(name, recipe), self.at(name), overwrite=True)
+            suture.analyze(self.recipe(name, recipe), self.at(name), overwrite=True)
             return ""
 
         return self._step(name, does, recipe, make, needs, seconds, 1)

@@ -34,9 +34,16 @@ from suture.edits.patch import Patch, StoredPatch
 from suture.errors import RecipeError, spoken_in_python
 from suture.merges.apply import Stage
 from suture.runs.card import carry
+from suture.runs.progress import Progress, Say
+from suture.verbs.analyze import VERB as ANALYZE
+from suture.verbs.audit import VERB as AUDIT
+from suture.verbs.bench import VERB as BENCH
+from suture.verbs.finetune import VERB as FINETUNE
+from suture.verbs.localize import VERB as LOCALIZE
 from suture.verbs.merge import run
 from suture.verbs.merge.lazy import Merged
 from suture.verbs.merge.run import MergeReport
+from suture.verbs.realign import VERB as REALIGN
 
 if TYPE_CHECKING:
     from suture.api.algebra import Model
@@ -50,7 +57,6 @@ if TYPE_CHECKING:
     from suture.verbs.realign.result import RealignReport
 
 Recipe: TypeAlias = str | os.PathLike[str] | Mapping[str, Any]
-Say: TypeAlias = Callable[[str], None]
 
 VERBS: Mapping[str, str] = {
     "merge_recipe": "merge", "localize_recipe": "localize", "finetune": "finetune",
@@ -174,13 +180,9 @@ def localize_recipe(
         2
         >>> place.cleanup()
     """
-    from suture.verbs.localize.plan import plan_regions
-    from suture.verbs.localize.run import execute
-
-    plan = plan_regions(_source(recipe), Path(out), threads=threads, overwrite=overwrite,
-                                values=values, restricted=restricted,
-                                folder=_place(folder))  # fmt: skip
-    return execute(plan, None, say)
+    return LOCALIZE(_source(recipe), Path(out), folder=_place(folder), progress=Progress(say=say),
+                    overwrite=overwrite, threads=threads, restricted=restricted,
+                    values=values)  # fmt: skip
 
 
 @spoken_in_python
@@ -219,10 +221,9 @@ def finetune(
         Traceback (most recent call last):
         suture.errors.RecipeError: ...
     """
-    from suture.verbs.finetune import run as work
-
-    return work.finetune(_source(recipe), Path(out), say=say, overwrite=overwrite, resume=resume,
-                         device=device, restricted=restricted, folder=_place(folder))  # fmt: skip
+    return FINETUNE(_source(recipe), Path(out), folder=_place(folder),
+                    progress=Progress(say=say), overwrite=overwrite, resume=resume,
+                   device=device, restricted=restricted)  # fmt: skip
 
 
 @spoken_in_python
@@ -261,10 +262,9 @@ def realign(
         Traceback (most recent call last):
         suture.errors.RecipeError: ...
     """
-    from suture.verbs.realign import run as work
-
-    return work.realign(_source(recipe), Path(out), say=say, overwrite=overwrite, resume=resume,
-                        device=device, threads=threads, folder=_place(folder))  # fmt: skip
+    return REALIGN(_source(recipe), Path(out), folder=_place(folder),
+                    progress=Progress(say=say), overwrite=overwrite, resume=resume,
+                   device=device, threads=threads)  # fmt: skip
 
 
 @spoken_in_python
@@ -303,17 +303,22 @@ def audit(
         Traceback (most recent call last):
         suture.errors.RecipeError: ...
     """
-    from suture.verbs.audit import run as work
-
-    return work.audit(_source(recipe), Path(out), say=say, overwrite=overwrite, resume=resume,
-                      device=device, threads=threads, folder=_place(folder))  # fmt: skip
+    return AUDIT(_source(recipe), Path(out), folder=_place(folder),
+                    progress=Progress(say=say), overwrite=overwrite, resume=resume,
+                   device=device, threads=threads)  # fmt: skip
 
 
 @spoken_in_python
 def bench(
-    recipe: Recipe, out: PathLike, *, threads: int | None = None,
-    folder: PathLike | None = None, say: Say = _quiet,
-) -> dict[str, Any]:  # fmt: skip
+    recipe: Recipe,
+    out: PathLike,
+    *,
+    overwrite: bool = False,
+    resume: bool = True,
+    threads: int | None = None,
+    folder: PathLike | None = None,
+    say: Say = _quiet,
+) -> dict[str, Any]:
     """Compare fine-tuning strategies by task arithmetic; ``suture bench`` from Python.
 
     Interrupted, the same call goes on.
@@ -321,6 +326,8 @@ def bench(
     Args:
         recipe: a file, or what stands in it: base, tasks, strategies, seeds.
         out: the folder of cells and tables.
+        overwrite: remove what an older benchmark left there, and begin.
+        resume: go on with what an interrupted run left.
         threads: of torch; as they are without it.
         folder: where relative paths start; default the file's folder, or the current one.
         say: is told of every cell, and how long the rest will take.
@@ -337,10 +344,8 @@ def bench(
         Traceback (most recent call last):
         suture.errors.RecipeError: ...
     """
-    from suture.verbs.bench import run as work
-
-    return work.bench(_source(recipe), Path(out), threads=threads, say=say,
-                      folder=_place(folder))  # fmt: skip
+    return BENCH(_source(recipe), Path(out), folder=_place(folder), progress=Progress(say=say),
+                 overwrite=overwrite, resume=resume, threads=threads)  # fmt: skip
 
 
 @spoken_in_python
@@ -377,10 +382,8 @@ def analyze(
         ((1.0, 0.0), (0.0, 1.0))
         >>> place.cleanup()
     """
-    from suture.verbs.analyze import run as work
-
-    return work.analysis(_source(recipe), Path(out), overwrite=overwrite, threads=threads,
-                         folder=_place(folder))  # fmt: skip
+    return ANALYZE(_source(recipe), Path(out), folder=_place(folder), overwrite=overwrite,
+                   threads=threads)  # fmt: skip
 
 
 @spoken_in_python
@@ -476,7 +479,7 @@ def evaluate(
         how = Options(overwrite=overwrite, resume=resume, device=device, limit=limit)
         place_of_results = None if out is None else Path(out)
         plan = plan_suite(asked, _source(suite), place_of_results, how, _place(folder))
-        return execute(plan, say=say)
+        return execute(plan, Progress(say=say))
 
 
 def _several(models: Any) -> list[tuple[str | None, Any]]:
@@ -886,4 +889,4 @@ def _late(module: str, name: str) -> Callable[..., Any]:
 
 # Names of before there was one list, kept for one release.
 vars(finetune)["load_tuned"] = _late("suture.training.load", "load_tuned")
-vars(analyze)["analysis"] = _late("suture.verbs.analyze.run", "analysis")
+vars(analyze)["analysis"] = analyze

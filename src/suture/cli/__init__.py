@@ -12,7 +12,7 @@ from suture.version import __version__
 
 # Commands are listed in the order in which their modules come.
 # isort: off
-from suture.cli import models, patches, regions, training, asking, safety, demo, methods, recipes  # noqa: F401
+from suture.cli import models, patches, verbs, asking, demo, methods, recipes  # noqa: F401
 
 # isort: on
 from suture.cli.options import DONE, app, stop

@@ -1,18 +1,17 @@
-"""Commands that ask models: evaluations, comparisons, benchmarks, harmless rows."""
+"""Commands that ask models and show the answers: evaluations, comparisons, the report."""
 
 from __future__ import annotations
 
 import json
-import sys
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 
-from suture.cli.options import FAILED, Cores, DryRun, Json, app, errors, show_dry, silent, stop
-from suture.cli.terminal import Asking, Bars, say, show_json, tell
+from suture.cli.options import FAILED, DryRun, Json, app, errors, stop
+from suture.cli.terminal import Watch, say, show_json, tell
 from suture.errors import Problems, RecipeError
-from suture.tensors.spec import listed
+from suture.tensors.spec import listed, readable
 
 
 @app.command("eval")
@@ -51,11 +50,11 @@ def evaluate(
             found = planning.describe(plan)
             show_json(found) if as_json else _show_questions(found)
             return
-        with Asking(as_json) as shown, Bars(as_json or sys.stderr.isatty()) as bars:
+        with Watch(as_json) as progress:
             rows = sum(len(asked.rows) for asked in plan.asked.values())
-            shown.say(f"{plan.suite.name}: {len(plan.asked)} evaluation(s), {rows} rows, "
+            progress.say(f"{plan.suite.name}: {len(plan.asked)} evaluation(s), {rows} rows, "
                       f"{len(plan.subjects)} model(s) on {plan.device}")  # fmt: skip
-            results = work.execute(plan, stage=bars.stage, say=shown.say, tell=shown.tell)
+            results = work.execute(plan, progress)
     if as_json:
         show_json({"results": [json.loads(result.to_json()) for result in results]})
         return
@@ -124,11 +123,10 @@ def compare(
         if blame is not None and suite is not None and gate is not None:
             from suture.verbs.compare import blame as blaming
 
-            with Asking(as_json) as shown, Bars(as_json or sys.stderr.isatty()) as bars:
+            with Watch(as_json) as progress:
                 case = blaming.Case(files.base, files.experts, files.edits[0], gate, files.names)
                 how = blaming.How(device, overwrite)
-                to = blaming.Shown(bars.stage, shown.say, shown.tell)
-                blamed = blaming.search(blame, suite, case, files.place, how, to)
+                blamed = blaming.search(blame, suite, case, files.place, how, progress)
     if as_json:
         show_json(found.to_dict() | ({} if blamed is None else {"blame": blamed.plain()}))
     else:
@@ -157,33 +155,6 @@ def _check_blame(blame: Path | None, suite: Path | None, gate: Path | None, edit
 
 
 @app.command()
-def bench(
-    recipe: Annotated[Path, typer.Argument(help="Base, tasks, strategies, seeds (YAML).")],
-    out: Annotated[Path, typer.Option("--out", "-o", help="The folder of cells and tables.")],
-    threads: Cores = None,
-    dry_run: DryRun = False,
-    as_json: Json = False,
-) -> None:
-    """Compare fine-tuning strategies by task arithmetic; interrupted, the same command goes on."""
-    with errors(as_json):
-        from suture.verbs.bench import run as work
-        from suture.verbs.bench.result import markdown
-
-        plan = work.plan_bench(recipe, out)
-        if dry_run:
-            found = work.describe(plan)
-        else:
-            found = work.bench(plan, out, threads=threads, say=silent if as_json else say)
-    if as_json:
-        show_json(found)
-    elif dry_run:
-        show_dry(found, as_json, "begin")
-    else:
-        tell(markdown(found))
-        tell(f"wrote {out / 'results.json'} and {out / 'results.md'}")
-
-
-@app.command()
 def proxy(
     out: Annotated[Path, typer.Option("-o", "--out", help="A folder for the rows.")],
     seed: Annotated[int, typer.Option(help="Chooses topics and wordings of the splits.")] = 0,
@@ -205,3 +176,30 @@ def proxy(
         return
     for name, number in counts.items():
         tell(f"{out / name}.jsonl: {number} rows")
+
+
+@app.command()
+def report(
+    folder: Annotated[Path, typer.Argument(help="Where results, merges and analyses lie.")],
+    out: Annotated[Path, typer.Option("--out", "-o", help="The HTML file to write.")],
+    images: Annotated[
+        Path | None, typer.Option("--images", help="Also write each figure as SVG and PNG here.")
+    ] = None,
+    title: Annotated[str | None, typer.Option("--title", help="The heading of the page.")] = None,
+    overwrite: Annotated[
+        bool, typer.Option("--overwrite", help="Replace an older file of that name.")
+    ] = False,
+    as_json: Json = False,
+) -> None:
+    """Gather what a folder holds into one self-contained HTML page that works offline."""
+    with errors(as_json):
+        from suture.verbs.report.run import write_page
+
+        found = write_page(folder, out, images=images, title=title, overwrite=overwrite)
+    if as_json:
+        show_json(found)
+        return
+    for note in found["notes"]:
+        say(f"note: {note}")
+    figures = f"{found['figures']} figures from {found['files']} files"
+    tell(f"wrote {out} ({readable(found['bytes'])}, {figures})")

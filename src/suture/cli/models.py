@@ -9,7 +9,7 @@ from typing import Annotated, Any
 import typer
 
 from suture.cli.options import FAILED, DryRun, Json, NoResume, Threads, app, errors, stop
-from suture.cli.terminal import Bars, say, show_json, tell
+from suture.cli.terminal import Watch, say, show_json, tell
 from suture.tensors.spec import listed, readable
 
 
@@ -23,13 +23,13 @@ def inspect(
     as_json: Json = False,
 ) -> None:
     """Show what a model holds: tensors, dtypes, roles, size, integrity."""
-    with errors(as_json), Bars(as_json) as bars:
+    with errors(as_json), Watch(as_json) as progress:
         from suture.analysis.profile import inspect_model
         from suture.checkpoints.open import open_model
 
         checkpoint = open_model(model)
-        progress = bars.stage("check", checkpoint.nbytes) if check else None
-        found = inspect_model(checkpoint, check=check, each=each, progress=progress)
+        counted = progress.stage("check", checkpoint.nbytes) if check else None
+        found = inspect_model(checkpoint, check=check, each=each, progress=counted)
     if as_json:
         show_json(found)
     else:
@@ -77,11 +77,11 @@ def diff(
     as_json: Json = False,
 ) -> None:
     """Show the task vector between two models: norms, cosine, profile by layer and role."""
-    with errors(as_json), Bars(as_json) as bars:
+    with errors(as_json), Watch(as_json) as progress:
         from suture.analysis import profile
         from suture.checkpoints.open import open_model
 
-        found = profile.diff(open_model(base), open_model(tuned), bars.stage)
+        found = profile.diff(open_model(base), open_model(tuned), progress.stage)
     if as_json:
         show_json(found)
         return
@@ -140,7 +140,7 @@ def merge(
     as_json: Json = False,
 ) -> None:
     """Merge models by a recipe into a new folder; interrupted, the same command goes on."""
-    with errors(as_json), Bars(as_json) as bars:
+    with errors(as_json), Watch(as_json) as progress:
         from suture.kernels import cache
         from suture.runs import place
         from suture.verbs.merge import describe, run
@@ -164,7 +164,7 @@ def merge(
         else:
             if not as_json:
                 say(_intention(plan))
-            report = run.execute(plan, bars.stage)
+            report = run.execute(plan, progress.stage)
     if dry_run:
         show_json(found) if as_json else _show_plan(found)
     elif as_json:
@@ -257,7 +257,7 @@ def extract_lora(
     as_json: Json = False,
 ) -> None:
     """Make a LoRA adapter of the difference between models, and tell the error."""
-    with errors(as_json), Bars(as_json) as bars:
+    with errors(as_json), Watch(as_json) as progress:
         from suture.checkpoints.open import open_model
         from suture.verbs.extract_lora import run as lowrank
 
@@ -265,7 +265,7 @@ def extract_lora(
         tuned = [open_model(model, base=start) for model in models]
         report = lowrank.extract_lora(
             start, tuned, out, rank=rank, energy=energy, weights=weight or None,
-            save_others=save_others, dtype=dtype, stage=bars.stage,
+            save_others=save_others, dtype=dtype, stage=progress.stage,
         )  # fmt: skip
     if as_json:
         show_json(report.to_dict())

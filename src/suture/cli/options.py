@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Annotated, Any, NoReturn
 
@@ -27,7 +27,6 @@ Json = Annotated[bool, typer.Option("--json", help="Print one JSON object and no
 Threads = Annotated[
     int | None, typer.Option(min=1, help="Threads to use; default: every core. Changes no byte.")
 ]
-Cores = Annotated[int | None, typer.Option(min=1, help="Threads to use; default: every core.")]
 Device = Annotated[
     str | None, typer.Option("--device", help="cpu, cuda, cuda:1, ...; overrides the recipe.")
 ]
@@ -40,10 +39,12 @@ Overwrite = Annotated[
 NoResume = Annotated[
     bool, typer.Option("--no-resume", help="Start anew even if an interrupted run left work.")
 ]
+Restricted = Annotated[
+    bool, typer.Option("--restricted", help="Mark it, and what is made with it: not to share.")
+]
 ToLog = Annotated[
     str | None, typer.Option("--log", help="Also write curves: tensorboard or trackio.")
 ]
-Telling = Callable[[str, Any], None]
 OneOf = Annotated[str | None, typer.Argument(help="Show this one in full.")]
 
 
@@ -70,43 +71,22 @@ def errors(as_json: bool = False) -> Iterator[None]:
         stop(INTERRUPTED)
 
 
-def show_dry(found: dict[str, Any], as_json: bool, verb: str) -> None:
-    """What a run would do, a line each."""
+def show_dry(
+    facts: Mapping[str, Any], as_json: bool, purpose: str, outline: Iterable[str] | None = None
+) -> None:
+    """Show what a run would do: a line for each fact, or the command's own lines."""
     if as_json:
-        show_json(found)
+        show_json(facts)
         return
-    for key, value in found.items():
-        tell(f"{key:<12}{value if isinstance(value, str) else json.dumps(value)}")
-    tell(f"nothing was written; leave out --dry-run to {verb}")
-
-
-def both(first: Telling, second: Telling) -> Telling:
-    """Progress of a training, told in two places."""
-
-    def step(phase: str, at: Any) -> None:
-        first(phase, at)
-        second(phase, at)
-
-    return step
-
-
-def show_trained(report: Any, rows: Iterable[tuple[str, str]], as_json: bool) -> None:
-    """What a training came to: notes, then a line each."""
-    if as_json:
-        show_json(report.to_dict())
-        return
-    for line in report.notes:
-        tell(f"note: {line}")
-    for key, text in rows:
-        tell(f"{key:<22}{text}")
-
-
-def silent(text: str) -> None:
-    """For --json: say nothing."""
+    for line in outline or (
+        f"{key:<12}{value if isinstance(value, str) else json.dumps(value)}"
+        for key, value in facts.items()
+    ):
+        tell(line)
+    tell(f"nothing was written; leave out --dry-run to {purpose}")
 
 
 __all__ = [
-    "DONE", "FAILED", "INTERRUPTED", "WRONG", "Cores", "Device", "DryRun", "Json", "NoResume",
-    "OneOf", "Overwrite", "Threads", "ToLog", "app", "both", "errors", "show_dry",
-    "show_trained", "silent", "stop",
+    "DONE", "FAILED", "INTERRUPTED", "WRONG", "Device", "DryRun", "Json", "NoResume", "OneOf",
+    "Overwrite", "Restricted", "Threads", "ToLog", "app", "errors", "show_dry", "stop",
 ]  # fmt: skip

@@ -10,7 +10,7 @@ from typing import Annotated, Any
 import typer
 
 from suture.cli.options import Json, NoResume, Overwrite, Threads, app, errors
-from suture.cli.terminal import Bars, show_json, tell
+from suture.cli.terminal import Watch, show_json, tell
 from suture.tensors.spec import readable
 
 patches = typer.Typer(
@@ -54,7 +54,7 @@ def patch_make(
 
     Without --mask and --density it has every entry whose bits differ.
     """
-    with errors(as_json), Bars(as_json) as bars:
+    with errors(as_json), Watch(as_json) as progress:
         from suture.checkpoints.open import open_model
         from suture.edits.mask import Mask
         from suture.verbs.patch import run
@@ -62,7 +62,7 @@ def patch_make(
         chosen = None if mask is None else Mask.load(mask)
         patch = run.make_patch(
             open_model(base), open_model(tuned), out, mask=chosen, density=density, scope=scope,
-            restricted=restricted, threads=threads, overwrite=overwrite, stage=bars.stage,
+            restricted=restricted, threads=threads, overwrite=overwrite, stage=progress.stage,
         )  # fmt: skip
         found = run.describe(patch)
     if as_json:
@@ -95,13 +95,13 @@ def patch_apply(
     OUT/undo.patch.safetensors records what was really done, also with --scale and --force:
     suture patch revert OUT OUT/undo.patch.safetensors -o BACK gives the model back, bit for bit.
     """
-    with errors(as_json), Bars(as_json) as bars:
+    with errors(as_json), Watch(as_json) as progress:
         from suture.checkpoints.open import open_model
         from suture.verbs.patch import run
 
         report = run.apply_patches(
             open_model(model), run.load_patches(patch), out, scale=scale,
-            on_overlap=on_overlap, force=force, stage=bars.stage, threads=threads,
+            on_overlap=on_overlap, force=force, stage=progress.stage, threads=threads,
             overwrite=overwrite, resume=not no_resume,
         )  # fmt: skip
         lines = run.report_lines(report)
@@ -129,13 +129,13 @@ def patch_revert(
     as_json: Json = False,
 ) -> None:
     """Take a patch off a model again, bit for bit."""
-    with errors(as_json), Bars(as_json) as bars:
+    with errors(as_json), Watch(as_json) as progress:
         from suture.checkpoints.open import open_model
         from suture.edits.patch import Patch
         from suture.verbs.patch import run
 
         report = run.revert_patch(
-            open_model(model), Patch.load(patch), out, force=force, stage=bars.stage,
+            open_model(model), Patch.load(patch), out, force=force, stage=progress.stage,
             threads=threads, overwrite=overwrite,
         )  # fmt: skip
         lines = run.report_lines(report)

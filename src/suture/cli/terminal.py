@@ -6,8 +6,9 @@ import json
 import sys
 import time
 from collections.abc import Callable
-from typing import Any, Self
+from typing import Any
 
+from suture.runs.progress import Progress
 from suture.tensors.spec import UNCOUNTED, readable
 
 
@@ -36,40 +37,32 @@ def show_json(value: Any) -> None:
     print(json.dumps(value, indent=2, ensure_ascii=False))
 
 
-class Bars:
-    """Progress on standard error: bars on a terminal, else one line a stage."""
+class Watch:
+    """Progress of a run on standard error: bars on a terminal, else a line now and then."""
 
     def __init__(self, quiet: bool = False) -> None:
-        self._bars: Any = None
         self._quiet = quiet
         self._terminal = sys.stderr.isatty() and not quiet
+        self._bars: Any = None
+        self._tasks: dict[str, Any] = {}
         self._open: Any = None
         """The bar of a stage that was not counted; the next stage ends it."""
+        self._shown_at, self._shown = 0.0, ""
 
-    def __enter__(self) -> Bars:
+    def __enter__(self) -> Progress:
         if self._terminal:
-            from rich.console import Console
-            from rich.progress import (
-                BarColumn,
-                DownloadColumn,
-                Progress,
-                TextColumn,
-                TimeRemainingColumn,
-                TransferSpeedColumn,
-            )  # fmt: skip
-
-            self._bars = Progress(
-                TextColumn("{task.description:<8}"), BarColumn(), DownloadColumn(),
-                TransferSpeedColumn(), TimeRemainingColumn(),
-                TextColumn("{task.fields[name]}", style="dim", markup=False),
-                console=Console(stderr=True), transient=True,
-            )  # fmt: skip
+            self._bars = _bars()
             self._bars.start()
-        return self
+        return Progress(say=self.say, stage=self.stage, step=self.step, asked=self.asked)
 
     def __exit__(self, *_: object) -> None:
         if self._bars is not None:
             self._bars.stop()
+
+    def say(self, text: str) -> None:
+        """Say something that is no step."""
+        if not self._quiet:
+            say(text) if self._bars is None else self._bars.console.print(clean(text), markup=False)
 
     def stage(self, name: str, nbytes: int) -> Callable[[str, int], None] | None:
         """Begin a stage that will read so many bytes; ``UNCOUNTED`` where that says nothing."""
@@ -82,90 +75,70 @@ class Bars:
         if self._open is not None:
             self._bars.remove_task(self._open)
             self._open = None
-        bars, task = (
-            self._bars,
-            self._bars.add_task(name, total=nbytes if counted else None, name=""),
-        )
+        bars = self._bars
+        task = bars.add_task(name, total=nbytes if counted else None, now="", unit="bytes")
         if not counted:
             self._open = task
             return None
-        return lambda tensor, more: bars.update(task, advance=more, name=tensor[-48:])
+        return lambda tensor, more: bars.update(task, advance=more, now=tensor[-48:])
 
+    def step(self, phase: str, at: Any) -> None:
+        """Show a step of a training."""
+        score = "" if at.score is None else f", validation {at.score:.4f}"
+        speed = f"{at.tokens_per_second:,.0f} {at.unit}/s"
+        now = f"loss {at.loss:.4f}, lr {at.lr:.2e}, {speed}{score}"
+        due = time.monotonic() - self._shown_at > 10 or at.step == at.steps or at.score is not None
+        if self._show(phase, at.steps, at.step, now) and due:
+            self._shown_at = time.monotonic()
+            say(f"{phase}: step {at.step} of {at.steps}, {now}, {at.eta:.0f} s left")
 
-class Steps:
-    """Progress in steps on standard error: a bar on a terminal, else a line now and then."""
-
-    def __init__(self, quiet: bool = False) -> None:
-        self._quiet = quiet
-        self._bars: Any = None
-        self._tasks: dict[str, Any] = {}
-        self._told, self._last = 0.0, ""
-        if sys.stderr.isatty() and not quiet:
-            from rich.console import Console
-            from rich.progress import (
-                BarColumn,
-                MofNCompleteColumn,
-                Progress,
-                TextColumn,
-                TimeRemainingColumn,
-            )
-
-            self._bars = Progress(
-                TextColumn("{task.description:<8}"), BarColumn(), MofNCompleteColumn(),
-                TimeRemainingColumn(), TextColumn("{task.fields[now]}", style="dim", markup=False),
-                console=Console(stderr=True), transient=True,
-            )  # fmt: skip
-
-    def __enter__(self) -> Self:
-        if self._bars is not None:
-            self._bars.start()
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        if self._bars is not None:
-            self._bars.stop()
-
-    def say(self, text: str) -> None:
-        """Tell something that is not a step."""
-        if not self._quiet:
-            say(text) if self._bars is None else self._bars.console.print(clean(text), markup=False)
+    def asked(self, at: Any) -> None:
+        """Show how many rows of an evaluation were asked."""
+        now = clean(f"{at.model}: {at.evaluation}")
+        due = now != self._shown or time.monotonic() - self._shown_at >= 10
+        if self._show("rows", at.total, round(at.done), now) and due:
+            self._shown_at, self._shown = time.monotonic(), now
+            left = "" if at.eta is None else f", {at.eta:.0f} s left"
+            say(f"{now}: {at.done:.0f} of {at.total} rows{left}")
 
     def _show(self, bar: str, total: float, done: float, now: str) -> bool:
-        """Move a bar; whether there is none, and a line is to be told."""
+        """Move a bar; whether there is none, and a line is to be shown."""
         if self._bars is None:
             return not self._quiet
         if bar not in self._tasks:
-            self._tasks[bar] = self._bars.add_task(bar, total=total, now=now)
+            self._tasks[bar] = self._bars.add_task(bar, total=total, now=now, unit="")
         self._bars.update(self._tasks[bar], completed=done, now=now)
         return False
 
 
-class Training(Steps):
-    """Progress of training."""
+def _bars() -> Any:
+    """Bars of rich on standard error, of bytes and of steps; they vanish at the end."""
+    from rich.console import Console
+    from rich.progress import (
+        BarColumn,
+        DownloadColumn,
+        MofNCompleteColumn,
+        ProgressColumn,
+        Task,
+        TextColumn,
+        TimeRemainingColumn,
+        TransferSpeedColumn,
+    )
+    from rich.progress import Progress as Bars
+    from rich.text import Text
 
-    def __init__(self, quiet: bool = False, unit: str = "tokens") -> None:
-        super().__init__(quiet)
-        self._unit = unit
+    counts, sizes, speeds = MofNCompleteColumn(), DownloadColumn(), TransferSpeedColumn()
 
-    def tell(self, phase: str, at: Any) -> None:
-        """Tell of a step."""
-        score = "" if at.score is None else f", validation {at.score:.4f}"
-        speed = f"{at.tokens_per_second:,.0f} {self._unit}/s"
-        now = f"loss {at.loss:.4f}, lr {at.lr:.2e}, {speed}{score}"
-        due = time.monotonic() - self._told > 10 or at.step == at.steps or at.score is not None
-        if self._show(phase, at.steps, at.step, now) and due:
-            self._told = time.monotonic()
-            say(f"{phase}: step {at.step} of {at.steps}, {now}, {at.eta:.0f} s left")
+    class Amount(ProgressColumn):
+        """How far a bar is: bytes and their speed, or steps."""
 
+        def render(self, task: Task) -> Text:
+            if task.fields["unit"] != "bytes":
+                return counts.render(task)
+            return Text.assemble(sizes.render(task), " ", speeds.render(task))
 
-class Asking(Steps):
-    """Progress of evaluations."""
-
-    def tell(self, at: Any) -> None:
-        """Tell how far it is."""
-        now = clean(f"{at.model}: {at.evaluation}")
-        due = now != self._last or time.monotonic() - self._told >= 10
-        if self._show("rows", at.total, round(at.done), now) and due:
-            self._told, self._last = time.monotonic(), now
-            left = "" if at.eta is None else f", {at.eta:.0f} s left"
-            say(f"{now}: {at.done:.0f} of {at.total} rows{left}")
+    return Bars(
+        TextColumn("{task.description:<8}"), BarColumn(), Amount(), TimeRemainingColumn(),
+        TextColumn("{task.fields[now]}", style="dim", markup=False),
+        console=Console(stderr=True), transient=True,
+    )  # fmt: skip

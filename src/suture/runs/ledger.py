@@ -11,13 +11,20 @@ import hashlib
 import json
 import time
 from collections import Counter, defaultdict
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from suture.checkpoints.atomic import write_whole
+from suture.checkpoints.atomic import LOCK, alone, write_whole
+from suture.checkpoints.checkpoint import Checkpoint
+from suture.errors import Problems
+from suture.runs.place import Options, check_place
+from suture.runs.progress import Say
+from suture.runs.workspace import remove
 
-Say = Callable[[str], None]
+CELLS = "cells"
+"""The folder of cells in an output."""
 Kind = tuple[str, str]
 """What is done and by which line of the tables; cells of one kind take about equally long."""
 
@@ -26,6 +33,42 @@ def digest(what: Any) -> str:
     """A short hash of plain data."""
     text = json.dumps(what, sort_keys=True, default=list, separators=(",", ":"))
     return hashlib.blake2b(text.encode(), digest_size=12).hexdigest()
+
+
+def check_cells(
+    out: Path, command: str, inputs: Mapping[str, Checkpoint], options: Options, problems: Problems
+) -> None:
+    """Note what keeps a folder of cells from being begun or gone on with.
+
+    Args:
+        out: the folder that holds the cells and the results.
+        command: what makes them, such as ``bench``.
+        inputs: the models that are read, by label.
+        options: how to run.
+        problems: takes the notes.
+    """
+    check_place(out, inputs, options.overwrite, problems, record=CELLS, grows=f"`suture {command}`")
+
+
+@contextmanager
+def cells_of(out: Path, options: Options, made: Callable[[Path], bool]) -> Iterator[Path]:
+    """Hold the folder of an output's cells, emptied where the run is to begin anew.
+
+    Args:
+        out: the folder that holds the cells and the results.
+        options: ``overwrite`` and ``resume`` say whether to begin anew.
+        made: whether a path in ``out``, besides the cells, is the command's and goes with them.
+
+    Raises:
+        OutputError: another process works there, or nothing can be written.
+    """
+    folder = out / CELLS
+    with alone(folder, out, "working on"):
+        if options.overwrite or not options.resume:
+            stale = [p for p in folder.iterdir() if p.name != LOCK]  # the lock is held
+            for path in (*stale, *(p for p in out.iterdir() if p != folder and made(p))):
+                remove(path)
+        yield folder
 
 
 class Ledger:

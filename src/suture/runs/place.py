@@ -9,11 +9,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from types import MappingProxyType
 
+from suture.checkpoints.atomic import LOCK
 from suture.checkpoints.checkpoint import Checkpoint
 from suture.checkpoints.writer import staging_of
 from suture.errors import OutputError, Problems
 from suture.stream.sweep import BLOCK
-from suture.tensors.spec import readable
+from suture.tensors.spec import listed, readable
 
 RECORD = "suture.json"
 """The record of every folder with a model."""
@@ -54,6 +55,7 @@ class MergeOptions(Options):
 def check_place(
     out: Path, inputs: Mapping[str, Checkpoint], overwrite: bool, problems: Problems,
     files: Mapping[str, Collection[Path]] = MappingProxyType({}), record: str = RECORD,
+    grows: str = "",
 ) -> None:  # fmt: skip
     """Note what keeps an output from being written, or what it would destroy.
 
@@ -64,12 +66,15 @@ def check_place(
         problems: takes the notes.
         files: other files that are read, by the key that names them.
         record: the file by which an older output of the same command is known.
+        grows: the command whose output of before is gone on with, not replaced.
     """
     try:
         held = {label: {c.path, *c.files} for label, c in inputs.items()}
         held |= {label: {p.resolve() for p in paths} for label, paths in files.items()}
         if apart(out, held, problems):
-            check_free(out, out.resolve(), overwrite, problems, record)
+            check_free(out, out.resolve(), overwrite, problems, record, grows)
+            with problems.collecting():
+                refuse_foreign(staging_of(out.resolve()))
     except (OSError, RuntimeError) as error:  # a name too long, a link to itself
         problems.add(OutputError, f"{out}: {getattr(error, 'strerror', None) or error}")
 
@@ -90,6 +95,21 @@ def apart(out: Path, held: Mapping[str, Collection[Path]], problems: Problems) -
     return True
 
 
+def refuse_foreign(folder: Path) -> None:
+    """Refuse a folder in a workspace's place that Suture did not make.
+
+    Raises:
+        OutputError: it is a link, or holds something and no lock.
+    """
+    if folder.is_symlink():
+        raise OutputError(f"{folder}: is a link, which no run left; move it away")
+    names = {p.name for p in folder.iterdir()} if folder.is_dir() else set()
+    if names and LOCK not in names:
+        raise OutputError(
+            f"{folder}: holds {listed(sorted(names))}, which no run left; move it away"
+        )
+
+
 def check_recipe_stays(recipe: Path, out: Path, problems: Problems) -> None:
     """An output is replaced as a whole: a recipe in it would be gone before it could be repeated.
 
@@ -106,8 +126,9 @@ def check_recipe_stays(recipe: Path, out: Path, problems: Problems) -> None:
 
 
 def check_free(
-    out: Path, place: Path, overwrite: bool, problems: Problems, record: str = RECORD
-) -> None:
+    out: Path, place: Path, overwrite: bool, problems: Problems, record: str = RECORD,
+    grows: str = "",
+) -> None:  # fmt: skip
     """Note what stands where an output is to be, or why nothing can be written there."""
     staging_of(place).exists()  # its name is longer still: too long is seen here, not later
     if place.exists():
@@ -117,10 +138,10 @@ def check_free(
         elif not empty and not (place / record).exists():
             problems.add(
                 OutputError,
-                f"{out}: exists, and was not written by {WRITERS[record]}, so it is never "
-                "replaced; name another folder, or remove it yourself",
+                f"{out}: exists, and was not written by {WRITERS.get(record, grows)}, so it is "
+                "never replaced; name another folder, or remove it yourself",
             )
-        elif not empty and not overwrite:
+        elif not empty and not overwrite and not grows:
             problems.add(OutputError, f"{out}: exists; name another folder, or add --overwrite")
     check_parent(place, out, problems)
 

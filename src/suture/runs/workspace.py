@@ -24,9 +24,8 @@ from typing import Any
 
 from suture.checkpoints.atomic import LOCK, alone, publish
 from suture.checkpoints.writer import staging_of
-from suture.errors import OutputError, Problems
-from suture.runs.place import Options
-from suture.tensors.spec import listed
+from suture.errors import OutputError
+from suture.runs.place import Options, refuse_foreign
 from suture.version import __version__
 
 MADE = "model"
@@ -118,27 +117,6 @@ def workspace(
                 shutil.rmtree(folder, ignore_errors=True)
 
 
-def refuse_foreign(folder: Path) -> None:
-    """Refuse a folder in a workspace's place that Suture did not make.
-
-    Raises:
-        OutputError: it is a link, or holds something and no lock.
-    """
-    if folder.is_symlink():
-        raise OutputError(f"{folder}: is a link, which no run left; move it away")
-    held = {p.name for p in folder.iterdir()} if folder.is_dir() else set()
-    if held and LOCK not in held:
-        raise OutputError(
-            f"{folder}: holds {listed(sorted(held))}, which no run left; move it away"
-        )
-
-
-def check_workspace(out: Path, problems: Problems) -> None:
-    """Note what stands in the place of an output's workspace and is not Suture's."""
-    with problems.collecting():
-        refuse_foreign(staging_of(out.resolve()))
-
-
 def _claim(
     folder: Path, command: str, key: Mapping[str, Any] | None, resume: bool, precious: str
 ) -> bool:
@@ -210,4 +188,4 @@ def training_space(
         yield space
 
 
-__all__ = ["MADE", "Workspace", "check_workspace", "refuse_foreign", "remove", "workspace"]
+__all__ = ["MADE", "Workspace", "remove", "training_space", "workspace"]

@@ -17,7 +17,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from itertools import zip_longest
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 import torch
@@ -52,6 +52,8 @@ class ImageTransform:
 @dataclass(frozen=True, eq=False)
 class Images(Dataset):
     """Labelled images. ``ids`` holds one number for each, a hash of its content."""
+
+    unit: ClassVar[str] = "images"
 
     images: tuple[Image, ...] = ()
     look: ImageTransform = field(default_factory=lambda: ImageTransform((224, 224)))

@@ -28,7 +28,7 @@ from suture.training.snapshot import Snapshot, read_snapshot, write_snapshot
 
 
 @dataclass(frozen=True)
-class Progress:
+class TrainingStep:
     """Where training stands, after a step."""
 
     step: int
@@ -47,9 +47,11 @@ class Progress:
     """Since the beginning, padding not counted."""
     score: float | None = None
     """What the validation rows gave after this step, if they were looked at."""
+    unit: str = "tokens"
+    """What ``tokens_per_second`` counts: tokens, or images."""
 
 
-Tell = Callable[[str, Progress], None]
+Tell = Callable[[str, TrainingStep], None]
 """Is told the phase and where training stands, after every step."""
 
 
@@ -78,7 +80,7 @@ def tune(  # noqa: PLR0913 - who trains by hand needs each of these now and then
     *,
     loss: Loss = classification,
     device: str = "cpu",
-    progress: Callable[[Progress], None] | None = None,
+    progress: Callable[[TrainingStep], None] | None = None,
     mover: LossStep | None = None,
     score: Callable[[nn.Module], float] | None = None,
     checkpoint: Path | None = None,
@@ -151,7 +153,7 @@ def tune(  # noqa: PLR0913 - who trains by hand needs each of these now and then
             if run.stopped or _is_time(step, steps, settings.save_every):
                 run.save()
             if progress is not None:
-                progress(run.progress(steps, lr))
+                progress(run.progress(steps, lr, data.unit))
             if run.stopped:
                 break
         run.keep_best()
@@ -257,13 +259,14 @@ class _Run:
             return nullcontext()
         return self.activations.feeding(self.mover.asked(batch), self.accelerator.autocast)
 
-    def progress(self, steps: int, lr: float) -> Progress:
+    def progress(self, steps: int, lr: float, unit: str) -> TrainingStep:
         """Where training stands now."""
         spent = time.perf_counter() - self.began
         eta = (steps - self.step) * spent / (self.step - self.first)
         looked = self.scores[-1][1] if self.scores and self.scores[-1][0] == self.step else None
         speeds = self.rows / spent, self.tokens / spent
-        return Progress(self.step, steps, self.losses[-1], lr, speeds[0], eta, speeds[1], looked)
+        loss = self.losses[-1]
+        return TrainingStep(self.step, steps, loss, lr, speeds[0], eta, speeds[1], looked, unit)
 
     def look(self, score: Callable[[nn.Module], float], patience: int) -> None:
         """Score the model; remember it if it is the best, stop if it has not been for long."""

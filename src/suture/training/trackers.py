@@ -8,15 +8,15 @@ from pathlib import Path
 from typing import Any
 
 from suture.errors import MissingExtraError, RecipeError, did_you_mean
-from suture.training.loop import Progress
+from suture.training.loop import TrainingStep
 
-Note = Callable[[str, Progress], None]
+Note = Callable[[str, TrainingStep], None]
 TRACKERS = ("tensorboard", "trackio")
 
 
 @contextmanager
-def tracker(kind: str | None, out: Path, recipe: Mapping[str, Any]) -> Iterator[Note]:
-    """Takes the phase and every step's numbers; ``None`` takes them nowhere.
+def tracker(kind: str, out: Path, recipe: Mapping[str, Any]) -> Iterator[Note]:
+    """Takes the phase and every step's numbers.
 
     TensorBoard files go to ``OUT-logs``, beside the output; trackio keeps its own place.
 
@@ -24,14 +24,11 @@ def tracker(kind: str | None, out: Path, recipe: Mapping[str, Any]) -> Iterator[
         MissingExtraError: the library is not installed.
         RecipeError: there is no such tracker.
     """
-    if kind is None:
-        yield lambda phase, at: None
-        return
     if kind not in TRACKERS:
         raise RecipeError(f"no tracker {kind!r}; {did_you_mean(kind, TRACKERS)}")
     write, close = (_tensorboard if kind == "tensorboard" else _trackio)(out, recipe)
 
-    def note(phase: str, at: Progress) -> None:
+    def note(phase: str, at: TrainingStep) -> None:
         values = {"loss": at.loss, "lr": at.lr, "tokens_per_second": at.tokens_per_second}
         if at.score is not None:
             values["validation"] = at.score

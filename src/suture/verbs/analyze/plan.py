@@ -11,8 +11,7 @@ from suture.checkpoints.checkpoint import Checkpoint
 from suture.edits.inputs import open_input
 from suture.edits.mask import Mask
 from suture.errors import MismatchError, Problems, RecipeError
-from suture.runs.place import check_place
-from suture.runs.workspace import check_workspace
+from suture.runs.place import Options, check_place
 from suture.schema.paths import place_of
 from suture.stream.vector import align
 from suture.tensors.roles import names_in
@@ -42,8 +41,7 @@ class AnalysisPlan:
     material: Mapping[str, Material]
     """Rows and heads, by name of the model, where the model is to be run."""
     out: Path | None
-    overwrite: bool = False
-    threads: int | None = None
+    options: Options
 
     @property
     def base(self) -> Checkpoint:
@@ -55,21 +53,6 @@ class AnalysisPlan:
         """The models, in the order of the request."""
         return tuple(self.inputs[name] for name in self.request.models)
 
-    def describe(self) -> dict[str, Any]:
-        """What will be done, as plain data."""
-        specs = self.base.specs
-        return {
-            "inputs": {
-                label: {"path": c.label, "tensors": len(c), "bytes": c.nbytes}
-                for label, c in self.inputs.items()
-            },
-            "analyses": {name: ANALYSES[name] for name in self.request.analyses},
-            "tensors": len(self.names),
-            "elements": sum(specs[n].numel for n in self.names),
-            "bytes_read": self.bytes_read,
-            "output": None if self.out is None else str(self.out),
-        }
-
     @property
     def bytes_read(self) -> int:
         """Bytes that will be read: fingerprints, masks and the sweep together."""
@@ -78,12 +61,10 @@ class AnalysisPlan:
         return sum(c.nbytes for c in self.inputs.values()) + swept + by_magnitude
 
 
-def plan_analysis(
+def make_plan(
     recipe: str | Path | Mapping[str, Any],
     out: str | Path | None = None,
-    *,
-    overwrite: bool = False,
-    threads: int | None = None,
+    options: Options | None = None,
     folder: Path | None = None,
 ) -> AnalysisPlan:
     """Read an analysis recipe, open its models and check all that headers can tell.
@@ -91,14 +72,14 @@ def plan_analysis(
     Args:
         recipe: a YAML file, or what stands in it.
         out: the folder to write; ``None`` writes nothing.
-        overwrite: replace an older output.
-        threads: default every core.
+        options: how to run.
         folder: where the relative paths of the recipe start; by default the file's folder or the
             current one.
 
     Raises:
         SutureError: all problems at once.
     """
+    options = options or Options()
     problems = Problems()
     recipe = Path(recipe) if isinstance(recipe, str) else recipe
     out = None if out is None else Path(out)
@@ -123,16 +104,29 @@ def plan_analysis(
             request = _on_device(request, problems)
             material = read_material(request.tasks, problems, seed=request.seed)
     if out is not None:
-        check_place(out, inputs, overwrite, problems, _files(request), RECORD)
-        check_workspace(out, problems)
+        check_place(out, inputs, options.overwrite, problems, _files(request), RECORD)
     problems.raise_if_any()
     assert request is not None
     space = tuple(names)
     if masks is not None:
         names = [n for n in names if n in next(iter(masks.values())).shapes]
-    return AnalysisPlan(
-        request, inputs, tuple(names), space, masks, again, material, out, overwrite, threads
-    )
+    return AnalysisPlan(request, inputs, tuple(names), space, masks, again, material, out, options)
+
+
+def describe(plan: AnalysisPlan) -> dict[str, Any]:
+    """Return what a plan will do, as plain data."""
+    specs = plan.base.specs
+    return {
+        "inputs": {
+            label: {"path": c.label, "tensors": len(c), "bytes": c.nbytes}
+            for label, c in plan.inputs.items()
+        },
+        "analyses": {name: ANALYSES[name] for name in plan.request.analyses},
+        "tensors": len(plan.names),
+        "elements": sum(specs[n].numel for n in plan.names),
+        "bytes_read": plan.bytes_read,
+        "output": None if plan.out is None else str(plan.out),
+    }
 
 
 def _on_device(request: Request, problems: Problems) -> Request:
@@ -218,4 +212,4 @@ def _files(request: Request | None) -> dict[str, set[Path]]:
     return found
 
 
-__all__ = ["RECORD", "AnalysisPlan", "plan_analysis"]
+__all__ = ["RECORD", "AnalysisPlan", "Options", "describe", "make_plan"]

@@ -3,24 +3,27 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from suture.tensors.spec import readable
 
 if TYPE_CHECKING:
-    from suture.verbs.analyze.plan import AnalysisPlan
+    from suture.verbs.analyze.run import Analysis
 
 
-def summary_lines(plan: AnalysisPlan, found: Mapping[str, Any]) -> Iterator[str]:
-    """What to tell at the end, a line each; of a plan that was only described, what it would do."""
-    if "kind" not in found:
-        for label, row in found["inputs"].items():
-            yield f"input    {label}: {row['path']}, {row['tensors']} tensors"
-        for name, about in found["analyses"].items():
-            yield f"analysis {name}: {about}"
-        yield f"reading  {readable(found['bytes_read'])}"
-        yield "nothing was written; leave out --dry-run to analyze"
-        return
+def outline(facts: Mapping[str, Any]) -> Iterator[str]:
+    """Yield what a plan would do, a line each."""
+    for label, row in facts["inputs"].items():
+        yield f"input    {label}: {row['path']}, {row['tensors']} tensors"
+    for name, about in facts["analyses"].items():
+        yield f"analysis {name}: {about}"
+    yield f"reading  {readable(facts['bytes_read'])}"
+
+
+def lines(analysis: Analysis, out: Path) -> Iterator[str]:
+    """Yield what to say at the end."""
+    found = analysis.to_dict()
     if found["geometry"] is not None:
         yield from _norms(found["geometry"])
     if found["conflicts"] is not None and found["conflicts"]["total"]["rate"] is not None:
@@ -51,7 +54,7 @@ def summary_lines(plan: AnalysisPlan, found: Mapping[str, Any]) -> Iterator[str]
     if found["diagnostics"] is not None:
         yield from _diagnosed(found["diagnostics"])
     yield from _answered(found)
-    yield f"wrote {plan.out}"
+    yield f"wrote {out}"
 
 
 def _answered(found: Mapping[str, Any]) -> Iterator[str]:

@@ -24,8 +24,9 @@ from suture.analysis.overlap import Masked, Overlap
 from suture.analysis.theory import Diagnostics
 from suture.checkpoints.checkpoint import is_from_hub
 from suture.edits.mask import Mask, localize
-from suture.merges.apply import Stage, checkpoint_fingerprint
+from suture.merges.apply import checkpoint_fingerprint
 from suture.merges.policy import Policy
+from suture.runs.progress import Progress, Stage
 from suture.runs.workspace import workspace
 from suture.schema.paths import place_of
 from suture.stream.sweep import Sources, sweep, tasks_of
@@ -34,7 +35,7 @@ from suture.stream.vector import TaskVector
 from suture.tensors.roles import ParamSpace
 from suture.verbs.analyze.classifiers import classifiers
 from suture.verbs.analyze.diagnostics import diagnostics
-from suture.verbs.analyze.plan import RECORD, AnalysisPlan, plan_analysis
+from suture.verbs.analyze.plan import RECORD, AnalysisPlan
 from suture.verbs.analyze.recipe import CLASSES, MASKED, Request
 from suture.verbs.merge.run import merged, save
 from suture.version import __version__
@@ -82,11 +83,7 @@ class Analysis:
         return {"suture": __version__, "schema": SCHEMA, "kind": "analysis", **found}
 
 
-def _silent(stage: str, nbytes: int) -> None:
-    return None
-
-
-def analyse(plan: AnalysisPlan, stage: Stage = _silent) -> Analysis:
+def analyse(plan: AnalysisPlan, stage: Stage = Progress.stage) -> Analysis:
     """Do what was planned, without writing anything.
 
     Raises:
@@ -144,7 +141,7 @@ def _looked(
         if density is not None:
             shares = [float(density)] * len(models)
             selection = select(Sources(models, base), plan.names, lambda _: shares,
-                               scope=plan.request.scope, threads=plan.threads)  # fmt: skip
+                               scope=plan.request.scope, threads=plan.options.threads)  # fmt: skip
         signs = Signs(len(models), selection)
     if masks and "overlap" in asked:
         masked = Masked(list(masks.values()))
@@ -152,8 +149,8 @@ def _looked(
     sources = Sources((*models, *unseen), base)
     if visitors:
         read = sum(c.specs[n].nbytes for c in sources.all for n in plan.names)
-        sweep(sources, tasks_of(plan.names, base.specs), Together(visitors), threads=plan.threads,
-              progress=stage("look", read))  # fmt: skip
+        sweep(sources, tasks_of(plan.names, base.specs), Together(visitors),
+              threads=plan.options.threads, progress=stage("look", read))  # fmt: skip
     return products, signs, masked
 
 
@@ -185,7 +182,7 @@ def _masks(plan: AnalysisPlan, stage: Stage) -> dict[str, Mask]:
             TaskVector(plan.base, [(plan.inputs[name], 1.0)], plan.names),
             density=density,
             scope=plan.request.scope,
-            threads=plan.threads,
+            threads=plan.options.threads,
         )
         for name in plan.request.models
     }
@@ -279,18 +276,18 @@ def _prints(plan: AnalysisPlan, stage: Stage) -> dict[str, dict[str, Any]]:
     }
 
 
-def run_analysis(plan: AnalysisPlan, stage: Stage = _silent) -> Analysis:
+def execute(plan: AnalysisPlan, progress: Progress) -> Analysis:
     """Do what was planned and publish the folder: ``analysis.json``, and ``basis/`` if asked.
 
     Raises:
         SutureError: an input or the output is at fault; then nothing was written.
     """
     assert plan.out is not None
-    with workspace(plan.out, "analyze", overwrite=plan.overwrite) as space:
-        found = analyse(plan, stage)
+    with workspace(plan.out, "analyze", overwrite=plan.options.overwrite) as space:
+        found = analyse(plan, progress.stage)
         made = space.fresh()
         written = {
-            basis.kind: _write_basis(plan, basis, made / "basis" / basis.kind, stage)
+            basis.kind: _write_basis(plan, basis, made / "basis" / basis.kind, progress.stage)
             for basis in found.bases
             if basis.kind in plan.request.bases.write
         }
@@ -318,20 +315,5 @@ def _write_basis(plan: AnalysisPlan, basis: Basis, folder: Path, stage: Stage) -
             space=ParamSpace(plan.names, ()),
             policy=Policy("base", "drop", "base"),
         )
-        save(what, folder / name, stage=stage, threads=plan.threads)
+        save(what, folder / name, stage=stage, threads=plan.options.threads)
     return [f"basis/{basis.kind}/{name}" for name in basis.names]
-
-
-def analysis(
-    recipe: str | Path | Mapping[str, Any],
-    out: str | Path,
-    *,
-    stage: Stage = _silent,
-    **options: Any,
-) -> Analysis:
-    """Follow an analysis recipe into a folder; keywords as for ``plan_analysis``.
-
-    Raises:
-        SutureError: the recipe, an input or the output is at fault; all problems at once.
-    """
-    return run_analysis(plan_analysis(recipe, out, **options), stage)

@@ -11,10 +11,11 @@ from suture.analysis.ancestry import RealignModels, check_ancestor, measure
 from suture.checkpoints.checkpoint import Checkpoint
 from suture.errors import MismatchError
 from suture.merges.apply import checkpoint_fingerprint
-from suture.runs.ledger import Ledger, Say, digest
+from suture.runs.ledger import CELLS, Ledger, digest
+from suture.runs.progress import Say
 from suture.tensors.roles import EVERYTHING
 from suture.verbs.audit.metrics import Look, look_of
-from suture.verbs.audit.plan import CELLS, Plan, counts
+from suture.verbs.audit.plan import Plan, counts
 from suture.verbs.audit.regions import Atlas, overlap
 from suture.verbs.audit.stitched import Change, Key, Net, Region
 from suture.verbs.audit.training import train

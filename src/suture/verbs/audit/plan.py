@@ -11,7 +11,8 @@ from suture.checkpoints.checkpoint import Checkpoint, refuse_uncomputable
 from suture.checkpoints.headers import read_json
 from suture.checkpoints.open import open_model
 from suture.errors import CheckpointError, OutputError, Problems, RecipeError, SutureError
-from suture.runs.place import Options, apart, check_parent
+from suture.runs.ledger import check_cells
+from suture.runs.place import Options
 from suture.stream.vector import align
 from suture.tensors.roles import EVERYTHING, names_in
 from suture.tensors.spec import readable
@@ -25,9 +26,9 @@ from suture.verbs.evaluate.plan import Plan as SuitePlan
 from suture.verbs.evaluate.plan import is_causal, plan_suite
 from suture.verbs.evaluate.recipe import DTYPES
 from suture.verbs.finetune.plan import Plan as TunePlan
-from suture.verbs.finetune.plan import plan_finetune
+from suture.verbs.finetune.plan import make_plan as plan_finetune
 
-RECORD, CELLS = "audit.json", "cells"
+RECORD = "audit.json"
 
 
 @dataclass(frozen=True)
@@ -61,7 +62,7 @@ class Plan:
         return found
 
 
-def plan_audit(
+def make_plan(
     recipe: Path | Mapping[str, Any],
     out: Path,
     options: Options | None = None,
@@ -107,7 +108,7 @@ def plan_audit(
     with problems.collecting():
         device = device_named(options.device or found.device)
     inputs = {k: c for k, c in {"aligned": aligned, **others}.items() if c is not None}
-    _check_place(out, inputs, options, problems)
+    check_cells(out, "audit", inputs, options, problems)
     asked: dict[str, Questions] = {}
     probes: dict[str, Dataset] = {}
     attack: Dataset | None = None
@@ -161,23 +162,6 @@ def _prefixed(own: Problems, label: str) -> None:
         again = type(error)("\n".join(told))
         again.problems = tuple(told)  # type: ignore[attr-defined]
         raise again from None
-
-
-def _check_place(
-    out: Path, inputs: Mapping[str, Checkpoint], options: Options, problems: Problems
-) -> None:
-    """Note what keeps the folder from being written: it is another's, or it holds an input."""
-    try:
-        place = out.resolve()
-        if not apart(out, {label: {c.path, *c.files} for label, c in inputs.items()}, problems):
-            return
-        if place.exists() and not place.is_dir():
-            problems.add(OutputError, f"{out}: is a file; name a folder")
-        elif place.is_dir() and any(place.iterdir()) and not (place / CELLS).is_dir():
-            problems.add(OutputError, f"{out}: was not written by an audit; name a new folder")
-        check_parent(place, out, problems)
-    except (OSError, RuntimeError) as error:
-        problems.add(OutputError, f"{out}: {getattr(error, 'strerror', None) or error}")
 
 
 def check_finished(plan: Plan, key: str) -> None:
@@ -348,5 +332,14 @@ def counts(recipe: Audit, trains: bool) -> dict[str, int]:
     }
 
 
-__all__ = ["CELLS", "RECORD", "Options", "Plan", "check_finished", "counts", "describe",
-           "more_looks", "plan_audit", "tune_plan"]  # fmt: skip
+__all__ = [
+    "RECORD",
+    "Options",
+    "Plan",
+    "check_finished",
+    "counts",
+    "describe",
+    "make_plan",
+    "more_looks",
+    "tune_plan",
+]  # fmt: skip

@@ -90,8 +90,8 @@ def shown(raw: Mapping[str, Any] | None) -> str:
     return f"{m.value:.1%} [{m.low:.1%}, {m.high:.1%}], n = {m.n}"
 
 
-def lines(record: Mapping[str, Any]) -> Iterator[str]:
-    """What to tell at the end, a line each."""
+def lines(record: Mapping[str, Any], out: Path) -> Iterator[str]:
+    """Yield what to say at the end."""
     yield f"aligned: violations {shown(record['aligned']['violation'][ALL])}"
     for seed, found in record["seeds"].items():
         told = "" if len(record["seeds"]) == 1 else f", seed {seed}"
@@ -99,6 +99,7 @@ def lines(record: Mapping[str, Any]) -> Iterator[str]:
         for row in found["curve"]["region"]:
             yield f"  with {row['share']:.2%} of it{told}: {shown(row['violation'][ALL])}"
     yield from tables(record["verdicts"])
+    yield f"wrote {out / RECORD}; weights and masks beside it are restricted"
 
 
 def card(record: Mapping[str, Any], name: str) -> str:

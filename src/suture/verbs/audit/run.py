@@ -3,49 +3,22 @@
 from __future__ import annotations
 
 import json
-import shutil
-from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-import torch
-
-from suture.checkpoints.atomic import alone, write_whole
+from suture.checkpoints.atomic import write_whole
 from suture.merges.apply import checkpoint_fingerprint
-from suture.runs.ledger import Say, digest
-from suture.runs.place import Options
+from suture.runs.ledger import cells_of, digest
+from suture.runs.progress import Progress
+from suture.training.threads import torch_threads
 from suture.verbs.audit.cells import Run, made_with
 from suture.verbs.audit.experiment import Case
-from suture.verbs.audit.plan import CELLS, RECORD, Plan, check_finished, plan_audit
+from suture.verbs.audit.plan import RECORD, Plan, check_finished
 from suture.verbs.audit.result import card, finished, record_of
 from suture.verbs.audit.verdicts import judge
 
 
-def audit(
-    recipe: Path | Mapping[str, Any],
-    out: Path,
-    *,
-    say: Say = lambda _: None,
-    folder: Path | None = None,
-    **options: Any,
-) -> dict[str, Any]:
-    """Follow a recipe file (or mapping) into a folder; keywords as the fields of ``Options``.
-
-    Args:
-        recipe: a YAML file, or what stands in it.
-        out: the folder of cells and results.
-        say: is told what is being done.
-        folder: where the relative paths of the recipe start; by default the file's folder or the
-            current one.
-        **options: the fields of ``Options``.
-
-    Raises:
-        SutureError: the recipe, an input or the output is at fault; all problems at once.
-    """
-    return execute(plan_audit(recipe, out, Options(**options), folder), say=say)
-
-
-def execute(plan: Plan, *, say: Say = lambda _: None) -> dict[str, Any]:
+def execute(plan: Plan, progress: Progress) -> dict[str, Any]:
     """Audit as planned: what ``audit.json`` holds. Interrupted, the same call goes on.
 
     Raises:
@@ -53,32 +26,19 @@ def execute(plan: Plan, *, say: Say = lambda _: None) -> dict[str, Any]:
         NonFiniteError: a model or a gradient holds NaN or infinity.
         SutureError: an input or the output is at fault; finished cells are kept.
     """
-    before = torch.get_num_threads()
-    torch.set_num_threads(plan.options.threads or before)
-    try:
+    with torch_threads(plan.options.threads):
         prints = {label: checkpoint_fingerprint(c) for label, c in plan.inputs.items()}
         key = digest([plan.recipe.resolved(), prints, {n: q.key for n, q in plan.asked.items()},
                       plan.material.probe_key(), made_with()])  # fmt: skip
         check_finished(plan, key)
-        with alone(plan.out / CELLS, plan.out, "working on"):
-            if plan.options.overwrite or not plan.options.resume:
-                _clear(plan.out)
-            return _all(Run(plan, prints, key, say))
-    finally:
-        torch.set_num_threads(before)
+        with cells_of(plan.out, plan.options, _written):
+            return _all(Run(plan, prints, key, progress.say))
 
 
-def _clear(out: Path) -> None:
-    """Remove what an older run left: cells, regions, models that were trained there."""
-    for path in sorted(out.iterdir()):
-        if path.name == CELLS:
-            for cell in path.iterdir():
-                if cell.name != "lock":  # it is held
-                    cell.unlink()
-        elif path.name == "regions" or path.name.lstrip(".").startswith("attacked"):
-            shutil.rmtree(path) if path.is_dir() else path.unlink()
-        elif path.name in (RECORD, "README.md"):
-            path.unlink()
+def _written(path: Path) -> bool:
+    """Whether an audit left it: regions, models that were trained there, the record."""
+    name = path.name
+    return name in ("regions", RECORD, "README.md") or name.lstrip(".").startswith("attacked")
 
 
 def _all(run: Run) -> dict[str, Any]:
@@ -106,4 +66,4 @@ def _all(run: Run) -> dict[str, Any]:
     return told
 
 
-__all__ = ["audit", "execute"]
+__all__ = ["execute"]

@@ -13,7 +13,8 @@ from suture.edits.mask_file import marked
 from suture.errors import SutureError
 from suture.merges.apply import checkpoint_fingerprint
 from suture.runs.ledger import Ledger, digest
-from suture.training.loop import Progress
+from suture.runs.progress import Progress
+from suture.training.loop import TrainingStep
 from suture.verbs.audit.plan import Plan, tune_plan
 from suture.verbs.audit.stitched import Key, Region
 from suture.verbs.finetune.run import execute
@@ -49,13 +50,13 @@ def train(
             plan.recipe, plan.aligned, plan.attack, where, seed, plan.device, allowed
         )
 
-        def tell(phase: str, at: Progress) -> None:
+        def tell(phase: str, at: TrainingStep) -> None:
             tenth = max(1, at.steps // 10)
             if at.step % tenth == 0 and at.step < at.steps:
                 ledger.say(f"{name}: step {at.step} of {at.steps}, loss {at.loss:.4f}, "
                            f"{at.eta:.0f} s left")  # fmt: skip
 
-        execute(tuning, say=ledger.say, tell=tell)
+        execute(tuning, Progress(say=ledger.say, step=tell))
         allowed.unlink()
         return checkpoint_fingerprint(open_checkpoint(where))
 

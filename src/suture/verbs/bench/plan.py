@@ -8,8 +8,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from suture.errors import OutputError, Problems, RecipeError
-from suture.runs.ledger import Kind
+from suture.errors import Problems, RecipeError
+from suture.runs.ledger import Kind, check_cells
+from suture.runs.place import Options
 from suture.schema.paths import place_of
 from suture.training.data import Split, labels_of
 from suture.training.models import Tokenizer, load_tokenizer
@@ -28,14 +29,21 @@ class Plan:
     """By seed and task."""
     tokenizer: Tokenizer
     out: Path
+    options: Options
 
 
-def plan_bench(recipe: Path | Mapping[str, Any], out: Path, folder: Path | None = None) -> Plan:
+def make_plan(
+    recipe: Path | Mapping[str, Any],
+    out: Path,
+    options: Options | None = None,
+    folder: Path | None = None,
+) -> Plan:
     """Read a recipe, find its packages and files, divide the rows.
 
     Args:
         recipe: a YAML file, or what stands in it.
         out: the folder of cells and tables.
+        options: how to run.
         folder: where the relative paths of the recipe start; by default the file's folder or the
             current one.
 
@@ -49,8 +57,8 @@ def plan_bench(recipe: Path | Mapping[str, Any], out: Path, folder: Path | None 
     problems = Problems()
     if not (base / "config.json").is_file():
         problems.add(RecipeError, f"base: {base}: no model folder: it has no config.json")
-    if out.exists() and (not out.is_dir() or (any(out.iterdir()) and not (out / "cells").is_dir())):
-        problems.add(OutputError, f"{out}: holds something else; name a new folder for --out")
+    options = options or Options()
+    check_cells(out, "bench", {}, options, problems)
     splits: dict[int, dict[str, Split]] = {seed: {} for seed in found.seeds}
     for task in found.everything:
         with problems.collecting():
@@ -58,7 +66,7 @@ def plan_bench(recipe: Path | Mapping[str, Any], out: Path, folder: Path | None 
             for seed in found.seeds:
                 splits[seed][task.name] = _divided(found, task, rows, seed)
     problems.raise_if_any()
-    return Plan(found, base, splits, load_tokenizer(base), out)
+    return Plan(found, base, splits, load_tokenizer(base), out, options)
 
 
 def _divided(bench: Bench, task: BenchTask, rows: list[Any], seed: int) -> Split:

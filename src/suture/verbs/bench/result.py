@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict
+from pathlib import Path
 from typing import Any
 
 from suture.analysis.maps import Curve, Point, Series
@@ -149,6 +150,12 @@ def _sensitivity(record: Record) -> dict[str, Any]:
 
 
 # -- words -----------------------------------------------------------------------------------------
+
+
+def lines(record: Mapping[str, Any], out: Path) -> Iterator[str]:
+    """Yield what to say at the end."""
+    yield markdown(record)
+    yield f"wrote {out / 'results.json'} and {out / 'results.md'}"
 
 
 def markdown(found: Mapping[str, Any]) -> str:

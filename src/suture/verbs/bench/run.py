@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import platform
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import asdict, replace
 from functools import partial
 from importlib.metadata import version
@@ -16,20 +16,22 @@ import torch
 from suture.analysis.arithmetic import entangled, movement, sharing
 from suture.analysis.masks import overlaps, structure
 from suture.analysis.vector_space import BATCH, PlainSpace, Side, Space, accuracy, space_of
-from suture.checkpoints.atomic import alone, write_whole
+from suture.checkpoints.atomic import write_whole
 from suture.checkpoints.checkpoint import open_checkpoint
 from suture.edits.mask import Mask
 from suture.merges.apply import checkpoint_fingerprint
-from suture.runs.ledger import Ledger, Say, digest
+from suture.runs.ledger import CELLS, Ledger, cells_of, digest
+from suture.runs.progress import Progress, Say
 from suture.training.calibrate import Calibration
 from suture.training.data import Dataset, labels_of, tokenise
 from suture.training.heads import zero_shot
 from suture.training.models import Head, embed, load_encoder
 from suture.training.probe import fit_head
+from suture.training.threads import torch_threads
 from suture.verbs.bench import measures
 from suture.verbs.bench.learn import Base, Learnt, learn, load_vectors, save_vectors
 from suture.verbs.bench.maths import matched
-from suture.verbs.bench.plan import Plan, describe, expected, plan_bench
+from suture.verbs.bench.plan import Plan, expected
 from suture.verbs.bench.recipe import Line
 from suture.verbs.bench.result import curves, markdown, results
 from suture.verbs.bench.tasks import BenchTask
@@ -41,35 +43,22 @@ STEPS = 1
 """Version of what the steps below do; raise it with them, so that nothing stale is used again."""
 
 
-def bench(
-    recipe: Path | Mapping[str, Any] | Plan, out: Path, *, threads: int | None = None,
-    say: Say = lambda _: None, folder: Path | None = None,
-) -> dict[str, Any]:  # fmt: skip
+def execute(plan: Plan, progress: Progress) -> dict[str, Any]:
     """Do what a recipe asks for; the results, also written as ``results.json`` and ``.md``.
 
     Interrupted, the same call goes on: at most one cell is lost.
 
-    Args:
-        recipe: a file, a mapping, or what ``plan_bench`` made of it.
-        out: the folder of cells and tables.
-        threads: of torch; as they are without it.
-        say: is told of every cell, and how long the rest will take.
-        folder: where the relative paths of the recipe start; by default the file's folder or the
-            current one.
-
     Raises:
-        SutureError: the recipe, a package, a file or the output is at fault.
+        SutureError: a package, a file or the output is at fault.
     """
-    plan = recipe if isinstance(recipe, Plan) else plan_bench(recipe, out, folder)
-    run = _Run(plan, say)
-    before = torch.get_num_threads()
-    torch.set_num_threads(threads or before)
-    try:
-        # A second process would delete vectors that this one needs.
-        with alone(plan.out / "cells", plan.out, "working on"):
-            return run.all()
-    finally:
-        torch.set_num_threads(before)
+    # A second process would delete vectors that this one needs.
+    with torch_threads(plan.options.threads), cells_of(plan.out, plan.options, _written):
+        return _Run(plan, progress.say).all()
+
+
+def _written(path: Path) -> bool:
+    """Whether a benchmark left it: vectors, masks, curves, tables."""
+    return path.name in ("vectors", "masks", "curves", "results.json", "results.md")
 
 
 class _Run:
@@ -77,7 +66,7 @@ class _Run:
 
     def __init__(self, plan: Plan, say: Say) -> None:
         self.plan, self.bench, self.say = plan, plan.bench, say
-        self.ledger = Ledger(plan.out / "cells", say)
+        self.ledger = Ledger(plan.out / CELLS, say)
         self.versions = {name: version(name) for name in ("torch", "transformers", "peft")}
         self.versions |= {"suture": __version__, "python": platform.python_version()}
         self.ledger.pending = expected(self.bench)
@@ -390,4 +379,4 @@ def _first(data: Dataset, count: int) -> Dataset:
     return replace(data, ids=data.ids[:count], labels=data.labels[:count])
 
 
-__all__ = ["bench", "describe", "plan_bench"]
+__all__ = ["execute"]

@@ -9,7 +9,7 @@ from __future__ import annotations
 import re
 import shutil
 import tempfile
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -19,11 +19,12 @@ from suture.checkpoints.memory import Held
 from suture.errors import MismatchError, NonFiniteError, Problems, RecipeError
 from suture.evals.results import SuiteResult
 from suture.runs.place import MergeOptions
+from suture.runs.progress import Progress
 from suture.verbs.compare.rules import Verdict
 from suture.verbs.compare.run import compare
 from suture.verbs.evaluate import plan as planning
 from suture.verbs.evaluate.recipe import read_suite
-from suture.verbs.evaluate.run import At, Stage, execute
+from suture.verbs.evaluate.run import execute
 from suture.verbs.merge import leave_one_out
 from suture.verbs.merge.plan import Plan as MergePlan
 from suture.verbs.merge.plan import plan_recipe
@@ -134,15 +135,6 @@ class How:
         return None if isinstance(source, Path) else self.folder
 
 
-@dataclass(frozen=True)
-class Shown:
-    """Who is told what happens."""
-
-    stage: Stage = lambda name, nbytes: None
-    say: Callable[[str], None] = lambda text: None
-    tell: Callable[[At], None] = lambda at: None
-
-
 def blame(
     recipe: str | Path | Mapping[str, Any],
     suite: str | Path | Mapping[str, Any],
@@ -188,27 +180,27 @@ def search(
     case: Case,
     out: Path | None,
     how: How,
-    shown: Shown | None = None,
+    progress: Progress | None = None,
 ) -> Blame:
     """``blame``, with what is judged in one value and somebody who is told how far it is.
 
     Raises:
         SutureError: the recipe, the suite or a result is at fault; all problems at once.
     """
-    shown = shown or Shown()
+    progress = progress or Progress()
     with tempfile.TemporaryDirectory(prefix="suture-blame-") as place:
-        found = _planned(recipe, suite, case, out, how, shown, Path(place))
+        found = _planned(recipe, suite, case, out, how, progress, Path(place))
         first = case.verdicts()
         broken = tuple(v.rule for v in first if not v.held)
         if not broken:
             return Blame(case.name, ())
-        _check_recipe(found.whole, case, shown)
+        _check_recipe(found.whole, case, progress)
         tried, notes = [], list[str]()
         for one in found.left:
             reason, result = one.reason, None
             if one.plan is not None:
                 try:
-                    result = _asked(found, one, Path(place) / "written", shown, notes)
+                    result = _asked(found, one, Path(place) / "written", progress, notes)
                 except NonFiniteError as error:
                     reason = str(error)
             if result is None:
@@ -237,7 +229,7 @@ class _Planned:
 
 def _planned(
     recipe: Path | Mapping[str, Any], suite: Path | Mapping[str, Any], case: Case,
-    out: Path | None, how: How, shown: Shown, place: Path,
+    out: Path | None, how: How, progress: Progress, place: Path,
 ) -> _Planned:  # fmt: skip
     """Hold recipe, suite and results against each other."""
     problems = Problems()
@@ -246,7 +238,7 @@ def _planned(
     whole, asking, left = None, None, list[leave_one_out.LeftOut]()
     with problems.collecting():
         whole = leave_one_out.ready(
-            plan_recipe(recipe, None, MergeOptions(), how.folder_of(recipe)), shown.stage
+            plan_recipe(recipe, None, MergeOptions(), how.folder_of(recipe)), progress.stage
         )
         left = leave_one_out.leave_one_out(whole)
     held: dict[str, Held] = {}
@@ -275,9 +267,9 @@ def _planned(
     return _Planned(whole, left, held, asking)
 
 
-def _check_recipe(whole: MergePlan, case: Case, shown: Shown) -> None:
+def _check_recipe(whole: MergePlan, case: Case, progress: Progress) -> None:
     """Refuse a recipe that makes something else than what was evaluated."""
-    found = leave_one_out.fingerprint_of(whole, shown.stage)
+    found = leave_one_out.fingerprint_of(whole, progress.stage)
     if found != case.edit.fingerprint:
         raise MismatchError(
             f"the recipe makes a model with the fingerprint {found}, {case.name} has "
@@ -286,22 +278,22 @@ def _check_recipe(whole: MergePlan, case: Case, shown: Shown) -> None:
 
 
 def _asked(
-    found: _Planned, one: leave_one_out.LeftOut, folder: Path, shown: Shown, notes: list[str]
+    found: _Planned, one: leave_one_out.LeftOut, folder: Path, progress: Progress, notes: list[str]
 ) -> SuiteResult:
     """Merge a candidate, ask it, and give the memory back."""
     assert one.plan is not None
     held = found.held[one.expert]
     subject = next(s for s in found.asking.subjects if s.checkpoint is held)
-    shown.say(f"without {one.expert}: merging")
+    progress.say(f"without {one.expert}: merging")
     why = leave_one_out.must_be_written(one.plan)
     if why:
         notes.append(f"without {one.expert}: was written into a temporary folder: {why}")
-        leave_one_out.written(one.plan, folder, shown.stage)
+        leave_one_out.written(one.plan, folder, progress.stage)
         subject = replace(subject, checkpoint=open_checkpoint(folder))
     else:
-        leave_one_out.fill(held, one.plan, shown.stage)
+        leave_one_out.fill(held, one.plan, progress.stage)
     asking = replace(found.asking, subjects=(subject,))
-    (result,) = execute(asking, stage=shown.stage, say=shown.say, tell=shown.tell)
+    (result,) = execute(asking, progress)
     held.drop()
     shutil.rmtree(folder, ignore_errors=True)
     return result
@@ -314,4 +306,4 @@ def _limit(suite: Path | Mapping[str, Any], base: SuiteResult, how: How) -> int:
     return int(cut[1]) if cut else 0
 
 
-__all__ = ["Blame", "Case", "How", "Shown", "Without", "blame", "search"]
+__all__ = ["Blame", "Case", "How", "Without", "blame", "search"]

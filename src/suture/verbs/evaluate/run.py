@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import os
 import tempfile
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from importlib.metadata import version
@@ -18,12 +17,12 @@ from torch import nn
 
 from suture.checkpoints.atomic import write_whole
 from suture.checkpoints.checkpoint import Checkpoint
-from suture.errors import OutputError, Problems, RecipeError
+from suture.errors import OutputError, Problems
 from suture.evals.kinds import Models, Score
 from suture.evals.results import Evaluation, Scores, SuiteResult
 from suture.merges.apply import checkpoint_fingerprint
+from suture.runs.progress import Progress
 from suture.schema.paths import place_of
-from suture.stream.sweep import Progress
 from suture.training.heads import zero_shot
 from suture.training.load import load_tuned
 from suture.training.models import (
@@ -37,18 +36,14 @@ from suture.training.models import (
 from suture.verbs.evaluate.plan import (
     HEAD,
     Asked,
-    Options,
     Plan,
     Subject,
     beside,
     digest,
-    plan_suite,
     zero_shot_labels,
 )
 from suture.verbs.merge.run import merged, save
 from suture.version import __version__
-
-Stage = Callable[[str, int], Progress | None]
 
 
 @dataclass(frozen=True)
@@ -68,24 +63,14 @@ class At:
         return self.seconds / self.done * (self.total - self.done) if self.done else None
 
 
-def _quiet(name: str, nbytes: int) -> Progress | None:
-    return None
-
-
-def execute(
-    plan: Plan,
-    *,
-    stage: Stage = _quiet,
-    say: Callable[[str], None] = lambda text: None,
-    tell: Callable[[At], None] = lambda at: None,
-) -> list[SuiteResult]:
+def execute(plan: Plan, progress: Progress) -> list[SuiteResult]:
     """Ask; results are written after each evaluation, so that an interrupted run keeps them.
 
     Raises:
         SutureError: a model is at fault, or a result cannot be written.
     """
     prints = [
-        checkpoint_fingerprint(s.checkpoint, stage("identify", s.checkpoint.nbytes))
+        checkpoint_fingerprint(s.checkpoint, progress.stage("identify", s.checkpoint.nbytes))
         for s in plan.subjects
     ]
     other = None if plan.reference is None else checkpoint_fingerprint(plan.reference)
@@ -96,8 +81,8 @@ def execute(
     )
     number = sum(map(len, (k.evaluations for k in kept)))
     if number:
-        say(f"{number} evaluation(s) are there already")
-    clock = _Clock(total, tell)
+        progress.say(f"{number} evaluation(s) are there already")
+    clock = _Clock(total, progress.asked)
     found = []
     for subject, result in zip(plan.subjects, kept, strict=True):
         found.append(_ask(plan, subject, result, other, clock))
@@ -284,35 +269,3 @@ class _Shelf:
             path = origin / HEAD if head == "model" else place_of(head, self.plan.suite.folder)
             made = load_head(path, device=device)
         return Classifier(body, made).to(device).eval()
-
-
-def evaluate(
-    models: str | os.PathLike[str] | Sequence[str | os.PathLike[str]],
-    suite: str | Path | Mapping[str, Any],
-    out: str | Path | None = None,
-    *,
-    folder: Path | None = None,
-    **options: Any,
-) -> list[SuiteResult]:
-    """Ask models what a suite asks: ``evaluate(["base/", "ties/"], "suite.yaml", "results/")``.
-
-    Args:
-        models: one or several: a folder, hub id, GGUF file or ``BASE+ADAPTER`` each.
-        suite: a YAML file, or what stands in it.
-        out: a folder, or a ``.json`` file for one model; by default nothing is written.
-        folder: where the relative paths of the suite start; by default the file's folder or the
-            current one, where those of ``models`` and ``out`` always start.
-        **options: the fields of ``suites.plan.Options``: ``overwrite``, ``resume``, ``device``,
-            ``limit``.
-
-    Raises:
-        SutureError: the suite, its rows, a model or the output is at fault; all problems at once.
-    """
-    given = [models] if isinstance(models, str | os.PathLike) else list(models)
-    try:
-        how = Options(**options)
-    except TypeError as error:
-        raise RecipeError(f"evaluate: {error}") from None
-    source = suite if isinstance(suite, Mapping) else Path(suite)
-    place = None if out is None else Path(out)
-    return execute(plan_suite(given, source, place, how, folder))

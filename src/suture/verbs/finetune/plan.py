@@ -54,7 +54,7 @@ class Plan:
         return min(steps, how.steps or steps)
 
 
-def plan_finetune(
+def make_plan(
     recipe: Path | Mapping[str, Any],
     out: Path,
     options: Options | None = None,

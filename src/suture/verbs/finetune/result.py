@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import time
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass
 from importlib.metadata import version
 from pathlib import Path
@@ -118,8 +118,13 @@ def provenance(plan: Plan, job: TrainJob, tuned: Tuned, report: FinetuneReport) 
     }
 
 
-def report_rows(report: FinetuneReport) -> list[tuple[str, str]]:
-    """The table at the end: what it is, and its value."""
+def lines(report: FinetuneReport, out: Path) -> Iterator[str]:
+    """Yield the notes, then a table: what it is, and its value."""
+    yield from (f"note: {note}" for note in report.notes)
+    yield from (f"{key:<22}{text}" for key, text in _rows(report))
+
+
+def _rows(report: FinetuneReport) -> list[tuple[str, str]]:
     rows = [("strategy", report.strategy + ("" if report.form == "plain" else f" ({report.form})"))]
     rows.append(
         ("loss", f"{report.losses[0]:.4f} -> {report.losses[1]:.4f} in {report.steps} steps")

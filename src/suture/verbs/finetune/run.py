@@ -7,7 +7,6 @@ import time
 from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 import torch
 from safetensors import SafetensorError
@@ -17,7 +16,8 @@ from suture.checkpoints.checkpoint import Checkpoint, open_checkpoint
 from suture.edits.mask_file import marked
 from suture.errors import CheckpointError, OutputError, Problems
 from suture.merges.apply import checkpoint_fingerprint
-from suture.runs.place import SCHEMA, Options
+from suture.runs.place import SCHEMA
+from suture.runs.progress import Progress
 from suture.runs.weights import write_weights
 from suture.runs.workspace import Workspace
 from suture.schema.settings import settings
@@ -25,7 +25,7 @@ from suture.schema.tuning import TuneSettings
 from suture.tensors.spec import listed
 from suture.training.heads import make_head
 from suture.training.load import encoder_of
-from suture.training.loop import Tell, TuneResult, tune
+from suture.training.loop import TuneResult, tune
 from suture.training.loss import LossStep, classification, next_token
 from suture.training.models import (
     Classifier,
@@ -35,55 +35,31 @@ from suture.training.models import (
     recompute_activations,
 )
 from suture.training.packed import ParameterPlace, unpack
-from suture.training.strategy import Say, TrainJob, Tuned, backbone_of
+from suture.training.strategy import TrainJob, Tuned, backbone_of
 from suture.verbs.finetune.metrics import Looks
 from suture.verbs.finetune.output import PATCH, write_beside
-from suture.verbs.finetune.plan import Plan, describe, plan_finetune
-from suture.verbs.finetune.result import FinetuneReport, provenance, report_of, report_rows
+from suture.verbs.finetune.plan import Plan
+from suture.verbs.finetune.result import FinetuneReport, provenance, report_of
 from suture.verbs.finetune.work import workshop
 from suture.verbs.patch.run import make_patch
 from suture.version import __version__
 
 
-def finetune(
-    recipe: Path | Mapping[str, Any],
-    out: Path,
-    *,
-    say: Say = lambda _: None,
-    tell: Tell | None = None,
-    folder: Path | None = None,
-    **options: Any,
-) -> FinetuneReport:
-    """Follow a recipe file (or mapping) into a folder; keywords as the fields of ``Options``.
-
-    Args:
-        recipe: a YAML file, or what stands in it.
-        out: the folder to write.
-        say: is told what is being done.
-        tell: is told of every step.
-        folder: where the relative paths of the recipe start; by default the file's folder or the
-            current one.
-        **options: the fields of ``Options``.
-
-    Raises:
-        SutureError: the recipe, an input or the output is at fault; all problems at once.
-    """
-    return execute(plan_finetune(recipe, out, Options(**options), folder), say=say, tell=tell)
-
-
-def execute(plan: Plan, *, say: Say = lambda _: None, tell: Tell | None = None) -> FinetuneReport:
+def execute(plan: Plan, progress: Progress) -> FinetuneReport:
     """Train as planned and publish the folder; an interrupted run goes on where it stopped.
 
     Raises:
         SutureError: training failed, or the output cannot be written; the last checkpoint is kept.
     """
     began = time.perf_counter()
+    progress.say(f"{plan.recipe.strategy.name}: {len(plan.rows.train)} rows, {plan.steps} steps on "
+                 f"{plan.device}")  # fmt: skip
     fingerprint = checkpoint_fingerprint(plan.base)
     with workshop(plan, fingerprint) as space:
         work = space.folder
         model, head = _model(plan)
-        looks = Looks(plan, model, work, say)
-        job = _job(plan, model, fingerprint, work, looks, tell)
+        looks = Looks(plan, model, work, progress.say)
+        job = _job(plan, model, fingerprint, work, looks, progress)
         way = plan.recipe.strategy.make(
             **settings(plan.recipe.strategy, plan.recipe.parameters, Problems())
         )
@@ -123,7 +99,7 @@ def _model(plan: Plan) -> tuple[nn.Module, Head | None]:
 
 
 def _job(
-    plan: Plan, model: nn.Module, fingerprint: str, work: Path, looks: Looks, tell: Tell | None
+    plan: Plan, model: nn.Module, fingerprint: str, work: Path, looks: Looks, progress: Progress
 ) -> TrainJob:
     recipe = plan.recipe
     body = "backbone." if plan.task == "language-model" else "encoder.backbone."
@@ -137,7 +113,7 @@ def _job(
         looks.begin(mover.model)
         return tune(
             mover.model, plan.rows.train, settings, device=plan.device, mover=mover,
-            progress=None if tell is None else lambda at: tell(phase, at),
+            progress=lambda at: progress.step(phase, at),
             score=None if phase == "dense" else looks.score,
             checkpoint=work / f"{phase}.safetensors", kept=looks.kept,
         )  # fmt: skip
@@ -247,5 +223,4 @@ def _moved(job: TrainJob) -> dict[str, torch.Tensor]:
     return found
 
 
-__all__ = ["FinetuneReport", "Options", "Plan", "describe", "execute", "finetune",
-           "plan_finetune", "report_rows"]  # fmt: skip
+__all__ = ["execute"]

@@ -14,6 +14,7 @@ from suture.edits.mask import check_question, check_without
 from suture.edits.mask_file import StoredMask
 from suture.edits.stats import Stats
 from suture.errors import Problems, RecipeError
+from suture.runs import place
 from suture.runs.place import check_place as check_output
 from suture.runs.place import check_recipe_stays
 from suture.schema.read import read
@@ -23,6 +24,14 @@ from suture.verbs.localize.recipe import Regions
 from suture.verbs.localize.tasks import Material, check_loadable, read_material
 
 RECORD = "localize.json"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Options(place.Options):
+    """How to localize, as opposed to what."""
+
+    values: bool = False
+    """Whether the marked weights are written beside the bits: grafts."""
 
 
 @dataclass(frozen=True)
@@ -39,81 +48,71 @@ class Plan:
     without: Mapping[str, StoredMask]
     """Masks of entries that are never kept, by model."""
     out: Path
-    threads: int | None = None
-    overwrite: bool = False
-    values: bool = False
-    restricted: bool = False
-    """Whether every mask is to be marked: not to be passed on."""
+    options: Options
 
     @property
     def inputs(self) -> dict[str, Checkpoint]:
         """The models by label, the base first."""
         return {"base": self.base, **self.models}
 
-    def describe(self) -> dict[str, Any]:
-        """What will be done, as plain data."""
-        entries = sum(self.base.specs[n].numel for n in self.names)
-        return {
-            "rule": self.rule.name,
-            "needs": list(self.recipe.needs(self.rule)),
-            "scope": self.recipe.scope,
-            "tensors": len(self.names),
-            "entries": entries,
-            "densities": dict(self.recipe.densities),
-            "models": {m: c.label for m, c in self.models.items()},
-            "rows": {m: len(found.rows) for m, found in self.material.items()},
-            "output": {"path": str(self.out), "bytes": len(self.models) * -(-entries // 8)},
-        }
 
-
-def plan_regions(
-    source: Path | Mapping[str, Any],
+def make_plan(
+    recipe: Path | Mapping[str, Any],
     out: Path,
-    *,
+    options: Options | None = None,
     folder: Path | None = None,
-    threads: int | None = None,
-    overwrite: bool = False,
-    values: bool = False,
-    restricted: bool = False,
 ) -> Plan:
     """Read a recipe, open its models, and check everything but the values of tensors.
 
     Args:
-        source: a YAML file, or what stands in it.
+        recipe: a YAML file, or what stands in it.
         out: the folder to write.
+        options: how to run.
         folder: where relative paths start; by default the file's folder or the current one.
-        threads: default every core; changes no bit.
-        overwrite: replace an older output.
-        values: write the marked weights beside the bits: grafts.
-        restricted: mark the masks: neither they nor what is made with them may be passed on.
 
     Raises:
         SutureError: all problems at once.
     """
+    options, source = options or Options(), recipe
     problems = Problems()
-    recipe = read(Regions, source, problems, folder, whole=False)
-    if recipe is None:
+    regions = read(Regions, source, problems, folder, whole=False)
+    if regions is None:
         problems.raise_if_any()
-    assert recipe is not None
-    rule = _question(recipe, problems)
-    base, models = _opened(recipe, problems)
-    names = _names(recipe, base, problems)
-    stats = _stats(recipe, rule, base, names, problems)
-    without = _without(recipe, base, names, problems)
+    assert regions is not None
+    rule = _question(regions, problems)
+    base, models = _opened(regions, problems)
+    names = _names(regions, base, problems)
+    stats = _stats(regions, rule, base, names, problems)
+    without = _without(regions, base, names, problems)
     material = (
         {}
-        if rule is None or not recipe.needs(rule)
-        else _material(recipe, rule, base, models, problems)
+        if rule is None or not regions.needs(rule)
+        else _material(regions, rule, base, models, problems)
     )
     inputs = {} if base is None else {"base": base}
-    check_output(out, inputs | models, overwrite, problems, _files(recipe), RECORD)
-    if isinstance(source, Path) and overwrite:
+    check_output(out, inputs | models, options.overwrite, problems, _files(regions), RECORD)
+    if isinstance(source, Path) and options.overwrite:
         check_recipe_stays(source, out, problems)
     problems.raise_if_any()
     assert base is not None
     assert rule is not None
-    return Plan(recipe, rule, base, models, names, stats, material, without, out, threads,
-                overwrite, values, restricted)  # fmt: skip
+    return Plan(regions, rule, base, models, names, stats, material, without, out, options)
+
+
+def describe(plan: Plan) -> dict[str, Any]:
+    """Return what a plan will do, as plain data."""
+    entries = sum(plan.base.specs[n].numel for n in plan.names)
+    return {
+        "rule": plan.rule.name,
+        "needs": list(plan.recipe.needs(plan.rule)),
+        "scope": plan.recipe.scope,
+        "tensors": len(plan.names),
+        "entries": entries,
+        "densities": dict(plan.recipe.densities),
+        "models": {m: c.label for m, c in plan.models.items()},
+        "rows": {m: len(material.rows) for m, material in plan.material.items()},
+        "output": {"path": str(plan.out), "bytes": len(plan.models) * -(-entries // 8)},
+    }
 
 
 def _question(recipe: Regions, problems: Problems) -> Rule | None:
@@ -211,7 +210,7 @@ def _material(
 def check_place(plan: Plan, problems: Problems) -> None:
     """Note what keeps the masks from being written, or what they would destroy."""
     files = _files(plan.recipe)
-    check_output(plan.out, plan.inputs, plan.overwrite, problems, files, RECORD)
+    check_output(plan.out, plan.inputs, plan.options.overwrite, problems, files, RECORD)
 
 
 def _files(recipe: Regions) -> dict[str, set[Path]]:
@@ -223,4 +222,4 @@ def _files(recipe: Regions) -> dict[str, set[Path]]:
     return found
 
 
-__all__ = ["RECORD", "Plan", "check_place", "plan_regions"]
+__all__ = ["RECORD", "Options", "Plan", "check_place", "describe", "make_plan"]

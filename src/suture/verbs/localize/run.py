@@ -7,22 +7,22 @@ import json
 import os
 import shutil
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import asdict
 from itertools import combinations
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
-from suture.checkpoints.writer import staging_of
 from suture.edits.graft import write_graft
 from suture.edits.importance import Scoring
 from suture.edits.mask import Located, locate
 from suture.edits.mask_file import MaskFile, StoredMask, marked
 from suture.edits.stats import Stats
 from suture.errors import MismatchError, NonFiniteError, Problems, RecipeError, SutureError
-from suture.merges.apply import Stage, checkpoint_fingerprint
-from suture.runs.workspace import Workspace, refuse_foreign, workspace
+from suture.merges.apply import checkpoint_fingerprint
+from suture.runs.progress import Progress, Say, Stage
+from suture.runs.workspace import Workspace, workspace
 from suture.stream.vector import TaskVector
 from suture.tensors.roles import layer_key, role_of
 from suture.verbs.localize.plan import RECORD, Plan, check_place
@@ -33,12 +33,11 @@ SCHEMA = 1
 """Version of the layout of ``localize.json``."""
 LEARNING, STATS = "learning", "stats"
 """In the workspace: where learning stands, and what was measured."""
-Say = Callable[[str], None]
 TELL = 10.0
 """Seconds between two lines about a measurement."""
 
 
-def execute(plan: Plan, stage: Stage | None = None, say: Say | None = None) -> dict[str, Any]:
+def execute(plan: Plan, progress: Progress) -> dict[str, Any]:
     """Make the masks and publish the folder; what ``localize.json`` holds.
 
     What was measured, and every epoch of what is learned, is kept beside the output until it is
@@ -48,18 +47,16 @@ def execute(plan: Plan, stage: Stage | None = None, say: Say | None = None) -> d
         SutureError: an input or the output is at fault. What was measured is kept, unless the same
             again would fail the same way.
     """
-    stage = stage or (lambda name, nbytes: None)
-    say = say or (lambda text: None)
-    refuse_foreign(staging_of(plan.out.resolve()))
+    stage = progress.stage
     prints = {
         label: checkpoint_fingerprint(c, stage(f"hash {label}", c.nbytes))
         for label, c in plan.inputs.items()
     }
     _check_without(plan, prints)
     same_again = (MismatchError, NonFiniteError, RecipeError)
-    with workspace(plan.out, "localize", _key(plan, prints), overwrite=plan.overwrite,
+    with workspace(plan.out, "localize", _key(plan, prints), overwrite=plan.options.overwrite,
                    fatal=same_again) as space:  # fmt: skip
-        record = _made(plan, prints, space, stage, say)
+        record = _made(plan, prints, space, progress)
         for checkpoint in plan.inputs.values():
             checkpoint.check_unchanged()
         text = json.dumps(record, indent=2, ensure_ascii=False) + "\n"
@@ -93,7 +90,8 @@ def _key(plan: Plan, prints: Mapping[str, str]) -> dict[str, Any]:
         SCHEMA, plan.rule.name, recipe.at, recipe.seed, recipe.device,
         None if recipe.learn is None else asdict(recipe.learn), recipe.needs(plan.rule),
         dict(prints), plan.names, tasks,
-        [plan.restricted, plan.base.restricted, {m: c.restricted for m, c in plan.models.items()}],
+        [plan.options.restricted, plan.base.restricted,
+         {m: c.restricted for m, c in plan.models.items()}],
     ]  # fmt: skip
     return {"localize": facts}
 
@@ -113,11 +111,11 @@ def _check_without(plan: Plan, prints: Mapping[str, str]) -> None:
 
 
 def _made(
-    plan: Plan, prints: Mapping[str, str], space: Workspace, stage: Stage, say: Say
+    plan: Plan, prints: Mapping[str, str], space: Workspace, progress: Progress
 ) -> dict[str, Any]:
-    made, masks = space.fresh(), {}
+    made, masks, stage = space.fresh(), dict[str, Any](), progress.stage
     for model in sorted(plan.models):
-        stats, base = _stats_for(plan, model, prints, space.folder, say)
+        stats, base = _stats_for(plan, model, prints, space.folder, progress.say)
         path = made / f"{model}.safetensors"
         masks[model] = _mask(plan, model, stats, prints, path, stage)
         if base is not None:
@@ -173,9 +171,9 @@ def _mask(
     reads = 2 * (plan.base.nbytes + tuned.nbytes)
     with MaskFile(path, shapes, marked(about, restricted)) as file:
         located = locate(scoring, plan.names, 1.0 if density is None else density, recipe.scope,
-                         file.put, threads=plan.threads,
+                         file.put, threads=plan.options.threads,
                          progress=stage(f"rank {model}", reads))  # fmt: skip
-    if plan.values and path.parent.name != "base":
+    if plan.options.values and path.parent.name != "base":
         bits = path.rename(path.with_name(f".{model}.bits"))
         write_graft(path, tuned, StoredMask(bits))
         bits.unlink()
@@ -261,7 +259,7 @@ def _stats_for(
 
 
 def _restricted(plan: Plan, model: str) -> bool:
-    return plan.restricted or plan.base.restricted or plan.models[model].restricted
+    return plan.options.restricted or plan.base.restricted or plan.models[model].restricted
 
 
 def _measured(
@@ -319,24 +317,4 @@ def _counted(model: str, at: str, rows: int, say: Say) -> Callable[[int], None]:
     return progress
 
 
-def lines(record: Mapping[str, Any], out: Path) -> Iterator[str]:
-    """What to tell at the end, a line each."""
-    for model, found in record["masks"].items():
-        kept, entries = found["kept"], found["entries"]
-        yield f"{model}: kept {kept:,} of {entries:,} entries ({found['density']:.4%}), " + (
-            f"{found['tied_at_threshold']:,} exactly at the threshold"
-        )
-        if found["wanted"] is not None and found["kept"] < found["wanted"]:
-            yield f"  {found['wanted']:,} were asked for; the others have no importance at all"
-        rows = sorted(found["roles"].items(), key=lambda r: -r[1]["enrichment"])[:3]
-        yield "  densest in " + ", ".join(f"{k} ({r['density']:.2%})" for k, r in rows)
-    for pair in record["overlaps"]:
-        one, other = pair["models"]
-        yield (f"overlap of {one} and {other}: Jaccard {pair['jaccard']:.4f}; by chance "
-               f"{pair['independent']:.4f}, by profile {pair['matched']:.4f}")  # fmt: skip
-    if record.get("restricted"):
-        yield "restricted: neither the masks nor what is made with them may be passed on"
-    yield f"wrote {out} ({len(record['masks'])} masks and {RECORD})"
-
-
-__all__ = ["execute", "lines", "profile"]
+__all__ = ["execute", "profile"]

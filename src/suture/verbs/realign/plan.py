@@ -111,7 +111,7 @@ class Plan:
         return found
 
 
-def plan_realign(
+def make_plan(
     recipe: Path | Mapping[str, Any],
     out: Path,
     options: Options | None = None,
@@ -303,4 +303,4 @@ def describe(plan: Plan) -> dict[str, Any]:
     }  # fmt: skip
 
 
-__all__ = ["Options", "Plan", "describe", "plan_realign"]
+__all__ = ["Options", "Plan", "describe", "make_plan"]

@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from importlib.metadata import version
 from pathlib import Path
@@ -134,8 +134,13 @@ def profile_of(shares: Mapping[str, tuple[float, int]]) -> list[dict[str, Any]]:
     return found
 
 
-def report_rows(report: RealignReport) -> list[tuple[str, str]]:
-    """The table at the end: what it is, and its value."""
+def lines(report: RealignReport, out: Path) -> Iterator[str]:
+    """Yield the notes, then a table: what it is, and its value."""
+    yield from (f"note: {note}" for note in report.notes)
+    yield from (f"{key:<22}{text}" for key, text in _rows(report))
+
+
+def _rows(report: RealignReport) -> list[tuple[str, str]]:
     rows = [("method", report.method)]
     if report.losses:
         ends = f"{report.losses[0]:.4f} -> {report.losses[-1]:.4f} in {report.steps} steps"
@@ -298,6 +303,15 @@ def card(plan: Plan, record: Mapping[str, Any], name: str) -> str:
 
 
 __all__ = [
-    "RealignReport", "card", "curve_of", "digests", "key_of", "nothing_lost", "profile_of",
-    "provenance", "report_rows", "restricted", "retention",
+    "RealignReport",
+    "card",
+    "curve_of",
+    "digests",
+    "key_of",
+    "lines",
+    "nothing_lost",
+    "profile_of",
+    "provenance",
+    "restricted",
+    "retention",
 ]  # fmt: skip

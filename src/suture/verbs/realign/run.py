@@ -21,17 +21,17 @@ from suture.edits.stats import Stats
 from suture.errors import MismatchError, OutputError
 from suture.merges.apply import checkpoint_fingerprint, output_specs
 from suture.runs.card import carry, config_text
-from suture.runs.place import Options
+from suture.runs.progress import Progress
 from suture.runs.weights import TORCH, write_weights
 from suture.runs.workspace import Workspace, training_space
 from suture.schema.paths import place_of
 from suture.tensors.spec import readable
-from suture.training.loop import Tell, TuneResult, peak_memory, tune
+from suture.training.loop import TuneResult, peak_memory, tune
 from suture.training.loss import LossStep
 from suture.training.models import load_language_model, parameters_of
 from suture.training.packed import ParameterPlace
-from suture.verbs.realign.base import Edit, Realigned, RealignJob, Say, Scores
-from suture.verbs.realign.plan import Plan, plan_realign
+from suture.verbs.realign.base import Edit, Realigned, RealignJob, Scores
+from suture.verbs.realign.plan import Plan
 from suture.verbs.realign.result import (
     RealignReport,
     card,
@@ -46,40 +46,16 @@ from suture.verbs.realign.result import (
 from suture.verbs.realign.score_cache import inputs_of, keep_for, remembered
 
 
-def realign(
-    recipe: Path | Mapping[str, Any],
-    out: Path,
-    *,
-    say: Say = lambda _: None,
-    tell: Tell | None = None,
-    folder: Path | None = None,
-    **options: Any,
-) -> RealignReport:
-    """Follow a recipe file (or mapping) into a folder; keywords as the fields of ``Options``.
-
-    Args:
-        recipe: a YAML file, or what stands in it.
-        out: the folder to write.
-        say: is told what is being done.
-        tell: is told of every step.
-        folder: where the relative paths of the recipe start; by default the file's folder or the
-            current one.
-        **options: the fields of ``Options``.
-
-    Raises:
-        SutureError: the recipe, an input or the output is at fault; all problems at once.
-    """
-    return execute(plan_realign(recipe, out, Options(**options), folder), say=say, tell=tell)
-
-
-def execute(plan: Plan, *, say: Say = lambda _: None, tell: Tell | None = None) -> RealignReport:
+def execute(plan: Plan, progress: Progress) -> RealignReport:
     """Realign as planned and publish the folder; an interrupted run goes on where it stopped.
 
     Raises:
         MismatchError: the aligned model is not what the tuned ones were tuned from.
         SutureError: training failed, or the output cannot be written; the last checkpoint is kept.
     """
-    began = time.perf_counter()
+    began, say = time.perf_counter(), progress.say
+    steps = f", {plan.steps} steps" if plan.steps else ""
+    say(f"{plan.recipe.method.name}: on {plan.device}{steps}")
     need = plan.memory()
     parts = ", ".join(f"{what} {readable(n)}" for what, n in need.items())
     for note in plan.notes:
@@ -94,7 +70,7 @@ def execute(plan: Plan, *, say: Say = lambda _: None, tell: Tell | None = None) 
         place = space.folder
         if (place / "train.safetensors").is_file():
             say("going on from the last checkpoint of a run that was interrupted")
-        job = _job(plan, _names(plan, distances), place, say, tell)
+        job = _job(plan, _names(plan, distances), place, progress)
         scores = _before(plan, job, fingerprints)
         notes = nothing_lost(scores)
         for note in notes:
@@ -153,7 +129,7 @@ def _names(plan: Plan, found: Distances) -> tuple[str, ...]:
     return tuple(n for n in plan.models.names if n in both)
 
 
-def _job(plan: Plan, names: tuple[str, ...], work: Path, say: Say, tell: Tell | None) -> RealignJob:
+def _job(plan: Plan, names: tuple[str, ...], work: Path, progress: Progress) -> RealignJob:
     recipe, rows = plan.recipe, plan.rows
     model = None
     if plan.looks:
@@ -166,14 +142,14 @@ def _job(plan: Plan, names: tuple[str, ...], work: Path, say: Say, tell: Tell | 
         assert rows is not None
         return tune(
             mover.model, rows.train.leading, recipe.training, device=plan.device, mover=mover,
-            progress=None if tell is None else lambda at: tell("train", at), score=score,
+            progress=lambda at: progress.step("train", at), score=score,
             checkpoint=work / "train.safetensors", kept=job.kept,
         )  # fmt: skip
 
     job = RealignJob(
         plan.models, names, recipe.fusing, None if rows is None else rows.train,
         None if rows is None else rows.validation, plan.utility, plan.choosing, recipe.training,
-        plan.device, model, train, work, say, plan.options.threads, recipe.folder,
+        plan.device, model, train, work, progress.say, plan.options.threads, recipe.folder,
     )  # fmt: skip
     job.kept = keep_for(plan, job)
     return job
@@ -275,4 +251,4 @@ def _written(
     return report
 
 
-__all__ = ["RealignReport", "execute", "realign"]
+__all__ = ["execute"]
