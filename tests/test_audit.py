@@ -939,7 +939,7 @@ def test_a_folder_of_something_else_is_left_alone(shop: Path, tmp_path: Path) ->
     """What no audit wrote is no place for one."""
     (tmp_path / "out").mkdir()
     (tmp_path / "out" / "thesis.txt").write_text("mine")
-    with pytest.raises(OutputError, match="was not written by an audit"):
+    with pytest.raises(OutputError, match="was not written by `suture audit`"):
         plan_audit(auditing.recipe(shop), tmp_path / "out", Options(overwrite=True))
     with pytest.raises(MismatchError, match="weight for weight"):
         audit(auditing.recipe(shop, attacked=str(shop / "aligned")), tmp_path / "same")

@@ -466,7 +466,7 @@ def test_a_killed_run_loses_one_cell_at_most(shop: Path) -> None:
     recipe = yaml.safe_load((shop / "bench.yaml").read_text()) | {"seeds": [0]}
     (shop / "bench.yaml").write_text(yaml.safe_dump(recipe))
     expected = bench(shop / "bench.yaml", shop / "whole")
-    code = ("import sys\nfrom pathlib import Path\nfrom suture.verbs.bench.run import bench\n"
+    code = ("import sys\nfrom pathlib import Path\nfrom suture.verbs.bench import VERB as bench\n"
             "import torch\ntorch.set_num_threads(1)\n"
             "bench(Path(sys.argv[1]), Path(sys.argv[2]))")  # fmt: skip
     place = shop / "killed"
@@ -622,7 +622,7 @@ def test_what_only_files_tell_is_checked_before_anything_is_trained(shop: Path) 
     text = str(caught.value)
     assert "tasks: one" in text
     assert "no config.json" in text
-    assert "holds something else" in text
+    assert "was not written by `suture bench`" in text
     assert (shop / "out" / "thesis.txt").read_text() == "mine"
 
 

@@ -39,7 +39,7 @@ from making import (
     write_recipe,
 )
 from suture.cli.methods import KINDS, table_of
-from suture.cli.terminal import Bars
+from suture.cli.terminal import Watch
 from suture.merges.table import METHODS
 from suture.tensors.spec import UNCOUNTED
 
@@ -197,7 +197,7 @@ def on_a_terminal(here: Path, *arguments: str) -> tuple[int, str, str]:
 
 
 def test_on_a_terminal_there_are_bars(here: Path) -> None:
-    """Bars are drawn on standard error only, and taken away; an error is readable below them."""
+    """Watch are drawn on standard error only, and taken away; an error is readable below them."""
     code, out, shown = on_a_terminal(here, "merge", "recipe.yaml", "-o", "out")
 
     assert code == 0, shown
@@ -550,11 +550,11 @@ def test_integers_are_copied(here: Path) -> None:
 
 def test_a_stage_that_is_not_counted_is_told_too(capsys: pytest.CaptureFixture[str]) -> None:
     """One line a stage without a terminal; nothing where there is nothing to read, or in JSON."""
-    with Bars() as bars:
+    with Watch() as bars:
         for name, nbytes in (("look", 4), ("nothing", 0), ("think", UNCOUNTED)):
             assert bars.stage(name, nbytes) is None
     assert capsys.readouterr().err == "look: reading 4 B\nthink\n"
-    with Bars(quiet=True) as bars:
+    with Watch(quiet=True) as bars:
         bars.stage("think", UNCOUNTED)
     assert capsys.readouterr().err == ""
 
@@ -565,7 +565,7 @@ def test_a_stage_that_is_not_counted_has_a_bar_until_the_next(
     """On a terminal: it ends where the next stage begins."""
     monkeypatch.setattr("sys.stderr.isatty", lambda: True)
     monkeypatch.setenv("TERM", "xterm")
-    with Bars() as bars:
+    with Watch() as bars:
         assert bars.stage("think", UNCOUNTED) is None
         tell = bars.stage("look", 4)
         assert tell is not None

@@ -357,6 +357,7 @@ sys.path.insert(0, sys.argv[1])
 os.environ["HF_HUB_OFFLINE"] = "1"
 import torch
 torch.set_num_threads(1)
+from suture.runs.progress import Progress
 from suture.verbs.finetune import VERB as finetune
 recipe, out, stops = json.loads(sys.argv[2]), Path(sys.argv[3]), json.loads(sys.argv[4])
 for stop in stops:  # each run is a process of its own; what is imported is not imported again

@@ -40,7 +40,7 @@ SHAPE = {
     "analyze": "recipe plan run result", "audit": "recipe plan run result",
     "bench": "recipe plan run result", "compare": "recipe run result",
     "evaluate": "recipe plan run result", "extract_lora": "run",
-    "finetune": "recipe plan run result", "localize": "recipe plan run",
+    "finetune": "recipe plan run result", "localize": "recipe plan run result",
     "merge": "recipe plan run", "patch": "run", "proxy": "run",
     "realign": "recipe plan run result", "report": "run",
 }  # fmt: skip
@@ -339,10 +339,10 @@ def test_every_public_name_is_there() -> None:
 
 
 VERBS = {
-    "suture", "suture.analysis", "suture.evals.results", "suture.errors", "suture.checkpoints.atomic",
-    "suture.stream.sweep", "suture.verbs.analyze.run", "suture.verbs.bench.tasks", "suture.verbs.compare.result",
-    "suture.verbs.compare.run", "suture.verbs.evaluate.run", "suture.verbs.finetune.run", "suture.verbs.localize.plan",
-    "suture.verbs.localize.run", "suture.verbs.proxy", "suture.verbs.realign.run", "suture.verbs.report.run",
+    "suture", "suture.checkpoints.atomic", "suture.errors", "suture.evals.results",
+    "suture.runs.progress", "suture.stream.sweep", "suture.verbs", "suture.verbs.bench.tasks",
+    "suture.verbs.compare.result", "suture.verbs.compare.run", "suture.verbs.proxy",
+    "suture.verbs.report.run",
 }  # fmt: skip
 """What the demo may import: verbs, what reads and shows their results, errors, locks, cores."""
 

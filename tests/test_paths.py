@@ -12,6 +12,7 @@ import json
 import re
 import shutil
 from collections.abc import Callable, Mapping
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
@@ -26,14 +27,14 @@ import tiny_model
 from suture import evaluate
 from suture.edits.mask import localize
 from suture.errors import Problems, SutureError
+from suture.runs.verb import Verb
 from suture.schema.paths import place_of, recipe_folder, shown
 from suture.training.models import Head, save_head, save_model
+from suture.verbs import VERBS as VERBS_OF
 from suture.verbs.analyze import VERB as analysis
 from suture.verbs.analyze.plan import make_plan as plan_analysis
-from suture.verbs.audit import VERB as audit
 from suture.verbs.audit.plan import make_plan as plan_audit
 from suture.verbs.bench import VERB as bench
-from suture.verbs.bench.plan import make_plan as plan_bench
 from suture.verbs.bench.recipe import read_bench
 from suture.verbs.compare.blame import blame
 from suture.verbs.evaluate.plan import plan_suite
@@ -43,12 +44,10 @@ from suture.verbs.finetune.plan import make_plan as plan_finetune
 from suture.verbs.finetune.recipe import read_finetune
 from suture.verbs.finetune.work import workshop
 from suture.verbs.localize.plan import make_plan as plan_regions
-from suture.verbs.localize.run import execute as locate
 from suture.verbs.merge.plan import plan_recipe
 from suture.verbs.merge.recipe import read_recipe
 from suture.verbs.merge.run import merge
 from suture.verbs.realign import VERB as realign
-from suture.verbs.realign.plan import make_plan as plan_realign
 from suture.verbs.realign.recipe import read_realign
 
 ROOT = Path(suture.__file__).parent
@@ -242,7 +241,7 @@ def merging(project: Path, source: Source, out: Path, folder: Path | None) -> An
 
 
 def localizing(project: Path, source: Source, out: Path, folder: Path | None) -> Any:
-    locate(plan_regions(source, out, folder=folder))
+    VERBS_OF["localize"](source, out, folder=folder)
     return [suture.Mask.load(out / f"{n}.safetensors").bits for n in MODELS]
 
 
@@ -369,11 +368,13 @@ def test_blame_takes_a_recipe_and_a_suite_as_mappings_with_a_folder(
     assert found["folder"] == found["absolute"] == found["suite in a file"]
 
 
-ENTRIES = (merge, plan_recipe, plan_regions, plan_finetune, finetune, plan_realign, realign,
-           plan_suite, evaluate, blame, plan_analysis, plan_audit, audit, plan_bench, bench)  # fmt: skip
+ENTRIES = (merge, plan_recipe, plan_suite, evaluate, blame, Verb.__call__, Verb.plan,
+           *(import_module(f"suture.verbs.{name}.plan").make_plan for name in VERBS_OF))  # fmt: skip
 
 
-@pytest.mark.parametrize("entry", ENTRIES, ids=lambda entry: f"{entry.__module__}.{entry.__name__}")
+@pytest.mark.parametrize(
+    "entry", ENTRIES, ids=lambda entry: f"{entry.__module__}.{entry.__qualname__}"
+)
 def test_every_entry_that_takes_a_mapping_takes_a_folder(entry: Any) -> None:
     """By the same name, and none by default."""
     assert inspect.signature(entry).parameters["folder"].default is None

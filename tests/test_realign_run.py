@@ -45,7 +45,7 @@ from suture.verbs.realign.methods import REALIGNERS
 from suture.verbs.realign.pairs import answers_of, margins
 from suture.verbs.realign.plan import make_plan as plan_realign
 from suture.verbs.realign.recipe import read_realign
-from suture.verbs.realign.result import curve_of, report_rows
+from suture.verbs.realign.result import curve_of, lines
 
 EXAMPLES: dict[str, dict[str, Any]] = {
     "somf": {},
@@ -225,7 +225,7 @@ def test_no_zero_has_a_sign(shop: Path, tmp_path: Path) -> None:
     """What a hair of rounding took away is 0.0 % in the table and in the card."""
     report = realign(dataless(shop, "magnitude"), tmp_path / "out")
     report = replace(report, retention={"safety": -4e-9, "utility": 1.0, "harmonic": 0.0})
-    assert ("retention, safety", "0.0%") in report_rows(report)
+    assert f"{'retention, safety':<22}0.0%" in list(lines(report, tmp_path))
 
 
 def test_a_long_curve_of_losses_is_a_short_one() -> None:
@@ -646,6 +646,7 @@ from pathlib import Path
 os.environ["HF_HUB_OFFLINE"] = "1"
 import torch
 torch.set_num_threads(1)
+from suture.runs.progress import Progress
 from suture.verbs.realign import VERB as realign
 recipe, out, stop = json.loads(sys.argv[1]), Path(sys.argv[2]), json.loads(sys.argv[3])
 def tell(phase, at):

@@ -16,10 +16,12 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from importlib import import_module
 from pathlib import Path
-from typing import Any, Generic, TypeVar
+from typing import TYPE_CHECKING, Any, Generic, TypeVar
 
-from suture.runs.place import Options
 from suture.runs.progress import Progress
+
+if TYPE_CHECKING:
+    from suture.runs.place import Options
 
 Result = TypeVar("Result")
 
