@@ -15,6 +15,7 @@ import pytest
 
 import suture
 import toy
+from suture import plugins
 from suture.edits.importance import RULES
 from suture.errors import Problems, RecipeError
 from suture.merges.base import Merge, Method, Weight
@@ -23,7 +24,7 @@ from suture.schema.parameters import Number, Parameter, parameters_of
 from suture.schema.settings import settings
 from suture.schema.table import Table, slip
 from suture.schema.values import PerModel, each
-from suture.training.strategy import Strategy
+from suture.training.strategies import Strategy
 from suture.verbs.merge.recipe import read_recipe
 
 PAGE = Path(__file__).parent.parent / "docs" / "plugins.md"
@@ -220,6 +221,14 @@ def test_two_packages_of_one_name_are_refused(site: Path) -> None:
     with pytest.raises(RecipeError, match="there are 2 of this name; uninstall one"):
         METHODS.find("median")
     assert "median" not in METHODS
+
+
+@pytest.mark.parametrize("name", plugins.__all__)
+def test_every_name_for_plug_ins_is_there(name: str) -> None:
+    """Also those that are imported when they are asked for, under the name they have at home."""
+    value = getattr(plugins, name)
+    if isinstance(value, type):
+        assert value.__name__ == name
 
 
 def test_the_groups_of_all_tables_are_declared_and_documented() -> None:

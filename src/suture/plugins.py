@@ -29,26 +29,22 @@ from suture.stream.sweep import DELTA, WEIGHT, Block
 if TYPE_CHECKING:
     from suture.evals.kinds import Column, EvalJob, Kind, Models, Prepare, Run, Score, Template
     from suture.training.loss import LossStep
-    from suture.training.strategy import Strategy, TrainJob, Tuned
-    from suture.verbs.realign.base import Realigned, Realigner, RealignJob
+    from suture.training.strategies import Strategy
+    from suture.training.strategy import TrainJob, Tuned
+    from suture.verbs.realign.base import Realigned, RealignJob
+    from suture.verbs.realign.methods import Realigner
 
 _HOMES = {
-    "Column": ("evals.kinds", "Column"),
-    "EvalJob": ("evals.kinds", "Job"),
-    "Kind": ("evals.kinds", "Kind"),
-    "Models": ("evals.kinds", "Models"),
-    "LossStep": ("training.loss", "LossStep"),
-    "Prepare": ("evals.kinds", "Prepare"),
-    "RealignJob": ("verbs.realign.base", "Job"),
-    "Realigned": ("verbs.realign.base", "Realigned"),
-    "Realigner": ("verbs.realign.base", "Realigner"),
-    "Run": ("evals.kinds", "Run"),
-    "Score": ("evals.kinds", "Score"),
-    "Strategy": ("training.strategy", "Strategy"),
-    "Template": ("evals.kinds", "Template"),
-    "TrainJob": ("training.strategy", "Job"),
-    "Tuned": ("training.strategy", "Tuned"),
-}
+    "evals.kinds": (
+        "Column", "EvalJob", "Kind", "Models", "Prepare", "Run", "Score", "Template",
+    ),
+    "training.loss": ("LossStep",),
+    "training.strategies": ("Strategy",),
+    "training.strategy": ("TrainJob", "Tuned"),
+    "verbs.realign.base": ("RealignJob", "Realigned"),
+    "verbs.realign.methods": ("Realigner",),
+}  # fmt: skip
+"""Names that are imported when they are asked for, by module: most need a framework."""
 
 __all__ = [
     "DELTA",
@@ -96,7 +92,7 @@ __all__ = [
 
 
 def __getattr__(name: str) -> Any:
-    if name not in _HOMES:
-        raise AttributeError(f"module 'suture.plugins' has no attribute {name!r}")
-    module, of = _HOMES[name]
-    return getattr(import_module(f"suture.{module}"), of)
+    for module, names in _HOMES.items():
+        if name in names:
+            return getattr(import_module(f"suture.{module}"), name)
+    raise AttributeError(f"module 'suture.plugins' has no attribute {name!r}")

@@ -12,6 +12,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field, fields
+from importlib import import_module
 from typing import TYPE_CHECKING, Any, ClassVar, Generic, Protocol, TypeVar
 
 from suture.errors import RecipeError, did_you_mean, nearest
@@ -85,6 +86,23 @@ class Named(Protocol):
 
     def to_dict(self) -> dict[str, Any]:
         """What listings show."""
+
+
+class Deferred:
+    """A module that is imported when something of it is used.
+
+    Tables name what their lines do without importing what it needs: recipes are read, and their
+    faults told, where no framework is installed.
+
+    Args:
+        module: its full name.
+    """
+
+    def __init__(self, module: str) -> None:
+        self._module = module
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(import_module(self._module), name)
 
 
 L = TypeVar("L", bound=Named)
@@ -271,4 +289,4 @@ def slip(word: str, known: str) -> bool:
     return swapped or one[1:] == other or one == other[1:] or one[1:] == other[1:]
 
 
-__all__ = ["Line", "Named", "Table", "slip"]
+__all__ = ["Deferred", "Line", "Named", "Table", "slip"]

@@ -1,35 +1,36 @@
-"""The strategies: each a function of its parameters, read from its signature, and a table line."""
+"""The strategies: each a function of its parameters, read from its signature, and a table line.
+
+What they do is in ``trainers``, which is imported when one of them trains.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import replace
-from pathlib import Path
-from typing import Annotated, Any, Literal
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Annotated, ClassVar, Literal, TypeAlias
 
-import torch
-from torch import Tensor
-
-from suture.checkpoints.linearized import LINEARIZED
-from suture.errors import RecipeError, did_you_mean
 from suture.schema.parameters import Choice, Number, Text, Words
-from suture.schema.paths import place_of
-from suture.schema.table import Table
-from suture.tensors.roles import ROLES, role_of
-from suture.training.calibrate import (
-    Calibration,
-    calibrate,
-    prunable,
-    sensitivity,
-    smallest,
-    structure,
-    upper,
-)
-from suture.training.compact import Compact
-from suture.training.loss import LossStep
-from suture.training.strategy import Strategy, TrainJob, Tuned, entries, given_mask, ones
+from suture.schema.table import Deferred, Line, Table
+from suture.schema.tuning import TuneSettings
+from suture.tensors.roles import ROLES
 
-Way = Callable[[TrainJob], Tuned]
+if TYPE_CHECKING:
+    from suture.training.strategy import TrainJob, Tuned
+
+Way: TypeAlias = "Callable[[TrainJob], Tuned]"
+trainers = Deferred("suture.training.trainers")
+
+
+@dataclass(frozen=True)
+class Strategy(Line):
+    """A line of the table: the function that makes the training, and what to know of it."""
+
+    joint: ClassVar[str] = "-"
+    sparse: bool = False
+    """Whether it moves chosen entries only; a mask is then saved beside the weights."""
+    lr: float = TuneSettings.lr
+    """The peak rate where a recipe names none: fewer or slower entries need a larger one."""
+
 
 Share = Annotated[
     float, Number("share of the prunable entries that is trained, in (0, 1]", high=1, positive=True)
@@ -57,28 +58,7 @@ def full(embeddings: Embeddings = True, blocks: Blocks = 0) -> Way:
     With ``blocks``, only those of the last so many transformer blocks and of the norm above them:
     embeddings, what stands below these blocks and the read-out stay as they are.
     """
-
-    def way(job: TrainJob) -> Tuned:
-        count = _everything(job, embeddings, blocks)
-        return Tuned(job.train(LossStep(job.model, job.loss)), count)
-
-    return way
-
-
-def _everything(job: TrainJob, embeddings: bool, blocks: int) -> int:
-    """Let every parameter of the body ask for gradients; how many entries that is."""
-    names = [n for n, _ in job.model.named_parameters() if n.startswith(job.body)]
-    learning = {
-        n
-        for n in upper(names, blocks)
-        if n in job.places and (embeddings or role_of(n).kind not in ("embedding", "position"))
-    }
-    count = 0
-    for name in names:
-        parameter = job.model.get_parameter(name)
-        parameter.requires_grad_(name in learning)
-        count += parameter.numel() if name in learning else 0
-    return count
+    return lambda job: trainers.full(job, embeddings, blocks)
 
 
 def linearized(embeddings: Embeddings = True, blocks: Blocks = 0) -> Way:
@@ -87,17 +67,7 @@ def linearized(embeddings: Embeddings = True, blocks: Blocks = 0) -> Way:
     The output says that it is linearized; it is evaluated and combined as such. ``blocks`` means
     what it means to ``full``.
     """
-
-    def way(job: TrainJob) -> Tuned:
-        from suture.training.tangent import Tangent
-
-        count = _everything(job, embeddings, blocks)
-        mover = Tangent(job.model, job.loss)
-        result = job.train(mover)
-        evaluated = mover.evaluated
-        return Tuned(result, count, form=LINEARIZED, evaluated=evaluated, finish=mover.move)
-
-    return way
+    return lambda job: trainers.linearized(job, embeddings, blocks)
 
 
 def lora(
@@ -111,19 +81,7 @@ def lora(
 
     They are merged into the weights at the end, and also saved as an adapter that PEFT reads.
     """
-
-    def way(job: TrainJob) -> Tuned:
-        from suture.training.lora import LoraUpdates
-
-        seed = job.settings.seed
-        adapter = LoraUpdates(
-            job, rank=rank, alpha=alpha, targets=targets, dropout=dropout, seed=seed, blocks=blocks
-        )
-        count = adapter.count
-        result = job.train(LossStep(job.model, job.loss))
-        return Tuned(result, count, save=adapter.save, finish=adapter.merge)
-
-    return way
+    return lambda job: trainers.lora(job, rank, alpha, targets, dropout, blocks)
 
 
 def linearized_lora(
@@ -140,20 +98,7 @@ def linearized_lora(
     Updates of several tasks add up because :math:`A_0` is the same for all; its hash is saved, and
     merging checks it.
     """
-
-    def way(job: TrainJob) -> Tuned:
-        from suture.training.lora import LoraUpdates
-
-        adapter = LoraUpdates(
-            job, rank=rank, alpha=alpha, targets=targets, dropout=0.0, seed=adapter_seed,
-            blocks=blocks,
-        )  # fmt: skip
-        digest = adapter.freeze_a()
-        count = adapter.count
-        result = job.train(LossStep(job.model, job.loss))
-        return Tuned(result, count, adapter=digest, save=adapter.save, finish=adapter.merge)
-
-    return way
+    return lambda job: trainers.linearized_lora(job, rank, alpha, targets, adapter_seed, blocks)
 
 
 def lota(
@@ -171,37 +116,7 @@ def lota(
     The mask holds the :math:`\lfloor \kappa N \rfloor` prunable entries with the largest
     :math:`|\theta - \theta_0|`.
     """
-
-    def way(job: TrainJob) -> Tuned:
-        names = _trainable(job, prunable(job.model))
-
-        def largest() -> dict[str, Tensor]:
-            known = dict(job.model.named_parameters())
-            start = {
-                n: p.detach().clone() for n, p in known.items() if n in names or n in job.head()
-            }
-            job.freeze()
-            for name in names:
-                known[name].requires_grad_()
-            settings = replace(
-                job.settings,
-                steps=dense_steps or job.settings.steps,
-                lr=dense_lr or job.settings.lr,
-            )
-            job.say("dense phase")
-            job.train(LossStep(job.model, job.loss), "dense", settings)
-            with torch.no_grad():
-                moved = {n: (known[n] - start[n]).abs() for n in names}
-                for name, value in start.items():
-                    known[name].copy_(value)  # rewind
-            budget = _budget(density, moved)
-            return smallest(moved, ones(moved), budget, largest=True)
-
-        masks = job.once("mask", largest, {"rule": "lota", "density": density})
-        job.say("sparse phase")
-        return _sparse(job, masks)
-
-    return way
+    return lambda job: trainers.lota(job, density, dense_steps, dense_lr)
 
 
 def talos(
@@ -232,17 +147,8 @@ def talos(
     and damp the others; the mask has exactly :math:`\lfloor \kappa N \rfloor` entries of the
     prunable ones (Linear, convolution and norms; no embeddings, heads or biases of keys).
     """
-    how = Calibration(density, rounds, damping, draws, score, rows, structure, least, seed)
-
-    def way(job: TrainJob) -> Tuned:
-        def make() -> dict[str, Tensor]:
-            names = _trainable(job, prunable(job.model, blocks=blocks))
-            return calibrate(job.model, job.calibration, names, how, device=job.device, say=job.say)
-
-        about = {"rule": "talos", **vars(how), "blocks": blocks}
-        return _sparse(job, job.once("mask", make, about))
-
-    return way
+    given = (density, rounds, damping, draws, score, rows, structure, least, seed)
+    return lambda job: trainers.talos(job, trainers.Calibration(*given), blocks)
 
 
 MASKS = ("dense", "random", "least-sensitive", "most-sensitive")
@@ -265,79 +171,7 @@ def masked(
     ``random`` and the one-shot rankings choose the same number of entries as TaLoS of this density;
     ``dense`` takes all entries of the roles that ``only`` names.
     """
-
-    def way(job: TrainJob) -> Tuned:
-        return _sparse(
-            job,
-            job.once(
-                "mask",
-                lambda: make(job),
-                {"rule": f"masked: {Path(mask).name}", "density": density},
-            ),
-        )
-
-    def make(job: TrainJob) -> dict[str, Tensor]:
-        if mask not in MASKS:
-            path = place_of(mask, job.folder)
-            if not path.is_file():
-                raise RecipeError(f"parameters.mask: no file {path}; {did_you_mean(mask, MASKS)}")
-            return job.masks_of(given_mask(path), str(path))
-        known = dict(job.model.named_parameters())
-        names = _trainable(job, prunable(job.model))
-        budget = _budget(density, {n: known[n] for n in names})
-        names = [n for n in names if not only or _part(n) in only]
-        if not names:
-            raise RecipeError(f"parameters.only: no prunable tensor is {' or '.join(only)}")
-        everything = ones({n: known[n] for n in names})
-        if mask == "dense":
-            return everything
-        if mask == "random":
-            dice = torch.Generator().manual_seed(seed)
-            scores = {
-                n: torch.rand(known[n].shape, generator=dice).to(known[n].device) for n in names
-            }
-        else:
-            scores = sensitivity(
-                job.model,
-                job.calibration,
-                names,
-                Calibration(rows=rows, seed=seed),
-                device=job.device,
-            )
-        budget = min(budget, sum(m.numel() for m in everything.values()))
-        return smallest(scores, everything, budget, largest=mask == "most-sensitive")
-
-    return way
-
-
-def _part(name: str) -> str:
-    """The role of a parameter; a bias counts with its weight."""
-    kind = role_of(name).kind
-    return role_of(name.removesuffix("bias") + "weight").kind if kind == "bias" else kind
-
-
-def _trainable(job: TrainJob, names: list[str]) -> list[str]:
-    return [n for n in names if n in job.places]
-
-
-def _budget(density: float, tensors: dict[str, Tensor]) -> int:
-    budget = int(density * sum(t.numel() for t in tensors.values()) + 1e-9)
-    if not budget:
-        raise RecipeError(f"parameters.density: {density} of the prunable entries is not even one")
-    return budget
-
-
-def _sparse(job: TrainJob, masks: dict[str, Tensor]) -> Tuned:
-    """Train the chosen entries, and a learned head with them."""
-    head = ones(job.head())
-    mover = Compact(job.model, {**masks, **head}, job.loss)
-    result = job.train(mover)
-    mover.close()
-    facts: dict[str, Any] = {
-        "structure": structure(masks),
-        "tensors": sum(bool(m.any()) for m in masks.values()),
-    }
-    return Tuned(result, entries(masks), masks, facts=facts)
+    return lambda job: trainers.masked(job, mask, density, only, rows, seed)
 
 
 STRATEGIES = Table(
@@ -367,4 +201,4 @@ STRATEGIES = Table(
 )
 """Every fine-tuning strategy; another package adds one, see docs/plugins.md."""
 
-__all__ = ["MASKS", "STRATEGIES"]
+__all__ = ["MASKS", "STRATEGIES", "Strategy", "Way"]

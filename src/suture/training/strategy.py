@@ -1,11 +1,11 @@
-"""What a strategy is: a function from parameters to how a model is trained, and a table line."""
+"""What a strategy works with, and what it leaves."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any
 
 import numpy as np
 import torch
@@ -18,7 +18,6 @@ from suture.edits.mask_file import marked
 from suture.edits.patch import Patch
 from suture.edits.patch_file import is_patch
 from suture.errors import MismatchError, Problems, RecipeError
-from suture.schema.table import Line
 from suture.schema.tuning import TuneSettings
 from suture.tensors.roles import DEFAULT_SPACE
 from suture.training.data import Dataset
@@ -171,17 +170,6 @@ class Tuned:
     facts: Mapping[str, Any] = field(default_factory=dict)
 
 
-@dataclass(frozen=True)
-class Strategy(Line):
-    """A line of the table: the function that makes the training, and what to know of it."""
-
-    joint: ClassVar[str] = "-"
-    sparse: bool = False
-    """Whether it moves chosen entries only; a mask is then saved beside the weights."""
-    lr: float = TuneSettings.lr
-    """The peak rate where a recipe names none: fewer or slower entries need a larger one."""
-
-
 def backbone_of(model: nn.Module, body: str) -> nn.Module:
     """The pretrained part of a model."""
     return model.get_submodule(body.rstrip("."))
@@ -199,4 +187,4 @@ def ones(parameters: Mapping[str, Tensor]) -> dict[str, Tensor]:
     }
 
 
-__all__ = ["Strategy", "TrainJob", "Tuned", "backbone_of", "entries", "given_mask", "ones"]
+__all__ = ["TrainJob", "Tuned", "backbone_of", "entries", "given_mask", "ones"]

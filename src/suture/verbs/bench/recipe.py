@@ -13,8 +13,7 @@ from suture.schema.reader import Reader, refuse_unknown, section
 from suture.schema.settings import settings
 from suture.schema.text import raw_recipe
 from suture.schema.tuning import TuneSettings
-from suture.training.strategies import STRATEGIES
-from suture.training.strategy import Strategy
+from suture.training.strategies import STRATEGIES, Strategy
 from suture.verbs.bench.tasks import TASKS, BenchTask, task_of_file
 
 MINILM = "minilm"

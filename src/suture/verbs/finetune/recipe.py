@@ -15,8 +15,7 @@ from suture.schema.sources import TOO_LONG, UNREAD, DataSpec, read_held_out, rea
 from suture.schema.text import raw_recipe
 from suture.schema.tuning import TuneSettings
 from suture.tensors.spec import WORD_OF, dtype_named
-from suture.training.strategies import STRATEGIES
-from suture.training.strategy import Strategy
+from suture.training.strategies import STRATEGIES, Strategy
 
 KEYS = ("base", "strategy", "parameters", "task", "data", "head", "training", "output", "device")
 IMAGES = "image-classification"

@@ -1,11 +1,11 @@
-"""What a way to realign is: a function from its parameters to new weights, and a table line."""
+"""What a way to realign works with, and what it leaves."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -16,7 +16,6 @@ from suture.edits.stats import Stats
 from suture.errors import RecipeError
 from suture.evals.base import Metric
 from suture.evals.table import EVALS
-from suture.schema.table import Line
 from suture.schema.tuning import TuneSettings
 from suture.training.data import Dataset
 from suture.training.kept import KeptStates
@@ -139,27 +138,6 @@ class Realigned:
     """Of each tensor, how much of the tuned change may stay, and how many entries it has."""
 
 
-Way = Callable[[RealignJob], Realigned]
-
-
-@dataclass(frozen=True)
-class Realigner(Line):
-    """A line of the table: the function that makes the way, and what it asks of a recipe."""
-
-    joint: ClassVar[str] = "-"
-    needs: tuple[str, ...] = ()
-    """Of ``base``, ``safety``, ``data``: what a recipe must name."""
-    trains: bool = False
-    """Whether it learns something by gradients."""
-    chooses: bool = False
-    """Whether it chooses one of several models by rows that are held out."""
-
-    @property
-    def requires(self) -> str:
-        """What a recipe must give, in a sentence."""
-        return "needs " + ", ".join(("aligned", "models", *self.needs))
-
-
 def needed(value: Any, what: str) -> Any:
     """What a recipe must have named; the plan has checked it before.
 
@@ -171,4 +149,4 @@ def needed(value: Any, what: str) -> Any:
     return value
 
 
-__all__ = ["Edit", "RealignJob", "Realigned", "Realigner", "Say", "Scores", "Way", "needed"]
+__all__ = ["Edit", "RealignJob", "Realigned", "Say", "Scores", "needed"]

@@ -1,17 +1,44 @@
-"""The ways to realign: each a function of its parameters, read from its signature, and a line."""
+"""The ways to realign: each a function of its parameters, read from its signature, and a line.
+
+What they do is in ``baselines`` and ``somf``, which are imported when one of them works.
+"""
 
 from __future__ import annotations
 
-from typing import Annotated, Literal
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Annotated, ClassVar, Literal, TypeAlias
 
 from suture.errors import RecipeError
 from suture.merges.base import Scope
 from suture.schema.parameters import Choice, Number, Text
-from suture.schema.table import Table
-from suture.verbs.realign import baselines
-from suture.verbs.realign.base import Realigner, Way
-from suture.verbs.realign.concrete import Masking
-from suture.verbs.realign.somf import Learning, learn
+from suture.schema.table import Deferred, Line, Table
+
+if TYPE_CHECKING:
+    from suture.verbs.realign.base import Realigned, RealignJob
+
+Way: TypeAlias = "Callable[[RealignJob], Realigned]"
+baselines = Deferred("suture.verbs.realign.baselines")
+learned = Deferred("suture.verbs.realign.somf")
+
+
+@dataclass(frozen=True)
+class Realigner(Line):
+    """A line of the table: the function that makes the way, and what it asks of a recipe."""
+
+    joint: ClassVar[str] = "-"
+    needs: tuple[str, ...] = ()
+    """Of ``base``, ``safety``, ``data``: what a recipe must name."""
+    trains: bool = False
+    """Whether it learns something by gradients."""
+    chooses: bool = False
+    """Whether it chooses one of several models by rows that are held out."""
+
+    @property
+    def requires(self) -> str:
+        """What a recipe must give, in a sentence."""
+        return "needs " + ", ".join(("aligned", "models", *self.needs))
+
 
 Space = Annotated[
     Literal["delta_w", "factors"],
@@ -66,9 +93,10 @@ def somf(  # noqa: PLR0913 - the signature is the list of its parameters
     if draws != 8 and export != "averaged":
         raise RecipeError(f"parameters.draws: nothing is drawn for `export: {export}`; leave it "
                           "out, or say `export: averaged`")  # fmt: skip
-    masking = Masking(granularity, temperature, rescale)
-    how = Learning(beta, reference, export, draws, start, seed)
-    return lambda job: learn(job, space, masking, how)
+    return lambda job: learned.learn(
+        job, space, learned.Masking(granularity, temperature, rescale),
+        learned.Learning(beta, reference, export, draws, start, seed),
+    )  # fmt: skip
 
 
 def resta(
@@ -210,4 +238,4 @@ REALIGNERS = Table("way to realign", Realigner, [
 ], group="suture.realigners")  # fmt: skip
 """Every way to realign; another package adds one, see docs/plugins.md."""
 
-__all__ = ["REALIGNERS"]
+__all__ = ["REALIGNERS", "Realigner", "Way"]

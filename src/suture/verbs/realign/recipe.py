@@ -16,9 +16,8 @@ from suture.schema.text import raw_recipe
 from suture.schema.tuning import TuneSettings
 from suture.tensors.roles import EVERYTHING, ParamSpace
 from suture.tensors.spec import WORD_OF, dtype_named
-from suture.verbs.realign.base import Realigner
 from suture.verbs.realign.fuse import Fusing, read_fusing
-from suture.verbs.realign.methods import REALIGNERS
+from suture.verbs.realign.methods import REALIGNERS, Realigner
 from suture.verbs.realign.pairs import PairSpec
 
 KEYS = (
