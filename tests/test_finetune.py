@@ -31,6 +31,7 @@ from suture.errors import (
     MissingExtraError,
     NonFiniteError,
     OutputError,
+    Problems,
     RecipeError,
     SutureError,
 )
@@ -50,7 +51,8 @@ from suture.training.trackers import tracker
 from suture.verbs.finetune import VERB as finetune
 from suture.verbs.finetune import run as module
 from suture.verbs.finetune.plan import make_plan as plan_finetune
-from suture.verbs.finetune.recipe import read_finetune
+from suture.verbs.finetune.recipe import Finetune
+from suture.verbs.finetune.recipe import read_finetune as parse
 from suture.verbs.merge.run import merge
 
 EXAMPLES: dict[str, dict[str, Any]] = {
@@ -629,6 +631,15 @@ def test_only_what_the_assistant_says_is_a_target(talker: Path) -> None:
 # -- wrong input -----------------------------------------------------------------------------------
 
 
+def read_finetune(what: dict[str, Any]) -> Finetune:
+    """Read a recipe that must be right."""
+    problems = Problems()
+    found = parse(what, problems)
+    problems.raise_if_any()
+    assert found is not None
+    return found
+
+
 def problems_of(what: dict[str, Any], out: Path) -> list[str]:
     with pytest.raises(SutureError) as caught:
         plan_finetune(what, out)
@@ -644,7 +655,7 @@ def test_all_problems_of_a_recipe_at_once(shop: Path, tmp_path: Path) -> None:
     what["data"] = {"train": str(shop / "none.jsonl"), "txt": "text", "too_long": "cutt"}
     found = "\n".join(problems_of(what, tmp_path / "out"))
     for words in ("'densty'; did you mean 'density'", "parameters.rounds", "did you mean 'fisher'", "'epoch'; did you mean 'epochs'",
-                  "training.precision: is one of", "'haed'; did you mean 'head'", "no file", "'txt'; did you mean 'text'",
+                  "training.precision: 'half' is not known; known: no, fp16, bf16", "'haed'; did you mean 'head'", "no file", "'txt'; did you mean 'text'",
                   "did you mean 'cut'", "so it is never replaced"):  # fmt: skip
         assert words in found, (words, found)
 

@@ -307,8 +307,8 @@ def test_a_verb_reads_the_same_files_however_it_is_called(
 READERS: dict[str, Callable[[Source, Path | None], Any]] = {
     **dict.fromkeys(("merge", "protected", "stages", "adapters", "mergekit"), read_recipe),
     "localize": lambda source, folder: plan_regions(source, Path("none"), folder=folder).recipe,
-    "finetune": read_finetune,
-    "realign": read_realign,
+    "finetune": lambda source, folder: parsed(read_finetune, source, folder),
+    "realign": lambda source, folder: parsed(read_realign, source, folder),
     **dict.fromkeys(("eval", "classes"), lambda source, folder: suite_of(source, folder)),
     "analyze": lambda source, folder: plan_analysis(source, folder=folder).request,
     "bench": lambda source, folder: (read_bench(source, folder).resolved(),
@@ -319,11 +319,15 @@ READERS: dict[str, Callable[[Source, Path | None], Any]] = {
 """From a recipe and ``folder`` to the recipe as it was read, in frozen types."""
 
 
-def suite_of(source: Source, folder: Path | None) -> Any:
+def parsed(read: Callable[..., Any], source: Source, folder: Path | None = None) -> Any:
     problems = Problems()
-    found = read_suite(source, problems, folder)
+    recipe = read(source, problems, folder)
     problems.raise_if_any()
-    assert found is not None
+    return recipe
+
+
+def suite_of(source: Source, folder: Path | None) -> Any:
+    found = parsed(read_suite, source, folder)
     return found.questions, found.folder, found.reference
 
 
@@ -423,7 +427,7 @@ def test_rows_in_the_home_of_the_user_are_found(
     """Also those of a data set, a head and a mask, where ``~`` was taken for the name of a folder."""
     monkeypatch.setenv("HOME", str(root / "project"))
     given = RECIPES["finetune"]
-    found = read_finetune({
+    found = parsed(read_finetune, {
         **given, "base": "~/models/base", "head": "~/rows/head.safetensors",
         "parameters": {"mask": "~/masks/one.safetensors"},
         "data": {**given["data"], "train": "~/rows/train.jsonl", "validation": 0.5},

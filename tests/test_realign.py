@@ -23,7 +23,8 @@ from suture.verbs.realign.concrete import (
     logit_shape,
     rescaled,
 )
-from suture.verbs.realign.fuse import FUSES, Counted, Cut, Fuser, Fusing, dice, fuser
+from suture.verbs.realign.fuse import Counted, Cut, Fuser, dice, fuser
+from suture.verbs.realign.fusing import FUSES, Fusing
 from suture.verbs.realign.pairs import Pairs, dpo, log_probabilities, margins
 from suture.verbs.realign.somf import Fusion
 

@@ -30,6 +30,7 @@ from suture.errors import (
     MismatchError,
     NonFiniteError,
     OutputError,
+    Problems,
     RecipeError,
     SutureError,
 )
@@ -40,11 +41,12 @@ from suture.verbs.merge.run import merge
 from suture.verbs.realign import VERB as realign
 from suture.verbs.realign import somf
 from suture.verbs.realign.base import RealignJob
-from suture.verbs.realign.fuse import FUSES
+from suture.verbs.realign.fusing import FUSES
 from suture.verbs.realign.methods import REALIGNERS
 from suture.verbs.realign.pairs import answers_of, margins
 from suture.verbs.realign.plan import make_plan as plan_realign
-from suture.verbs.realign.recipe import read_realign
+from suture.verbs.realign.recipe import Realign
+from suture.verbs.realign.recipe import read_realign as parse
 from suture.verbs.realign.result import curve_of, lines
 
 EXAMPLES: dict[str, dict[str, Any]] = {
@@ -85,6 +87,15 @@ def recipe(shop: Path, method: str = "somf", **sections: Any) -> dict[str, Any]:
 def dataless(shop: Path, method: str, **parameters: Any) -> dict[str, Any]:
     found = recipe(shop, method, parameters=parameters)
     return {k: v for k, v in found.items() if k not in ("data", "training")}
+
+
+def read_realign(what: dict[str, Any], folder: Path | None = None) -> Realign:
+    """Read a recipe that must be right."""
+    problems = Problems()
+    found = parse(what, problems, folder)
+    problems.raise_if_any()
+    assert found is not None
+    return found
 
 
 def tensors(where: Path) -> dict[str, np.ndarray[Any, Any]]:
@@ -882,8 +893,8 @@ def test_all_faults_of_a_recipe_at_once(shop: Path, tmp_path: Path) -> None:
     for what, text in (
         (recipe(shop, parameters={"temperature": 0}), r"Concrete distribution, above 0; got 0"),
         (recipe(shop, "line-search", parameters={"retain": 2}), r"in \[0, 1\]; got 2"),
-        (recipe(shop, training={"epochs": 0}), "training.epochs: must be at least 1"),
-        (recipe(shop, training={"lr": 1e30}), r"training.lr: a number below 2\*\*63, not 1e\+30"),
+        (recipe(shop, training={"epochs": 0}), "training.epochs: at least 1, not 0"),
+        (recipe(shop, training={"lr": 1e30}), r"training.lr: less than \d+, not 1e\+30"),
         (recipe(shop, models={"../a": "x"}), "'../a' cannot be the name of a model"),
         (recipe(shop, output={"dtype": "int7"}), "output.dtype: no dtype 'int7'"),
         (recipe(shop, fuse={"how": "single", "density": 0.5}), "fuse.density: single keeps all"),
@@ -905,7 +916,7 @@ def test_the_example_can_be_read(shop: Path, tmp_path: Path) -> None:
     for text in ((root / "examples" / "realign.yaml").read_text(),
                  page.split("```yaml\n")[1].split("```")[0]):  # fmt: skip
         found = read_realign(yaml.safe_load(text), tmp_path)
-        assert found.method.name == "somf"
+        assert found.method == "somf"
         assert found.fusing.how == "ties"
         again = read_realign(found.resolved(), tmp_path)
         assert again.resolved() == found.resolved()

@@ -359,7 +359,7 @@ def test_a_staging_folder_with_a_part_missing(here: Path, name: str) -> None:
     path = staging(here.parent / "part" / "out") / name
     shutil.rmtree(path) if path.is_dir() else path.unlink()
     if name == "lock":  # a folder without a lock is none of ours
-        with pytest.raises(OutputError, match="which no merge left"):
+        with pytest.raises(OutputError, match="which no run left"):
             merge(here, "part")
         return
     report = merge(here, "part")

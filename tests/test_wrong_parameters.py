@@ -187,7 +187,7 @@ TUNINGS: dict[str, tuple[dict[str, Any], tuple[str, ...]]] = {
         {"strategy": "taloss", "parameters": {"densty": 1}, "base": "./no", "training": {"patience": 2, "lr": -1},
          "data": {"train": "rows.jsonl", "validation": 0}},
         ("4 problems", "line 2: strategy: no strategy 'taloss'; did you mean 'talos'?", "talos has no 'densty'",
-          "training.lr: must be more than 0", "line 1: ./no")),
+          "training.lr: a positive number, not -1", "line 1: ./no")),
     "like no other": (
         {"strategy": "zzzz", "parameters": {"densty": 1}, "training": {"patience": 2}, "output": {"dtype": "f99"},
          "data": {"train": "rows.jsonl", "validation": 0}},
@@ -198,7 +198,7 @@ TUNINGS: dict[str, tuple[dict[str, Any], tuple[str, ...]]] = {
         ("2 problems", "did you mean 'talos'?", "line 3: data: no row has a column 'body'")),
     "of values of other kinds": (
         {"strategy": ["full"], "data": {"train": "rows.jsonl"}, "training": {"seed": -1}, "output": {"dtype": "f3"}},
-        ("3 problems", "strategy: a name, not ['full']", "training.seed: must be at least 0", "output.dtype: no dtype")),
+        ("3 problems", "strategy: a name, not ['full']", "training.seed: at least 0, not -1", "output.dtype: no dtype")),
     "and no rows": ({"strategy": "taloss", "data": {"train": "no.jsonl"}, "base": "./no", "head": "none"},
                     ("4 problems", "did you mean 'talos'?", "no file", "./no", "head: no file")),
 }  # fmt: skip
@@ -230,7 +230,7 @@ WAYS: dict[str, tuple[dict[str, Any], tuple[str, ...]]] = {
          "did you mean 'ties'?")),
     "and values of other kinds": (
         {"method": ["dare"], "fuse": {"how": ["ties"]}, "data": {"train": {"path": "pairs.jsonl", "split": 3}}},
-        ("3 problems", "method: a name, not ['dare']", "fuse: ['ties'] is not known", "data.train.split: a word, not 3")),
+        ("3 problems", "method: a name, not ['dare']", "fuse.how: ['ties'] is not known", "data.train.split: a text, not 3")),
     "that contradicts itself": (
         {"method": "somf", "parameters": {"granularity": "tensor"}, "device": 3},
         ("3 problems", "whatever was learned", "data: missing", "device: auto")),

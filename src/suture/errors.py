@@ -150,6 +150,11 @@ class Problems:
             for line in getattr(error, "problems", (str(error),)):
                 self.add(type(error), where + line)
 
+    @property
+    def texts(self) -> tuple[str, ...]:
+        """Every problem that was noted, without its place in a file."""
+        return tuple(text for _, text in self._found)
+
     def __bool__(self) -> bool:
         return bool(self._found)
 

@@ -12,10 +12,11 @@ from annotated_types import Ge, Gt, Le, Lt, MinLen
 from pydantic import BeforeValidator, PlainSerializer, ValidationError, ValidationInfo, create_model
 from pydantic_core import CoreSchema, InitErrorDetails, PydanticCustomError, core_schema
 
-from suture.errors import RecipeError, brief
-from suture.schema.paths import place_of
+from suture.errors import RecipeError, brief, did_you_mean
+from suture.schema.paths import place_of, shown
 from suture.schema.sections import NAMES, Section, reading_of
 from suture.tensors.roles import DEFAULT_SPACE, ParamSpace
+from suture.tensors.spec import WORD_OF, dtype_named
 
 T = TypeVar("T")
 
@@ -211,6 +212,43 @@ class Placed:
         )  # fmt: skip
 
 
+@dataclass(frozen=True)
+class WordOrFile:
+    """One of some words, or a file that is there, as the recipe writes it.
+
+    Args:
+        words: that mean something else than a file.
+        what: the file is.
+    """
+
+    words: tuple[str, ...]
+    what: str
+
+    def __get_pydantic_core_schema__(self, source: Any, handler: Any) -> CoreSchema:
+        def read(value: Any, info: ValidationInfo[Any]) -> str:
+            if not isinstance(value, str) or not value:
+                raise told(f"{', '.join(self.words)} or {self.what}, not {brief(value)}")
+            place = place_of(value, reading_of(info).folder)
+            if value not in self.words and not place.is_file():
+                raise told(f"no file {shown(place)}; {did_you_mean(value, self.words)}")
+            return value
+
+        return core_schema.with_info_plain_validator_function(
+            read, json_schema_input_schema=core_schema.str_schema(min_length=1)
+        )
+
+
+def _dtype(value: Any) -> Any:
+    try:
+        return dtype_named(str(value))
+    except RecipeError as error:
+        raise told(str(error)) from None
+
+
+DtypeName = Annotated[str, BeforeValidator(_dtype), PlainSerializer(WORD_OF.__getitem__)]
+"""A dtype by any of its names, as the one of safetensors."""
+
+
 def told(text: str) -> PydanticCustomError:
     """Return a fault with its message, to be raised in a validator."""
     return PydanticCustomError("told", "{text}", {"text": text})
@@ -230,16 +268,20 @@ def section_of(kind: type, more: Mapping[str, Any] | None = None, **types: Any) 
     Args:
         kind: the dataclass.
         more: types and defaults of keys besides.
-        **types: of fields, where not those of the dataclass.
+        **types: of fields, where not those of the dataclass; ``None`` leaves one out.
     """
     assert is_dataclass(kind)
     hints = get_type_hints(kind, include_extras=True)
     keys: dict[str, Any] = dict(more or {})
     for f in fields(kind):
         hint = types.get(f.name, hints[f.name])
-        whole = hint is int or getattr(hint, "__origin__", None) is int
-        hint = Annotated[hint, Lt(1 << 63), Integral] if whole else hint
-        keys[f.name] = (hint, ... if f.default is MISSING else f.default)
+        if hint is None:
+            continue
+        plain = getattr(hint, "__origin__", hint)
+        hint = Annotated[hint, Lt(1 << 63)] if plain in (int, float) else hint
+        hint = Annotated[hint, Integral] if plain is int else hint
+        default = f.default if f.default_factory is MISSING else f.default_factory()
+        keys.setdefault(f.name, (hint, ... if default is MISSING else default))
     found = create_model(f"{kind.__name__}Keys", __base__=Section, **keys)
     found.documents = kind
     return found
@@ -306,10 +348,19 @@ class SpaceKeys(Section):
     """Roles or name patterns that are left alone."""
 
 
-Space = Annotated[ParamSpace, Becomes(
-    SpaceKeys, lambda keys, _: ParamSpace(keys.include, keys.exclude),
-    lambda space, _: {k: list(v) for k, v in space._asdict().items()},
-)]  # fmt: skip
+def space_of(default: ParamSpace) -> Becomes:
+    """Return how a section that names tensors is read; ``default`` holds for keys without words."""
+    keys = create_model("SpaceKeys", __base__=SpaceKeys, **{  # type: ignore[call-overload]
+        key: (known.rebuild_annotation(), getattr(default, key))
+        for key, known in SpaceKeys.model_fields.items()
+    })  # fmt: skip
+    return Becomes(
+        keys, lambda keys, _: ParamSpace(keys.include, keys.exclude),
+        lambda space, _: {k: list(v) for k, v in space._asdict().items()},
+    )  # fmt: skip
+
+
+Space = Annotated[ParamSpace, space_of(DEFAULT_SPACE)]
 
 
 def plain(value: Any, _: bool) -> dict[str, Any]:

@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterable, Mapping, Sequence
-from typing import Annotated, Any
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from typing import Annotated, Any, TypeVar
 
 from suture.errors import Problems, RecipeError, brief, did_you_mean
 from suture.schema.parameters import ModelName, Number, Parameter
-from suture.schema.table import Line
+from suture.schema.table import Line, Table
 from suture.schema.values import DepthCurve, PerModel, Scalar, Value
 
+L = TypeVar("L", bound=Line)
 Own = Sequence[tuple[str, Mapping[str, Any]]]
 """Name and own parameters of each model, in the order of rows."""
 SEED = Parameter("seed", Annotated[int, Number("seed, 0 to 2**63 - 1", 0, 2**63 - 1)], 0)
@@ -105,6 +106,37 @@ def check_words(
                 problems.add(RecipeError, f"models.{model}: unknown key {key!r}; {hint}")
 
 
+def line_faults(
+    table: Table[L], key: str, name: str, given: Mapping[str, Any]
+) -> Iterator[tuple[str, str]]:
+    """Yield what is wrong with the name of a line and with its parameters, each with its place.
+
+    Parameters of a misspelt line are held against the one that is likely meant.
+
+    Args:
+        table: where the line stands.
+        key: where a recipe names it.
+        name: as the recipe writes it.
+        given: its parameters, without defaults.
+    """
+    problems = Problems()
+    line = table.likely(name)
+    with problems.collecting(f"{key}: "):
+        line = table.find(name)
+    if line is None:
+        check_words(table.values(), given, problems, noun=table.noun)
+    else:
+        with problems.supposing(None if line.name == name else line.name):
+            before = len(problems)
+            values = settings(line, given, problems)
+            if len(problems) == before:
+                with problems.collecting():  # what parameters say together
+                    line.make(**values)
+    for text in problems.texts:
+        place, _, what = text.partition(": ")
+        yield place, what
+
+
 def _idle(where: str, by: str) -> str:
     return f"{where}: has no meaning beside `{by}`, which decide it; leave one of them out"
 
@@ -172,4 +204,4 @@ def _value(parameter: Parameter, value: object, where: str, problems: Problems) 
     return DepthCurve(tuple(map(float, value))) if value and all(fine) else 1.0
 
 
-__all__ = ["check_words", "settings"]
+__all__ = ["check_words", "line_faults", "settings"]

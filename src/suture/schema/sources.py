@@ -7,9 +7,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Any
 
-from suture.errors import Problems, RecipeError, brief, did_you_mean
+from suture.errors import RecipeError
 from suture.schema.paths import place_of, shown
 
 TOO_LONG = ("error", "cut", "drop")
@@ -60,22 +59,30 @@ class DataSpec:
     """Whether prompts and responses are put into the chat template."""
 
 
-SOURCE = ("path", "split", "config", "revision")
+@dataclass(frozen=True)
+class PairSpec:
+    """Pairs of a safe and an unsafe answer, and what their columns are called."""
+
+    train: Source
+    validation: Source | None = None
+    test: Source | None = None
+    """Rows for the numbers that are reported; where there are none, the validation rows."""
+    share: float = 0.1
+    """Share of prompts held out for validation, where it has no source of its own."""
+    prompt: str = "prompt"
+    chosen: str = "chosen"
+    rejected: str = "rejected"
+    max_length: int = 0
+    """Most tokens of prompt and answer; 0 for what the model can read."""
+    too_long: str = "error"
+    limit: int = 0
+    """Use only the first so many training rows; 0 for all."""
+    chat: bool = False
+    """Whether prompts and answers are put into the chat template."""
+
+
 UNREAD = DataSpec(Source(""))
 """Stands in a recipe whose rows cannot be found or read, until that is reported."""
-
-
-def read_held_out(
-    raw: Mapping[str, Any], where: str, default: float, folder: Path, problems: Problems
-) -> tuple[Source | None, float]:
-    """The key ``validation``: rows to choose by, a source of their own or a share of the others."""
-    given = raw.get("validation", default)
-    if not isinstance(given, int | float) or isinstance(given, bool):
-        return read_source(given, where, folder, "validation", problems), default
-    share = float(given)
-    if not 0 <= share < 1:
-        problems.add(RecipeError, f"{where}: a share is in [0, 1), not {share}")
-    return None, share
 
 
 def _packaged(path: str) -> Path:
@@ -94,30 +101,6 @@ def _packaged(path: str) -> Path:
         if found.is_file() and place.resolve() in found.resolve().parents:
             return found
     raise RecipeError(f"the package {name} has no file {rest}")
-
-
-def read_source(
-    value: object, where: str, folder: Path, split: str, problems: Problems
-) -> Source | None:
-    """Where rows come from: a file or a data set of the hub; ``split`` is the hub's by default."""
-    raw = {"path": value} if isinstance(value, str) else value
-    if not isinstance(raw, Mapping) or not isinstance(raw.get("path"), str) or not raw["path"]:
-        problems.add(
-            RecipeError,
-            f"{where}: a file (.jsonl, .json, .csv, .parquet; of images also .npz or a folder) or "
-            f"a data set of the hub, not {brief(value)}",
-        )
-        return None
-    for key in raw.keys() - set(SOURCE):
-        hint = did_you_mean(str(key), SOURCE)
-        problems.add(RecipeError, f"{where}: unknown key {key!r}; {hint}")
-    for key in ("split", "config", "revision"):
-        if not isinstance(raw.get(key) or "", str):
-            problems.add(RecipeError, f"{where}.{key}: a word, not {brief(raw[key])}")
-    with problems.collecting(f"{where}: "):
-        return found_at(str(raw["path"]), folder, str(raw.get("split") or split),
-                        raw.get("config"), raw.get("revision"))  # fmt: skip
-    return None
 
 
 def found_at(

@@ -62,6 +62,14 @@ class TuneSettings:
 
 
 @dataclass(frozen=True)
+class FinetuneSettings(TuneSettings):
+    """How to train in a fine-tuning run."""
+
+    recompute: bool = False
+    """Whether activations are computed anew in the backward pass, to save memory."""
+
+
+@dataclass(frozen=True)
 class LearnSettings:
     """How to train the logits."""
 

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Annotated, ClassVar, Literal, TypeAlias
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal, TypeAlias
 
 from suture.schema.parameters import Choice, Number, Text, Words
 from suture.schema.table import Deferred, Line, Table
@@ -17,7 +17,10 @@ from suture.tensors.roles import ROLES
 if TYPE_CHECKING:
     from suture.training.strategy import TrainJob, Tuned
 
-Way: TypeAlias = "Callable[[TrainJob], Tuned]"
+    Way: TypeAlias = Callable[[TrainJob], Tuned]
+else:  # signatures are read where no framework is
+    Way = Callable[..., Any]
+
 trainers = Deferred("suture.training.trainers")
 
 

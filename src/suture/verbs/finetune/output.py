@@ -68,7 +68,7 @@ def card(base: Checkpoint, recipe: Finetune, record: Mapping[str, Any], name: st
     if licence:
         front["license"] = licence
     results = record["results"]
-    strategy = recipe.strategy
+    strategy = recipe.line
     lines = [
         f"---\n{yaml.safe_dump(front, sort_keys=False)}---\n",
         f"# {name}\n",

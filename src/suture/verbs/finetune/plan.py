@@ -22,7 +22,7 @@ from suture.training.models import device_named, load_tokenizer, longest_of, rea
 from suture.training.rows import TrainingRows, classification_rows, language_rows
 from suture.training.strategies import MASKS
 from suture.training.strategy import given_mask
-from suture.verbs.finetune.recipe import HEADS, IMAGES, Finetune, parse_finetune
+from suture.verbs.finetune.recipe import HEADS, IMAGES, Finetune, read_finetune
 
 
 @dataclass(frozen=True)
@@ -75,7 +75,7 @@ def make_plan(
     options = options or Options()
     problems = Problems()
     base = None
-    found = parse_finetune(recipe, folder, problems)
+    found = read_finetune(recipe, problems, folder)
     if found is not None and found.base:
         with problems.collecting():
             base = _base(found)
@@ -163,7 +163,7 @@ def named_files(recipe: Finetune) -> dict[str, Path]:
     """The files, besides rows, that decide what is trained: by the key that names them."""
     mask = recipe.parameters.get("mask")
     found = {}
-    if recipe.strategy.name == "masked" and isinstance(mask, str) and mask not in MASKS:
+    if recipe.line.name == "masked" and isinstance(mask, str) and mask not in MASKS:
         found["mask"] = place_of(mask, recipe.folder)
     if recipe.head not in HEADS:
         found["head"] = place_of(recipe.head, recipe.folder)
@@ -185,7 +185,7 @@ def _check_mask(recipe: Finetune, problems: Problems) -> bool:
 def _check_form(recipe: Finetune, base: Checkpoint, problems: Problems) -> None:
     if recipe.form == "model":
         return
-    if recipe.strategy.name == "linearized":
+    if recipe.line.name == "linearized":
         problems.add(RecipeError, "output.form: a linearized model is no patch of its base")
     held = {spec.dtype for spec in base.specs.values() if DTYPES[spec.dtype].computable}
     if recipe.dtype is not None and held != {recipe.dtype}:
@@ -199,7 +199,7 @@ def _check_form(recipe: Finetune, base: Checkpoint, problems: Problems) -> None:
 def _check_room(plan: Plan, problems: Problems) -> None:
     """Whether there is room for the output, and for a checkpoint while the next one is written."""
     parent = existing(plan.out)
-    name, parameters = plan.recipe.strategy.name, plan.recipe.resolved()["parameters"]
+    name, parameters = plan.recipe.line.name, plan.recipe.resolved()["parameters"]
     share = float(parameters["density"]) if name in ("talos", "masked") else 1.0
     share = 0.02 if "lora" in name else share
     copies = 2 if plan.steps > plan.recipe.training.save_every else 1
@@ -224,7 +224,7 @@ def describe(plan: Plan) -> dict[str, Any]:
     """What a plan will do, as plain data."""
     rows = plan.rows
     return {
-        "strategy": plan.recipe.strategy.name,
+        "strategy": plan.recipe.line.name,
         "parameters": plan.recipe.resolved()["parameters"],
         "base": plan.base.label,
         "task": plan.task,

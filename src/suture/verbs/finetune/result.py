@@ -71,7 +71,7 @@ def report_of(
         "total": time.perf_counter() - began,
     }
     return FinetuneReport(
-        plan.out, plan.recipe.strategy.name, tuned.form, "", tuned.result.steps, ends, before,
+        plan.out, plan.recipe.line.name, tuned.form, "", tuned.result.steps, ends, before,
         after, tuned.trained, plan.base.numel, seconds, peak_memory(plan.device), tuned.result.best,
         tuned.facts, plan.rows.notes,
     )  # fmt: skip

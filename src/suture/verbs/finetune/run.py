@@ -52,7 +52,7 @@ def execute(plan: Plan, progress: Progress) -> FinetuneReport:
         SutureError: training failed, or the output cannot be written; the last checkpoint is kept.
     """
     began = time.perf_counter()
-    progress.say(f"{plan.recipe.strategy.name}: {len(plan.rows.train)} rows, {plan.steps} steps on "
+    progress.say(f"{plan.recipe.line.name}: {len(plan.rows.train)} rows, {plan.steps} steps on "
                  f"{plan.device}")  # fmt: skip
     fingerprint = checkpoint_fingerprint(plan.base)
     with workshop(plan, fingerprint) as space:
@@ -60,8 +60,8 @@ def execute(plan: Plan, progress: Progress) -> FinetuneReport:
         model, head = _model(plan)
         looks = Looks(plan, model, work, progress.say)
         job = _job(plan, model, fingerprint, work, looks, progress)
-        way = plan.recipe.strategy.make(
-            **settings(plan.recipe.strategy, plan.recipe.parameters, Problems())
+        way = plan.recipe.line.make(
+            **settings(plan.recipe.line, plan.recipe.parameters, Problems())
         )
         started = time.perf_counter()
         tuned = way(job)
@@ -92,7 +92,7 @@ def _model(plan: Plan) -> tuple[nn.Module, Head | None]:
         )  # fmt: skip
         model = Classifier(encoder, head, train_head=recipe.head == "learned").to(plan.device)
         backbone = encoder.backbone
-    if recipe.recompute:
+    if recipe.training.recompute:
         assert isinstance(backbone, nn.Module)
         recompute_activations(backbone)
     return model, head
@@ -105,7 +105,7 @@ def _job(
     body = "backbone." if plan.task == "language-model" else "encoder.backbone."
     backbone = backbone_of(model, body)
     stored = file_names(backbone)
-    apart = unpack(backbone) if recipe.strategy.sparse else {}
+    apart = unpack(backbone) if recipe.line.sparse else {}
 
     def run(mover: LossStep, phase: str, settings: TuneSettings) -> TuneResult:
         if phase == "dense":  # a means to a mask: not looked at, never stopped early
@@ -182,7 +182,7 @@ def _written(
     try:
         fingerprint = write_weights(plan.base, trained, job.places, plan.recipe.dtype, folder)
         if tuned.masks is not None:
-            about = {"strategy": plan.recipe.strategy.name, **plan.recipe.parameters}
+            about = {"strategy": plan.recipe.line.name, **plan.recipe.parameters}
             about = marked(about, plan.restricted)
             job.mask(tuned.masks, about).save(folder / "mask.safetensors")
         if tuned.save is not None:

@@ -21,7 +21,8 @@ from suture.training.data import Dataset
 from suture.training.kept import KeptStates
 from suture.training.loop import TuneResult
 from suture.training.models import parameters_of
-from suture.verbs.realign.fuse import Fuser, Fusing, fuser
+from suture.verbs.realign.fuse import Fuser, fuser
+from suture.verbs.realign.fusing import Fusing
 from suture.verbs.realign.pairs import Pairs, answers_of, margins
 
 Say = Callable[[str], None]

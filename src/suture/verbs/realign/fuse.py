@@ -16,108 +16,12 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from suture.errors import Problems, RecipeError, brief, did_you_mean
-from suture.schema.reader import refuse_unknown
-
-SCOPES = ("global", "tensor")
-KEYS = ("how", "coefficient", "density", "scope", "seed")
-
-
-class Fuse(NamedTuple):
-    """A line of the table of ways to fuse."""
-
-    coefficient: float
-    """The factor on the result, unless a recipe says another."""
-    density: float = 1.0
-    """The share of entries that each task keeps, where the way keeps a share."""
-    several: bool = True
-    """Whether it takes more than one task."""
-
-
-FUSES: dict[str, Fuse] = {
-    "single": Fuse(1.0, several=False),
-    "average": Fuse(1.0),
-    "task_arithmetic": Fuse(0.3),
-    "ties": Fuse(0.4, 0.2),
-    "dare": Fuse(0.3, 0.8),
-}
-"""The defaults are those of the code published with SOMF (Yi et al. 2024, arXiv:2405.09055)."""
-
-
-@dataclass(frozen=True)
-class Fusing:
-    """How a recipe wants task vectors fused."""
-
-    how: str = "single"
-    coefficient: float = 1.0
-    density: float = 1.0
-    scope: str = "global"
-    """Over which tensors the entries of a task compete in TIES."""
-    seed: int = 0
-    """Of the entries that DARE drops, in everything but the steps of training."""
-
-    def resolved(self) -> dict[str, Any]:
-        """As plain data that can be read again."""
-        return {key: getattr(self, key) for key in KEYS}
-
-
-def read_fusing(raw: object, tasks: int, problems: Problems) -> Fusing:
-    """The key ``fuse`` of a recipe: a word, or a mapping; by default ``single`` or ``average``."""
-    default = "single" if tasks < 2 else "average"
-    given = {"how": raw} if isinstance(raw, str) else {} if raw is None else raw
-    if not isinstance(given, Mapping):
-        problems.add(RecipeError, f"fuse: one of {', '.join(FUSES)} or a mapping, not {brief(raw)}")
-        return Fusing()
-    refuse_unknown(given, KEYS, "fuse: ", problems)
-    how = given.get("how", default)
-    if not isinstance(how, str) or how not in FUSES:
-        hint = did_you_mean(str(how), list(FUSES))
-        problems.add(RecipeError, f"fuse: {brief(how)} is not known; {hint}")
-        return Fusing()
-    line = FUSES[how]
-    if tasks > 1 and not line.several:
-        others = ", ".join(k for k, v in FUSES.items() if v.several)
-        problems.add(RecipeError, f"fuse: {how} takes one model, here are {tasks}; {others}")
-    numbers = _numbers(given, str(how), problems)
-    scope = given.get("scope", "global")
-    if scope not in SCOPES:
-        problems.add(RecipeError, f"fuse.scope: {did_you_mean(str(scope), SCOPES)}")
-    elif scope != "global" and how != "ties":
-        problems.add(RecipeError, f"fuse.scope: {how} ranks no entries; ties does")
-    return Fusing(
-        how, float(numbers["coefficient"]), float(numbers["density"]), str(scope),
-        int(numbers["seed"]),
-    )  # fmt: skip
-
-
-def _numbers(given: Mapping[str, Any], how: str, problems: Problems) -> dict[str, float]:
-    """The numbers of a way to fuse, as given or its own."""
-    line = FUSES[how]
-    numbers: dict[str, float] = {
-        "coefficient": line.coefficient,
-        "density": line.density,
-        "seed": 0,
-    }
-    for key, like in numbers.items():
-        value = given.get(key, like)
-        whole = key == "seed"
-        if isinstance(value, bool) or not isinstance(value, int if whole else int | float):
-            problems.add(RecipeError, f"fuse.{key}: a number, not {brief(value)}")
-        elif key == "density" and not 0 < value <= 1:
-            problems.add(RecipeError, f"fuse.density: the share kept, in (0, 1]; got {value}")
-        elif key == "density" and value != 1 and line.density == 1:
-            problems.add(RecipeError, f"fuse.density: {how} keeps all; ties and dare do not")
-        elif not abs(value) < 2**63 or (whole and value < 0):
-            problems.add(RecipeError, f"fuse.{key}: {brief(value)} is out of range")
-        else:
-            numbers[key] = value
-    return numbers
-
+from suture.verbs.realign.fusing import Fusing
 
 # -- the functions ---------------------------------------------------------------------------------
 
@@ -327,6 +231,6 @@ def fuser(how: Fusing, keys: Sequence[str], deltas: Deltas, seed: int | None = N
 
 
 __all__ = [
-    "FUSES", "Counted", "Cut", "Fuse", "Fuser", "Fusing", "added", "average", "dice", "dropped",
-    "fuser", "read_fusing", "single", "ties",
+    "Counted", "Cut", "Fuser", "added", "average", "dice", "dropped",
+    "fuser", "single", "ties",
 ]  # fmt: skip

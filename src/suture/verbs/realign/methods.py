@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Annotated, ClassVar, Literal, TypeAlias
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal, TypeAlias
 
 from suture.errors import RecipeError
 from suture.merges.base import Scope
@@ -17,7 +17,10 @@ from suture.schema.table import Deferred, Line, Table
 if TYPE_CHECKING:
     from suture.verbs.realign.base import Realigned, RealignJob
 
-Way: TypeAlias = "Callable[[RealignJob], Realigned]"
+    Way: TypeAlias = Callable[[RealignJob], Realigned]
+else:  # signatures are read where no framework is
+    Way = Callable[..., Any]
+
 baselines = Deferred("suture.verbs.realign.baselines")
 learned = Deferred("suture.verbs.realign.somf")
 

@@ -19,7 +19,7 @@ from torch.nn import functional as F
 
 from suture.errors import NonFiniteError, Problems, RecipeError
 from suture.evals.base import Metric, mean, share
-from suture.schema.sources import Source
+from suture.schema.sources import PairSpec
 from suture.training.data import Batch, Dataset, cell, collate, draw, plan
 from suture.training.kept import KeptStates, positions
 from suture.training.loss import to, wanted
@@ -27,28 +27,6 @@ from suture.training.models import LanguageModel, evaluating
 from suture.training.rows import Record, TokenRow, answer_tokens, need_columns, records_of
 
 SIDES = ("train", "validation", "test")
-
-
-@dataclass(frozen=True)
-class PairSpec:
-    """The rows and what their columns are called."""
-
-    train: Source
-    validation: Source | None = None
-    test: Source | None = None
-    """Rows for the numbers that are reported; where there are none, the validation rows."""
-    share: float = 0.1
-    """Share of prompts held out for validation, where it has no source of its own."""
-    prompt: str = "prompt"
-    chosen: str = "chosen"
-    rejected: str = "rejected"
-    max_length: int = 0
-    """Most tokens of prompt and answer; 0 for what the model can read."""
-    too_long: str = "error"
-    limit: int = 0
-    """Use only the first so many training rows; 0 for all."""
-    chat: bool = False
-    """Whether prompts and answers are put into the chat template."""
 
 
 @dataclass(frozen=True)
@@ -291,6 +269,6 @@ def margins(answers: Tensor, pairs: Pairs) -> tuple[Metric, Metric]:
 
 
 __all__ = [
-    "PairRows", "PairSpec", "Pairs", "answers_of", "batches_of", "dpo", "log_probabilities",
+    "PairRows", "Pairs", "answers_of", "batches_of", "dpo", "log_probabilities",
     "margins", "positions_of", "read_pairs",
 ]  # fmt: skip

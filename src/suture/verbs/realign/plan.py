@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +23,7 @@ from suture.training.models import device_named, load_tokenizer, longest_of
 from suture.training.rows import language_rows
 from suture.verbs.realign.concrete import logit_shape
 from suture.verbs.realign.pairs import PairRows, read_pairs
-from suture.verbs.realign.recipe import Realign, parse_realign
+from suture.verbs.realign.recipe import Realign, read_realign
 
 
 @dataclass(frozen=True)
@@ -57,7 +57,7 @@ class Plan:
             "utility.validation: without rows held out, the step is chosen by those that are "
             "reported"
         )
-        chooses = self.recipe.method.chooses and self.utility is not None and self.choosing is None
+        chooses = self.recipe.line.chooses and self.utility is not None and self.choosing is None
         rows = () if self.rows is None else self.rows.notes
         own = [*([idle] if unread else ()), *([blind] if chooses else ())]
         return (*self.recipe.notes, *own, *rows)
@@ -70,7 +70,7 @@ class Plan:
     @property
     def trains(self) -> bool:
         """Whether the method trains."""
-        return self.recipe.method.trains
+        return self.recipe.line.trains
 
     @property
     def steps(self) -> int:
@@ -131,7 +131,7 @@ def make_plan(
     """
     options = options or Options()
     problems = Problems()
-    found = parse_realign(recipe, folder, problems)
+    found = read_realign(recipe, problems, folder)
     if found is None:
         check_place(out, {}, options.overwrite, problems)
         problems.raise_if_any()
@@ -187,12 +187,12 @@ def _check_needs(
 ) -> None:
     """Note what parameters ask for besides what a method's line in the table says."""
     if rows is not None and not len(rows.validation):
-        if recipe.method.chooses:
+        if recipe.line.chooses:
             problems.add(RecipeError, "data.validation: a line search chooses by pairs that are "
                                       "held out")  # fmt: skip
-        if recipe.training.patience and recipe.method.trains:
+        if recipe.training.patience and recipe.line.trains:
             problems.add(RecipeError, "training.patience: needs validation pairs")
-    if recipe.method.name != "protect":
+    if recipe.line.name != "protect":
         return
     mask = recipe.settings.get("mask")
     if mask:
@@ -235,8 +235,8 @@ def _models(
     while ground.put_on is not None:
         ground = ground.put_on
     tuned = {
-        m: found for m, path in recipe.models.items()
-        if (found := _opened(f"models.{m}", path, recipe, ground, problems)) is not None
+        m: found for m, model in recipe.tuned.items()
+        if (found := _opened(f"models.{m}", model.path, recipe, ground, problems)) is not None
     }  # fmt: skip
     safety = _opened("safety", recipe.safety, recipe, ground, problems)
     models = RealignModels(aligned, tuned, recipe.weights, (), base, safety)
@@ -285,10 +285,10 @@ def describe(plan: Plan) -> dict[str, Any]:
     """What a plan will do, as plain data."""
     rows, memory = plan.rows, plan.memory()
     return {
-        "method": plan.recipe.method.name,
+        "method": plan.recipe.line.name,
         "parameters": plan.recipe.settings,
         "models": {label: c.label for label, c in plan.inputs.items()},
-        "fuse": plan.recipe.fusing.resolved(),
+        "fuse": asdict(plan.recipe.fusing),
         "tensors": len(plan.models.names),
         "pairs": {} if rows is None else {
             "train": len(rows.train), "validation": len(rows.validation), "test": len(rows.test),

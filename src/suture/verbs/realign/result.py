@@ -259,7 +259,7 @@ def key_of(plan: Plan, fingerprints: Mapping[str, str]) -> dict[str, Any]:
 
 def card(plan: Plan, record: Mapping[str, Any], name: str) -> str:
     """The README of a realigned model: front matter for the hub, then what was done, in words."""
-    method = plan.recipe.method
+    method = plan.recipe.line
     secret = record.get("restricted") is True
     named = open_ones(list(plan.inputs.values()))
     front: dict[str, Any] = {

@@ -55,7 +55,7 @@ def execute(plan: Plan, progress: Progress) -> RealignReport:
     """
     began, say = time.perf_counter(), progress.say
     steps = f", {plan.steps} steps" if plan.steps else ""
-    say(f"{plan.recipe.method.name}: on {plan.device}{steps}")
+    say(f"{plan.recipe.line.name}: on {plan.device}{steps}")
     need = plan.memory()
     parts = ", ".join(f"{what} {readable(n)}" for what, n in need.items())
     for note in plan.notes:
@@ -76,7 +76,7 @@ def execute(plan: Plan, progress: Progress) -> RealignReport:
         for note in notes:
             say(note)
         started = time.perf_counter()
-        realigned = plan.recipe.method.make(**plan.recipe.settings)(job)
+        realigned = plan.recipe.line.make(**plan.recipe.settings)(job)
         took = time.perf_counter() - started
         if plan.looks:
             scores["realigned"] = _looked(plan, job, "realigned", _stored(plan, realigned.edit))
@@ -88,7 +88,7 @@ def execute(plan: Plan, progress: Progress) -> RealignReport:
         ends = (sum(losses[:few]) / few, sum(losses[-few:]) / few) if losses else ()
         specs = plan.models.aligned.specs
         report = RealignReport(
-            plan.out, plan.recipe.method.name, "", scores, retention(scores), len(losses), ends,
+            plan.out, plan.recipe.line.name, "", scores, retention(scores), len(losses), ends,
             None if realigned.result is None else realigned.result.best,
             sum(specs[n].numel for n in job.names),
             {"realigning": took, "in all": time.perf_counter() - began}, peak_memory(plan.device),
@@ -113,7 +113,7 @@ def _check_mask(plan: Plan, fingerprints: Mapping[str, str]) -> None:
 
 def _prints(plan: Plan, mask: str, fingerprints: Mapping[str, str]) -> dict[str, str]:
     """Of which base and model a mask is: what those that use it have to be given."""
-    if plan.recipe.method.name == "protect":
+    if plan.recipe.line.name == "protect":
         given = plan.recipe.settings["mask"]
         return {} if given else {"base": fingerprints["base"], "model": fingerprints["aligned"]}
     own = list(plan.models.tuned) if mask == "mask" else [mask.removeprefix("mask-")]
@@ -123,7 +123,7 @@ def _prints(plan: Plan, mask: str, fingerprints: Mapping[str, str]) -> dict[str,
 
 def _names(plan: Plan, found: Distances) -> tuple[str, ...]:
     """The tensors that may come out otherwise than they are in the aligned model."""
-    if "base" not in plan.recipe.method.needs:
+    if "base" not in plan.recipe.line.needs:
         return found.changed
     both = {*found.changed, *found.moved}
     return tuple(n for n in plan.models.names if n in both)

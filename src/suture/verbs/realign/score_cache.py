@@ -58,7 +58,7 @@ def keep_for(plan: Plan, job: RealignJob) -> KeptStates | None:
     asked: list[tuple[Pairs, list[list[int]]]] = []
     if plan.rows is not None:
         train = plan.rows.train
-        if plan.recipe.method.trains:
+        if plan.recipe.line.trains:
             asked.append((train, groups_of([len(row) for row in train.leading.ids], settings)))
         sides = {id(s): s for s in (plan.rows.validation, plan.rows.reported) if len(s)}
         asked += [(side, batches_of(side, size)) for side in sides.values()]

@@ -33,7 +33,8 @@ from suture.training.loss import LossStep, to
 from suture.training.snapshot import Snapshot, read_snapshot, write_snapshot
 from suture.verbs.realign.base import Edit, Realigned, RealignJob, needed
 from suture.verbs.realign.concrete import Draw, Masking, Masks
-from suture.verbs.realign.fuse import Fuser, Fusing, fuser
+from suture.verbs.realign.fuse import Fuser, fuser
+from suture.verbs.realign.fusing import Fusing
 from suture.verbs.realign.pairs import Pairs, dpo, log_probabilities
 
 COLLAPSED = 1e-3
