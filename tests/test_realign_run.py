@@ -881,7 +881,7 @@ def test_all_faults_of_a_recipe_at_once(shop: Path, tmp_path: Path) -> None:
             shop,
         )  # fmt: skip
     text = str(caught.value)
-    for part in ("did you mean 'somf'", "aligned: the path", "models.a: a path", "mean 'ties'",
+    for part in ("did you mean 'somf'", "aligned: a path", "models.a: a path", "mean 'ties'",
                  "'spase'; did you mean 'space'", "no file", "did you mean 'chosen'",
                  "training.lr: a number", "did you mean 'check'", "space.include"):  # fmt: skip
         assert part in text, (part, text)

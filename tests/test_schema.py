@@ -42,6 +42,13 @@ RIGHT: dict[str, dict[str, Any]] = {
     "analyze": {"base": "b", "models": {"one": "m", "two": {"path": "n"}}},
     "localize": {"base": "b", "models": {"one": "m", "two": {"path": "n", "density": 0.5}}},
     "eval": {"evaluations": {"a": {"kind": "loss", "data": "rows.jsonl", "text": "text"}}},
+    "finetune": {"base": "b", "strategy": "talos", "data": {"train": "rows.jsonl"}},
+    "realign": {
+        "aligned": "a",
+        "models": {"one": "m"},
+        "data": {"train": "rows.jsonl"},
+        "method": "somf",
+    },
 }
 SPACE = ({"space": 3, "devise": "cpu"},
          ("space: a mapping, not 3", "unknown key 'devise'; did you mean 'device'?"))  # fmt: skip
@@ -49,6 +56,12 @@ FAULTY: dict[str, tuple[dict[str, Any], tuple[str, ...]]] = {
     "audit": SPACE,
     "analyze": SPACE,
     "localize": SPACE,
+    "realign": SPACE,
+    "finetune": (
+        {"strategy": "tallos", "trainin": {}},
+        ("strategy: no strategy 'tallos'; did you mean 'talos'?",
+         "unknown key 'trainin'; did you mean 'training'?"),
+    ),
     "eval": (
         {"evaluations": {"a": {"kind": "loss", "data": "rows.jsonl", "limit": -1}}, "dtpye": "x"},
         ("evaluations.a.limit: a whole number from 0, not -1",
@@ -303,6 +316,10 @@ def verb_of(page: str, raw: Mapping[str, Any]) -> str | None:
     """The command that a recipe is for, by page and keys; ``None`` for those without a schema."""
     if {"aligned", "languages"} <= raw.keys():
         return "audit"
+    if "aligned" in raw:
+        return "realign"
+    if "strategy" in raw:
+        return "finetune"
     if "evaluations" in raw:
         return "eval"
     if "method" in raw or "merge_method" in raw or not {"base", "models"} <= raw.keys():
@@ -372,6 +389,20 @@ BROKEN: dict[str, list[dict[str, Any]]] = {
         {"evaluations": {"base": {"kind": "loss", "data": "x"}}}, {"evaluations": {"a": {"kind": "los", "data": "x"}}},
         {"evaluations": {"a": {"kind": "loss"}}}, {"evaluations": {"a": {"kind": "loss", "data": "x", "txet": "t"}}},
         {"evaluations": {"a": {"kind": "loss", "data": "x", "too_long": "crop"}}},
+    ],
+    "finetune": [
+        {"bse": "x"}, {"base": 3}, {"base": ""}, {"strategy": 3}, {"strategy": ""}, {"task": "translation"},
+        {"data": 3}, {"data": {"trian": "x"}}, {"data": {"train": "x", "validation": 1.5}},
+        {"data": {"train": "x", "too_long": "crop"}}, {"data": {"train": "x", "limit": -1}},
+        {"data": {"train": "x", "format": "json"}}, {"training": {"lr": 0}}, {"training": {"epochs": "three"}},
+        {"training": {"batch": 0}}, {"training": {"schedule": "linaer"}}, {"training": {"precision": "fp8"}},
+        {"output": {"form": "ptach"}}, {"output": {"dytpe": "bf16"}}, {"parameters": 3}, {"device": ""},
+    ],
+    "realign": [
+        {"aligned": 3}, {"aligned": ""}, {"models": {}}, {"models": {"a": 1}}, {"models": {"one": {"path": "m", "weigth": 1}}},
+        {"method": 3}, {"data": {"train": "x", "chosn": "y"}}, {"data": {"train": "x", "too_long": "crop"}},
+        {"training": {"lr": "fast"}}, {"ancestor": "chek"}, {"space": {"include": 3}}, {"spase": {}},
+        {"fuse": {"how": 3}},
     ],
     "localize": [
         {"densty": 0.1}, {"models": {"a/b": "x"}}, {"models": {"one": {"path": "m", "weight": 1}}},

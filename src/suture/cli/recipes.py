@@ -15,7 +15,9 @@ RECIPES = {
     "analyze": ("suture.verbs.analyze.recipe", "Request"),
     "audit": ("suture.verbs.audit.recipe", "Audit"),
     "eval": ("suture.verbs.evaluate.recipe", "Suite"),
+    "finetune": ("suture.verbs.finetune.recipe", "Finetune"),
     "localize": ("suture.verbs.localize.recipe", "Regions"),
+    "realign": ("suture.verbs.realign.recipe", "Realign"),
 }
 """Where the recipe of a command is defined."""
 

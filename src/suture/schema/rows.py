@@ -124,6 +124,7 @@ COLUMNS = {
     **dict.fromkeys(("max_length", "limit", "size"), Limit),
     "format": Literal["", "text", "prompt", "chat"],
     "too_long": Literal[TOO_LONG],
+    "test": TestRows | None,
 }
 """The types of keys that say what columns are called and how much of the rows is used."""
 

@@ -167,7 +167,9 @@ class Section(BaseModel):
         if kind == "greater_than" and ctx["gt"] == 0:
             return _fault(place, f"a positive number, not {given}", one["input"])
         words = WORDS.get(kind, one["msg"][0].lower() + one["msg"][1:])
-        return _fault(place, f"{words.format(**ctx)}, not {given}", one["input"])
+        bounds = {k: int(v) if isinstance(v, float) and v.is_integer() else v
+                  for k, v in ctx.items()}  # fmt: skip
+        return _fault(place, f"{words.format(**bounds)}, not {given}", one["input"])
 
     @classmethod
     def _without(cls, wrong: set[str], raw: dict[str, Any], info: ValidationInfo[Any]) -> Self:
