@@ -153,6 +153,9 @@ class Problems:
     def __bool__(self) -> bool:
         return bool(self._found)
 
+    def __iter__(self) -> Iterator[str]:
+        return (text for _, text in self._found)
+
     def __len__(self) -> int:
         return len(self._found)
 
