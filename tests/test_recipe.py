@@ -16,10 +16,11 @@ from hypothesis import strategies as st
 
 from making import RECIPE, invoke, lines_of, write_recipe
 from suture.errors import RecipeError
+from suture.merges.policy import Policy
 from suture.merges.table import METHODS
 from suture.schema.text import RECIPE_LIMIT, parse_yaml
 from suture.tensors.roles import ParamSpace
-from suture.verbs.merge.recipe import Policy, Recipe, read_recipe
+from suture.verbs.merge.recipe import MergeRecipe, read_recipe
 
 
 def problems_of(recipe: Any) -> list[str]:
@@ -338,7 +339,7 @@ def test_any_slices_are_a_recipe_or_refused(
     raw |= {"merge_method": method, "base_model": "b"} if kit else {"method": method, "base": "b"}
     for what in (raw, {**raw, "models": None}, {**raw, "slices": None}):
         try:
-            assert isinstance(read_recipe(what), Recipe)
+            assert isinstance(read_recipe(what), MergeRecipe)
         except RecipeError as error:
             assert len(str(error)) < 20_000
 
@@ -352,7 +353,7 @@ def test_any_values_are_a_recipe_or_refused(raw: dict[str, Any], method: str | N
     if method is not None:
         raw["merge_method" if "base_model" in raw else "method"] = method
     try:
-        assert isinstance(read_recipe(raw), Recipe)
+        assert isinstance(read_recipe(raw), MergeRecipe)
     except RecipeError as error:
         assert len(str(error)) < 20_000
 
@@ -512,7 +513,7 @@ def test_a_record_damaged_anywhere_never_crashes(
     path = tmp_path_factory.getbasetemp() / "damaged.json"
     path.write_text(json.dumps(found))
     try:
-        assert isinstance(read_recipe(path), Recipe)
+        assert isinstance(read_recipe(path), MergeRecipe)
     except RecipeError as error:
         assert 0 < len(str(error)) < 20_000
 

@@ -10,7 +10,11 @@ from typing import Any
 from suture.checkpoints.checkpoint import within
 from suture.checkpoints.headers import parse_object
 from suture.checkpoints.vocabulary import dumped, json_file
-from suture.errors import Problems, RecipeError, brief, did_you_mean
+from suture.errors import (
+    RecipeError,
+    brief,
+    did_you_mean,
+)
 
 AUTO = "auto"
 _HEADER = "'<|start_header_id|>' ~ {} ~ '<|end_header_id|>\\n\\n'"
@@ -81,21 +85,20 @@ def as_chat(tokenizer: Any, messages: Sequence[Mapping[str, str]], *, ask: bool)
     return text
 
 
-def read_chat_template(raw: object, problems: Problems) -> str | None:
-    """The ``chat_template`` of a recipe: ``auto``, the name of one, or its Jinja text."""
-    if raw is None or raw == "":
+def chat_template_named(text: object) -> str | None:
+    """Return what a recipe says of the template: ``auto``, the name of one, or its Jinja text.
+
+    Raises:
+        RecipeError: it is none of these.
+    """
+    if text == "":
         return None
-    if not isinstance(raw, str):
-        problems.add(RecipeError, f"chat_template: a name or Jinja text, not {brief(raw)}")
-        return None
-    if raw != AUTO and raw not in CHAT_TEMPLATES and "{" not in raw:
-        hint = did_you_mean(raw, [AUTO, *CHAT_TEMPLATES])
-        problems.add(
-            RecipeError,
-            f"chat_template: {brief(raw)} is no template (Jinja text has braces); {hint}",
-        )
-        return None
-    return raw
+    if not isinstance(text, str):
+        raise RecipeError(f"a name or Jinja text, not {brief(text)}")
+    if text != AUTO and text not in CHAT_TEMPLATES and "{" not in text:
+        hint = did_you_mean(text, [AUTO, *CHAT_TEMPLATES])
+        raise RecipeError(f"{brief(text)} is no template (Jinja text has braces); {hint}")
+    return text
 
 
 def template_of(folder: Path) -> str | None:
@@ -138,8 +141,8 @@ def with_template(files: Mapping[str, bytes], template: str) -> dict[str, bytes]
 
 __all__ = [
     "CHAT_TEMPLATES",
+    "chat_template_named",
     "chosen_template",
-    "read_chat_template",
     "template_of",
     "with_template",
 ]

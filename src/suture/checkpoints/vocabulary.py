@@ -7,14 +7,14 @@ A vocabulary is read as ``transformers`` would see it: ``tokenizer.json``, or ``
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 from suture.checkpoints.checkpoint import within
 from suture.checkpoints.headers import read_json
-from suture.errors import CheckpointError, Problems, RecipeError, brief, did_you_mean
+from suture.errors import CheckpointError
 
 TOKENIZER = (
     "tokenizer.json", "tokenizer_config.json", "tokenizer.model", "special_tokens_map.json",
@@ -77,6 +77,12 @@ class Wanted:
     keep_rows: bool = False
     """Whether rows of the source model without a token are kept, rather than cut off."""
 
+    def beside(self, base: str | None, first: str | None) -> Wanted:
+        """Return the same where the recipe's base and its first model have these names."""
+        base = base if self.base is None else self.base
+        source = base or first or BASE if self.source == BASE else self.source
+        return replace(self, source=source, base=base)
+
     def plain(self) -> dict[str, Any]:
         """As a recipe writes it."""
         found: dict[str, Any] = {"source": self.source, "base": self.base}
@@ -85,132 +91,6 @@ class Wanted:
         if self.pad_to_multiple_of is not None:
             found["pad_to_multiple_of"] = self.pad_to_multiple_of
         return found
-
-
-def read_wanted(
-    raw: object,
-    problems: Problems,
-    base: str | None,
-    first: str | None,
-    name_of: Callable[[object, str], str] | None = None,
-) -> Wanted | None:
-    """Read the ``tokenizer`` section of a recipe; a word alone is its ``source``.
-
-    Args:
-        raw: what stands in the recipe.
-        problems: takes what is wrong with it.
-        base: the name of the model that counts as the base.
-        first: the name of the first model, which stands for the base where there is none.
-        name_of: from how the recipe writes a model to the model's name, or to a path.
-    """
-    if raw is None:
-        return None
-    section = {"source": raw} if isinstance(raw, str) else raw
-    if not isinstance(section, Mapping):
-        problems.add(RecipeError, f"tokenizer: a mapping or a source, not {brief(raw)}")
-        return None
-    known = ("source", "base", "tokens", "pad_to_multiple_of")
-    _known(section, known, "tokenizer", problems)
-    named = name_of or (lambda value, where: _text(value, where, problems))
-    base = base if section.get("base") is None else named(section["base"], "tokenizer.base")
-    source = section.get("source", UNION)
-    if source == BASE:
-        source = base or first or BASE
-    elif source != UNION:
-        source = named(source, "tokenizer.source")
-    multiple = section.get("pad_to_multiple_of")
-    if multiple is not None and (type(multiple) is not int or not 1 <= multiple <= 1 << 16):
-        problems.add(
-            RecipeError,
-            f"tokenizer.pad_to_multiple_of: a whole number from 1, not {brief(multiple)}",
-        )
-        multiple = None
-    rules = section.get("tokens") or {}
-    if not isinstance(rules, Mapping):
-        problems.add(RecipeError, f"tokenizer.tokens: a mapping from tokens, not {brief(rules)}")
-        rules = {}
-    tokens = {str(t): _rule(str(t), rule, named, problems) for t, rule in rules.items()}
-    return Wanted(source, base, tokens, multiple)
-
-
-def from_mergekit(
-    raw: Mapping[str, Any],
-    problems: Problems,
-    base: str | None,
-    first: str | None,
-    name_of: Callable[[object, str], str],
-) -> Wanted | None:
-    """The ``tokenizer`` or ``tokenizer_source`` of a mergekit recipe; as ``read_wanted``."""
-    source, section = raw.get("tokenizer_source"), raw.get("tokenizer")
-    if source is not None and section is not None:
-        problems.add(RecipeError, "tokenizer_source and tokenizer: give one of them")
-    if section is None and source is not None:
-        section = {"source": source}
-    return read_wanted(section, problems, base, first, name_of)
-
-
-def _rule(
-    token: str, raw: object, named: Callable[[object, str], str], problems: Problems
-) -> TokenRule:
-    where = f"tokenizer.tokens.{token}"
-    raw = {"source": raw} if isinstance(raw, str) else raw
-    if not isinstance(raw, Mapping):
-        problems.add(RecipeError, f"{where}: a mapping with a source, not {brief(raw)}")
-        return TokenRule()
-    _known(raw, ("source", "force"), where, problems)
-    force, source = raw.get("force", False), raw.get("source")
-    if type(force) is not bool:
-        problems.add(RecipeError, f"{where}.force: true or false, not {brief(force)}")
-    if force and source is None:
-        problems.add(RecipeError, f"{where}: force needs a source")
-    if source is None or source == ZERO:
-        return TokenRule(source, force=bool(force))
-    if not isinstance(source, Mapping) or "kind" not in source:
-        return TokenRule(named(source, f"{where}.source"), force=bool(force))
-    return _other_token(source, bool(force), f"{where}.source", named, problems)
-
-
-def _other_token(
-    source: Mapping[str, Any],
-    force: bool,
-    where: str,
-    named: Callable[[object, str], str],
-    problems: Problems,
-) -> TokenRule:
-    kinds = {"zero": ("kind",), "model_token": ("kind", "model", "token", "token_id")}
-    kind = source["kind"]
-    if kind not in kinds:
-        hint = did_you_mean(str(kind), list(kinds))
-        problems.add(RecipeError, f"{where}.kind: {brief(kind)} is not known; {hint}")
-        return TokenRule()
-    _known(source, kinds[kind], f"{where}", problems)
-    if kind == ZERO:
-        return TokenRule(ZERO, force=force)
-    word, number = source.get("token"), source.get("token_id")
-    if (word is None) == (number is None):
-        problems.add(RecipeError, f"{where}: give one of token and token_id")
-    if number is not None and (type(number) is not int or number < 0):
-        problems.add(RecipeError, f"{where}.token_id: a number from 0, not {brief(number)}")
-        number = 0
-    if word is not None and not isinstance(word, str):
-        problems.add(RecipeError, f"{where}.token: a token, not {brief(word)}")
-        word = None
-    model = named(source.get("model"), f"{where}.model")
-    return TokenRule(model, word, number, force)
-
-
-def _known(raw: Mapping[Any, Any], keys: Sequence[str], where: str, problems: Problems) -> None:
-    for key in raw:
-        if key not in keys:
-            hint = did_you_mean(str(key), keys)
-            problems.add(RecipeError, f"{where}: unknown key {key!r}; {hint}")
-
-
-def _text(value: object, where: str, problems: Problems) -> str:
-    if not isinstance(value, str) or not value:
-        problems.add(RecipeError, f"{where}: the name of a model, not {brief(value)}")
-        return ""
-    return value
 
 
 # -- what a folder holds ---------------------------------------------------------------------------
@@ -451,10 +331,8 @@ __all__ = [
     "Vocabulary",
     "Wanted",
     "dumped",
-    "from_mergekit",
     "json_file",
     "read_vocabulary",
-    "read_wanted",
     "tokenizer_files",
     "union",
     "with_tokens",

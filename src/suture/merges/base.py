@@ -9,6 +9,7 @@ from __future__ import annotations
 import os
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Annotated, Any, ClassVar, Generic, Literal, TypeVar
 
 import numpy as np
@@ -19,6 +20,7 @@ from suture.edits.stats import Stats
 from suture.errors import Problems
 from suture.schema import parameters
 from suture.schema.parameters import Choice, Number
+from suture.schema.paths import place_of
 from suture.schema.table import Line
 from suture.schema.values import PerModel, Scalar
 from suture.stream.sweep import DELTA, WEIGHT, Block, Progress, Sources
@@ -37,6 +39,22 @@ def spelled(source: Any) -> str:
     if isinstance(source, Mask):
         return f"{MEMORY}{source.name}"
     return f"{MEMORY}stats" if isinstance(source, Stats) else os.fspath(source)
+
+
+def located(how: Line, given: Mapping[str, Any], folder: Path) -> dict[str, Any]:
+    """Return parameters with the paths of files taken from a folder on."""
+
+    def at(path: object) -> object:
+        if not isinstance(path, str | os.PathLike):
+            return path
+        return str(place_of(os.fspath(path), folder))
+
+    found = dict(given)
+    for name in found.keys() & {n for n, p in how.parameters.items() if p.files}:
+        value = found[name]
+        by_model = isinstance(value, Mapping)
+        found[name] = {k: at(v) for k, v in value.items()} if by_model else at(value)
+    return found
 
 
 @dataclass(frozen=True)

@@ -6,18 +6,24 @@ it: ``theta = where(mask, theta_0 + scale * tau_safety, merge)``. The one loop k
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any, Literal
 
 import numpy as np
+from annotated_types import Ge, Gt, Le
+from pydantic import ConfigDict
 
 from suture.edits.importance import RULES, Scoring
 from suture.edits.mask import Mask, stored_mask
 from suture.edits.mask_file import StoredMask
 from suture.edits.stats import Stats, stored_stats
-from suture.errors import Problems, RecipeError, brief, did_you_mean
+from suture.errors import (
+    Problems,
+    RecipeError,
+    brief,
+)
 from suture.merges.base import Beside, Context, Merge, spelled
 from suture.merges.marks import (
     Ranked,
@@ -29,40 +35,72 @@ from suture.merges.marks import (
     ranked,
     unpacked,
 )
+from suture.schema.fields import ReadAs, Says
 from suture.schema.parameters import Number
 from suture.schema.paths import place_of
+from suture.schema.sections import Faults, Section, check
 from suture.stream.sweep import DELTA, Block, cores
-from suture.stream.topk import SCOPES, exact_count
+from suture.stream.topk import exact_count
 
-KEYS = ("model", "mask", "rule", "density", "scope", "stats", "seed", "scale")
 CONTROLS = ("magnitude", "random")
 
 
-@dataclass(frozen=True)
-class Protection:
-    """What a recipe says of it."""
+def _within(bound: Number) -> Callable[[Any, Path], float | int]:
+    def read(value: Any, _: Path) -> float | int:
+        problem = bound.problem(value)
+        if problem is not None:
+            raise RecipeError(problem)
+        return int(value) if bound.whole else float(value)
 
-    model: str
-    """Who alone may write."""
-    mask: str | Mask | None = None
+    return read
+
+
+def _file(value: Any, folder: Path) -> Any:
+    if isinstance(value, Mask | Stats):
+        return value
+    if not isinstance(value, str):
+        raise RecipeError(f"a word, not {brief(value)}")
+    return str(place_of(value, folder))
+
+
+_DENSITY = Number("density is the share of entries kept, in (0, 1]", high=1, positive=True)
+_SEED = Number("seed of the control, 0 to 2**63 - 1", 0, 2**63 - 1, whole=True)
+_SCALE = Number("factor on the change of the model that may write")
+
+
+class Protection(Section):
+    """What one model alone may write."""
+
+    model_config = ConfigDict(arbitrary_types_allowed=True)
+    shape = "a mapping with a model and a mask"
+
+    model: Annotated[str, Says("the name of a model")]
+    """The name of the model that alone may write there."""
+    mask: Annotated[str | Mask | None, ReadAs(_file, spelled)] = None
     """A file of bits, or a mask in memory; or else a rule with a density."""
-    rule: str | None = None
+    rule: Annotated[str, Says("a word")] | None = None
     """How entries are ranked; beside a mask a control that marks as many entries of each tensor."""
-    density: float | None = None
-    scope: str = "tensor"
-    stats: str | Stats | None = None
-    seed: int = 0
-    scale: float = 1.0
+    density: Annotated[
+        float | None, ReadAs(_within(_DENSITY), float, Annotated[float, Gt(0), Le(1)])
+    ] = None
+    """The share of entries that a rule marks."""
+    scope: Literal["global", "layer", "tensor"] = "tensor"
+    """Where the share is counted."""
+    stats: Annotated[str | Stats | None, ReadAs(_file, spelled)] = None
+    """Statistics that a rule needs: a file that `suture localize` writes."""
+    seed: Annotated[int, ReadAs(_within(_SEED), int, Annotated[int, Ge(0)])] = 0
+    """Of the control."""
+    scale: Annotated[float, ReadAs(_within(_SCALE), float, float)] = 1.0
+    """Factor on the change of the model that may write."""
 
     def plain(self) -> dict[str, Any]:
         """As a recipe has it, with nothing in it that is a default."""
-        given = {k: getattr(self, k) for k in KEYS if getattr(self, k) != getattr(_DEFAULT, k)}
-        return {k: spelled(v) if k in ("mask", "stats") else v for k, v in given.items()}
+        return self.model_dump(exclude_defaults=True)
 
     def placed(self, move: Any) -> Protection:
         """The same with other paths of its files."""
-        return replace(self, **{k: move(v) for k in ("mask", "stats")
-                                if isinstance(v := getattr(self, k), str)})  # fmt: skip
+        return self.model_copy(update={k: move(v) for k in ("mask", "stats")
+                                       if isinstance(v := getattr(self, k), str)})  # fmt: skip
 
     @property
     def told(self) -> str:
@@ -79,105 +117,41 @@ class Protection:
         return (f"protect: {which}, only {self.model} writes: the output {own} there, whatever "
                 "the method makes of the models")  # fmt: skip
 
+    @check
+    def _a_mask_decides(self) -> Faults:
+        if self.mask is None:
+            return
+        if self.rule not in (None, *CONTROLS):
+            yield "rule", f"beside a mask a control, {' or '.join(CONTROLS)}, not {self.rule}"
+        for key in ("density", "stats", "scope"):
+            if key in self.model_fields_set:
+                yield key, "belongs to a rule, and the mask decides; leave one of them out"
 
-_DEFAULT = Protection("")
+    @check
+    def _something_marks(self) -> Faults:
+        if self.mask is None and self.rule is None:
+            yield "", "give a mask, a file of `suture localize`, or a rule with a density"
 
+    @check
+    def _the_rule_is_one(self) -> Faults:
+        rule = self.rule if self.mask is None else None
+        known = RULES.likely(rule)
+        try:
+            known = known if rule is None else RULES.find(rule)
+        except RecipeError as error:
+            yield "rule", str(error)
+        if known is not None and known.signed:
+            plain = ", ".join(n for n, r in RULES.items() if not r.signed)
+            yield "rule", f"{known.name} has a sign; use one of {plain}, or its mask as a file"
+        if known is not None and known.needs and self.stats is None:
+            needs = ", ".join(known.needs)
+            yield "stats", (f"missing; the rule {known.name} needs {needs}, a file that `suture "
+                            "localize` writes into its folder `stats`")  # fmt: skip
 
-def read_protection(
-    raw: object, models: Iterable[str], based: bool, folder: Path, problems: Problems
-) -> Protection | None:
-    """The section ``protect`` of a recipe; everything that is wrong with it is noted.
-
-    Args:
-        raw: the section.
-        models: the names of the recipe's models.
-        based: whether the recipe names a base.
-        folder: where relative paths start.
-        problems: takes the notes.
-    """
-    if raw is None:
-        return None
-    found: list[str] = []
-    made = _read(raw, list(models), based, found)
-    for text in found:
-        problems.add(RecipeError, text)
-    return None if found or made is None else made.placed(lambda path: str(place_of(path, folder)))
-
-
-def _read(raw: object, models: list[str], based: bool, wrong: list[str]) -> Protection | None:
-    if not isinstance(raw, Mapping):
-        wrong.append(f"protect: a mapping with a model and a mask, not {brief(raw)}")
-        return None
-    given = {str(k): v for k, v in raw.items() if v is not None}
-    wrong += _odd_words(given, models)
-    if "mask" in given:
-        wrong += _masked(given)
-    elif isinstance(given.get("rule", ""), str):
-        wrong += _computed(given.get("rule"), given.get("density"), given.get("stats"))
-    if not based and ("rule" in given or given.get("scale", 1) != 1):
-        wrong.append("protect: a rule, or a scale, works on the change to a base; name a base")
-    if wrong:
-        return None
-    words: dict[str, Any] = {k: float(v) if k in ("density", "scale") else v
-                             for k, v in given.items()}  # fmt: skip
-    return Protection(**words)
-
-
-def _odd_words(given: Mapping[str, Any], models: list[str]) -> Iterator[str]:
-    """What is no key, or not of its kind."""
-    for key in given:
-        if key not in KEYS:
-            yield f"protect: unknown key {key!r}; {did_you_mean(key, KEYS)}"
-    if "model" not in given:
-        yield "protect.model: missing; the name of the model that alone may write there"
-    elif given["model"] not in models:
-        hint = did_you_mean(str(given["model"]), models) if models else "there are none"
-        yield f"protect.model: no model {brief(given['model'])}; {hint}"
-    for key, more in (("mask", Mask), ("stats", Stats), ("rule", str)):
-        if not isinstance(given.get(key, ""), str | more):
-            yield f"protect.{key}: a word, not {brief(given[key])}"
-    for key, bound in _NUMBERS.items():
-        if key in given and (problem := bound.problem(given[key])) is not None:
-            yield f"protect.{key}: {problem}"
-    scope = given.get("scope", "tensor")
-    if scope not in SCOPES:
-        yield f"protect.scope: {brief(scope)} is not known; {did_you_mean(str(scope), SCOPES)}"
-
-
-def _masked(given: Mapping[str, Any]) -> Iterator[str]:
-    """What does not go with a mask."""
-    if given.get("rule") not in (None, *CONTROLS):
-        yield f"protect.rule: beside a mask a control, {' or '.join(CONTROLS)}, not {given['rule']}"
-    for key in ("density", "stats", "scope"):
-        if key in given:
-            yield f"protect.{key}: belongs to a rule, and the mask decides; leave one of them out"
-
-
-_NUMBERS = {
-    "seed": Number("seed of the control, 0 to 2**63 - 1", 0, 2**63 - 1, whole=True),
-    "scale": Number("factor on the change of the model that may write"),
-    "density": Number("density is the share of entries kept, in (0, 1]", high=1, positive=True),
-}
-
-
-def _computed(rule: object, density: object, stats: object) -> Iterator[str]:
-    """What is wrong with a rule."""
-    if rule is None:
-        yield "protect: give a mask, a file of `suture localize`, or a rule with a density"
-        return
-    known = RULES.likely(str(rule))
-    try:
-        RULES.find(str(rule))
-    except RecipeError as error:
-        yield f"protect.rule: {error}"
-    if known is not None and known.signed:
-        plain = ", ".join(n for n, r in RULES.items() if not r.signed)
-        yield f"protect.rule: {known.name} has a sign; use one of {plain}, or its mask as a file"
-    if known is not None and known.needs and stats is None:
-        yield (f"protect.stats: missing; the rule {known.name} needs {', '.join(known.needs)}, a "
-               "file that `suture localize` writes into its folder `stats`")  # fmt: skip
-    if density is None:
-        yield "protect.density: missing; the share of entries to protect"
+    @check
+    def _a_rule_has_its_share(self) -> Faults:
+        if self.mask is None and self.rule is not None and self.density is None:
+            yield "density", "missing; the share of entries to protect"
 
 
 @dataclass(frozen=True)
@@ -291,4 +265,4 @@ def _beside(merge: Merge[Any], how: Protection, context: Context, problems: Prob
     return Beside(tuple(identity), expected, tuple(marked))
 
 
-__all__ = ["Protection", "protected", "read_protection"]
+__all__ = ["Protection", "protected"]

@@ -15,6 +15,7 @@ from pydantic_core import CoreSchema, InitErrorDetails, PydanticCustomError, cor
 from suture.errors import RecipeError, brief, did_you_mean
 from suture.schema.paths import place_of, shown
 from suture.schema.sections import NAMES, Section, reading_of
+from suture.schema.table import Table
 from suture.tensors.roles import DEFAULT_SPACE, ParamSpace
 from suture.tensors.spec import WORD_OF, dtype_named
 
@@ -50,7 +51,17 @@ class Listed:
             single = self.one and isinstance(value, str | int | float)
             return (value,) if single else value
 
-        inner = core_schema.no_info_before_validator_function(spread, handler(source))
+        def read(given: Any, inner: Any, info: ValidationInfo[Any]) -> Any:
+            try:
+                return inner(spread(given))
+            except ValidationError:
+                parts = [reading_of(info).part(v) for v in given] if isinstance(given, list) else []
+                sections = tuple(part for part in parts if isinstance(part, Section))
+                if sections:
+                    reading_of(info).keep(given, sections)
+                raise
+
+        inner = core_schema.with_info_wrap_validator_function(read, handler(source))
         if not self.different:
             return inner
         return core_schema.no_info_after_validator_function(
@@ -87,12 +98,18 @@ class NamedEntries:
         if not isinstance(value, Mapping) or len(value) < self.least:
             raise told(f"{self.what}, not {brief(value)}")
         entries = {n: {} if v is None and self.listed else v for n, v in value.items()}
-        faults = [
-            InitErrorDetails(type=told(f"{brief(name)} {self.says}"), loc=(), input=name)
-            for name in entries
-            if not self._fits(name)
-        ]
-        right = {str(n): v for n, v in entries.items() if self._fits(n)}
+        faults = []
+        right: dict[str, Any] = {}
+        for name, entry in entries.items():
+            if self._fits(name) and str(name) not in right:
+                right[str(name)] = entry
+                continue
+            says = (
+                "is no name; put it in quotes"
+                if isinstance(name, bool) or name is None
+                else self.says
+            )
+            faults.append(InitErrorDetails(type=told(f"{brief(name)} {says}"), loc=(), input=name))
         try:
             found = handler(right)
         except ValidationError as error:
@@ -113,7 +130,7 @@ class NamedEntries:
         return found
 
     def _fits(self, name: object) -> bool:
-        if isinstance(name, bool) or name in self.taken:  # YAML reads a bare `no` as false
+        if isinstance(name, bool) or name is None or name in self.taken:  # YAML reads `no` as false
             return False
         return str(name).isprintable() and re.fullmatch(self.pattern, str(name)) is not None
 
@@ -249,6 +266,68 @@ DtypeName = Annotated[str, BeforeValidator(_dtype), PlainSerializer(WORD_OF.__ge
 """A dtype by any of its names, as the one of safetensors."""
 
 
+@dataclass(frozen=True)
+class ReadAs:
+    """A value that is read into another.
+
+    Args:
+        make: the other, of the value and the folder where relative paths start; what it refuses
+            with a ``RecipeError`` is a fault of the key.
+        plain: the other as data that can be read again.
+        like: the type that editors accept.
+    """
+
+    make: Callable[[Any, Path], Any]
+    plain: Callable[[Any], Any] = str
+    like: Any = str
+
+    def __get_pydantic_core_schema__(self, source: Any, handler: Any) -> CoreSchema:
+        def read(value: Any, info: ValidationInfo[Any]) -> Any:
+            try:
+                return self.make(value, reading_of(info).folder)
+            except RecipeError as error:
+                raise told(str(error)) from None
+
+        return core_schema.with_info_plain_validator_function(
+            read, json_schema_input_schema=handler.generate_schema(self.like),
+            serialization=core_schema.plain_serializer_function_ser_schema(self.plain),
+        )  # fmt: skip
+
+
+@dataclass(frozen=True)
+class LineOf:
+    """A line of a table by its name; one that is misspelt counts as what is likely meant."""
+
+    table: Callable[[], Table[Any]]
+    """Gives the table, which some can import only where a framework is installed."""
+    lists: str = ""
+    """What lists the names, for the message."""
+    names: bool = True
+    """Whether editors are told the names."""
+
+    def __get_pydantic_core_schema__(self, source: Any, handler: Any) -> CoreSchema:
+        return core_schema.with_info_plain_validator_function(
+            self._read, serialization=core_schema.plain_serializer_function_ser_schema(
+                lambda line: None if line is None else line.name
+            ),
+        )  # fmt: skip
+
+    def _read(self, name: Any, info: ValidationInfo[Any]) -> Any:
+        if isinstance(name, self.table().kind):
+            return name
+        if not isinstance(name, str):
+            more = f"; {self.lists}" if self.lists else ""
+            raise told(f"a name, not {brief(name)}{more}")
+        try:
+            return self.table().find(name)
+        except RecipeError as error:
+            reading_of(info).keep(name, self.table().likely(name))
+            raise told(str(error)) from None
+
+    def __get_pydantic_json_schema__(self, core: Any, handler: Any) -> dict[str, Any]:
+        return {"type": "string"} | ({"enum": self.table().names()} if self.names else {})
+
+
 def told(text: str) -> PydanticCustomError:
     """Return a fault with its message, to be raised in a validator."""
     return PydanticCustomError("told", "{text}", {"text": text})
@@ -287,6 +366,14 @@ def section_of(kind: type, more: Mapping[str, Any] | None = None, **types: Any) 
     return found
 
 
+def _by_word(value: object) -> object:
+    return {str(k): v for k, v in value.items()} if isinstance(value, Mapping) else value
+
+
+ByWord = BeforeValidator(_by_word)
+"""Reads the keys of a mapping as words."""
+Parameters = Annotated[dict[str, Any], ByWord]
+"""Parameters of a method, which ``settings`` holds against its signature."""
 Number = Annotated[int, Ge(0), Lt(1 << 31), Says("a whole number from 0")]
 Count = Annotated[int, Ge(1), Lt(1 << 31), Says("a whole number from 1")]
 Word = Annotated[str, MinLen(1), Says("a word")]

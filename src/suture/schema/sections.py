@@ -85,6 +85,8 @@ class Section(BaseModel):
     model_config = ConfigDict(extra="forbid", strict=True, frozen=True, allow_inf_nan=False)
     short: ClassVar[str] = ""
     """The key that is meant where text stands instead of the mapping; empty: there is none."""
+    short_for: ClassVar[type | tuple[type, ...]] = str
+    """What may stand instead of the mapping, where that is not only text."""
     shape: ClassVar[str] = "a mapping"
     """What must stand here, for the message where something else does."""
     documents: ClassVar[type | None] = None
@@ -93,6 +95,8 @@ class Section(BaseModel):
     """What stands for keys that are wrong, where not their default, so that the rest is used."""
     partial: ClassVar[bool] = False
     """Whether wrong keys were left out."""
+    wrong: ClassVar[frozenset[str]] = frozenset()
+    """Which ones: what stands for them was likely meant, or they have no value."""
 
     def settled(self) -> Mapping[str, Any]:
         """Return values of keys whose defaults depend on others; called once all are right."""
@@ -112,7 +116,8 @@ class Section(BaseModel):
     ) -> Self:
         if cls.partial or isinstance(given, cls):
             return handler(given)
-        raw = {cls.short: given} if cls.short and isinstance(given, str) else given
+        short = cls.short and isinstance(given, cls.short_for) and not isinstance(given, Mapping)
+        raw = {cls.short: given} if short else given
         if not isinstance(raw, Mapping):
             raise PydanticCustomError(
                 "told", "{text}", {"text": f"{cls.shape}, not {brief(given)}"}
@@ -176,7 +181,7 @@ class Section(BaseModel):
         """The section without the keys that are wrong; of wrong sections, the right part."""
         bad = wrong & cls.model_fields.keys()
         loose: Any = type(cls.__name__, (cls,), {
-            "__module__": cls.__module__, "partial": True,
+            "__module__": cls.__module__, "partial": True, "wrong": frozenset(bad),
             "__annotations__": dict.fromkeys(bad, Any), **dict.fromkeys(bad),
         })  # fmt: skip
         others = cls.model_config.get("extra") == "allow"
@@ -185,7 +190,7 @@ class Section(BaseModel):
         for key in bad:
             part, kind = reading_of(info).part(raw.get(key)), cls.model_fields[key].annotation
             kinds = [k for k in (kind, *get_args(kind)) if isinstance(k, type)]
-            if isinstance(part, dict) or (part is not None and isinstance(part, tuple(kinds))):
+            if part is not None and isinstance(part, (dict, tuple, *kinds)):
                 vars(found)[key] = part
             else:
                 del vars(found)[key]
@@ -215,6 +220,10 @@ class Section(BaseModel):
                 vars(self)[key] = {
                     n: v for n, v in value.items() if not isinstance(v, Section) or v.filled()
                 }
+            elif isinstance(value, tuple):
+                vars(self)[key] = tuple(
+                    v for v in value if not isinstance(v, Section) or v.filled()
+                )
             if key not in vars(self) and (key in self.absent or not known.is_required()):
                 vars(self)[key] = self.absent.get(key, known.get_default(call_default_factory=True))
         if not kind.model_fields.keys() <= vars(self).keys():
@@ -236,7 +245,10 @@ class Section(BaseModel):
             if cls.may_be_empty(key) and {"type": "null"} not in entry.get("anyOf", []):
                 kept = {k: entry.pop(k) for k in ("description", "default") if k in entry}
                 target["properties"][key] = {"anyOf": [entry, {"type": "null"}], **kept}
-        return {"anyOf": [{"type": "string"}, found]} if cls.short else found
+        if not cls.short:
+            return found
+        text = {"type": "string"}
+        return {"anyOf": [text if cls.short_for is str else target["properties"][cls.short], found]}
 
 
 class Recipe(Section):

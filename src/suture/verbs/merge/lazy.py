@@ -13,7 +13,7 @@ from suture.errors import MismatchError, Problems, told_in_python
 from suture.merges.apply import Outcome, Stage, apply, make_tensor, prepared
 from suture.runs.place import MergeOptions
 from suture.tensors.spec import TensorSpec
-from suture.verbs.merge.jobs import Recipe
+from suture.verbs.merge.jobs import MergeRecipe
 from suture.verbs.merge.plan import Plan, check_contents, make_plan
 
 if TYPE_CHECKING:
@@ -61,7 +61,7 @@ class Merged(Mapping[str, Array]):
         [[0.5, 0.5], [0.5, 0.5]]
     """
 
-    def __init__(self, recipe: Recipe, inputs: Mapping[str, Checkpoint]) -> None:
+    def __init__(self, recipe: MergeRecipe, inputs: Mapping[str, Checkpoint]) -> None:
         self.recipe = recipe
         self.inputs = dict(inputs)
         self._ready: dict[MergeOptions, _Ready] = {}

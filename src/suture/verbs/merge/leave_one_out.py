@@ -11,7 +11,7 @@ from suture.checkpoints.linearized import LINEARIZED, check_forms
 from suture.checkpoints.memory import Held, MemorySink, SmallFiles
 from suture.errors import Problems, RecipeError, SutureError
 from suture.merges.apply import Outcome, Stage
-from suture.verbs.merge.jobs import Recipe, checked
+from suture.verbs.merge.jobs import MergeRecipe
 from suture.verbs.merge.lazy import computed
 from suture.verbs.merge.plan import Plan, make_plan
 from suture.verbs.merge.run import add_files, after_stages, convert_tokenizer, execute
@@ -68,8 +68,10 @@ def leave_one_out(plan: Plan) -> list[LeftOut]:
     for name in recipe.models:
         rest = {label: c for label, c in plan.inputs.items() if label != name}
         try:
+            less = without(recipe, name)
             problems = Problems()
-            less = checked(without(recipe, name), problems)
+            for _, text in less.faults():
+                problems.add(RecipeError, text)
             problems.raise_if_any()
             found.append(LeftOut(name, make_plan(less, None, plan.options, rest)))
         except SutureError as error:
@@ -80,7 +82,7 @@ def leave_one_out(plan: Plan) -> list[LeftOut]:
     return found
 
 
-def without(recipe: Recipe, name: str) -> Recipe:
+def without(recipe: MergeRecipe, name: str) -> MergeRecipe:
     """The recipe without one of its models."""
     models = {n: entry for n, entry in recipe.models.items() if n != name}
     protect = recipe.protect
@@ -90,8 +92,8 @@ def without(recipe: Recipe, name: str) -> Recipe:
         if key in known and known[key].files and isinstance(value, Mapping) else value
         for key, value in recipe.parameters.items()
     }  # fmt: skip
-    return replace(
-        recipe, models=models, parameters=shared,
+    return recipe.with_(
+        models=models, parameters=shared,
         protect=None if protect is not None and protect.model == name else protect,
         fingerprints={n: f for n, f in recipe.fingerprints.items() if n != name},
     )  # fmt: skip

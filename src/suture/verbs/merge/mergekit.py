@@ -14,33 +14,30 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from suture.checkpoints.chat import read_chat_template
-from suture.checkpoints.vocabulary import from_mergekit
+from suture.checkpoints.vocabulary import UNION, ZERO, Wanted
 from suture.checkpoints.writer import SHARD_SIZE
 from suture.errors import Problems, RecipeError, brief, did_you_mean, nearest
 from suture.merges.policy import Policy
 from suture.merges.table import METHODS
 from suture.schema.parameters import Parameter
-from suture.schema.reader import Reader, refuse_unknown, section
+from suture.schema.read import parse
+from suture.schema.reader import Reader, refuse_unknown
 from suture.schema.table import slip
-from suture.tensors.roles import DEFAULT_SPACE, ParamSpace
-from suture.tensors.spec import PROMOTED, dtype_named
+from suture.tensors.roles import DEFAULT_SPACE, EVERYTHING
+from suture.tensors.spec import PROMOTED
 from suture.verbs.merge.jobs import (
-    UNKNOWN,
+    MergeRecipe,
     ModelEntry,
-    Recipe,
     Slice,
     Source,
-    check_models,
-    check_slice,
-    layer_range,
-    once,
+    model_faults,
     short,
+    slice_faults,
+    twice,
 )
+from suture.verbs.merge.keys import Output
+from suture.verbs.merge.mergekit_keys import KitModel, KitModule, KitRecipe, KitSlice
 from suture.verbs.merge.mergekit_methods import KITS, REQUIRED, Kit, Same
-
-KEYS = ("models", "slices", "modules", "merge_method", "base_model", "dtype", "out_dtype",
-        "parameters", "tokenizer", "tokenizer_source", "chat_template")  # fmt: skip
 
 Scopes = list[tuple[str, Mapping[str, Any]]]
 """Parameters with the place where they stand, the nearest scope first."""
@@ -48,7 +45,7 @@ Scopes = list[tuple[str, Mapping[str, Any]]]
 
 @dataclass
 class _Input:
-    """One model of a slice, as the recipe has it."""
+    """One model of a slice, with where it stands."""
 
     path: str
     layers: tuple[int, int] | None
@@ -58,7 +55,7 @@ class _Input:
 
 @dataclass
 class _Cut:
-    """One slice of the output, as the recipe has it; without slices there is one, of all layers."""
+    """One slice of the output; without slices there is one, of all layers."""
 
     inputs: list[_Input]
     where: str
@@ -66,105 +63,46 @@ class _Cut:
     base: str | None = None
 
 
-def translated(raw: Mapping[str, Any], folder: Path, problems: Problems) -> Recipe:
+def translated(raw: Mapping[str, Any], folder: Path, problems: Problems) -> MergeRecipe:
     """A mergekit recipe in Suture's terms; faults are noted, and what is understood comes back."""
-    return _Reader(raw, folder, problems).recipe()
+    given = parse(KitRecipe, raw, folder, problems, whole=False)
+    assert given is not None
+    recipe = _Translator(given, problems).recipe()
+    return recipe.placed(folder, raw).with_(kit=dict(raw))
 
 
-class _Reader(Reader):
-    def __init__(self, raw: Mapping[str, Any], folder: Path, problems: Problems) -> None:
-        super().__init__(raw, folder, problems)
+class _Translator(Reader):
+    def __init__(self, given: KitRecipe, problems: Problems) -> None:
+        super().__init__(given.written, given.folder, problems)
+        self.given = given
         self.notes: list[str] = []
-        self.name = str(raw["merge_method"])
+        self.name = str(given.merge_method)
         if self.name not in KITS:  # all else is told as though the likely one were meant
             hint = did_you_mean(self.name, list(KITS))
             self.refuse(f"merge_method: no method {self.name!r}; {hint}")
             near = nearest(self.name, KITS) or ""
             self.name = near if slip(self.name, near) else "mergekit"
         self.kit = KITS.get(self.name)
-        self.module: Scopes = []
         self.incomplete: set[str] = set()
 
-    def recipe(self) -> Recipe:
+    def recipe(self) -> MergeRecipe:
         """The recipe in Suture's terms."""
-        refuse_unknown(self.raw, KEYS, "", self.problems)
-        body, where = self.body()
-        base = self.raw.get("base_model")
-        base = self.path(base, "base_model") if base else None
-        shared = self.parameters(self.raw, "")
-        cuts = self.cuts(body, where, base)
-        dtype = self.dtype()
-        blank = Recipe(UNKNOWN, {}, folder=self.folder, kit=dict(self.raw))
+        given, module, where = self.given, KitModule.model_construct(), ""
+        scopes: Scopes = [("parameters", self.parameters(given, ""))]
+        for name, module in [*given.modules.items()][:1]:
+            where = f"modules.{name}."
+            scopes.insert(0, (f"{where}parameters", self.parameters(module, where)))
+        body = module if given.modules else given
+        cuts = self.cuts(body, where)
         if self.kit is None:
             paths = list(dict.fromkeys(i.path for cut in cuts for i in cut.inputs))
-            models = {short(path, paths): ModelEntry(path) for path in paths if path}
-            read_chat_template(self.raw.get("chat_template"), self.problems)
-            return replace(blank, models=models, base=base)
-        scopes = [*self.module, ("parameters", shared)]
-        return self.translated(replace(blank, dtype=dtype), cuts, scopes, base)
+            models = {short(path, paths): _entry(path) for path in paths if path}
+            return MergeRecipe.model_construct(models=models, base=given.base_model)
+        return self.translated(cuts, scopes)
 
-    def dtype(self) -> str:
-        """The dtype of the output; without one it is wide enough for every model."""
-        found = PROMOTED
-        for key in ("dtype", "out_dtype"):
-            if self.raw.get(key) is not None:
-                with self.problems.collecting():
-                    try:
-                        found = dtype_named(str(self.raw[key]))
-                    except RecipeError as error:
-                        raise RecipeError(f"{key}: {error}") from None
-        return found
-
-    def body(self) -> tuple[Mapping[str, Any], str]:
-        """What holds the models or slices: the recipe, or its only module."""
-        given = [key for key in ("models", "slices", "modules") if self.raw.get(key)]
-        if len(given) > 1:
-            self.refuse(f"{given[1]}: {given[0]} are given, too; keep one of them")
-        if not given:
-            self.refuse("models: a list of models, with at least one (or slices)")
-        if given[:1] != ["modules"]:
-            return self.raw, ""
-        modules = self.raw["modules"]
-        if not isinstance(modules, Mapping) or len(modules) != 1:
-            names = ", ".join(map(str, modules)) if isinstance(modules, Mapping) else brief(modules)
-            self.refuse(f"modules: one module is read, not {names}; merge them one after another")
-            return {}, ""
-        name, found = next(iter(modules.items()))
-        where = f"modules.{name}"
-        if not isinstance(found, Mapping):
-            self.refuse(f"{where}: a mapping with models or slices, not {brief(found)}")
-            return {}, ""
-        refuse_unknown(found, ("models", "slices", "parameters"), f"{where}: ", self.problems)
-        if bool(found.get("models")) == bool(found.get("slices")):
-            self.refuse(f"{where}: models or slices, one of the two")
-        self.module = [(f"{where}.parameters", self.parameters(found, f"{where}."))]
-        return found, f"{where}."
-
-    def path(self, value: object, where: str) -> str:
-        """The path or hub id of a model, in mergekit's short or long form, with its adapter."""
-        if isinstance(value, Mapping):  # {model: {path: ..., revision: ...}, lora: ...}
-            keys = ("path", "revision") if "path" in value else ("model", "lora")
-            refuse_unknown(value, keys, f"{where}: ", self.problems)
-            parts = [value.get("model", value), *([value["lora"]] if value.get("lora") else [])]
-            found = []
-            for part in parts:
-                if isinstance(part, Mapping) and part is not value:
-                    refuse_unknown(part, ("path", "revision"), f"{where}: ", self.problems)
-                if isinstance(part, Mapping) and isinstance(part.get("path"), str):
-                    revision = part.get("revision")
-                    found.append(f"{part['path']}@{revision}" if revision else str(part["path"]))
-                elif isinstance(part, str):
-                    found.append(part)
-            if len(found) == len(parts):
-                return "+".join(found)
-        if not isinstance(value, str):
-            self.refuse(f"{where}: a path or hub id, not {brief(value)}")
-            return ""
-        return value
-
-    def parameters(self, raw: Mapping[Any, Any], where: str) -> dict[str, Any]:
+    def parameters(self, part: KitModule | KitSlice | KitModel, where: str) -> dict[str, Any]:
         """The parameters of one scope, those that change nothing left out."""
-        found = section(raw, "parameters", self.problems, where)
+        found = dict(part.parameters)
         if found.pop("int8_mask", None) is not None:
             self.notes.append("int8_mask changes nothing here: masks are never stored")
         kits = KITS.values() if self.kit is None else [self.kit]
@@ -180,71 +118,35 @@ class _Reader(Reader):
             del found[key]
         return found
 
-    def cuts(self, body: Mapping[str, Any], where: str, base: str | None) -> list[_Cut]:
+    def cuts(self, body: KitModule, where: str) -> list[_Cut]:
         """The slices, or one of whole models, to which mergekit adds the base."""
-        if body.get("slices"):
-            raw = body["slices"]
-            if not isinstance(raw, list):
-                self.refuse(f"{where}slices: a list of slices, not {brief(raw)}")
-                return []
-            found = [self.cut(entry, f"{where}slices[{i}]") for i, entry in enumerate(raw)]
-            return [cut for cut in found if cut is not None]
-        raw = body.get("models")
-        if not isinstance(raw, list) or not raw:
-            if raw:
-                self.refuse(f"{where}models: a list of models, not {brief(raw)}")
-            return []
-        inputs = list(self.inputs(raw, f"{where}models", ("model", "parameters")))
+        found = []
+        for number, one in enumerate(body.slices):
+            place = f"{where}slices[{number}]"
+            if one.residual_weight is not None:
+                self.notes.append("residual_weight changes nothing, in mergekit either")
+            inputs = self.inputs(one.sources, f"{place}.sources")
+            own = self.parameters(one, f"{place}.")
+            found.append(_Cut(inputs, place, own, one.base_model))
+        if found or not body.models:
+            return found
+        inputs, base = self.inputs(body.models, f"{where}models"), self.given.base_model
         if base is not None and all(i.path != base for i in inputs):
             inputs.append(_Input(base, None, {}, "base_model"))
         return [_Cut(inputs, "")]
 
-    def cut(self, raw: object, where: str) -> _Cut | None:
-        """One slice."""
-        if not isinstance(raw, Mapping) or not isinstance(raw.get("sources"), list):
-            self.refuse(f"{where}: a mapping with a list of sources, not {brief(raw)}")
-            return None
-        known = ("sources", "base_model", "parameters", "residual_weight")
-        refuse_unknown(raw, known, f"{where}: ", self.problems)
-        if raw.get("residual_weight") is not None:
-            self.notes.append("residual_weight changes nothing, in mergekit either")
-        base = raw.get("base_model")
-        base = self.path(base, f"{where}.base_model") if base else None
-        inputs = list(
-            self.inputs(raw["sources"], f"{where}.sources", ("model", "layer_range", "parameters"))
-        )
-        if not raw["sources"]:
-            self.refuse(f"{where}.sources: a list of sources, with at least one")
-        for i in inputs:
-            if [j.path for j in inputs].count(i.path) > 1 and i.path:
-                self.refuse(f"{where}.sources: {i.path} stands twice; a slice has a model once")
-        return _Cut(inputs, where, self.parameters(raw, f"{where}."), base)
-
-    def inputs(self, raw: list[Any], where: str, keys: Sequence[str]) -> Iterator[_Input]:
+    def inputs(self, given: Sequence[KitModel], where: str) -> list[_Input]:
         """The models of a slice, or of the whole recipe."""
-        for number, entry in enumerate(raw):
-            place = f"{where}[{number}]"
-            if not isinstance(entry, Mapping) or "model" not in entry:
-                self.refuse(f"{place}: a mapping with a model, not {brief(entry)}")
-                continue
-            refuse_unknown(entry, keys, f"{place}: ", self.problems)
-            path = self.path(entry["model"], f"{place}.model")
-            layers = None
-            if "layer_range" in keys:
-                if entry.get("layer_range") is None:
-                    self.refuse(f"{place}: no layer_range; write `layer_range: [0, 16]`")
-                    continue
-                layers = layer_range(entry["layer_range"], f"{place}.layer_range", self.problems)
-                if layers is None:
-                    continue
-            yield _Input(path, layers, self.parameters(entry, f"{place}."), place)
+        return [
+            _Input(one.model, getattr(one, "layer_range", None),
+                   self.parameters(one, f"{where}[{n}]."), f"{where}[{n}]")
+            for n, one in enumerate(given)
+        ]  # fmt: skip
 
-    def translated(
-        self, recipe: Recipe, cuts: list[_Cut], scopes: Scopes, base: str | None
-    ) -> Recipe:
+    def translated(self, cuts: list[_Cut], scopes: Scopes) -> MergeRecipe:
         """The same, once everything was read."""
         assert self.kit is not None
-        method = METHODS[self.kit.method or self.name]
+        method, base = METHODS[self.kit.method or self.name], self.given.base_model
         difference = self.kit.base == "difference"
         paths = list(dict.fromkeys(i.path for cut in cuts for i in cut.inputs if i.path))
         if base is not None:  # what stands beside the weights comes from the base, or the first
@@ -252,28 +154,48 @@ class _Reader(Reader):
         labels = {path: short(path, paths) for path in paths}
         if difference and base is not None:
             labels[base] = "base"
-        tokenizer = from_mergekit(
-            self.raw, self.problems, labels.get(base or "", base),
-            next((n for n in labels.values() if n != "base"), None),
-            lambda value, where: labels.get(path := self.path(value, where), path),
-        )  # fmt: skip
-        template = read_chat_template(self.raw.get("chat_template"), self.problems)
         if self.kit.base == "first" and base is None and all(cut.base is None for cut in cuts):
             self.refuse(f"base_model: {self.name} starts from the base model; name one")
         if cuts and not cuts[0].where:
-            once([i.path for i in cuts[0].inputs if i.path], self.problems)
+            for text in twice([i.path for i in cuts[0].inputs if i.path]):
+                self.refuse(f"models: {text}")
         slices = [self.slice(cut, scopes, labels, base) for cut in cuts]
-        recipe = replace(
-            recipe, method=method, base=base if difference else None, space=ParamSpace((), ()),
-            models={n: ModelEntry(path) for path, n in labels.items() if n != "base"},
-            policy=Policy(), required=tuple(sorted(self.incomplete)),
-            notes=tuple(dict.fromkeys(self.notes)), tokenizer=tokenizer, chat_template=template,
+        given = self.given
+        recipe = MergeRecipe.model_construct(
+            method=method, base=base if difference else None, space=EVERYTHING, policy=Policy(),
+            models={n: _entry(path) for path, n in labels.items() if n != "base"},
+            tokenizer=self.tokenizer(labels), chat_template=given.chat_template,
+            output=Output.model_construct(dtype=given.out_dtype or given.dtype or PROMOTED),
         )  # fmt: skip
-        recipe = self.placed(recipe, cuts, slices)
-        check_models(recipe, self.problems)
+        recipe = self.placed(recipe, cuts, slices).with_(
+            required=tuple(sorted(self.incomplete)), notes=tuple(dict.fromkeys(self.notes)),
+            places={(number, labels.get(i.path, i.path)): f"{i.where}.layer_range"
+                    for number, cut in enumerate(cuts) for i in cut.inputs},
+        )  # fmt: skip
+        for text in model_faults(recipe, method):
+            self.refuse(text)
+        based = recipe.base is not None
         for cut, made in zip(cuts, recipe.slices, strict=False):
-            check_slice(recipe, made, cut.where, "the base_model", self.problems)
+            for text in slice_faults(method, based, made, cut.where, "the base_model"):
+                self.refuse(text)
         return recipe
+
+    def tokenizer(self, labels: Mapping[str, str]) -> Wanted | None:
+        """The tokenizer of the output, models by their names."""
+        wanted, source = self.given.tokenizer, self.given.tokenizer_source
+        wanted = Wanted(source) if wanted is None and source is not None else wanted
+        if wanted is None:
+            return None
+
+        def named(path: str | None) -> str | None:
+            return path if path in (None, UNION, ZERO) else labels.get(str(path), path)
+
+        base = self.given.base_model
+        tokens = {t: replace(r, source=named(r.source)) for t, r in wanted.tokens.items()}
+        wanted = replace(wanted, source=str(named(wanted.source)), base=named(wanted.base),
+                         tokens=tokens)  # fmt: skip
+        first = next((n for n in labels.values() if n != "base"), None)
+        return wanted.beside(labels.get(base or "", base), first)
 
     def slice(
         self, cut: _Cut, scopes: Scopes, labels: Mapping[str, str], base: str | None
@@ -290,7 +212,7 @@ class _Reader(Reader):
             inner = [(f"{i.where}.parameters", i.parameters), *outer]
             is_start = self.kit.base == "difference" and i.path == start
             own = {} if is_start or not i.path else self.own(inner, i)
-            sources[labels.get(i.path, i.path)] = Source(i.layers, own, f"{i.where}.layer_range")
+            sources[labels.get(i.path, i.path)] = Source.model_construct(layers=i.layers, **own)
             for key in i.parameters:
                 if key not in self.kit.own:
                     self.refuse(f"{i.where}.parameters: {key!r} belongs to all models; "
@@ -300,7 +222,10 @@ class _Reader(Reader):
             for key, same in self.kit.shared.items()
             if same.name and (value := self.value(key, same, outer, "parameters")) is not None
         }
-        return Slice(sources, {**shared, **self.fixed(outer)}, labels.get(start or "", "base"))
+        return Slice.model_construct(
+            sources=sources, parameters={**shared, **self.fixed(outer)},
+            base=labels.get(start or "", "base"),
+        )  # fmt: skip
 
     def own(self, scopes: Scopes, i: _Input) -> dict[str, Any]:
         """The parameters of one model in a slice."""
@@ -389,24 +314,30 @@ class _Reader(Reader):
             self.refuse(f"parameters: {error}")
             return {}
 
-    def placed(self, recipe: Recipe, cuts: list[_Cut], slices: list[Slice]) -> Recipe:
+    def placed(
+        self, recipe: MergeRecipe, cuts: list[_Cut], slices: list[Slice]
+    ) -> MergeRecipe:  # fmt: skip
         """Parameters where a reader expects them: what all slices share stands under all."""
         common = dict(slices[0].parameters) if slices else {}
         for one in slices[1:]:
             common = {k: v for k, v in common.items() if one.parameters.get(k) == v}
         if cuts and not cuts[0].where:
             entries = {
-                n: ModelEntry(e.path, slices[0].sources[n].parameters)
-                for n, e in recipe.models.items()
+                n: _entry(e.path, slices[0].sources[n].parameters) for n, e in recipe.models.items()
             }
             if self.kit is not None and self.kit.base == "first":
                 entries = {n: entries[n] for n in slices[0].sources}
-            return replace(recipe, models=entries, parameters=common)
+            return recipe.with_(models=entries, parameters=common)
         rest = tuple(
-            replace(s, parameters={k: v for k, v in s.parameters.items() if k not in common})
-            for s in slices
-        )
-        return replace(recipe, slices=rest, parameters=common)
+            s.model_copy(update={
+                "parameters": {k: v for k, v in s.parameters.items() if k not in common}
+            }) for s in slices
+        )  # fmt: skip
+        return recipe.with_(slices=rest, parameters=common)
+
+
+def _entry(path: str, own: Mapping[str, Any] | None = None) -> ModelEntry:
+    return ModelEntry.model_construct(path=path, **(own or {}))
 
 
 def _literal(word: str) -> str:
@@ -462,10 +393,10 @@ REASONS: dict[tuple[str, object], str] = {
 """Why a parameter of a translated recipe is not the one that Suture would take."""
 
 
-def differences(recipe: Recipe) -> list[str]:
+def differences(recipe: MergeRecipe) -> list[str]:
     """What Suture would do otherwise by its own defaults, and why, a sentence each."""
     found = []
-    if recipe.space == ParamSpace((), ()):
+    if recipe.space == EVERYTHING:
         found.append(
             "space: mergekit merges everything; Suture leaves token embeddings and output heads as "
             "they are in the base, because their rows belong to single tokens"
@@ -499,7 +430,7 @@ def differences(recipe: Recipe) -> list[str]:
     return found
 
 
-def native(recipe: Recipe) -> dict[str, Any]:
+def native(recipe: MergeRecipe) -> dict[str, Any]:
     """The same merge as a recipe of Suture's own, with nothing in it that is a default."""
     whole = recipe.resolved()
     known = recipe.method.parameters
@@ -510,7 +441,7 @@ def native(recipe: Recipe) -> dict[str, Any]:
     for key, value in (("parameters", shared), ("slices", whole.get("slices"))):
         if value:
             found[key] = value
-    if recipe.space == ParamSpace((), ()):
+    if recipe.space == EVERYTHING:
         found["space"] = {"exclude": []}
     elif recipe.space != DEFAULT_SPACE:
         found["space"] = whole["space"]

@@ -35,7 +35,7 @@ from suture.runs.place import (
 from suture.schema.paths import place_of
 from suture.tensors.roles import EVERYTHING
 from suture.tensors.spec import DTYPES, TensorSpec, cache_folder, listed
-from suture.verbs.merge.jobs import Recipe
+from suture.verbs.merge.jobs import MergeRecipe
 from suture.verbs.merge.recipe import parse_recipe
 from suture.verbs.merge.slices import (
     Part,
@@ -55,7 +55,7 @@ from suture.version import __version__
 class Plan:
     """A merge whose every input was opened and checked; nothing was read but headers."""
 
-    recipe: Recipe
+    recipe: MergeRecipe
     jobs: tuple[MergeJob, ...]
     """One, or one for each slice; each makes some tensors of the output."""
     inputs: Mapping[str, Checkpoint]
@@ -152,7 +152,7 @@ def plan_recipe(
 
 
 def make_plan(
-    recipe: Recipe,
+    recipe: MergeRecipe,
     out: Path | None,
     options: MergeOptions,
     opened: dict[str, Checkpoint] | None = None,
@@ -179,7 +179,7 @@ def make_plan(
     return _planned(recipe, out, options, opened, problems, stages, made)
 
 
-def stages_of(recipe: Recipe, options: MergeOptions, problems: Problems) -> dict[str, Plan]:
+def stages_of(recipe: MergeRecipe, options: MergeOptions, problems: Problems) -> dict[str, Plan]:
     """The plans of what must be made first; what one of them lacks is noted."""
     found: dict[str, Plan] = {}
     for name, stage in recipe.stages.items():
@@ -214,8 +214,9 @@ def stage_folder(plan: Plan) -> Path:
 
 
 def _planned(
-    recipe: Recipe, out: Path | None, options: MergeOptions, opened: dict[str, Checkpoint] | None,
-    problems: Problems, stages: Mapping[str, Plan], made: Mapping[str, str],
+    recipe: MergeRecipe, out: Path | None, options: MergeOptions,
+    opened: dict[str, Checkpoint] | None, problems: Problems,
+    stages: Mapping[str, Plan], made: Mapping[str, str],
 ) -> Plan:  # fmt: skip
     inputs = _opened(recipe, problems, stages) if opened is None else opened
     if out is not None:
@@ -258,14 +259,14 @@ def _planned(
     return plan
 
 
-def input_paths(recipe: Recipe) -> dict[str, str]:
+def input_paths(recipe: MergeRecipe) -> dict[str, str]:
     """What every input is called in the recipe, by label."""
     paths = {} if recipe.base is None else {"base": recipe.base}
     return paths | {name: entry.path for name, entry in recipe.models.items()}
 
 
 def _opened(
-    recipe: Recipe, problems: Problems, stages: Mapping[str, Plan]
+    recipe: MergeRecipe, problems: Problems, stages: Mapping[str, Plan]
 ) -> dict[str, Checkpoint]:
     found: dict[str, Checkpoint] = {}
     for label, path in input_paths(recipe).items():
@@ -289,7 +290,7 @@ def _output_of(name: str, plan: Plan) -> Checkpoint:
     return found
 
 
-def _aligned(recipe: Recipe, inputs: dict[str, Checkpoint], problems: Problems) -> Aligned:
+def _aligned(recipe: MergeRecipe, inputs: dict[str, Checkpoint], problems: Problems) -> Aligned:
     """The models brought to the vocabulary and the tied heads that the output will have."""
     lead = str(reference_label(recipe))
     if len(inputs) < len(recipe.models) + (recipe.base is not None):
@@ -316,7 +317,7 @@ def _aligned(recipe: Recipe, inputs: dict[str, Checkpoint], problems: Problems) 
 
 
 def _check_others(
-    recipe: Recipe, out: Path, stages: Mapping[str, Plan], problems: Problems
+    recipe: MergeRecipe, out: Path, stages: Mapping[str, Plan], problems: Problems
 ) -> None:
     """Note where an output would replace what is read besides its models."""
     held: dict[str, Collection[Path]] = {
@@ -332,7 +333,7 @@ def _check_others(
         apart(out, held, problems)
 
 
-def _beside(recipe: Recipe) -> dict[str, list[Path]]:
+def _beside(recipe: MergeRecipe) -> dict[str, list[Path]]:
     """What a recipe reads besides its models: masks, statistics, a tokenizer, by its key."""
     found = {}
     if recipe.tokenizer is not None:

@@ -7,44 +7,19 @@ mergekit recipe, which ``suture.verbs.merge.mergekit`` translates.
 from __future__ import annotations
 
 import json
-import os
-from collections.abc import Mapping, Sequence
-from dataclasses import replace
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from suture.checkpoints.chat import read_chat_template
-from suture.checkpoints.vocabulary import read_wanted
-from suture.checkpoints.writer import SHARD_SIZE
-from suture.errors import Problems, RecipeError, brief, did_you_mean
-from suture.merges.base import Method
-from suture.merges.policy import POLICIES, Policy
-from suture.merges.presets import PRESETS, Preset
-from suture.merges.protect import Protection, read_protection
-from suture.merges.table import METHODS
+from suture.errors import Problems, RecipeError, brief
 from suture.runs.place import SCHEMA
-from suture.schema.paths import place_of, recipe_folder
-from suture.schema.reader import read_space, refuse_unknown, section
-from suture.schema.settings import check_words, settings
+from suture.schema.paths import recipe_folder
+from suture.schema.read import parse
 from suture.schema.text import RECIPE_LIMIT, Lines, parse_documents, text_of
-from suture.tensors.roles import ParamSpace
-from suture.tensors.spec import PROMOTED, bytes_from, dtype_named
-from suture.verbs.merge.jobs import (
-    TAKEN,
-    UNKNOWN,
-    ModelEntry,
-    Recipe,
-    Slice,
-    Source,
-    check_slice,
-    checked,
-    layer_range,
-    once,
-    short,
-)
+from suture.verbs.merge.jobs import MergeRecipe
 
 
-def read_recipe(source: Path | Mapping[str, Any], folder: Path | None = None) -> Recipe:
+def read_recipe(source: Path | Mapping[str, Any], folder: Path | None = None) -> MergeRecipe:
     """Read a recipe file, the ``suture.json`` of an earlier output, or a mapping.
 
     Args:
@@ -63,7 +38,7 @@ def read_recipe(source: Path | Mapping[str, Any], folder: Path | None = None) ->
 
 def parse_recipe(
     source: Path | Mapping[str, Any], folder: Path | None, problems: Problems
-) -> Recipe | None:
+) -> MergeRecipe | None:
     """The same, but with faults noted in ``problems``.
 
     A recipe with faults comes back as far as it is understood, so that its models can be looked at
@@ -76,7 +51,7 @@ def parse_recipe(
     return None
 
 
-def _from_file(source: Path, folder: Path, problems: Problems) -> Recipe | None:
+def _from_file(source: Path, folder: Path, problems: Problems) -> MergeRecipe | None:
     if source.is_dir():
         raise RecipeError(f"{source}: is a folder; a recipe is a YAML file")
     text = text_of(source, limit=RECIPE_LIMIT * (16 if source.suffix == ".json" else 1))
@@ -94,7 +69,7 @@ def _from_file(source: Path, folder: Path, problems: Problems) -> Recipe | None:
 def _from_documents(
     documents: list[dict[str, Any]], lines: list[Lines], source: Path, folder: Path,
     problems: Problems,
-) -> Recipe:  # fmt: skip
+) -> MergeRecipe:  # fmt: skip
     """Several merges of one file: those with a name are stages, which others may name as models."""
     last = [n for n, raw in enumerate(documents) if "name" not in raw] or [len(documents) - 1]
     if len(last) > 1:
@@ -123,12 +98,12 @@ def _from_documents(
 
 
 def _with_stages(
-    recipe: Recipe, raw: Mapping[str, tuple[dict[str, Any], Lines]], folder: Path,
+    recipe: MergeRecipe, raw: Mapping[str, tuple[dict[str, Any], Lines]], folder: Path,
     problems: Problems,
-) -> Recipe:  # fmt: skip
+) -> MergeRecipe:  # fmt: skip
     """The recipe with the merges that it needs first, in the order in which they can be done."""
     stages = {name: _stage(name, *one, folder, problems) for name, one in raw.items()}
-    order: dict[str, Recipe] = {}
+    order: dict[str, MergeRecipe] = {}
 
     def visit(name: str, path: tuple[str, ...]) -> None:
         if name in path:
@@ -150,16 +125,16 @@ def _with_stages(
             visit(path, ())
     unused = sorted(stages.keys() - order.keys())
     notes = [f"stage {name}: the last merge does not need it, so it is left out" for name in unused]
-    return replace(recipe, stages=order, notes=(*recipe.notes, *notes))
+    return recipe.with_(stages=order, notes=(*recipe.notes, *notes))
 
 
 def _stage(
     name: str, raw: dict[str, Any], lines: Lines, folder: Path, problems: Problems
-) -> Recipe:
+) -> MergeRecipe:
     """One of the merges that come first; what is wrong with it is noted with its name."""
     own = Problems()
     own.locate = lines.locate
-    recipe = Recipe(UNKNOWN, {}, folder=folder)
+    recipe = MergeRecipe.model_construct(models={})
     with own.collecting():
         recipe = _from_raw(raw, folder, own)
     try:
@@ -178,7 +153,9 @@ def _told(stage: str, text: str) -> str:
     )
 
 
-def _from_provenance(text: str, source: Path, folder: Path, problems: Problems) -> Recipe | None:
+def _from_provenance(
+    text: str, source: Path, folder: Path, problems: Problems
+) -> MergeRecipe | None:
     try:
         found = json.loads(text)
     except (ValueError, RecursionError) as error:
@@ -201,259 +178,26 @@ def _from_provenance(text: str, source: Path, folder: Path, problems: Problems) 
     for label in sorted(labels ^ prints.keys()):
         text = "no fingerprint of this input" if label in labels else "not an input of the recipe"
         problems.add(RecipeError, f"inputs.{label}: {text}; a changed recipe is written as YAML")
-    return replace(recipe, fingerprints=prints)
+    return recipe.with_(fingerprints=prints)
 
 
-def _from_raw(raw: dict[str, Any], folder: Path, problems: Problems) -> Recipe:
+def _from_raw(raw: dict[str, Any], folder: Path, problems: Problems) -> MergeRecipe:
     if "merge_method" in raw:
         from suture.verbs.merge.mergekit import translated
 
         return translated(raw, folder, problems)
-    return _native(raw, problems, folder)
-
-
-KEYS = (
-    "base", "models", "method", "preset", "parameters", "protect", "slices", "space", "policy",
-    "tokenizer", "chat_template", "output", "stages",
-)  # fmt: skip
-
-
-def _method_of(raw: dict[str, Any], problems: Problems) -> tuple[Method | None, Preset | None]:
-    """The method that a recipe names, itself or by a preset."""
-    found, chosen, name = None, None, raw.get("method")
-    if raw.get("preset") is not None:
-        word = str(raw["preset"])
-        with problems.collecting("preset: "):
-            chosen = PRESETS.likely(word)  # what was meant, for all else
-            chosen = PRESETS.find(word)
-        if chosen is not None and name not in (None, chosen.method):
-            problems.add(
-                RecipeError,
-                f"method: the preset {chosen.name} is one of {chosen.method}, not of {name!r}",
-            )
-        name = chosen.method if chosen is not None else name
-        if name is None:
-            return None, None
-    if not isinstance(name, str):
-        what = "missing" if name is None else f"a name, not {brief(name)}"
-        problems.add(RecipeError, f"method: {what}; `suture methods` lists them")
-    else:
-        with problems.collecting("method: "):
-            found = METHODS.likely(name)  # likewise
-            found = METHODS.find(name)
-    return found, chosen
-
-
-def _native(raw: dict[str, Any], problems: Problems, folder: Path) -> Recipe:
-    refuse_unknown(raw, KEYS, "", problems)
-    found, chosen = _method_of(raw, problems)
-    base = raw.get("base")
-    if base is not None and not isinstance(base, str):
-        problems.add(RecipeError, f"base: a path or hub id, not {brief(base)}")
-    models = _models(raw.get("models"), problems)
-    parameters = section(raw, "parameters", problems)
-    space = read_space(raw, problems)
-    if chosen is not None:
-        idle = {} if found is None else found.idle(parameters)
-        preset_has = {k: v for k, v in chosen.parameters.items() if k not in idle}
-        parameters = {**preset_has, **parameters}
-        if chosen.everything and raw.get("space") is None:
-            space = ParamSpace((), ())
-    policy = _policy(section(raw, "policy", problems), problems)
-    output = section(raw, "output", problems)
-    refuse_unknown(output, ("dtype", "shard_size"), "output: ", problems)
-    dtype, shard_size = None, SHARD_SIZE
-    with problems.collecting():
-        dtype = _dtype(output.get("dtype"))
-    with problems.collecting():
-        shard_size = _size(output.get("shard_size", SHARD_SIZE))
-    base = base if isinstance(base, str) else None
-    labels = [*models, *([] if base is None else ["base"])]
-    slices = _slices(raw.get("slices"), labels, problems)
-    tokenizer = read_wanted(raw.get("tokenizer"), problems, "base" if base is not None else None,
-                            next(iter(models), None))  # fmt: skip
-    if tokenizer is not None and policy.vocabulary != "error":
-        problems.add(RecipeError, "policy.vocabulary and tokenizer: give one of them")
-    template = read_chat_template(raw.get("chat_template"), problems)
-    recipe = Recipe(UNKNOWN, models, base, {}, space, policy, dtype, shard_size, folder,
-                    slices=slices, tokenizer=tokenizer, chat_template=template,
-                    protect=_protection(raw, models, base, folder, problems))  # fmt: skip
-    if found is None:
-        own_words = {name: entry.parameters for name, entry in models.items()}
-        check_words(METHODS.values(), parameters, problems, own_words)
-    else:
-        recipe = replace(recipe, method=found, parameters=_located(found, parameters, folder))
-        known = found.name == raw.get("method") or (chosen and chosen.name == raw.get("preset"))
-        with problems.supposing(None if known else found.name):
-            _check_method(checked(recipe, problems), problems)
-    inner = section(raw, "stages", problems)
-    for name in [n for n, stage in inner.items() if not isinstance(stage, Mapping)]:
-        problems.add(RecipeError, f"stages.{name}: a recipe, not {brief(inner.pop(name))}")
-    if not inner:
+    inner = raw.get("stages")
+    recipe = parse(MergeRecipe, raw, folder, problems, whole=False)
+    assert recipe is not None
+    if not isinstance(inner, Mapping):
         return recipe
-    stages = {name: (dict(stage), Lines()) for name, stage in inner.items()}
+    stages = {}
+    for name, stage in inner.items():
+        if isinstance(stage, Mapping):
+            stages[str(name)] = (dict(stage), Lines())
+        else:
+            problems.add(RecipeError, f"stages.{name}: a recipe, not {brief(stage)}")
     return _with_stages(recipe, stages, folder, problems)
 
 
-def _check_method(recipe: Recipe, problems: Problems) -> None:
-    """Note where slices do not go with the method of a recipe."""
-    found, parameters, slices = recipe.method, recipe.parameters, recipe.slices
-    given = {n for own in (parameters, *(cut.parameters for cut in slices)) for n in own}
-    files = [n for n, p in found.parameters.items() if p.files and (p.required or n in given)]
-    if slices and files:
-        problems.add(
-            RecipeError,
-            f"slices: {found.name} reads files about whole models ({', '.join(files)}), whose "
-            "layers would have other numbers here; merge the models whole",
-        )
-    for number, cut in enumerate(() if files else slices):
-        where = f"slices[{number}]"
-        own = [(n, s.parameters) for n, s in cut.sources.items()]
-        settings(found, cut.parameters, problems, own, f"{where}.parameters",
-                 f"{where}.sources.{{}}")  # fmt: skip
-        check_slice(recipe, cut, where, f"`{cut.base}`", problems)
-
-
-def _protection(
-    raw: Mapping[str, Any], models: Mapping[str, ModelEntry], base: str | None, folder: Path,
-    problems: Problems,
-) -> Protection | None:  # fmt: skip
-    """What one model alone may write."""
-    if raw.get("protect") is not None and raw.get("slices"):
-        problems.add(
-            RecipeError,
-            "slices: protect marks entries of whole models, whose layers would have other numbers "
-            "here; merge the models whole, in a stage",
-        )
-    return read_protection(raw.get("protect"), models, base is not None, folder, problems)
-
-
-def _located(how: Method, parameters: Mapping[str, Any], folder: Path) -> dict[str, Any]:
-    """The parameters with the paths of files taken from the recipe's folder on."""
-
-    def at(path: object) -> object:
-        return (
-            str(place_of(os.fspath(path), folder)) if isinstance(path, str | os.PathLike) else path
-        )
-
-    found = dict(parameters)
-    for name in found.keys() & {n for n, p in how.parameters.items() if p.files}:
-        value = found[name]
-        by_model = isinstance(value, Mapping)
-        found[name] = {k: at(v) for k, v in value.items()} if by_model else at(value)
-    return found
-
-
-def _dtype(word: object) -> str | None:
-    if word is None or word == PROMOTED:
-        return PROMOTED if word else None
-    try:
-        return dtype_named(str(word))
-    except RecipeError as error:
-        raise RecipeError(f"output.dtype: {error}") from None
-
-
-def _size(given: Any) -> int:
-    """The bytes of a shard; a small number without a unit was meant to have one."""
-    try:
-        size = bytes_from(given)
-    except RecipeError as error:
-        raise RecipeError(f"output.shard_size: {error}") from None
-    if size < 100:
-        raise RecipeError(f"output.shard_size: {size} bytes; write a unit, such as {size}GB")
-    return size
-
-
-def _slices(raw: object, labels: Sequence[str], problems: Problems) -> tuple[Slice, ...]:
-    if raw is None:
-        return ()
-    if not isinstance(raw, list) or not raw:
-        problems.add(RecipeError, f"slices: a list of slices, with at least one, not {brief(raw)}")
-        return ()
-    found = []
-    for number, entry in enumerate(raw):
-        where = f"slices[{number}]"
-        if not isinstance(entry, Mapping):
-            problems.add(RecipeError, f"{where}: a mapping with sources, not {brief(entry)}")
-            continue
-        refuse_unknown(entry, ("sources", "parameters", "base"), f"{where}: ", problems)
-        base = entry.get("base", "base")
-        if "base" in entry and base not in labels:
-            hint = did_you_mean(str(base), labels) if labels else "name a model"
-            problems.add(RecipeError, f"{where}.base: no model {brief(base)}; {hint}")
-        sources = _sources(entry.get("sources"), labels, f"{where}.sources", problems)
-        shared = section(entry, "parameters", problems, f"{where}.")
-        if sources:
-            found.append(Slice(sources, shared, str(base)))
-    used = {name for cut in found for name in cut.sources}
-    for name in labels if len(found) == len(raw) else ():
-        if name not in used and name != "base":
-            problems.add(RecipeError, f"models.{name}: no slice has layers of it; remove it")
-    return tuple(found)
-
-
-def _sources(
-    raw: object, labels: Sequence[str], where: str, problems: Problems
-) -> dict[str, Source]:
-    if not isinstance(raw, Mapping) or not raw:
-        problems.add(
-            RecipeError, f"{where}: a mapping from models to layers, such as {{math: [0, 16]}}"
-        )
-        return {}
-    found = {}
-    for key, entry in raw.items():
-        name, place = str(key), f"{where}.{key}"
-        if name not in labels:
-            hint = did_you_mean(name, labels) if labels else "name a model"
-            problems.add(RecipeError, f"{where}: no model {name!r}; {hint}")
-        entry = entry if isinstance(entry, Mapping) else {"layers": entry}
-        if "layers" not in entry:
-            problems.add(RecipeError, f"{place}: no layers; write `layers: [0, 16]`")
-            continue
-        layers = layer_range(entry["layers"], f"{place}.layers", problems)
-        own = {str(k): v for k, v in entry.items() if k != "layers"}
-        if layers is not None:
-            found[name] = Source(layers, own, f"{place}.layers")
-    return found
-
-
-def _models(raw: object, problems: Problems) -> dict[str, ModelEntry]:
-    if isinstance(raw, list) and all(isinstance(m, str) for m in raw):
-        once(raw, problems)
-        raw = {short(path, raw): path for path in raw}
-    if not isinstance(raw, Mapping) or not raw:
-        problems.add(RecipeError, "models: a mapping from names to paths, with at least one model")
-        return {}
-    found = {}
-    for name, entry in raw.items():
-        if not isinstance(name, str | int) or isinstance(name, bool):  # YAML reads `no` as false
-            problems.add(RecipeError, f"models: {name!r} is no name; put it in quotes")
-            continue
-        entry = {"path": entry} if isinstance(entry, str) else entry
-        if not isinstance(entry, Mapping) or not isinstance(entry.get("path"), str):
-            problems.add(
-                RecipeError, f"models.{name}: a path, or a mapping with a path, not {brief(entry)}"
-            )
-            continue
-        if str(name) in found or str(name) in TAKEN or not str(name).isprintable():
-            problems.add(RecipeError, f"models: {name!r} cannot be the name of a model")
-        own = {str(k): v for k, v in entry.items() if k not in ("path", "adapter")}
-        adapters = entry.get("adapter", [])
-        adapters = [adapters] if isinstance(adapters, str) else adapters
-        if not isinstance(adapters, list) or not all(a and isinstance(a, str) for a in adapters):
-            problems.add(
-                RecipeError, f"models.{name}.adapter: a path, or a list of them, not "
-                f"{brief(entry['adapter'])}"
-            )  # fmt: skip
-            adapters = []
-        found[str(name)] = ModelEntry("+".join([entry["path"], *adapters]), own)
-    return found
-
-
-def _policy(raw: dict[str, Any], problems: Problems) -> Policy:
-    refuse_unknown(raw, list(POLICIES), "policy: ", problems)
-    for key, choices in POLICIES.items():
-        if key in raw and raw[key] not in choices:
-            hint = did_you_mean(str(raw[key]), choices)
-            problems.add(RecipeError, f"policy.{key}: {brief(raw[key])} is not known; {hint}")
-    return Policy(**{k: v for k, v in raw.items() if k in POLICIES and v in POLICIES[k]})
+__all__ = ["MergeRecipe", "parse_recipe", "read_recipe"]

@@ -33,7 +33,12 @@ from suture.runs.place import MergeOptions, check_place
 from suture.stream.sweep import Progress
 from suture.stream.vector import TaskVector
 from suture.tensors.roles import ParamSpace
-from suture.tensors.spec import DTYPES, PROMOTED, TensorSpec, dtype_named, readable
+from suture.tensors.spec import (
+    DTYPES,
+    PROMOTED,
+    TensorSpec,
+    readable,
+)
 from suture.verbs.merge.lazy import Merged, check_fingerprints
 from suture.verbs.merge.plan import (
     Plan,
@@ -142,15 +147,14 @@ def merged(  # noqa: PLR0913  every section of a recipe
         "parameters": parameters,
         **({"protect": dict(protect)} if protect is not None else {}),
         **({"policy": dict(policy)} if isinstance(policy, Mapping) else {}),
+        "output": {"dtype": dtype},
     }
     if base is not None:
         raw["base"] = address(base)
     recipe = read_recipe(raw)
-    recipe = replace(
-        recipe,
+    recipe = recipe.with_(
         space=space or recipe.space,
         policy=policy if isinstance(policy, Policy) else recipe.policy,
-        dtype=None if dtype is None else dtype_named(dtype),
     )
     inputs = {**({"base": base} if base is not None else {}), **models}
     return Merged(recipe, inputs)

@@ -23,7 +23,7 @@ from suture.stream.sweep import Sources, cores
 from suture.stream.vector import align
 from suture.tensors.roles import check_selectors, layer_parts, selects, tied_to
 from suture.tensors.spec import listed
-from suture.verbs.merge.jobs import Recipe, Slice
+from suture.verbs.merge.jobs import MergeRecipe, Slice
 
 
 @dataclass(frozen=True)
@@ -47,7 +47,9 @@ class Part:
         return self.views[self.lead]
 
 
-def parts_of(recipe: Recipe, inputs: Mapping[str, Checkpoint], problems: Problems) -> list[Part]:
+def parts_of(
+    recipe: MergeRecipe, inputs: Mapping[str, Checkpoint], problems: Problems
+) -> list[Part]:
     """The models, cut as the slices say; slices that do not fit are noted and left out."""
     if not recipe.slices:
         rows = tuple(name for name in recipe.rows(recipe.cuts[0]) if name in inputs)
@@ -75,7 +77,9 @@ def parts_of(recipe: Recipe, inputs: Mapping[str, Checkpoint], problems: Problem
             try:
                 views[label], known[label] = cut(inputs[label], stretch, heads)
             except RecipeError as error:
-                problems.add(RecipeError, f"{one.sources[label].where}: {error}")
+                where = f"slices[{number}].sources.{label}.layers"
+                where = recipe.places.get((number, label), where)
+                problems.add(RecipeError, f"{where}: {error}")
         if stretch is not None:
             at += stretch.stop - stretch.start
         lead = base if base is not None else next((n for n in one.sources if n in views), "")
@@ -91,12 +95,12 @@ def _heads(inputs: Mapping[str, Checkpoint]) -> set[str]:
     return {n for c in own for n in tied_to(c.specs.keys())} if tied else set()
 
 
-def reference_label(recipe: Recipe) -> str | None:
+def reference_label(recipe: MergeRecipe) -> str | None:
     """Which input's names and shapes count: the base, or else the first model."""
     return "base" if recipe.base is not None else next(iter(recipe.models), None)
 
 
-def _check_files(recipe: Recipe, problems: Problems) -> None:
+def _check_files(recipe: MergeRecipe, problems: Problems) -> None:
     """Note files that are read besides the models, and are not there."""
     found = settings(recipe.method, recipe.parameters, Problems(), [(n, {}) for n in recipe.models])
     for key, files in found.items():
@@ -116,7 +120,9 @@ def _check_there(where: str, source: Any, problems: Problems) -> None:
                 raise RecipeError(f"no such file: {source}")
 
 
-def check_fit(recipe: Recipe, parts: Sequence[Part], problems: Problems, notes: list[str]) -> None:
+def check_fit(
+    recipe: MergeRecipe, parts: Sequence[Part], problems: Problems, notes: list[str]
+) -> None:
     """Note where the models do not fit each other, or the recipe's patterns fit no tensor."""
     _check_files(recipe, problems)
     for part in parts:
@@ -166,7 +172,7 @@ def _check_stacking(parts: Sequence[Part], problems: Problems) -> None:
                 break
 
 
-def job_of(recipe: Recipe, part: Part, options: MergeOptions, problems: Problems) -> MergeJob:
+def job_of(recipe: MergeRecipe, part: Part, options: MergeOptions, problems: Problems) -> MergeJob:
     """What the engine does for one part: the method with its numbers, over its tensors."""
     reference = part.reference
     how = recipe.method.make(**_bound(recipe.settings_of(part.cut, part.rows), part))
@@ -249,7 +255,7 @@ def _curved(found: Mapping[str, Any]) -> bool:
 
 
 def check_required(
-    recipe: Recipe, jobs: Sequence[MergeJob], parts: Sequence[Part], problems: Problems
+    recipe: MergeRecipe, jobs: Sequence[MergeJob], parts: Sequence[Part], problems: Problems
 ) -> None:
     """Note tensors for which no condition gives a number that must be given."""
     for job, part in zip(jobs, parts, strict=True):
@@ -273,7 +279,7 @@ def check_required(
 
 
 def config_of(
-    recipe: Recipe, parts: Sequence[Part], inputs: Mapping[str, Checkpoint]
+    recipe: MergeRecipe, parts: Sequence[Part], inputs: Mapping[str, Checkpoint]
 ) -> dict[str, Any]:
     """The configuration of the output: the lead's, with the layers that there are now."""
     lead = inputs[str(reference_label(recipe))]
@@ -299,7 +305,7 @@ def takes_files(how: Method, parameter: str) -> bool:
 
 
 def _check_patterns(
-    recipe: Recipe, names: Collection[str], problems: Problems, notes: list[str]
+    recipe: MergeRecipe, names: Collection[str], problems: Problems, notes: list[str]
 ) -> None:
     """Note patterns of names that fit none; in a mergekit recipe they are legal, and told."""
     places = [("parameters", recipe.parameters)]
