@@ -42,6 +42,7 @@ RIGHT: dict[str, dict[str, Any]] = {
     "analyze": {"base": "b", "models": {"one": "m", "two": {"path": "n"}}},
     "localize": {"base": "b", "models": {"one": "m", "two": {"path": "n", "density": 0.5}}},
     "eval": {"evaluations": {"a": {"kind": "loss", "data": "rows.jsonl", "text": "text"}}},
+    "merge": {"base": "b", "models": {"one": "m", "two": "n"}, "method": "ties"},
     "finetune": {"base": "b", "strategy": "talos", "data": {"train": "rows.jsonl"}},
     "realign": {
         "aligned": "a",
@@ -57,6 +58,11 @@ FAULTY: dict[str, tuple[dict[str, Any], tuple[str, ...]]] = {
     "analyze": SPACE,
     "localize": SPACE,
     "realign": SPACE,
+    "merge": (
+        {"method": "teis", "polcy": {}},
+        ("method: no merge method 'teis'; did you mean 'ties'?",
+         "unknown key 'polcy'; did you mean 'policy'?"),
+    ),
     "finetune": (
         {"strategy": "tallos", "trainin": {}},
         ("strategy: no strategy 'tallos'; did you mean 'talos'?",
@@ -322,7 +328,9 @@ def verb_of(page: str, raw: Mapping[str, Any]) -> str | None:
         return "finetune"
     if "evaluations" in raw:
         return "eval"
-    if "method" in raw or "merge_method" in raw or not {"base", "models"} <= raw.keys():
+    if {"method", "preset"} & raw.keys():
+        return None if raw.get("method") == "median" else "merge"  # a plug-in's, in plugins.md
+    if "merge_method" in raw or not {"base", "models"} <= raw.keys():
         return None
     if page == "analyze.md" or "analyses" in raw:
         return "analyze"
@@ -397,12 +405,26 @@ BROKEN: dict[str, list[dict[str, Any]]] = {
         {"data": {"train": "x", "format": "json"}}, {"training": {"lr": 0}}, {"training": {"epochs": "three"}},
         {"training": {"batch": 0}}, {"training": {"schedule": "linaer"}}, {"training": {"precision": "fp8"}},
         {"output": {"form": "ptach"}}, {"output": {"dytpe": "bf16"}}, {"parameters": 3}, {"device": ""},
+        {"strategy": "tallos"}, {"parameters": {"sparsty": 0.1}},
     ],
     "realign": [
         {"aligned": 3}, {"aligned": ""}, {"models": {}}, {"models": {"a": 1}}, {"models": {"one": {"path": "m", "weigth": 1}}},
         {"method": 3}, {"data": {"train": "x", "chosn": "y"}}, {"data": {"train": "x", "too_long": "crop"}},
         {"training": {"lr": "fast"}}, {"ancestor": "chek"}, {"space": {"include": 3}}, {"spase": {}},
-        {"fuse": {"how": 3}},
+        {"fuse": {"how": 3}}, {"method": "somv"}, {"parameters": {"lamda": 3}},
+    ],
+    "merge": [
+        {"method": "teis"}, {"method": 3}, {"parameters": {"densty": 1}},
+        {"preset": "nobody"}, {"models": {}}, {"models": 3}, {"models": {"base": "x"}},
+        {"models": {"one": 3}}, {"base": ""}, {"base": 3}, {"polcy": {}}, {"policy": {"missing": "drop"}},
+        {"policy": {"mising": "base"}}, {"output": {"dytpe": "bf16"}}, {"output": {"shard_size": []}},
+        {"space": {"include": 3}}, {"slices": []}, {"slices": 3}, {"slices": [{"parameters": {}}]},
+        {"slices": [{"sources": {"one": [0, 1, 2]}}]}, {"slices": [{"sources": {"one": ["a", "b"]}}]},
+        {"slices": [{"sources": {}}]}, {"protect": "one"}, {"protect": {"mask": "m"}},
+        {"protect": {"model": "one", "masks": "m"}}, {"protect": {"model": "one", "rule": "magnitude", "density": 2}},
+        {"protect": {"model": "one", "rule": "magnitude", "density": 0.1, "scope": "world"}},
+        {"tokenizer": 3}, {"tokenizer": {"sorce": "union"}}, {"tokenizer": {"pad_to_multiple_of": 0}},
+        {"tokenizer": {"tokens": {"a": 1}}}, {"chat_template": 3}, {"parameters": 3}, {"stages": 3},
     ],
     "localize": [
         {"densty": 0.1}, {"models": {"a/b": "x"}}, {"models": {"one": {"path": "m", "weight": 1}}},

@@ -622,11 +622,11 @@ WRONG: dict[str, tuple[str, int, list[str]]] = {
     "ours: a model in no slice": (OURS.replace(", code: [2, 4]", ""), 2, ["models.code", "no slice"]),
     "ours: layers beyond": (OURS.replace("[2, 4]", "[4, 6]"), 4, ["sources.code.layers", "has 4 layers"]),
     "ours: unequal lengths": (OURS.replace("[2, 4]", "[3, 4]"), 4, ["as many layers"]),
-    "ours: no layers": (OURS.replace("[2, 4]", "{weight: 1}"), 4, ["no layers"]),
+    "ours: no layers": (OURS.replace("[2, 4]", "{weight: 1}"), 4, ["layers: missing"]),
     "ours: an unknown key": (OURS + "    weights: 1\n", 5, ["'weights'", "slices[0]"]),
     "ours: an unknown parameter": (OURS.replace("[2, 4]", "{layers: [2, 4], density: 1}"), 4, ["'density'"]),
     "ours: a curve of nothing": (OURS + "    parameters: {weight: []}\n", 5, ["empty list"]),
-    "ours: slices that are none": (OURS.split("slices")[0] + "slices: 3\n", 3, ["a list of slices"]),
+    "ours: slices that are none": (OURS.split("slices")[0] + "slices: 3\n", 3, ["slices: a list, not 3"]),
     "a stage that names itself": (f"name: a\n{LINEAR.replace('./math', 'a')}---\n{LINEAR.replace('./math', 'a')}", 1,
                                   ["a names itself"]),
     "stages in a circle": (

@@ -22,10 +22,11 @@ import talk
 import toy
 from suture.checkpoints.chat import CHAT_TEMPLATES
 from suture.checkpoints.embeddings import MatchedRows
-from suture.checkpoints.vocabulary import Vocabulary, read_vocabulary, read_wanted, union, written
-from suture.errors import Problems, RecipeError, SutureError
+from suture.checkpoints.vocabulary import Vocabulary, read_vocabulary, union, written
+from suture.errors import RecipeError, SutureError
 from suture.runs.place import MergeOptions
 from suture.verbs.merge.plan import plan_recipe
+from suture.verbs.merge.recipe import read_recipe
 
 EMBEDDING, HEAD = "model.embed_tokens.weight", "lm_head.weight"
 EVERYTHING = {"exclude": []}
@@ -438,11 +439,13 @@ def test_a_union_without_a_tokenizer_json_is_refused(place: Path, tmp_path: Path
 
 def test_a_section_is_read_whole() -> None:
     """All faults of a section are found at once."""
-    problems = Problems()
-    read_wanted({"source": 5, "pad_to_multiple_of": "x", "tokens": {"a": 1, "b": {"x": 1}}},
-                problems, "base", "ada")  # fmt: skip
-    with pytest.raises(RecipeError, match="4 problems"):
-        problems.raise_if_any()
+    wanted = {"source": 5, "pad_to_multiple_of": "x", "tokens": {"a": 1, "b": {"x": 1}}}
+    with pytest.raises(RecipeError, match="4 problems") as caught:
+        read_recipe({"models": {"ada": "a"}, "method": "linear", "tokenizer": wanted})
+    print(caught.value)
+    for text in ("tokenizer.source: the name of a model, not 5", "unknown key 'x'",
+                 "tokenizer.pad_to_multiple_of: a whole number from 1", "tokenizer.tokens.a: "):  # fmt: skip
+        assert text in str(caught.value)
 
 
 # ------------------------------------------------------------------------------------- tied heads

@@ -123,7 +123,7 @@ RECIPES: dict[str, Case] = {
     "a missing path": Case(
         with_(models={"math": "./maths", "code": "./code"}), ("./maths", "no such", "did you mean 'math'?")
     ),
-    "a path that is nothing": Case(with_(models={"math": "", "code": "./code"}), ("no path",)),
+    "a path that is nothing": Case(with_(models={"math": "", "code": "./code"}), ("models.math", "a path or hub id")),
     "mergekit's layers beyond the model": Case(
         {"merge_method": "passthrough", "slices": [{"sources": [{"model": "./math", "layer_range": [0, 9]}]}]},
         ("slices[0].sources[0].layer_range", "has 2 layers", "[0, 2] are all"),

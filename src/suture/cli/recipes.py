@@ -17,6 +17,7 @@ RECIPES = {
     "eval": ("suture.verbs.evaluate.recipe", "Suite"),
     "finetune": ("suture.verbs.finetune.recipe", "Finetune"),
     "localize": ("suture.verbs.localize.recipe", "Regions"),
+    "merge": ("suture.verbs.merge.jobs", "MergeRecipe"),
     "realign": ("suture.verbs.realign.recipe", "Realign"),
 }
 """Where the recipe of a command is defined."""

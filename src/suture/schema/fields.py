@@ -290,7 +290,9 @@ class ReadAs:
 
         return core_schema.with_info_plain_validator_function(
             read, json_schema_input_schema=handler.generate_schema(self.like),
-            serialization=core_schema.plain_serializer_function_ser_schema(self.plain),
+            serialization=core_schema.plain_serializer_function_ser_schema(
+                lambda value: None if value is None else self.plain(value)
+            ),
         )  # fmt: skip
 
 
@@ -302,8 +304,6 @@ class LineOf:
     """Gives the table, which some can import only where a framework is installed."""
     lists: str = ""
     """What lists the names, for the message."""
-    names: bool = True
-    """Whether editors are told the names."""
 
     def __get_pydantic_core_schema__(self, source: Any, handler: Any) -> CoreSchema:
         return core_schema.with_info_plain_validator_function(
@@ -325,7 +325,7 @@ class LineOf:
             raise told(str(error)) from None
 
     def __get_pydantic_json_schema__(self, core: Any, handler: Any) -> dict[str, Any]:
-        return {"type": "string"} | ({"enum": self.table().names()} if self.names else {})
+        return {"type": "string", "enum": self.table().names()}
 
 
 def told(text: str) -> PydanticCustomError:

@@ -38,6 +38,7 @@ from pydantic import (
 from pydantic_core import InitErrorDetails, PydanticCustomError
 
 from suture.errors import brief, did_you_mean
+from suture.schema.table import Table
 
 Faults = Iterator[tuple[str, str]]
 """Places below the section, empty for itself, and what is wrong there."""
@@ -131,7 +132,7 @@ class Section(BaseModel):
         try:
             found = handler(raw)
         except ValidationError as error:
-            wrong = error.errors(include_url=False)
+            wrong = _deepest(error.errors(include_url=False))
             faults = [cls._told(one) for one in wrong]
             found = cls._without({str(one["loc"][0]) for one in wrong if one["loc"]}, raw, info)
         faults += [_fault((place,) if place else (), text) for place, text in found.faults()]
@@ -220,7 +221,7 @@ class Section(BaseModel):
                 vars(self)[key] = {
                     n: v for n, v in value.items() if not isinstance(v, Section) or v.filled()
                 }
-            elif isinstance(value, tuple):
+            elif type(value) is tuple:
                 vars(self)[key] = tuple(
                     v for v in value if not isinstance(v, Section) or v.filled()
                 )
@@ -256,6 +257,11 @@ class Recipe(Section):
 
     _folder: Path = PrivateAttr(default_factory=Path)
     _written: Mapping[str, Any] = PrivateAttr(default_factory=dict)
+
+    @classmethod
+    def tables(cls) -> Mapping[str, Table[Any]]:
+        """Return the tables of which keys name a line, whose parameters stand in ``parameters``."""
+        return {}
 
     @property
     def folder(self) -> Path:
@@ -297,6 +303,15 @@ WORDS = {
     "says": "{says}",
 }
 """What was expected, by the kinds of faults that pydantic finds."""
+
+
+def _deepest(faults: list[Any]) -> list[Any]:
+    """Faults without the lists that are too short because of what is wrong in them."""
+    places = [one["loc"] for one in faults]
+    return [
+        one for one in faults if one["type"] != "too_short"
+        or not any(p[: len(one["loc"])] == one["loc"] != p for p in places)
+    ]  # fmt: skip
 
 
 def _fault(place: tuple[int | str, ...], text: str, given: object = None) -> InitErrorDetails:

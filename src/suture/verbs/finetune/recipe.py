@@ -16,6 +16,7 @@ from suture.schema.rows import TrainingRows, how_to_train
 from suture.schema.sections import Faults, Recipe, Section, check
 from suture.schema.settings import line_faults
 from suture.schema.sources import UNREAD, DataSpec
+from suture.schema.table import Table
 from suture.schema.tuning import FinetuneSettings
 from suture.tensors.spec import WORD_OF
 from suture.training.strategies import STRATEGIES, Strategy
@@ -54,6 +55,11 @@ class Finetune(Recipe):
     training: Annotated[FinetuneSettings, how_to_train(FinetuneSettings())] = FinetuneSettings()
     output: Output = Output()
     device: Annotated[Word, Says("auto, cpu or cuda")] = "auto"
+
+    @classmethod
+    def tables(cls) -> Mapping[str, Table[Any]]:
+        """Return the table of strategies."""
+        return {"strategy": STRATEGIES}
 
     @property
     def line(self) -> Strategy:

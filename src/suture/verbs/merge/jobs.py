@@ -31,6 +31,7 @@ from suture.schema.fields import (
 from suture.schema.parameters import Parameter
 from suture.schema.sections import Faults, check, reading_of
 from suture.schema.settings import check_words, settings
+from suture.schema.table import Table
 from suture.tensors.roles import DEFAULT_SPACE, EVERYTHING
 from suture.verbs.merge.keys import Beside, ModelEntry, Output, Slice, Source
 
@@ -100,9 +101,7 @@ class MergeRecipe(Beside):
     """The output's layers from bottom to top; without any, all models are taken whole."""
     protect: Protection | None = None
     """Entries that one model alone may write."""
-    stages: Annotated[
-        dict[str, Any], Field(json_schema_extra={"additionalProperties": {"$ref": "#"}})
-    ] = {}  # fmt: skip
+    stages: dict[str, Any] = {}
     """Merges that come first, by name; this one and each other may name them as models."""
 
     notes: ClassVar[tuple[str, ...]] = ()
@@ -115,6 +114,19 @@ class MergeRecipe(Beside):
     """Where layers stand in it, by number of slice and name of model."""
     kit: ClassVar[Mapping[str, Any] | None] = None
     """The mergekit recipe that this one was translated from."""
+
+    @classmethod
+    def tables(cls) -> Mapping[str, Table[Any]]:
+        """Return the table of merge methods."""
+        return {"method": METHODS}
+
+    @classmethod
+    def model_json_schema(cls, *args: Any, **options: Any) -> dict[str, Any]:
+        """Return the schema, in which a stage is a recipe itself."""
+        found = super().model_json_schema(*args, **options)
+        stages = found["properties"]["stages"]
+        stages["anyOf"][0] = {"type": "object", "additionalProperties": {"$ref": "#"}}
+        return found
 
     # -- what follows from the keys -----------------------------------------------------------
 
@@ -355,7 +367,8 @@ def slice_faults(how: Method, based: bool, cut: Slice, where: str, base: str) ->
         yield (f"{where}.sources: {how.name} works on differences to a base; "
                f"give the layers of {base} too")  # fmt: skip
     number = sum(not differs or n != cut.base for n in cut.sources)
-    yield from _wrong_number(how, number, f"{where}.sources")
+    if cut.sources:  # that there are none is told before
+        yield from _wrong_number(how, number, f"{where}.sources")
 
 
 def model_faults(recipe: MergeRecipe, how: Method) -> Iterator[str]:

@@ -86,7 +86,7 @@ class KitSlice(Section):
     absent = {"sources": ()}
 
     sources: Annotated[tuple[KitSource, ...], Listed(one=False, different=False)]
-    """What it is made of."""
+    """A list of sources, each a model with its layers."""
     base_model: MaybePath = None
     parameters: Parameters = {}
     residual_weight: Any = None

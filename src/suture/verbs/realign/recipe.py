@@ -16,6 +16,7 @@ from suture.schema.rows import how_to_train, rows_of
 from suture.schema.sections import Faults, Recipe, Section, check
 from suture.schema.settings import line_faults, settings
 from suture.schema.sources import DataSpec, PairSpec
+from suture.schema.table import Table
 from suture.schema.tuning import TuneSettings
 from suture.tensors.roles import EVERYTHING, ParamSpace
 from suture.tensors.spec import WORD_OF
@@ -113,6 +114,11 @@ class Realign(Recipe):
     """Whether distances are asked if the tuned models come from the aligned one."""
     output: Output = Output()
     device: Annotated[Word, Says("auto, cpu or cuda")] = "auto"
+
+    @classmethod
+    def tables(cls) -> Mapping[str, Table[Any]]:
+        """Return the table of ways to realign."""
+        return {"method": REALIGNERS}
 
     @property
     def line(self) -> Realigner:
