@@ -83,7 +83,10 @@ def check(rule: Check) -> Check:
 class Section(BaseModel):
     """A mapping of a recipe; keys that are no fields are refused."""
 
-    model_config = ConfigDict(extra="forbid", strict=True, frozen=True, allow_inf_nan=False)
+    model_config = ConfigDict(
+        extra="forbid", strict=True, frozen=True, allow_inf_nan=False,
+        defer_build=True,  # sections of a recipe are built with it, and only where it is read
+    )  # fmt: skip
     short: ClassVar[str] = ""
     """The key that is meant where text stands instead of the mapping; empty: there is none."""
     short_for: ClassVar[type | tuple[type, ...]] = str
@@ -199,20 +202,22 @@ class Section(BaseModel):
 
     def faults(self) -> Faults:
         """Yield what is wrong with several keys together; checks of wrong keys are skipped."""
-        rules = {
-            name: rule for kind in type(self).__mro__[::-1] for name, rule in vars(kind).items()
-            if getattr(rule, "is_check", False)
-        }  # fmt: skip
-        for rule in rules.values():
+        for rule in _rules(self.whole()):
             try:
                 yield from rule(self)
             except Refused:
                 continue
 
+    @classmethod
+    def whole(cls) -> type[Section]:
+        """Return the section itself, where this is it without the keys that are wrong."""
+        return next(
+            k for k in cls.__mro__ if issubclass(k, Section) and not k.__dict__.get("partial")
+        )
+
     def filled(self) -> bool:
         """Put defaults where keys are wrong; return whether all of them have one."""
-        kind = next(k for k in type(self).__mro__ if not k.__dict__.get("partial"))
-        assert issubclass(kind, Section)
+        kind = self.whole()
         for key, known in kind.model_fields.items():
             value = vars(self).get(key)
             if isinstance(value, Section) and not value.filled():
@@ -303,6 +308,16 @@ WORDS = {
     "says": "{says}",
 }
 """What was expected, by the kinds of faults that pydantic finds."""
+
+
+@cache
+def _rules(kind: type[Section]) -> tuple[Callable[[Any], Faults], ...]:
+    """The checks of a section."""
+    found = {
+        name: rule for one in kind.__mro__[::-1] for name, rule in [*vars(one).items()]
+        if getattr(rule, "is_check", False)
+    }  # fmt: skip
+    return tuple(found.values())
 
 
 def _deepest(faults: list[Any]) -> list[Any]:
