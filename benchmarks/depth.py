@@ -22,7 +22,7 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
 from experts import TASKS, TextTask, base_folder, packages
 
-from suture.training.data import at_most, split
+from suture.training.labelled import at_most, split
 from suture.verbs.finetune import VERB as finetune
 
 HERE = Path(__file__).parent

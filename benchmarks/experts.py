@@ -23,7 +23,8 @@ import xxhash
 from suture.errors import OutputError
 from suture.schema.tuning import TuneSettings
 from suture.tensors.roles import role_of
-from suture.training.data import Dataset, Split, at_most, labels_of, split, tokenise
+from suture.training.data import Dataset, tokenise
+from suture.training.labelled import Split, at_most, labels_of, split
 from suture.training.loop import tune
 from suture.training.models import (
     Classifier,

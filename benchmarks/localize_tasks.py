@@ -57,7 +57,8 @@ from suture.edits.stats import Stats
 from suture.evals.table import EVALS
 from suture.schema.tuning import LEARN_PRESETS
 from suture.stream.vector import TaskVector
-from suture.training.data import Dataset, at_most, tokenise
+from suture.training.data import Dataset, tokenise
+from suture.training.labelled import at_most
 from suture.training.mask_learning import learn
 from suture.training.measure import measure
 from suture.training.models import Classifier, Head, load_encoder, load_head, load_tokenizer

@@ -22,7 +22,8 @@ from suture.edits.mask import localize
 from suture.errors import MismatchError, NonFiniteError, OutputError, RecipeError, SutureError
 from suture.evals.walk import Walk, classes
 from suture.runs.place import Options
-from suture.training.data import labels_of, tokenise
+from suture.training.data import tokenise
+from suture.training.labelled import labels_of
 from suture.training.models import Classifier, Head
 from suture.verbs.analyze import VERB as analysis
 from suture.verbs.analyze.plan import make_plan as plan_analysis

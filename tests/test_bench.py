@@ -27,13 +27,14 @@ from suture.analysis.vector_space import LinearSpace, PlainSpace, Side, accuracy
 from suture.checkpoints.checkpoint import open_checkpoint
 from suture.cli import app
 from suture.edits.mask import Mask
-from suture.errors import OutputError, RecipeError, SutureError
+from suture.errors import OutputError, Problems, RecipeError, SutureError
 from suture.runs.ledger import Ledger, digest
 from suture.runs.progress import Progress
 from suture.schema.tuning import TuneSettings
 from suture.training import strategies
 from suture.training.calibrate import Calibration, sensitivity
-from suture.training.data import LabelledText, tokenise
+from suture.training.data import tokenise
+from suture.training.labelled import LabelledText
 from suture.training.models import Classifier, Head, device_of, load_encoder, load_tokenizer
 from suture.training.tangent import LinearizedBody
 from suture.verbs.bench import VERB as bench
@@ -49,7 +50,7 @@ from suture.verbs.bench.maths import (
     within_one_interval,
 )
 from suture.verbs.bench.plan import make_plan as plan_bench
-from suture.verbs.bench.recipe import MEASURES, Grids, Line, read_bench
+from suture.verbs.bench.recipe import MEASURES, Bench, Grids, Line, read_bench
 from suture.verbs.bench.tasks import TASKS, divide, package_folders
 from suture.verbs.report.collect import gather
 
@@ -558,6 +559,15 @@ def test_tasks_of_packages_are_there_or_named() -> None:
 # ---------------------------------------------------------------------------------- wrong recipes
 
 
+def bench_of(source: Path | dict[str, Any], folder: Path | None = None) -> Bench:
+    """A recipe that is read, or all that is wrong with it."""
+    problems = Problems()
+    found = read_bench(source, problems, folder)
+    problems.raise_if_any()
+    assert found is not None
+    return found
+
+
 def test_all_that_is_wrong_with_a_recipe_is_told_at_once(shop: Path) -> None:
     """Unknown words with the nearest known ones, values out of range, things that do not fit."""
     raw = yaml.safe_load((shop / "bench.yaml").read_text())
@@ -573,14 +583,13 @@ def test_all_that_is_wrong_with_a_recipe_is_told_at_once(shop: Path) -> None:
         },
     }  # fmt: skip
     with pytest.raises(RecipeError) as caught:
-        read_bench(raw, shop)
+        bench_of(raw, shop)
     problems = caught.value.problems  # type: ignore[attr-defined]
     for part in (
         "base: no folder", "did you mean 'topics'", "a name and a file", "'heads'", "head: 'proof'",
-        "reference: 'ful'", "seeds: a whole number", "did you mean 'addition'", "rows.train",
-        "training.lr", "the last is 1", "choose_lr_on", "addition.alphas", "negation.keep",
+        "reference: 'ful'", "seeds[0]: a whole number", "did you mean 'addition'", "rows.train",
+        "training.lr", "the last is 1", "addition.alphas", "negation.keep",
         "strategies.full.lr", "no strategy 'talus'", "strategies.talos.lr", "'rouns'", "density",
-        "control: negation needs",
     ):  # fmt: skip
         assert any(part in text for text in problems), (part, problems)
 
@@ -589,14 +598,16 @@ def test_all_that_is_wrong_with_a_recipe_is_told_at_once(shop: Path) -> None:
     ("change", "words"),
     [
         ({"tasks": ["bias"]}, "two or more"),
-        ({"tasks": "bias"}, "two or more"),
-        ({"strategies": {}}, "strategies: none"),
+        ({"tasks": "bias"}, "tasks: a list"),
+        ({"training": {"choose_lr_on": ["three"]}}, "choose_lr_on: some of the tasks"),
+        ({"control": None}, "control: negation needs"),
+        ({"strategies": {}}, "strategies: a mapping from names to strategies"),
         ({"strategies": {"full": 3}}, "strategies.full"),
-        ({"measure": []}, "measure: some of"),
+        ({"measure": []}, "measure: a list"),
         ({"seeds": []}, "seeds"),
         ({"seeds": [1, 2, 1]}, "stands twice"),
         ({"strategies": {"a/b": {"strategy": "full", "lr": 1e-3}}}, "a name is made of"),
-        ({"tasks": ["bias", {"name": "../x", "file": "one.jsonl"}]}, "a name is made of"),
+        ({"tasks": ["bias", {"name": "../x", "file": "one.jsonl"}]}, "a name of letters"),
         ({"training": {"steps": "many"}}, "training.steps"),
         ({"training": {"schedule": "wavy"}}, "schedule"),
         ({"control": "bias", "tasks": ["bias", "topics"]}, "control: bias is one of the tasks"),
@@ -608,7 +619,7 @@ def test_wrong_recipes_are_refused(shop: Path, change: dict[str, Any], words: st
     """Each by a message that names the place."""
     raw = {**yaml.safe_load((shop / "bench.yaml").read_text()), **change}
     with pytest.raises(RecipeError, match=words):
-        read_bench(raw, shop)
+        bench_of(raw, shop)
 
 
 def test_what_only_files_tell_is_checked_before_anything_is_trained(shop: Path) -> None:
@@ -631,21 +642,21 @@ def test_a_file_that_is_no_recipe_is_refused(tmp_path: Path, text: str) -> None:
     """Lists, broken YAML and bytes; and a file that is not there."""
     (tmp_path / "r.yaml").write_text(text)
     with pytest.raises(RecipeError):
-        read_bench(tmp_path / "r.yaml")
+        bench_of(tmp_path / "r.yaml")
     with pytest.raises(RecipeError, match=r"none\.yaml"):
-        read_bench(tmp_path / "none.yaml")
+        bench_of(tmp_path / "none.yaml")
 
 
 def test_the_recipes_of_the_repository_are_recipes() -> None:
     """Both examples are read; the large one has every strategy, six tasks and three seeds."""
     examples = Path(__file__).parents[1] / "examples"
-    large = read_bench(examples / "bench.yaml")
+    large = bench_of(examples / "bench.yaml")
     assert {line.strategy.name for line in large.lines} == {
         "full", "linearized", "lora", "linearized-lora", "lota", "talos", "masked"
     }  # fmt: skip
     assert (len(large.tasks), len(large.seeds)) == (6, 3)
     assert large.measure == MEASURES
-    assert read_bench(examples / "bench-quick.yaml").seeds == (0,)
+    assert bench_of(examples / "bench-quick.yaml").seeds == (0,)
     assert json.dumps(large.resolved())
 
 
@@ -688,4 +699,4 @@ def test_probe_heads_are_fitted_on_training_rows(shop: Path) -> None:
     assert found["lines"]["random"]["xi"]["mean"] >= 0
     assert "absolute" not in found["lines"]["random"]
     assert found["lines"]["random"]["matched"]["own_xi"]["mean"] >= 0
-    assert replace(read_bench(raw), seeds=(4,)).resolved()["seeds"] == [4]
+    assert bench_of(raw).model_copy(update={"seeds": (4,)}).resolved()["seeds"] == [4]

@@ -12,17 +12,15 @@ from hypothesis import strategies as st
 
 import tiny_model
 from suture.errors import RecipeError
-from suture.training.data import (
-    Dataset,
+from suture.training.data import Dataset, plan, tokenise
+from suture.training.labelled import (
     LabelledText,
     at_most,
     draw,
     labels_of,
-    plan,
     read_rows,
     rows_of,
     split,
-    tokenise,
 )
 
 

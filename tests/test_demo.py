@@ -16,7 +16,7 @@ import suture
 import touring
 from making import invoke, lines_of
 from suture.errors import OutputError, RecipeError, SutureError
-from suture.verbs.merge.recipe import read_recipe
+from suture.verbs.merge.documents import read_recipe
 from touring import EDITS, LONG, SAFETY, SHORT, edits, safety, settings, steps, tour
 
 ROOT = Path(__file__).parents[1]

@@ -15,7 +15,8 @@ from suture.errors import MismatchError, NonFiniteError, RecipeError
 from suture.evals.base import EvalResult, Metric, mean, ratio, share
 from suture.evals.embedding import agreement
 from suture.evals.table import EVALS
-from suture.training.data import Dataset, LabelledText, labels_of, tokenise
+from suture.training.data import Dataset, tokenise
+from suture.training.labelled import LabelledText, labels_of
 from suture.training.loss import token_losses
 from suture.training.models import Classifier, Head, embed
 

@@ -23,7 +23,8 @@ from suture.training.calibrate import (
     structure,
     upper,
 )
-from suture.training.data import Dataset, labels_of, tokenise
+from suture.training.data import Dataset, tokenise
+from suture.training.labelled import labels_of
 from suture.training.models import Classifier, Head, LanguageModel
 from suture.training.packed import ParameterPlace, unpack
 

@@ -17,7 +17,8 @@ import tiny_model
 from suture.errors import RecipeError
 from suture.schema.tuning import TuneSettings
 from suture.training.compact import Compact
-from suture.training.data import Dataset, labels_of, tokenise
+from suture.training.data import Dataset, tokenise
+from suture.training.labelled import labels_of
 from suture.training.loop import refuse_sharded, slope, tune
 from suture.training.loss import classification
 from suture.training.models import Classifier, Head, recompute_activations

@@ -21,7 +21,8 @@ import toy
 from suture.checkpoints.writer import Writer
 from suture.errors import CheckpointError, MismatchError, NonFiniteError, OutputError, RecipeError
 from suture.merges.apply import checkpoint_fingerprint
-from suture.training.data import LabelledText, tokenise
+from suture.training.data import tokenise
+from suture.training.labelled import LabelledText
 from suture.training.load import load_tuned
 from suture.training.models import LanguageModel, save_head, save_model
 

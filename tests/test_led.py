@@ -17,7 +17,7 @@ from slow import merges as slow
 from suture.edits.stats import Stats
 from suture.errors import MismatchError, RecipeError, SutureError
 from suture.merges.elections import kept_apart, voted
-from suture.verbs.merge.recipe import read_recipe
+from suture.verbs.merge.documents import read_recipe
 
 NAMES = ("ada", "bob", "cyd")
 EVERYTHING = {"exclude": []}

@@ -16,7 +16,8 @@ import tiny_model
 from suture.edits.stats import Stats
 from suture.errors import CheckpointError, MismatchError, NonFiniteError, RecipeError
 from suture.tensors.spec import TensorSpec
-from suture.training.data import Dataset, labels_of, tokenise
+from suture.training.data import Dataset, tokenise
+from suture.training.labelled import labels_of
 from suture.training.loss import token_losses
 from suture.training.measure import OBJECTIVES, data_hash, measure
 from suture.training.models import Classifier, Encoder, Head, LanguageModel, parameters_of

@@ -27,8 +27,8 @@ from making import (
     write_recipe,
 )
 from suture.schema.text import parse_yaml
+from suture.verbs.merge.documents import read_recipe
 from suture.verbs.merge.mergekit import native
-from suture.verbs.merge.recipe import read_recipe
 from suture.verbs.merge.run import merge
 
 

@@ -44,8 +44,8 @@ from suture.verbs.finetune.plan import make_plan as plan_finetune
 from suture.verbs.finetune.recipe import read_finetune
 from suture.verbs.finetune.work import workshop
 from suture.verbs.localize.plan import make_plan as plan_regions
+from suture.verbs.merge.documents import read_recipe
 from suture.verbs.merge.plan import plan_recipe
-from suture.verbs.merge.recipe import read_recipe
 from suture.verbs.merge.run import merge
 from suture.verbs.realign import VERB as realign
 from suture.verbs.realign.recipe import read_realign
@@ -311,8 +311,8 @@ READERS: dict[str, Callable[[Source, Path | None], Any]] = {
     "realign": lambda source, folder: parsed(read_realign, source, folder),
     **dict.fromkeys(("eval", "classes"), lambda source, folder: suite_of(source, folder)),
     "analyze": lambda source, folder: plan_analysis(source, folder=folder).request,
-    "bench": lambda source, folder: (read_bench(source, folder).resolved(),
-                                     read_bench(source, folder).folder),
+    "bench": lambda source, folder: (parsed(read_bench, source, folder).resolved(),
+                                     parsed(read_bench, source, folder).folder),
     **dict.fromkeys(("audit", "audit-rows"),
                     lambda source, folder: plan_audit(source, Path("none"), folder=folder).recipe),
 }  # fmt: skip

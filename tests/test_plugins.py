@@ -25,7 +25,7 @@ from suture.schema.settings import settings
 from suture.schema.table import Table, slip
 from suture.schema.values import PerModel, each
 from suture.training.strategies import Strategy
-from suture.verbs.merge.recipe import read_recipe
+from suture.verbs.merge.documents import read_recipe
 
 PAGE = Path(__file__).parent.parent / "docs" / "plugins.md"
 TEXT = PAGE.read_text(encoding="utf-8")

@@ -19,8 +19,8 @@ from slow import more_merges as more
 from suture.errors import RecipeError
 from suture.merges.presets import PRESETS
 from suture.merges.table import METHODS
+from suture.verbs.merge.documents import read_recipe
 from suture.verbs.merge.mergekit_methods import KITS
-from suture.verbs.merge.recipe import read_recipe
 from toy import Tensors
 
 N = 4000

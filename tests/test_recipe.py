@@ -20,7 +20,7 @@ from suture.merges.policy import Policy
 from suture.merges.table import METHODS
 from suture.schema.text import RECIPE_LIMIT, parse_yaml
 from suture.tensors.roles import ParamSpace
-from suture.verbs.merge.recipe import MergeRecipe, read_recipe
+from suture.verbs.merge.documents import MergeRecipe, read_recipe
 
 
 def problems_of(recipe: Any) -> list[str]:

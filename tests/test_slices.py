@@ -20,9 +20,9 @@ from suture.merges.apply import checkpoint_fingerprint
 from suture.runs.place import MergeOptions
 from suture.schema.values import DepthCurve, Scalar
 from suture.verbs.merge.describe import describe
+from suture.verbs.merge.documents import read_recipe
 from suture.verbs.merge.mergekit import native
 from suture.verbs.merge.plan import plan_recipe
-from suture.verbs.merge.recipe import read_recipe
 from suture.verbs.merge.run import merge
 
 LAYERS = 4

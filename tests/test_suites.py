@@ -28,7 +28,8 @@ from suture.evals.loss import loss
 from suture.evals.results import SuiteResult, read_result
 from suture.evals.table import EVALS
 from suture.runs.progress import Progress
-from suture.training.data import rows_of, tokenise
+from suture.training.data import tokenise
+from suture.training.labelled import rows_of
 from suture.training.models import (
     Classifier,
     Head,

@@ -15,7 +15,8 @@ from suture.errors import NonFiniteError, RecipeError
 from suture.evals.table import EVALS
 from suture.schema.tuning import TuneSettings
 from suture.training import data as data_module
-from suture.training.data import Dataset, labels_of, tokenise
+from suture.training.data import Dataset, tokenise
+from suture.training.labelled import labels_of
 from suture.training.loop import TrainingStep, classification, slope, tune
 from suture.training.loss import next_token
 from suture.training.models import Classifier, Head, embed

@@ -25,8 +25,8 @@ from suture.checkpoints.embeddings import MatchedRows
 from suture.checkpoints.vocabulary import Vocabulary, read_vocabulary, union, written
 from suture.errors import RecipeError, SutureError
 from suture.runs.place import MergeOptions
+from suture.verbs.merge.documents import read_recipe
 from suture.verbs.merge.plan import plan_recipe
-from suture.verbs.merge.recipe import read_recipe
 
 EMBEDDING, HEAD = "model.embed_tokens.weight", "lm_head.weight"
 EVERYTHING = {"exclude": []}

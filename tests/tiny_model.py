@@ -11,7 +11,7 @@ from tokenizers import Tokenizer as Words
 from tokenizers.models import WordLevel
 from tokenizers.pre_tokenizers import Whitespace
 
-from suture.training.data import LabelledText
+from suture.training.labelled import LabelledText
 from suture.training.models import (
     Encoder,
     Head,

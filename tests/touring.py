@@ -20,7 +20,7 @@ from tokenizers.pre_tokenizers import Whitespace
 import chatting
 import tiny_model
 from suture.cli.demo import NAME, load_demo
-from suture.training.data import LabelledText
+from suture.training.labelled import LabelledText
 from suture.training.models import save_model
 from suture.verbs.bench.tasks import BenchTask
 

@@ -28,8 +28,8 @@ from suture.merges.policy import Policy
 from suture.stream.vector import TaskVector
 from suture.tensors.roles import ParamSpace
 from suture.verbs.merge import run
-from suture.verbs.merge.jobs import short
 from suture.verbs.merge.lazy import Merged
+from suture.verbs.merge.recipe import short
 from suture.verbs.merge.run import MergeReport
 
 if TYPE_CHECKING:

@@ -14,10 +14,11 @@ from suture.errors import RecipeError, did_you_mean
 RECIPES = {
     "analyze": ("suture.verbs.analyze.recipe", "Request"),
     "audit": ("suture.verbs.audit.recipe", "Audit"),
+    "bench": ("suture.verbs.bench.recipe", "Bench"),
     "eval": ("suture.verbs.evaluate.recipe", "Suite"),
     "finetune": ("suture.verbs.finetune.recipe", "Finetune"),
     "localize": ("suture.verbs.localize.recipe", "Regions"),
-    "merge": ("suture.verbs.merge.jobs", "MergeRecipe"),
+    "merge": ("suture.verbs.merge.recipe", "MergeRecipe"),
     "realign": ("suture.verbs.realign.recipe", "Realign"),
 }
 """Where the recipe of a command is defined."""

@@ -22,7 +22,7 @@ from suture.evals.kinds import (
 )
 from suture.evals.loss import joined, row_losses
 from suture.schema.parameters import Choice, Words
-from suture.training.data import cell
+from suture.training.labelled import cell
 
 LETTERED = re.compile(r"^\s*\(?([A-Z])[.):]\s*", re.MULTILINE)
 

@@ -11,7 +11,7 @@ from typing import Annotated, Literal
 from suture.evals.generate import generate, questions
 from suture.evals.kinds import Column, EvalJob, Models, Prepare, Row, Run, Score, Template
 from suture.schema.parameters import Choice, Text
-from suture.training.data import cell
+from suture.training.labelled import cell
 
 NUMBER = re.compile(r"[-+]?\d[\d,]*(?:\.\d+)?|[-+]?\.\d+")
 LETTER = re.compile(r"(?<![A-Za-z])\(?([A-H])(?:[).:]|(?![A-Za-z]))")

@@ -27,7 +27,8 @@ from suture.errors import CheckpointError, RecipeError, brief, did_you_mean
 from suture.evals.endpoint import Endpoint, ask_all
 from suture.schema.parameters import Tagged
 from suture.schema.paths import place_of
-from suture.training.data import rows_of, tokenise
+from suture.training.data import tokenise
+from suture.training.labelled import rows_of
 from suture.training.models import (
     Encoder,
     TextClassifier,

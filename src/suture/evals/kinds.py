@@ -34,8 +34,9 @@ from suture.evals.base import Eval, Metric
 from suture.evals.decoding import Decoding
 from suture.schema.parameters import Text
 from suture.schema.table import Line
-from suture.training.data import Batch, Dataset, cell
+from suture.training.data import Batch, Dataset
 from suture.training.images import ImageTransform
+from suture.training.labelled import cell
 
 Needs = Literal["classifier", "encoder", "image-classifier", "language-model"]
 

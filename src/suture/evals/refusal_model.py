@@ -11,7 +11,7 @@ import torch
 from suture.errors import RecipeError
 from suture.evals.base import Metric, share
 from suture.evals.judges import ANSWERS, REFUSES, stances
-from suture.training.data import draw
+from suture.training.labelled import draw
 from suture.training.models import load_encoder, save_head
 from suture.training.probe import fit_head
 

@@ -236,18 +236,23 @@ class WordOrFile:
     Args:
         words: that mean something else than a file.
         what: the file is.
+        folder: it is one, and no file.
     """
 
     words: tuple[str, ...]
     what: str
+    folder: bool = False
 
     def __get_pydantic_core_schema__(self, source: Any, handler: Any) -> CoreSchema:
         def read(value: Any, info: ValidationInfo[Any]) -> str:
             if not isinstance(value, str) or not value:
                 raise told(f"{', '.join(self.words)} or {self.what}, not {brief(value)}")
             place = place_of(value, reading_of(info).folder)
-            if value not in self.words and not place.is_file():
-                raise told(f"no file {shown(place)}; {did_you_mean(value, self.words)}")
+            is_there, kind = (
+                (place.is_dir(), "folder") if self.folder else (place.is_file(), "file")
+            )
+            if value not in self.words and not is_there:
+                raise told(f"no {kind} {shown(place)}; {did_you_mean(value, self.words)}")
             return value
 
         return core_schema.with_info_plain_validator_function(

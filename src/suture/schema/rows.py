@@ -60,14 +60,22 @@ def _no(value: object) -> object:
     return "no" if value is False else value
 
 
-def how_to_train(default: TuneSettings) -> Becomes:
-    """Return how a section that says how to train is read; ``default`` holds elsewhere."""
+def how_to_train(default: TuneSettings, elsewhere: str = "", **types: Any) -> Becomes:
+    """Return how a section that says how to train is read.
+
+    Args:
+        default: what holds where nothing is said.
+        elsewhere: where the keys are that are left out, for the message.
+        **types: of keys, where not those of ``default``; ``None`` leaves one out.
+    """
 
     def make(keys: Section, _: Path) -> TuneSettings:
         return replace(default, **keys.model_dump(exclude_unset=True))
 
     precision = Annotated[Precision, BeforeValidator(_no)]
-    return Becomes(section_of(type(default), precision=precision), make, plain)
+    keys = section_of(type(default), precision=precision, **types)
+    keys.elsewhere = {key: elsewhere for key, hint in types.items() if hint is None}
+    return Becomes(keys, make, plain)
 
 
 TrainRows = Annotated[Source, source("train")]

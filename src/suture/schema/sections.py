@@ -97,6 +97,8 @@ class Section(BaseModel):
     """The class in which fields are documented, where it is not this one."""
     absent: ClassVar[Mapping[str, Any]] = {}
     """What stands for keys that are wrong, where not their default, so that the rest is used."""
+    elsewhere: ClassVar[Mapping[str, str]] = {}
+    """What is said of keys that one may look for here, and that stand somewhere else."""
     partial: ClassVar[bool] = False
     """Whether wrong keys were left out."""
     wrong: ClassVar[frozenset[str]] = frozenset()
@@ -161,6 +163,8 @@ class Section(BaseModel):
         kind, place, ctx = one["type"], one["loc"], one.get("ctx", {})
         if kind == "told":
             return _fault(place, ctx["text"], one["input"])
+        if kind == "extra_forbidden" and place[-1] in cls.elsewhere:
+            return _fault(place, cls.elsewhere[place[-1]], one["input"])
         if kind == "extra_forbidden":
             hint = did_you_mean(str(place[-1]), list(cls.model_fields))
             return _fault(place[:-1], f"unknown key {str(place[-1])!r}; {hint}", one["input"])
@@ -253,8 +257,9 @@ class Section(BaseModel):
                 target["properties"][key] = {"anyOf": [entry, {"type": "null"}], **kept}
         if not cls.short:
             return found
-        text = {"type": "string"}
-        return {"anyOf": [text if cls.short_for is str else target["properties"][cls.short], found]}
+        kept = {k: v for k, v in target["properties"][cls.short].items()
+                if k not in ("description", "default")}  # fmt: skip
+        return {"anyOf": [kept, found]}
 
 
 class Recipe(Section):

@@ -11,7 +11,8 @@ from torch.nn import functional as F
 
 from suture.errors import MismatchError, Problems
 from suture.schema.paths import place_of
-from suture.training.data import Dataset, rows_of, tokenise
+from suture.training.data import Dataset, tokenise
+from suture.training.labelled import rows_of
 from suture.training.models import Encoder, Head, embed, load_head
 from suture.training.probe import fit_head
 

@@ -10,7 +10,6 @@ from suture.checkpoints.checkpoint import Checkpoint
 from suture.checkpoints.headers import read_json
 from suture.errors import Problems, RecipeError, did_you_mean
 from suture.schema.sources import DataSpec, Source
-from suture.training.data import cell
 from suture.training.images import (
     Image,
     Images,
@@ -22,6 +21,7 @@ from suture.training.images import (
     idx_images,
     is_idx,
 )
+from suture.training.labelled import cell
 from suture.training.rows import TrainingRows, held_out, need_columns, numbered, records_of
 
 PREPROCESSOR = "preprocessor_config.json"

@@ -10,7 +10,8 @@ from typing import Any, NamedTuple, TypeVar
 from suture.checkpoints.chat import as_chat
 from suture.errors import MissingExtraError, Problems, RecipeError, did_you_mean
 from suture.schema.sources import DataSpec, Source
-from suture.training.data import Dataset, LabelledText, cell, draw, read_records
+from suture.training.data import Dataset
+from suture.training.labelled import LabelledText, cell, draw, read_records
 
 R = TypeVar("R")
 Record = tuple[str, Mapping[str, object]]

@@ -119,7 +119,7 @@ def _convex(
 
 def few(material: Material, most: int, seed: int) -> Material:
     """At most so many rows, chosen by a hash, in their given order."""
-    from suture.training.data import draw
+    from suture.training.labelled import draw
 
     if len(material.rows) <= most:
         return material

@@ -27,7 +27,7 @@ from suture.errors import OutputError, Problems
 from suture.evals.table import EVALS
 from suture.schema.settings import settings as settings_of
 from suture.schema.tuning import TuneSettings
-from suture.training.data import draw
+from suture.training.labelled import draw
 from suture.training.loop import TuneResult, tune
 from suture.training.loss import LossStep, classification
 from suture.training.models import Classifier, Encoder, file_names

@@ -12,7 +12,7 @@ from suture.errors import Problems, RecipeError
 from suture.runs.ledger import Kind, check_cells
 from suture.runs.place import Options
 from suture.schema.paths import place_of
-from suture.training.data import Split, labels_of
+from suture.training.labelled import Split, labels_of
 from suture.training.models import Tokenizer, load_tokenizer
 from suture.verbs.bench.recipe import MINILM, Bench, read_bench
 from suture.verbs.bench.tasks import BASE, BenchTask, base_folder, divide, package_folders
@@ -50,11 +50,13 @@ def make_plan(
     Raises:
         SutureError: all problems at once.
     """
-    found = read_bench(recipe, folder)
+    problems = Problems()
+    found = read_bench(recipe, problems, folder)
+    problems.raise_if_any()
+    assert found is not None
     needed = {name for task in found.everything for name in task.needs}
     places = package_folders(needed | ({BASE} if found.base == MINILM else set()))
     base = base_folder(places) if found.base == MINILM else place_of(found.base, found.folder)
-    problems = Problems()
     if not (base / "config.json").is_file():
         problems.add(RecipeError, f"base: {base}: no model folder: it has no config.json")
     options = options or Options()
@@ -70,7 +72,7 @@ def make_plan(
 
 
 def _divided(bench: Bench, task: BenchTask, rows: list[Any], seed: int) -> Split:
-    sizes = bench.sizes
+    sizes = bench.rows
     control = bench.control is not None and task.name == bench.control.name
     validation, test = (sizes.control,) * 2 if control else (sizes.validation, sizes.test)
     try:

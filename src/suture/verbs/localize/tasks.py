@@ -19,7 +19,8 @@ from suture.training.task_rows import Task
 from suture.verbs.merge.run import merged, save
 
 if TYPE_CHECKING:
-    from suture.training.data import Dataset, LabelledText
+    from suture.training.data import Dataset
+    from suture.training.labelled import LabelledText
     from suture.training.measure import Objective
     from suture.training.models import Head
     from suture.training.rows import Record
@@ -78,7 +79,7 @@ def _texts(task: Task) -> Material:
 
 
 def _labelled(name: str, task: Task, seed: int) -> Material:
-    from suture.training.data import at_most, read_rows
+    from suture.training.labelled import at_most, read_rows
     from suture.training.models import load_head
 
     head = None if task.head is None else load_head(task.head)

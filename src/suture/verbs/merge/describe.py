@@ -11,8 +11,8 @@ from suture.checkpoints.writer import plan_shards
 from suture.merges.apply import MergeJob, peak_memory
 from suture.stream.sweep import Block, Visitor, sweep, tasks_of
 from suture.tensors.spec import PIECE, Piece
+from suture.verbs.merge.documents import read_recipe
 from suture.verbs.merge.plan import Plan, stage_folder
-from suture.verbs.merge.recipe import read_recipe
 
 
 def describe(plan: Plan) -> dict[str, Any]:

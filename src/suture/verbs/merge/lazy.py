@@ -13,8 +13,8 @@ from suture.errors import MismatchError, Problems, told_in_python
 from suture.merges.apply import Outcome, Stage, apply, make_tensor, prepared
 from suture.runs.place import MergeOptions
 from suture.tensors.spec import TensorSpec
-from suture.verbs.merge.jobs import MergeRecipe
 from suture.verbs.merge.plan import Plan, check_contents, make_plan
+from suture.verbs.merge.recipe import MergeRecipe
 
 if TYPE_CHECKING:
     import torch

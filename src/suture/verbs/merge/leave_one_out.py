@@ -11,9 +11,9 @@ from suture.checkpoints.linearized import LINEARIZED, check_forms
 from suture.checkpoints.memory import Held, MemorySink, SmallFiles
 from suture.errors import Problems, RecipeError, SutureError
 from suture.merges.apply import Outcome, Stage
-from suture.verbs.merge.jobs import MergeRecipe
 from suture.verbs.merge.lazy import computed
 from suture.verbs.merge.plan import Plan, make_plan
+from suture.verbs.merge.recipe import MergeRecipe
 from suture.verbs.merge.run import add_files, after_stages, convert_tokenizer, execute
 
 MOST = 8 << 30

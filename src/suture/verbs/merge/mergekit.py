@@ -21,11 +21,13 @@ from suture.merges.policy import Policy
 from suture.merges.table import METHODS
 from suture.schema.parameters import Parameter
 from suture.schema.read import parse
-from suture.schema.reader import Reader, refuse_unknown
 from suture.schema.table import slip
 from suture.tensors.roles import DEFAULT_SPACE, EVERYTHING
 from suture.tensors.spec import PROMOTED
-from suture.verbs.merge.jobs import (
+from suture.verbs.merge.keys import Output
+from suture.verbs.merge.mergekit_keys import KitModel, KitModule, KitRecipe, KitSlice
+from suture.verbs.merge.mergekit_methods import KITS, REQUIRED, Kit, Same
+from suture.verbs.merge.recipe import (
     MergeRecipe,
     ModelEntry,
     Slice,
@@ -35,9 +37,6 @@ from suture.verbs.merge.jobs import (
     slice_faults,
     twice,
 )
-from suture.verbs.merge.keys import Output
-from suture.verbs.merge.mergekit_keys import KitModel, KitModule, KitRecipe, KitSlice
-from suture.verbs.merge.mergekit_methods import KITS, REQUIRED, Kit, Same
 
 Scopes = list[tuple[str, Mapping[str, Any]]]
 """Parameters with the place where they stand, the nearest scope first."""
@@ -71,10 +70,11 @@ def translated(raw: Mapping[str, Any], folder: Path, problems: Problems) -> Merg
     return recipe.placed(folder, raw).with_(kit=dict(raw))
 
 
-class _Translator(Reader):
+class _Translator:
+    """Makes a recipe of Suture's of one of mergekit's; every fault is noted."""
+
     def __init__(self, given: KitRecipe, problems: Problems) -> None:
-        super().__init__(given.written, given.folder, problems)
-        self.given = given
+        self.given, self.problems = given, problems
         self.notes: list[str] = []
         self.name = str(given.merge_method)
         if self.name not in KITS:  # all else is told as though the likely one were meant
@@ -84,6 +84,10 @@ class _Translator(Reader):
             self.name = near if slip(self.name, near) else "mergekit"
         self.kit = KITS.get(self.name)
         self.incomplete: set[str] = set()
+
+    def refuse(self, text: str) -> None:
+        """Note a fault."""
+        self.problems.add(RecipeError, text)
 
     def recipe(self) -> MergeRecipe:
         """The recipe in Suture's terms."""
@@ -272,7 +276,9 @@ class _Translator(Reader):
             if not isinstance(entry, Mapping):
                 self.refuse(f"{place}: conditions and numbers do not mix; write {{value: ...}}")
                 continue
-            refuse_unknown(entry, ("filter", "value"), f"{place}: ", self.problems)
+            for key in [k for k in entry if k not in ("filter", "value")]:
+                hint = did_you_mean(str(key), ["filter", "value"])
+                self.refuse(f"{place}: unknown key {key!r}; {hint}")
             word = entry.get("filter")
             if entry.get("value") is None:
                 self.refuse(f"{place}: no value; write {{filter: mlp, value: 0.5}}")

@@ -35,8 +35,8 @@ from suture.runs.place import (
 from suture.schema.paths import place_of
 from suture.tensors.roles import EVERYTHING
 from suture.tensors.spec import DTYPES, TensorSpec, cache_folder, listed
-from suture.verbs.merge.jobs import MergeRecipe
-from suture.verbs.merge.recipe import parse_recipe
+from suture.verbs.merge.documents import parse_recipe
+from suture.verbs.merge.recipe import MergeRecipe
 from suture.verbs.merge.slices import (
     Part,
     check_fit,

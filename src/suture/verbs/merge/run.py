@@ -39,6 +39,7 @@ from suture.tensors.spec import (
     TensorSpec,
     readable,
 )
+from suture.verbs.merge.documents import read_recipe
 from suture.verbs.merge.lazy import Merged, check_fingerprints
 from suture.verbs.merge.plan import (
     Plan,
@@ -49,7 +50,6 @@ from suture.verbs.merge.plan import (
     stage_folder,
     stages_of,
 )
-from suture.verbs.merge.recipe import read_recipe
 from suture.verbs.merge.record import provenance
 from suture.verbs.merge.slices import takes_files
 

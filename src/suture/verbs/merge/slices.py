@@ -23,7 +23,7 @@ from suture.stream.sweep import Sources, cores
 from suture.stream.vector import align
 from suture.tensors.roles import check_selectors, layer_parts, selects, tied_to
 from suture.tensors.spec import listed
-from suture.verbs.merge.jobs import MergeRecipe, Slice
+from suture.verbs.merge.recipe import MergeRecipe, Slice
 
 
 @dataclass(frozen=True)

@@ -20,8 +20,9 @@ from torch.nn import functional as F
 from suture.errors import NonFiniteError, Problems, RecipeError
 from suture.evals.base import Metric, mean, share
 from suture.schema.sources import PairSpec
-from suture.training.data import Batch, Dataset, cell, collate, draw, plan
+from suture.training.data import Batch, Dataset, collate, plan
 from suture.training.kept import KeptStates, positions
+from suture.training.labelled import cell, draw
 from suture.training.loss import to, wanted
 from suture.training.models import LanguageModel, evaluating
 from suture.training.rows import Record, TokenRow, answer_tokens, need_columns, records_of
