@@ -344,7 +344,10 @@ def docstrings(kind: type) -> dict[str, str]:
     """Return what stands below the fields of a class, by name; nothing where there is no source."""
     found: dict[str, str] = {}
     for one in kind.__mro__[::-1]:
-        one = getattr(one, "documents", None) or one
+        described = vars(one).get("documents")
+        if described is not None:
+            found |= docstrings(described)
+            continue
         if one.__module__.partition(".")[0] in ("builtins", "pydantic"):
             continue
         try:
@@ -353,7 +356,7 @@ def docstrings(kind: type) -> dict[str, str]:
             continue
         body = getattr(tree.body[0], "body", [])
         for key, below in pairwise(body):
-            said = getattr(getattr(below, "value", None), "value", None)
+            said = getattr(below.value, "value", None) if isinstance(below, ast.Expr) else None
             if isinstance(key, ast.AnnAssign) and isinstance(said, str):
                 found[ast.unparse(key.target)] = " ".join(said.split())
     return found

@@ -33,15 +33,23 @@ class DataSpec:
     """The rows and what their columns are called."""
 
     train: Source
+    """The rows that are trained on."""
     validation: Source | None = None
+    """Rows to choose by, where they have a source of their own."""
     share: float = 0.1
     """Share of the training rows held out for validation, where it has no source of its own."""
     text: str = "text"
+    """The column of texts."""
     label: str = "label"
+    """The column of labels."""
     prompt: str = "prompt"
+    """The column of prompts."""
     response: str = "response"
+    """The column of answers."""
     messages: str = "messages"
+    """The column of chats: lists of messages with a role and a content."""
     image: str = "image"
+    """The column of images."""
     size: int = 0
     """Pixels that images are scaled to, in both directions; 0 for what the base was made for."""
     format: str = ""
@@ -53,6 +61,7 @@ class DataSpec:
     max_length: int = 0
     """Most tokens of a row; 0 for what the model can read."""
     too_long: str = "error"
+    """What is done with rows that have more tokens: error, cut or drop."""
     limit: int = 0
     """Use only the first so many training rows; 0 for all."""
     chat: bool = False
@@ -64,17 +73,23 @@ class PairSpec:
     """Pairs of a safe and an unsafe answer, and what their columns are called."""
 
     train: Source
+    """The pairs that are trained on."""
     validation: Source | None = None
+    """Pairs to choose by, where they have a source of their own."""
     test: Source | None = None
     """Rows for the numbers that are reported; where there are none, the validation rows."""
     share: float = 0.1
     """Share of prompts held out for validation, where it has no source of its own."""
     prompt: str = "prompt"
+    """The column of prompts."""
     chosen: str = "chosen"
+    """The column of safe answers."""
     rejected: str = "rejected"
+    """The column of unsafe answers."""
     max_length: int = 0
     """Most tokens of prompt and answer; 0 for what the model can read."""
     too_long: str = "error"
+    """What is done with rows that have more tokens: error, cut or drop."""
     limit: int = 0
     """Use only the first so many training rows; 0 for all."""
     chat: bool = False

@@ -21,13 +21,19 @@ class Task(Section):
     data: FilePath
     """A .jsonl or .csv file."""
     kind: Literal["classification", "causal"] = "classification"
+    """What the rows are: texts with labels, or texts that a language model continues."""
     head: FilePath | None = None
     """Of a classifier: the file that Suture wrote."""
     text: Column = "text"
+    """The column of texts."""
     label: Column = "label"
+    """The column of labels."""
     prompt: Column = "prompt"
+    """The column of prompts."""
     response: Column = "response"
+    """The column of answers."""
     messages: Column = "messages"
+    """The column of chats: lists of messages with a role and a content."""
     format: Literal["", "text", "prompt", "chat"] = ""
     """Of a language model's rows; found out from the columns unless given."""
     chat: bool = False
@@ -37,7 +43,9 @@ class Task(Section):
     rows: Count | None = None
     """Most rows of each label, or of all where there are none."""
     batch: Count = 8
+    """Rows that go through the model together."""
     draws: Count = 1
+    """Labels that are drawn for each row, by statistics that draw them."""
 
     @check
     def _has_a_head(self) -> Faults:

@@ -174,6 +174,7 @@ class Request(Recipe):
     space: Space = DEFAULT_SPACE
     """The tensors that are looked at."""
     seed: Seed = 0
+    """Of what is drawn at random."""
     tasks: Annotated[Mapping[str, Task], NamedEntries(
         ".*", "", "a mapping from names of models to their rows"
     )] = {}  # fmt: skip
@@ -184,6 +185,7 @@ class Request(Recipe):
     rows: Count = 512
     """Most rows of a task that classifiers are asked about."""
     device: Word = "cpu"
+    """Where it is computed: auto, cpu or cuda."""
 
     @property
     def made(self) -> tuple[str, ...]:

@@ -56,9 +56,11 @@ class SharedRows(Rows):
     """Rows of all languages, and what the columns are called."""
 
     prompt: Column = "prompt"
+    """The column of prompts."""
     response: Column = "response"
     """Of probe rows: the answer that the policy forbids."""
     language: Column = "language"
+    """The column of languages, where one file holds several."""
 
 
 class Scoring(Section):
@@ -93,6 +95,7 @@ class Attack(Section):
     response: str = "response"
     """The column of answers."""
     training: Annotated[TuneSettings, how_to_train(TRAINING)] = TRAINING
+    """How the attack trains."""
 
 
 class Freeze(Section):
@@ -112,6 +115,7 @@ class Useful(Section):
     share: Share = 0.05
     """Of the entries, by the same score taken on these rows."""
     response: Column = "response"
+    """The column of answers."""
     limit: Number = 64
     """Rows at most; 0 for all."""
 
@@ -129,11 +133,17 @@ class Utility(Section):
     data: TestRows
     """The rows."""
     text: Any = None
+    """The column of texts."""
     prompt: Any = None
+    """The column of prompts."""
     response: Any = None
+    """The column of answers."""
     limit: Any = None
+    """Rows at most; 0 for all."""
     max_length: Any = None
+    """Most tokens of a row."""
     too_long: Any = None
+    """What is done with longer rows: error, cut or drop."""
 
     def asked(self) -> dict[str, Any]:
         """Return what the evaluation of a suite has."""
@@ -243,6 +253,7 @@ class Audit(Recipe):
     deltas: bool = False
     """Whether masks of `share` are kept with the weights that they mark."""
     device: Word = "auto"
+    """Where it is computed: auto, cpu or cuda."""
 
     @property
     def columns(self) -> SharedRows:

@@ -145,8 +145,11 @@ class Rows(Section):
     """How many rows of a task are used at most, and how long they may be."""
 
     train: Annotated[int, Ge(2), Integral] = 240
+    """Training rows."""
     validation: Annotated[int, Ge(2), Integral] = 60
+    """Validation rows."""
     test: Annotated[int, Ge(2), Integral] = 150
+    """Test rows."""
     control: Annotated[int, Ge(2), Integral] = 150
     """Test rows, and validation rows, of the control."""
     max_length: Annotated[int, Ge(2), Integral] = 32
@@ -174,12 +177,14 @@ class Addition(Section):
     """The amounts by which task vectors are added."""
 
     alphas: Amounts = Grids.addition
+    """Factors on the sum."""
 
 
 class Negation(Section):
     """The amounts by which one is taken away."""
 
     alphas: Amounts = Grids.negation
+    """Factors on the task vector."""
     keep: Annotated[float, Ge(0), Le(1)] = Grids.keep
     """Share of the control's accuracy that has to be kept."""
 
@@ -188,6 +193,7 @@ class Disentanglement(Section):
     """Whether one task changes what is answered of another."""
 
     amounts: Amounts = Grids.disentanglement
+    """Factors on both task vectors."""
     rows: Annotated[int, Ge(2), Le(10**6), Integral] = Grids.rows
     """Test rows of each task."""
 
@@ -217,6 +223,7 @@ class Bench(Recipe):
         checkpoints=Annotated[Shares, AfterValidator(_shares_of_steps)],
         choose_lr_on=Annotated[tuple[str, ...], Listed()],
     )] = Training()  # fmt: skip
+    """How every strategy is trained."""
     strategies: Annotated[Mapping[str, LineKeys], NamedEntries(
         NAME, NO_NAME, "a mapping from names to strategies, such as `full: {strategy: full, lr: "
         "1e-5}`", least=1,
@@ -225,6 +232,7 @@ class Bench(Recipe):
     reference: str = ""
     """The line that others are compared with; by default the first."""
     seeds: Annotated[tuple[Seed, ...], MinLen(1), Listed(different=False)] = (0, 1, 2)
+    """Of rows, heads and trainings; the whole benchmark is run with each."""
     measure: Annotated[tuple[Literal[MEASURES], ...], MinLen(1), Listed(one=False)] = MEASURES  # type: ignore[valid-type]
     """What is measured."""
     addition: Addition = Addition()

@@ -53,8 +53,10 @@ class Finetune(Recipe):
     head: Annotated[str, WordOrFile(HEADS, "the file of a saved head")] = "probe"
     """Of a classifier: probe, zero-shot, learned, or the file of a saved head."""
     training: Annotated[FinetuneSettings, how_to_train(FinetuneSettings())] = FinetuneSettings()
+    """How to train."""
     output: Output = Output()
     device: Annotated[Word, Says("auto, cpu or cuda")] = "auto"
+    """Where it is computed: auto, cpu or cuda."""
 
     @classmethod
     def tables(cls) -> Mapping[str, Table[Any]]:

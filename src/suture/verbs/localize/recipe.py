@@ -98,6 +98,7 @@ class Regions(Recipe):
     keep_stats: bool = True
     """Whether what was measured stays beside the masks, which are much smaller."""
     device: Word = "cpu"
+    """Where it is computed: auto, cpu or cuda."""
     without: Files = {}
     """Masks of entries that are never kept, one for all models or one for each."""
 

@@ -110,10 +110,12 @@ class Realign(Recipe):
     )] | None = None  # fmt: skip
     """Rows of what the tuned models are for; a loss per token is measured on them."""
     training: Annotated[TuneSettings, how_to_train(TRAINING)] = TRAINING
+    """How to train, of methods that do."""
     ancestor: Literal["check", "trust"] = "check"
     """Whether distances are asked if the tuned models come from the aligned one."""
     output: Output = Output()
     device: Annotated[Word, Says("auto, cpu or cuda")] = "auto"
+    """Where it is computed: auto, cpu or cuda."""
 
     @classmethod
     def tables(cls) -> Mapping[str, Table[Any]]:
