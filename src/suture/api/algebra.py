@@ -76,7 +76,7 @@ def open(
         MismatchError: an adapter does not fit its base.
         RecipeError: it is nothing of these.
 
-    Example:
+    Examples:
         >>> import numpy as np, suture
         >>> model = suture.open({"layers.0.mlp.weight": np.ones((2, 3), np.float16)}, label="tiny")
         >>> model
@@ -137,7 +137,7 @@ def inspect(model: Model, *, check: bool = False, tensors: bool = False) -> dict
     Raises:
         CheckpointError: it is not a readable model.
 
-    Example:
+    Examples:
         >>> import numpy as np, suture
         >>> suture.inspect({"layers.0.mlp.weight": np.ones((2, 3), np.float16)})["bytes"]
         12
@@ -161,7 +161,7 @@ def diff(base: Model, tuned: Model) -> dict[str, Any]:
     Raises:
         MismatchError: the two do not hold the same tensors.
 
-    Example:
+    Examples:
         >>> import numpy as np, suture
         >>> base = {"layers.0.mlp.weight": np.array([3.0, 4.0], np.float32)}
         >>> found = suture.diff(base, {"layers.0.mlp.weight": np.array([3.0, 4.5], np.float32)})
@@ -193,7 +193,7 @@ def measure(model: nn.Module, data: Dataset, kinds: Sequence[str], **options: An
         NonFiniteError: the loss of a row is NaN or infinite.
         RecipeError: there is nothing to measure, labels are missing, or no such kind.
 
-    Example:
+    Examples:
         >>> import torch, suture
         >>> from suture.training.data import Dataset
         >>> from suture.training.models import Classifier, Head
@@ -249,7 +249,7 @@ def merge(
         RecipeError: everything that is wrong with the parameters, at once.
         CheckpointError: a model cannot be opened.
 
-    Example:
+    Examples:
         >>> import numpy as np, suture
         >>> name = "layers.0.mlp.weight"
         >>> base = {name: np.zeros((1, 4), np.float32)}
@@ -360,7 +360,7 @@ def localize(
         RecipeError: no such rule or scope, ``density`` is not in (0, 1], statistics are missing.
         MismatchError: the statistics, or the mask of ``without``, are those of other tensors.
 
-    Example:
+    Examples:
         >>> import numpy as np, suture
         >>> base = suture.open({"layers.0.mlp.weight": np.zeros((1, 4), np.float32)})
         >>> moved = np.array([[4.0, 0.0, 1.0, -2.0]], np.float32)
@@ -407,7 +407,7 @@ def save(
         RecipeError: it is neither a merge nor a model.
         SutureError: an input does not fit, or the output cannot be written; all problems at once.
 
-    Example:
+    Examples:
         >>> import numpy as np, suture, tempfile
         >>> place = tempfile.TemporaryDirectory()
         >>> model = {"layers.0.mlp.weight": np.ones(3, np.float32)}

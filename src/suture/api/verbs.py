@@ -117,7 +117,7 @@ def merge_recipe(
     Raises:
         SutureError: the recipe, an input or the output is at fault; all problems at once.
 
-    Example:
+    Examples:
         >>> import suture
         >>> suture.merge_recipe({"method": "tis", "models": {"a": "nowhere"}}, "out")
         Traceback (most recent call last):
@@ -167,7 +167,7 @@ def localize_recipe(
     Raises:
         SutureError: the recipe, an input or the output is at fault; all problems at once.
 
-    Example:
+    Examples:
         >>> import numpy as np, suture, tempfile
         >>> place = tempfile.TemporaryDirectory()
         >>> at = {name: f"{place.name}/{name}" for name in ("base", "math", "masks")}
@@ -215,7 +215,7 @@ def finetune(
     Raises:
         SutureError: the recipe, an input or the output is at fault; all problems at once.
 
-    Example:
+    Examples:
         >>> import suture
         >>> suture.finetune({"base": "nowhere", "strategy": "lroa"}, "out")
         Traceback (most recent call last):
@@ -256,7 +256,7 @@ def realign(
     Raises:
         SutureError: the recipe, an input or the output is at fault; all problems at once.
 
-    Example:
+    Examples:
         >>> import suture
         >>> suture.realign({"aligned": "nowhere", "method": "somv"}, "out")
         Traceback (most recent call last):
@@ -297,7 +297,7 @@ def audit(
     Raises:
         SutureError: the recipe, an input or the output is at fault; all problems at once.
 
-    Example:
+    Examples:
         >>> import suture
         >>> suture.audit({"aligned": "nowhere"}, "out")
         Traceback (most recent call last):
@@ -338,7 +338,7 @@ def bench(
     Raises:
         SutureError: the recipe, a package, a file or the output is at fault.
 
-    Example:
+    Examples:
         >>> import suture
         >>> suture.bench({"strategies": []}, "out")
         Traceback (most recent call last):
@@ -368,7 +368,7 @@ def analyze(
     Raises:
         SutureError: the recipe, an input or the output is at fault; all problems at once.
 
-    Example:
+    Examples:
         >>> import numpy as np, suture, tempfile
         >>> place = tempfile.TemporaryDirectory()
         >>> at = {name: f"{place.name}/{name}" for name in ("base", "math", "code", "look")}
@@ -412,7 +412,7 @@ def report(
         OutputError: the page or an image cannot be written, or is there already.
         MissingExtraError: what draws is not installed.
 
-    Example:
+    Examples:
         >>> import suture
         >>> suture.report("nowhere", "page.html")
         Traceback (most recent call last):
@@ -462,7 +462,7 @@ def evaluate(
     Raises:
         SutureError: the suite, its rows, a model or the output is at fault; all problems at once.
 
-    Example:
+    Examples:
         >>> import suture
         >>> suture.evaluate("nowhere", {"name": "quick", "evaluations": {}})
         Traceback (most recent call last):
@@ -585,7 +585,7 @@ def compare(
     Raises:
         SutureError: not the same was asked of all, or a rule is none; all problems at once.
 
-    Example:
+    Examples:
         >>> import suture
         >>> import numpy as np
         >>> from suture.evals.results import Evaluation, Scores, SuiteResult
@@ -647,7 +647,7 @@ def blame(
     Raises:
         SutureError: the recipe, the suite or a result is at fault; all problems at once.
 
-    Example:
+    Examples:
         >>> import suture
         >>> suture.blame("merge.yaml", "suite.yaml", None, [], None, [], devices="cpu")
         Traceback (most recent call last):
@@ -694,7 +694,7 @@ def patch_make(
         SutureError: the models do not fit, the parameters are wrong, or the output cannot be
             written; all problems at once.
 
-    Example:
+    Examples:
         >>> import numpy as np, suture, tempfile
         >>> place = tempfile.TemporaryDirectory()
         >>> base = {"layers.0.mlp.weight": np.zeros(4, np.float32)}
@@ -756,7 +756,7 @@ def patch_apply(
     Raises:
         SutureError: what is wrong, with nothing written.
 
-    Example:
+    Examples:
         See ``patch_make``, which makes one, puts it on and takes it off again.
 
         >>> import suture
@@ -798,7 +798,7 @@ def patch_revert(
     Raises:
         SutureError: what is wrong, with nothing written.
 
-    Example:
+    Examples:
         See ``patch_make``, which makes one, puts it on and takes it off again.
 
         >>> import suture
@@ -846,7 +846,7 @@ def extract_lora(
         SutureError: a model does not fit the base, or the folder cannot be written; all problems
             at once.
 
-    Example:
+    Examples:
         >>> import numpy as np, suture, tempfile
         >>> place = tempfile.TemporaryDirectory()
         >>> name = "model.layers.0.self_attn.q_proj.weight"

@@ -53,7 +53,7 @@ class Checkpoint(Mapping[str, Array]):
     as stored. ``tensor(name)`` is the torch tensor in the dtype of the file. Subtracting another
     checkpoint gives a ``TaskVector``; adding two is an error. ``suture.open`` makes one.
 
-    Example:
+    Examples:
         >>> import numpy as np, suture
         >>> base = suture.open({"layers.0.mlp.weight": np.zeros(2, np.float32)}, label="base")
         >>> tuned = suture.open({"layers.0.mlp.weight": np.ones(2, np.float32)}, label="tuned")

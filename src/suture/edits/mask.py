@@ -38,7 +38,7 @@ class Mask:
 
     ``&``, ``|``, ``-`` and ``~`` are those of sets, over the same tensors.
 
-    Example:
+    Examples:
         >>> import numpy as np, suture
         >>> one = suture.Mask.of({"w": np.array([True, True, False, False])})
         >>> two = suture.Mask.of({"w": np.array([True, False, True, False])})

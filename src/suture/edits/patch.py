@@ -78,7 +78,7 @@ class Patch:
 
     ``Patch.load``, ``Patch.compose``, ``patch.scaled`` and ``patch.reversed`` make one, lazily.
 
-    Example:
+    Examples:
         >>> import numpy as np, suture, tempfile
         >>> place = tempfile.TemporaryDirectory()
         >>> base = suture.open({"w": np.zeros(4, np.float32)})

@@ -44,7 +44,7 @@ class Stats:
 
     Layers that read the same input (query, key and value) share one tensor on disk.
 
-    Example:
+    Examples:
         >>> import numpy as np, suture
         >>> stats = suture.Stats({"fisher/w": np.ones((2, 3), np.float32)}, {"rows": 8}, "mine")
         >>> stats

@@ -25,7 +25,7 @@ Z95 = 1.959963984540054
 class Metric:
     """One number of an evaluation and what is needed to trust it.
 
-    Example:
+    Examples:
         >>> import suture
         >>> suture.Metric("accuracy", 0.75, n=8, low=0.41, high=0.93).plain()["value"]
         0.75

@@ -18,7 +18,7 @@ def schema_of(model: type[Recipe], title: str) -> dict[str, Any]:
         model: the recipe.
         title: what an editor calls it.
 
-    Example:
+    Examples:
         >>> from suture.verbs.finetune.recipe import Finetune
         >>> sorted(schema_of(Finetune, "Recipe of suture finetune")["required"])
         ['base', 'data', 'strategy']

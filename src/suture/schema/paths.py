@@ -22,7 +22,7 @@ def recipe_folder(source: object, folder: str | os.PathLike[str] | None = None) 
             folder of its own.
         folder: an explicit folder; a relative one starts in the current folder.
 
-    Example:
+    Examples:
         >>> recipe_folder({"base": "models/base"}, "/recipes")
         PosixPath('/recipes')
     """
@@ -43,7 +43,7 @@ def place_of(path: str | os.PathLike[str], folder: Path | None = None) -> Path:
         folder: where it starts if it is relative, from ``recipe_folder``; by default it is left
             relative, to the current folder.
 
-    Example:
+    Examples:
         >>> place_of("rows/train.jsonl", Path("/recipes"))
         PosixPath('/recipes/rows/train.jsonl')
         >>> place_of("/rows/train.jsonl", Path("/recipes"))
@@ -56,7 +56,7 @@ def place_of(path: str | os.PathLike[str], folder: Path | None = None) -> Path:
 def shown(path: Path) -> str:
     """Return a path as messages write it: short where it lies in the current folder.
 
-    Example:
+    Examples:
         >>> shown(Path.cwd() / "rows" / "train.jsonl")
         'rows/train.jsonl'
     """

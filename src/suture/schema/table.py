@@ -111,7 +111,7 @@ L = TypeVar("L", bound=Named)
 class Table(Mapping[str, L], Generic[L]):
     """Lines by name: Suture's own, and those of plug-ins, which are loaded when they are asked for.
 
-    Example:
+    Examples:
         >>> from suture.merges.table import METHODS
         >>> METHODS["ties"].title
         'TIES'

@@ -133,7 +133,7 @@ class TaskVector(Mapping[str, Array]):
     Made by subtracting checkpoints: ``tuned - base``. Task vectors over the same base add, subtract
     and scale; ``select`` narrows them to some tensors.
 
-    Example:
+    Examples:
         >>> import numpy as np, suture
         >>> base, math, code = (
         ...     suture.open({"layers.0.mlp.weight": np.array(value, np.float32)}, label=label)

@@ -166,7 +166,7 @@ NAME_LIMIT = 1000
 def role_of(name: str) -> Role:
     """The role of the tensor called ``name``; never fails, unknown names are ``other``.
 
-    Example:
+    Examples:
         >>> import suture
         >>> suture.role_of("model.layers.3.self_attn.q_proj.weight")
         Role(kind='q', layer=3)
@@ -222,7 +222,7 @@ class ParamSpace(NamedTuple):
     ``include`` and ``exclude`` hold roles or name globs; a tensor is edited when it is floating,
     no buffer, fits ``include`` (empty: everything) and does not fit ``exclude``.
 
-    Example:
+    Examples:
         >>> import numpy as np, suture
         >>> names = ("embed_tokens.weight", "layers.0.self_attn.q_proj.weight", "norm.weight")
         >>> model = suture.open({name: np.zeros((2, 2)) for name in names})

@@ -38,7 +38,7 @@ def check_method(method: Method, folder: Path | None = None) -> int:
         AssertionError: laws are broken; one line for each, with the parameters, the first tensor
             that is wrong, the number that came and the one that was expected.
 
-    Example:
+    Examples:
         >>> from suture.merges.table import METHODS
         >>> check_method(METHODS["task_arithmetic"])
         17

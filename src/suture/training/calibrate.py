@@ -80,7 +80,7 @@ def prunable(model: nn.Module, *, blocks: int = 0) -> list[str]:
 def last_blocks(names: Iterable[str], blocks: int) -> frozenset[int]:
     """The numbers of the last so many transformer blocks, as the names of parameters count them.
 
-    Example:
+    Examples:
         >>> sorted(last_blocks(["layers.0.w", "layers.1.w", "layers.2.w", "norm.w"], 2))
         [1, 2]
 
@@ -99,7 +99,7 @@ def upper(names: Iterable[str], blocks: int) -> list[str]:
     The norm above belongs to them, since nothing but what they give passes through it. Read-out,
     embeddings and a norm of embeddings do not.
 
-    Example:
+    Examples:
         >>> upper(["embed.weight", "layers.0.w", "layers.1.w", "norm.weight", "lm_head.weight"], 1)
         ['layers.1.w', 'norm.weight']
 

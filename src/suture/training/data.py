@@ -104,7 +104,7 @@ def plan(lengths: Sequence[int], size: int, *, seed: int | None) -> list[list[in
 def fixed_plan(lengths: Sequence[int], size: int, *, seed: int) -> list[list[int]]:
     """Batches that stay together in every epoch: sorted by length, equal lengths by chance.
 
-    Example:
+    Examples:
         >>> sorted(map(len, fixed_plan([5, 3, 4], 2, seed=0)))
         [1, 2]
     """

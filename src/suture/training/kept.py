@@ -217,7 +217,7 @@ def _kind(device: torch.device) -> str:
 def positions(lengths: Sequence[int], groups: Iterable[Sequence[int]]) -> int:
     """How many positions batches have, those of padding included.
 
-    Example:
+    Examples:
         >>> positions([3, 5, 2], [[0, 1], [2]])
         12
     """

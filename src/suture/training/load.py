@@ -46,7 +46,7 @@ def load_tuned(
         CheckpointError: the folder holds no such model.
         MismatchError: the base is not the one it was trained on.
 
-    Example:
+    Examples:
         >>> import suture
         >>> suture.load_tuned("nowhere")
         Traceback (most recent call last):

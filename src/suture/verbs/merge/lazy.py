@@ -48,7 +48,7 @@ class Merged(Mapping[str, Array]):
         recipe: what is to be done.
         inputs: the open checkpoints by label, the base first.
 
-    Example:
+    Examples:
         >>> import numpy as np, suture
         >>> base = {"layers.0.mlp.weight": np.zeros((2, 2), np.float32)}
         >>> tuned = {"layers.0.mlp.weight": np.ones((2, 2), np.float32)}

@@ -58,7 +58,7 @@ from suture.verbs.merge.slices import takes_files
 class MergeReport:
     """What a merge wrote and what it cost.
 
-    Example:
+    Examples:
         >>> import numpy as np, suture, tempfile
         >>> place = tempfile.TemporaryDirectory()
         >>> base, math = ({"layers.0.mlp.weight": np.full(4, v, np.float32)} for v in (0, 1))
