@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 import tiny_model
 from suture.errors import MismatchError, NonFiniteError, RecipeError
-from suture.evals.base import EvalResult, Metric, mean, ratio, share
+from suture.evals.base import Metric, mean, ratio, share
 from suture.evals.embedding import agreement
 from suture.evals.table import EVALS
 from suture.training.data import Dataset, tokenise
@@ -172,27 +172,6 @@ def test_an_evaluation_leaves_the_model_as_it_was(training: bool) -> None:
     assert first == again
     assert model.training is training
     torch.testing.assert_close(model.state_dict(), before, rtol=0, atol=0)
-
-
-RESULT = EvalResult(
-    "ties", "topics", "accuracy", (share("accuracy", 3, 4),), 1.5, {"key": "k"}, {"torch": "2"}
-)
-
-
-def test_a_result_comes_back_from_json() -> None:
-    assert EvalResult.from_json(RESULT.to_json()) == RESULT
-    assert RESULT.metric("accuracy").n == 4
-    with pytest.raises(RecipeError, match="no metric 'f1'; there are accuracy"):
-        RESULT.metric("f1")
-
-
-@pytest.mark.parametrize(
-    "text", ["{", "[]", "{}", RESULT.to_json().replace("seconds", "secs"),
-             RESULT.to_json().replace('"low"', '"lo"')],
-)  # fmt: skip
-def test_what_is_no_result_is_refused(text: str) -> None:
-    with pytest.raises(RecipeError, match=r"not an evaluation result|not a metric"):
-        EvalResult.from_json(text)
 
 
 def test_a_metric_is_plain_data() -> None:

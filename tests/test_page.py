@@ -28,9 +28,8 @@ from suture.analysis.maps import Curve, Point, Series, disentanglement
 from suture.analysis.theory import Diagnosis, Diagnostics, Secant, Smoothness
 from suture.checkpoints.writer import staging_of
 from suture.errors import MissingExtraError, OutputError, RecipeError
-from suture.evals.base import EvalResult, Metric
+from suture.evals.base import Metric
 from suture.evals.results import Evaluation, Scores, SuiteResult
-from suture.runs.report import Entry, Report, ReportTask
 from suture.runs.workspace import workspace
 from suture.verbs.analyze import VERB as analysis
 from suture.verbs.compare.run import Comparison, compare
@@ -52,15 +51,18 @@ def metric(value: float) -> Metric:
     return Metric("accuracy", value, 100, value - 0.05, value + 0.05)
 
 
-def results() -> Report:
-    names = [("base", "base", 0.5), ("math", "expert", 0.9), (HOSTILE, "expert", 0.6),
-             ("ties", "merge", 0.8), ("linear", "merge", 0.7)]  # fmt: skip
-    tasks = (ReportTask("sums", "accuracy", "math"), ReportTask(HOSTILE, "accuracy", HOSTILE))
-    entries = tuple(
-        Entry(n, k, {t.name: metric(v - 0.02 * i) for i, t in enumerate(tasks)}, HOSTILE, 1.5)  # type: ignore[arg-type]
-        for n, k, v in names
-    )
-    return Report("Results", tasks, entries, (HOSTILE,), {"torch": "2", HOSTILE: "0"})
+def results() -> dict[str, Any]:
+    """What `suture compare` writes of tasks."""
+    roles = {"base": "base", "math": "expert", HOSTILE: "expert", "ties": "edit", "linear": "edit"}
+    scores = dict(zip(roles, (0.5, 0.9, 0.7, 0.8, 0.6), strict=True))
+
+    def line(task: str, down: float) -> dict[str, Any]:
+        values = {name: metric(score - down).plain() for name, score in scores.items()}
+        return {"evaluation": task, "metric": "accuracy", "better": "higher", "utility": True,
+                "values": values}  # fmt: skip
+
+    return {"suite": HOSTILE, "models": roles, "verdicts": [],
+            "lines": [line("sums", 0.0), line(HOSTILE, 0.02)]}  # fmt: skip
 
 
 def localized() -> dict[str, Any]:
@@ -119,9 +121,9 @@ def sample(tmp_path_factory: pytest.TempPathFactory) -> Path:
     named = {"ada": str(folders["ada"]), HOSTILE.replace("\u2028", ""): str(folders["bob"])}
     analysis({"base": str(start), "models": named, "density": 0.2, "unseen": {"new": named["ada"]},
               "bases": {"size": 1, "write": "pca"}}, where / "analysis")  # fmt: skip
-    (where / "results.json").write_text(results().to_json())
-    single = EvalResult("ada", "puzzles", "accuracy", (metric(0.4),), 0.1)
-    (where / "eval.json").write_text(single.to_json())
+    (where / "results.json").write_text(json.dumps(results()))
+    one = replace(asked("ada", 0.4, 0.4), versions={"torch": "2", HOSTILE: "0"})
+    (where / "eval.json").write_text(one.to_json())
     drawn = disentanglement(
         lambda a, t: np.round(np.arange(20) * (a[t] + 0.3 * a[1 - t])), ("ada", HOSTILE),
         [-1, 0, 0.5, 1, 2],
@@ -187,7 +189,7 @@ def test_a_folder_is_gathered_whole(sample: Path) -> None:
     found = gather(sample)
 
     assert [w for w, _ in found.merges] == ["merges/linear/suture.json", "merges/ties/suture.json"]
-    assert [len(k) for k in (found.reports, found.results, found.analyses, found.maps,
+    assert [len(k) for k in (found.comparisons, found.suites, found.analyses, found.maps,
                              found.curves, found.localizations)] == [1, 1, 2, 1, 1, 1]  # fmt: skip
     assert found.withheld == ["secret/analysis.json"]
     assert len(found.notes) == 1
@@ -210,7 +212,7 @@ def test_links_and_hidden_folders_are_not_followed(sample: Path, tmp_path: Path)
     (tmp_path / "inside").symlink_to(sample)
     (tmp_path / "link.json").symlink_to(sample / "analysis/analysis.json")
     (tmp_path / ".hidden").mkdir()
-    (tmp_path / ".hidden/results.json").write_text(results().to_json())
+    (tmp_path / ".hidden/results.json").write_text(json.dumps(results()))
 
     with pytest.raises(RecipeError, match="nothing to show"):
         gather(tmp_path)
@@ -228,7 +230,7 @@ def test_links_and_hidden_folders_are_not_followed(sample: Path, tmp_path: Path)
 )  # fmt: skip
 def test_a_malformed_file_is_noted_and_the_rest_is_shown(harm: str, tmp_path: Path) -> None:
     """Wrong types and missing keys never stop a page; JSON that is none is not read."""
-    (tmp_path / "results.json").write_text(results().to_json())
+    (tmp_path / "results.json").write_text(json.dumps(results()))
     (tmp_path / "analysis.json").write_text(harm)
     found = write_page(tmp_path, tmp_path / "page.html")
     text = (tmp_path / "page.html").read_text(encoding="utf-8")
@@ -362,7 +364,7 @@ def test_the_same_folder_gives_the_same_page(sample: Path, page: Path, tmp_path:
 
 def test_images_for_model_cards(tmp_path: Path) -> None:
     """Every drawing as SVG and PNG, under names of the page's own making."""
-    (tmp_path / "results.json").write_text(results().to_json())
+    (tmp_path / "results.json").write_text(json.dumps(results()))
     found = write_page(tmp_path, tmp_path / "page.html", images=tmp_path / "images")
 
     files = sorted(p.name for p in (tmp_path / "images").iterdir())
@@ -437,11 +439,10 @@ def test_numbers_are_written_short() -> None:
 
 def test_a_report_without_a_clear_gain_is_still_shown(tmp_path: Path) -> None:
     """Where no expert gained, there is no retention, and the page has one figure less."""
-    report = results()
-    flat = replace(report, entries=tuple(
-        replace(e, metrics={t.name: metric(0.5) for t in report.tasks}) for e in report.entries
-    ))  # fmt: skip
-    (tmp_path / "results.json").write_text(flat.to_json())
+    flat = results()
+    for line in flat["lines"]:
+        line["values"] = {name: metric(0.5).plain() for name in line["values"]}
+    (tmp_path / "results.json").write_text(json.dumps(flat))
     write_page(tmp_path, tmp_path / "page.html")
 
     text = (tmp_path / "page.html").read_text(encoding="utf-8")
@@ -632,9 +633,8 @@ def test_the_page_makes_no_request(driver: Any, page: Path) -> None:
         == "Network.requestWillBeSent"
     ]
     assert page.resolve().as_uri() in asked
-    assert [url for url in asked if not url.startswith(("data:", "blob:"))] == [
-        page.resolve().as_uri()
-    ]
+    own = ("data:", "blob:", "chrome:")  # the last: of the browser's empty first page
+    assert [url for url in asked if not url.startswith(own)] == [page.resolve().as_uri()]
 
 
 @needs_browser
@@ -676,8 +676,11 @@ def test_results_of_a_suite_are_shown(tmp_path: Path) -> None:
 
     found = gather(tmp_path)
 
-    assert [(r.model, r.task, r.metrics[0].n) for _, r in found.results] == [("ada", "riddles", 3)]
-    assert found.results[0][1].metrics == evaluation.metrics
+    [(_, back)] = found.suites
+    assert [(back.model, n, e.metrics[0].n) for n, e in back.evaluations.items()] == [
+        ("ada", "riddles", 3)
+    ]
+    assert back.evaluations["riddles"].metrics == evaluation.metrics
 
 
 # -- safety ----------------------------------------------------------------------------------------
@@ -806,7 +809,7 @@ def test_a_realignment_by_itself_has_a_name_and_beats_nobody(tmp_path: Path) -> 
 )  # fmt: skip
 def test_what_is_not_as_it_should_be_about_safety_is_noted(harm: str, tmp_path: Path) -> None:
     """Wrong types and missing keys leave the rest of the page as it is."""
-    (tmp_path / "results.json").write_text(results().to_json())
+    (tmp_path / "results.json").write_text(json.dumps(results()))
     (tmp_path / "harm.json").write_text(harm)
     found = write_page(tmp_path, tmp_path / "page.html")
 

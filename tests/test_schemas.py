@@ -108,15 +108,20 @@ def shown(entry: Mapping[str, Any]) -> str:
 
 
 def keys(schema: Mapping[str, Any], defs: Mapping[str, Any], sections: list[str]) -> str:
-    """The keys of a section as a table."""
+    """The keys of a section as a table, those that are required first; long lists of words below."""
     lines = ["| key | what may stand there | by default | |", "|---|---|---|---|"]
-    for key, entry in schema["properties"].items():
+    needed, lists = schema.get("required", ()), []
+    for key, entry in sorted(schema["properties"].items(), key=lambda pair: pair[0] not in needed):
         default = "required" if key in schema.get("required", ()) else shown(entry)
         refs = re.findall(r"#/\$defs/(\w+)", json.dumps(entry))
         inner = next((defs[r].get("description", "") for r in refs), "")
         about = entry.get("description", inner).replace("|", "\\|").replace("``", "`")
-        lines.append(f"| `{key}` | {typed(entry, defs, sections)} | {default} | {about} |")
-    return "\n".join(lines)
+        kind = typed(entry, defs, sections)
+        if kind.count("`, `") > 8:
+            lists.append(f"`{key}` is one of {kind}.")
+            kind = "a name, see below"
+        lines.append(f"| `{key}` | {kind} | {default} | {about} |")
+    return "\n\n".join(["\n".join(lines), *lists])
 
 
 def page(verb: str) -> str:

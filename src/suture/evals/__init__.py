@@ -8,12 +8,12 @@ from __future__ import annotations
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
-from suture.evals.base import Eval, EvalResult, Metric, share
+from suture.evals.base import Eval, Metric, share
 
 if TYPE_CHECKING:
     from suture.evals.table import EVALS
 
-__all__ = ["EVALS", "Eval", "EvalResult", "Metric", "share"]
+__all__ = ["EVALS", "Eval", "Metric", "share"]
 
 
 def __getattr__(name: str) -> Any:

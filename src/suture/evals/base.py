@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
@@ -110,49 +109,3 @@ class Eval(Protocol):
         self, model: nn.Module, batches: Iterable[Batch], *, device: str = "cpu"
     ) -> tuple[Metric, ...]:
         """Evaluate; the model is left as it was."""
-
-
-@dataclass(frozen=True)
-class EvalResult:
-    """Everything one evaluation of one model on one task has found."""
-
-    model: str
-    """What was evaluated, by name."""
-    task: str
-    """On what."""
-    kind: str
-    """The line of ``EVALS`` that did it."""
-    metrics: tuple[Metric, ...]
-    """What it found; the first is the one to compare by."""
-    seconds: float
-    """Wall time."""
-    inputs: dict[str, str] = field(default_factory=dict)
-    """Fingerprints of model and data."""
-    versions: dict[str, str] = field(default_factory=dict)
-    """Package versions it ran with."""
-
-    def metric(self, name: str) -> Metric:
-        """The metric of this name, or say which there are."""
-        for metric in self.metrics:
-            if metric.name == name:
-                return metric
-        known = ", ".join(metric.name for metric in self.metrics)
-        raise RecipeError(f"{self.task}: no metric {name!r}; there are {known}")
-
-    def to_json(self) -> str:
-        """One JSON object, keys in a fixed order."""
-        return json.dumps(asdict(self), indent=2) + "\n"
-
-    @classmethod
-    def from_json(cls, text: str) -> EvalResult:
-        """The value that ``to_json`` wrote.
-
-        Raises:
-            RecipeError: the text is no such object.
-        """
-        try:
-            raw = json.loads(text)
-            metrics = tuple(Metric.read(metric) for metric in raw.pop("metrics"))
-            return cls(metrics=metrics, **raw)
-        except (ValueError, KeyError, TypeError, AttributeError) as error:
-            raise RecipeError(f"not an evaluation result: {error}") from error

@@ -16,7 +16,7 @@ from typing import Any, NoReturn
 import numpy as np
 
 from suture.errors import RecipeError
-from suture.evals.base import EvalResult, Metric
+from suture.evals.base import Metric
 from suture.evals.numbers import STATISTICS, Array, as_array, metric_of
 
 KIND, SCHEMA = "evaluation", 1
@@ -194,14 +194,6 @@ class SuiteResult:
         except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
             told = f"{error.args[0]!r} is missing" if isinstance(error, KeyError) else error
             raise RecipeError(f"not a result of `suture eval`: {told}") from error
-
-    def each(self) -> list[EvalResult]:
-        """The evaluations one by one, as the report takes them."""
-        return [
-            EvalResult(self.model, name, e.kind, e.metrics, e.seconds,
-                       {"model": self.fingerprint, "asked": e.key}, dict(self.versions))
-            for name, e in self.evaluations.items()
-        ]  # fmt: skip
 
 
 def read_result(path: Path) -> SuiteResult:

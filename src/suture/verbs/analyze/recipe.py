@@ -146,7 +146,7 @@ class SensitivityRequest(Section):
 
 
 class Request(Recipe):
-    """What to analyse; every key is known and every value checked."""
+    """A look at several task vectors, key by key."""
 
     absent = {"base": "", "models": {}}
 

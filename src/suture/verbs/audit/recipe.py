@@ -203,7 +203,7 @@ def _plain(given: Path | Utility, names: bool) -> Any:
 
 
 class Audit(Recipe):
-    """An audit: every key is known and every value checked."""
+    """A safety audit, key by key."""
 
     aligned: ModelPath
     """The model whose safety is looked for."""

@@ -206,7 +206,7 @@ class Sensitivity(Section):
 
 
 class Bench(Recipe):
-    """A benchmark: every key is known and every value checked."""
+    """A benchmark of fine-tuning strategies, key by key."""
 
     base: Annotated[str, WordOrFile((MINILM,), "the folder of an encoder", folder=True)] = MINILM
     """`minilm`, or the folder of an encoder."""

@@ -163,7 +163,7 @@ class Evaluation(Section):
 
 
 class Suite(Recipe):
-    """What is asked: after ``read_suite`` every key is known and every value checked."""
+    """A suite: what models are asked, key by key."""
 
     absent = {"evaluations": {}}
 

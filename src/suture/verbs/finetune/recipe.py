@@ -36,7 +36,7 @@ class Output(Section):
 
 
 class Finetune(Recipe):
-    """A run: every key is known and every value checked."""
+    """A fine-tuning run, key by key."""
 
     absent = {"base": "", "strategy": "full", "data": UNREAD}
 

@@ -55,7 +55,7 @@ class TunedModel(Section):
 
 
 class Regions(Recipe):
-    """A localization: every key is known and every value checked."""
+    """A localization: which entries carry which skill, key by key."""
 
     absent = {"base": "", "models": {}, "density": 1.0}
 

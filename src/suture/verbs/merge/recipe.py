@@ -66,7 +66,7 @@ Models = Annotated[
 
 
 class MergeRecipe(Beside):
-    """A merge: every key is known and every value checked."""
+    """A merge of several models into one, key by key."""
 
     model_config = ConfigDict(
         json_schema_extra={"anyOf": [{"required": ["method"]}, {"required": ["preset"]}]}

@@ -80,7 +80,7 @@ class Output(Section):
 
 
 class Realign(Recipe):
-    """A realignment: every key is known and every value checked."""
+    """A realignment of tuned models, key by key."""
 
     absent = {"aligned": "", "method": "magnitude", "models": {}}
 

@@ -13,9 +13,7 @@ from suture.errors import MissingExtraError, RecipeError, SutureError, brief
 from suture.verbs.report.unfinished import Unfinished, unfinished
 
 if TYPE_CHECKING:
-    from suture.evals.base import EvalResult
     from suture.evals.results import SuiteResult
-    from suture.runs.report import Report
 
 LIMIT = 32 << 20
 """Bytes a file may have; larger ones are named and left out."""
@@ -33,10 +31,8 @@ class Found:
     """What the folder is called."""
     merges: list[tuple[str, dict[str, Any]]] = field(default_factory=list)
     tunings: list[tuple[str, dict[str, Any]]] = field(default_factory=list)
-    reports: list[tuple[str, Report]] = field(default_factory=list)
-    results: list[tuple[str, EvalResult]] = field(default_factory=list)
     suites: list[tuple[str, SuiteResult]] = field(default_factory=list)
-    """Whole files of `suture eval`, whose evaluations stand in ``results`` one by one."""
+    """Files of `suture eval`."""
     analyses: list[tuple[str, dict[str, Any]]] = field(default_factory=list)
     localizations: list[tuple[str, dict[str, Any]]] = field(default_factory=list)
     maps: list[tuple[str, dict[str, Any]]] = field(default_factory=list)
@@ -59,8 +55,6 @@ class Found:
         kinds = (
             self.merges,
             self.tunings,
-            self.reports,
-            self.results,
             self.analyses,
             self.localizations,
             self.maps,
@@ -99,13 +93,7 @@ class Found:
             maps = inside.get("maps") if isinstance(inside, Mapping) else None
             self.maps += [(where, dict(one)) for one in (maps or ()) if isinstance(one, Mapping)]
         elif kind == "evaluation":
-            result = _suite_result(text)
-            self.suites.append((where, result))
-            self.results += [(where, one) for one in result.each()]
-        elif {"title", "tasks", "entries"} <= raw.keys():
-            self.reports.append((where, _scores()[0].from_json(text)))
-        elif {"model", "task", "metrics", "kind"} <= raw.keys():
-            self.results.append((where, _scores()[1].from_json(text)))
+            self.suites.append((where, _suite_result(text)))
         elif isinstance(kind, str) and kind.startswith("locali"):
             self.localizations.append((where, dict(raw)))
         elif (place := self._by_shape(where, raw)) is not None:
@@ -135,20 +123,12 @@ def is_table(raw: Mapping[str, Any]) -> bool:
 
 
 def _suite_result(text: str) -> SuiteResult:
-    """What `suture eval` wrote."""
-    from suture.evals.results import SuiteResult
-
-    return SuiteResult.from_json(text)
-
-
-def _scores() -> tuple[type[Report], type[EvalResult]]:
-    """What reads scores: evaluations need a framework, which a page without them does not load."""
+    """What `suture eval` wrote; its metrics need a framework, which other pages do not load."""
     try:
-        from suture.evals.base import EvalResult
-        from suture.runs.report import Report
+        from suture.evals.results import SuiteResult
     except ImportError:
         raise MissingExtraError("reading results of evaluations", "models") from None
-    return Report, EvalResult
+    return SuiteResult.from_json(text)
 
 
 def gather(folder: Path) -> Found:

@@ -93,9 +93,7 @@ def _never_asked(found: Found) -> Iterator[Step]:
 def _asked(found: Found) -> tuple[set[str], set[str]]:
     """Fingerprints and names of the models that some result is about."""
     prints = {result.fingerprint for _, result in found.suites}
-    prints |= {str(r.inputs["model"]) for _, r in found.results if "model" in r.inputs}
-    names = {result.model for _, result in found.suites} | {r.model for _, r in found.results}
-    names |= {entry.name for _, report in found.reports for entry in report.entries}
+    names = {result.model for _, result in found.suites}
     for _, raw in found.comparisons:
         names |= set(map(str, _mapping(raw.get("models"))))
     return prints, names

@@ -125,8 +125,8 @@ def provenance(found: Found) -> Iterator[Section]:
             text = yaml.safe_dump(recipe, sort_keys=False, allow_unicode=True)
             listings.append((f"Recipe of {where}", text))
     versions: dict[str, str] = {}
-    for _, report in found.reports:
-        versions |= {str(k): str(v) for k, v in report.versions.items()}
+    for _, result in found.suites:
+        versions |= result.versions
     tables = []
     if inputs:
         tables.append(

@@ -116,7 +116,6 @@ def _compiled(chart: Chart) -> dict[str, Any]:
 
 def _about(found: Found) -> str:
     kinds = (
-        (len(found.reports), "table of results", "tables of results"),
         (len(found.tunings), "fine-tuned model", "fine-tuned models"),
         (len(found.merges), "merge", "merges"),
         (len(found.analyses), "analysis of task vectors", "analyses of task vectors"),
@@ -129,7 +128,7 @@ def _about(found: Found) -> str:
         (len(found.audits), "safety audit", "safety audits"),
     )
     parts = [f"{count} {one if count == 1 else many}" for count, one, many in kinds if count]
-    what = ", ".join(parts) or ("evaluations" if found.results else "")
+    what = ", ".join(parts) or ("evaluations" if found.suites else "")
     if not what:
         return "Nothing is finished in this folder yet."
     return (

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from suture.verbs.report import arithmetic, audits, charts, masks, safety, tasks, weights
 from suture.verbs.report.blocks import Builder, Cell, Chart, Figure, Section, Table, percent
@@ -13,9 +13,6 @@ from suture.verbs.report.collect import Found
 from suture.verbs.report.missing import missing, summary
 from suture.verbs.report.records import NOTHING, folder_of, merges, provenance
 from suture.verbs.report.tunings import tunings
-
-if TYPE_CHECKING:
-    from suture.runs.report import Entry, Report
 
 Raw = Mapping[str, Any]
 
@@ -29,10 +26,8 @@ def sections_of(found: Found) -> list[Section]:
         builders.append(Builder(where))
         return builders[-1]
 
-    for where, report in found.reports:
-        made.append(_results(where, report, builder(where)))
     made += _safety(found, builder)
-    made += _loose_results(found)
+    made += _evaluations(found)
     for what, records, sections_of in (
         ("it", found.benchmarks, arithmetic.arithmetic),
         ("the audit", found.audits, audits.audits),
@@ -53,8 +48,6 @@ def sections_of(found: Found) -> list[Section]:
     if found.withheld:
         made.append(_withheld(found))
     notes = [*found.notes, *(note for b in builders for note in b.notes)]
-    for where, report in found.reports:
-        notes += [f"{where}: {note}" for note in report.notes]
     if notes:
         made.append(Section("notes", "Notes", points=tuple(notes)))
     filled = [s for s in made if s.figures or s.tables or s.points or s.steps or s.listings]
@@ -98,22 +91,6 @@ def _distinct(sections: Sequence[Section]) -> list[Section]:
 
 
 def _glance(found: Found, builder: Callable[[str], Builder]) -> Iterator[str]:
-    for _, report in found.reports:
-        merges = [e for e in report.entries if e.kind == "merge"]
-        means = [
-            (mean, e.name, low)
-            for e in merges
-            if (low := report.summary(e, "share")[0]) is not None
-            and (mean := report.summary(e, "share")[1]) is not None
-        ]
-        start = report.summary(report.base, "share")
-        if means:
-            mean, name, low = max(means)
-            before = "" if start[1] is None else f"; the base alone has {percent(start[1])}"
-            yield (
-                f"Of {len(merges)} merges, {name} keeps most of the experts: {percent(mean)} of "
-                f"their scores on average, {percent(low)} in its weakest task{before}."
-            )
     for where, raw in found.benchmarks:
         yield from builder(where).attempt("the summary", partial(arithmetic.glance, raw))
     for where, raw in found.audits:
@@ -149,124 +126,12 @@ def _results_of(raw: Raw) -> Raw:
 # -- results ---------------------------------------------------------------------------------------
 
 
-def _results(where: str, report: Report, builder: Builder) -> Section:
-    lead = f"{report.title} ({where}). Scores with 95 % intervals."
-    figures = builder.attempt("results", lambda: [_scores(report), *_ratios(report)])
-    about = Table(
-        "The models",
-        ("model", "kind", "how", "seconds"),
-        tuple((e.name, e.kind, e.about, e.seconds) for e in report.entries),
-    )
-    tasks = Table(
-        "The tasks",
-        ("task", "metric", "expert", "about"),
-        tuple((t.name, t.metric, t.expert, t.about) for t in report.tasks),
-    )
-    return Section("results", "Results", lead, tuple(figures), (about, tasks))
-
-
-def _scores(report: Report) -> Figure:
-    drawn, table = [], []
-    names = [entry.name for entry in report.entries]
-    for task in report.tasks:
-        rows: list[dict[str, Any]] = []
-        for entry in report.entries:
-            m = entry.metrics[task.name]
-            rows.append(
-                {
-                    "name": entry.name,
-                    "kind": entry.kind,
-                    "value": m.value,
-                    "low": m.low,
-                    "high": m.high,
-                    "n": m.n,
-                }
-            )
-            table.append((task.name, entry.name, entry.kind, m.value, m.low, m.high, m.n))
-        best = max(
-            (r for r in rows if r["kind"] == "merge"), key=lambda r: r["value"], default=None
-        )
-        own = report.entry(task.expert).metrics[task.name].value
-        alt_text = f"{task.name}: its expert {task.expert} has {own:.3f}"
-        if best is not None:
-            alt_text += f", the best merge, {best['name']}, {best['value']:.3f}"
-        drawn.append(
-            Chart(
-                task.name,
-                charts.intervals(rows, names=names, value=task.metric, alt_text=f"{alt_text}."),
-                f"{alt_text}.",
-            )
-        )
-    return Figure(
-        "Scores with intervals",
-        "One panel a task, one row a model: the dot is the score, the line its 95 % "
-        "interval. Where lines overlap widely, the models cannot be told apart.",
-        tuple(drawn),
-        Table("Scores", ("task", "model", "kind", "score", "from", "to", "rows"), tuple(table)),
-    )
-
-
-def _ratios(report: Report) -> Iterator[Figure]:
-    for ratio, title, explains in (
-        (
-            "share",
-            "Share of the expert",
-            "A score over that of the task's own expert: 1 means as good as the expert.",
-        ),
-        (
-            "retention",
-            "Retention of the gain",
-            "How much of what fine-tuning gained over the base "
-            "is kept: 0 is the base, 1 the expert. Fields are empty where the gain is not clear.",
-        ),
-    ):
-        of = {"share": report.share, "retention": report.retention}[ratio]
-        chosen = [e for e in report.entries if ratio == "share" or e.kind == "merge"]
-        tasks = [t.name for t in report.tasks]
-        cells = [(e, t, of(e, t)) for e in chosen for t in report.tasks]
-        rows = [{"x": t.name, "y": e.name, "value": v} for e, t, v in cells if v is not None]
-        if not rows:
-            continue
-        alt_text = f"{title} by model and task."
-        yield Figure(
-            title,
-            explains,
-            (
-                Chart(
-                    "",
-                    charts.heat(
-                        rows,
-                        x="task",
-                        y="model",
-                        xs=tasks,
-                        ys=[e.name for e in chosen],
-                        value=ratio,
-                        fmt=".2f",
-                        written=True,
-                        alt_text=alt_text,
-                    ),
-                    alt_text,
-                ),
-            ),
-            Table(
-                title,
-                ("model", *tasks, "minimum", "mean"),
-                tuple(_ratio_row(report, e, ratio, of) for e in chosen),
-            ),
-        )
-
-
-def _ratio_row(report: Report, entry: Entry, ratio: str, of: Any) -> tuple[Cell, ...]:
-    return (entry.name, *(of(entry, t) for t in report.tasks), *report.summary(entry, ratio))
-
-
-def _loose_results(found: Found) -> Iterator[Section]:
-    known = {(e.name, t.name) for _, r in found.reports for e in r.entries for t in r.tasks}
+def _evaluations(found: Found) -> Iterator[Section]:
     rows = [
-        (r.model, r.task, m.name, m.value, m.low, m.high, m.n, where)
-        for where, r in found.results
-        if (r.model, r.task) not in known
-        for m in r.metrics
+        (result.model, name, m.name, m.value, m.low, m.high, m.n, where)
+        for where, result in found.suites
+        for name, evaluation in result.evaluations.items()
+        for m in evaluation.metrics
     ]
     if not rows:
         return
