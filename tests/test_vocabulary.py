@@ -23,7 +23,7 @@ import toy
 from suture.checkpoints.chat import CHAT_TEMPLATES
 from suture.checkpoints.embeddings import MatchedRows
 from suture.checkpoints.vocabulary import Vocabulary, read_vocabulary, union, written
-from suture.errors import RecipeError, SutureError
+from suture.errors import CheckpointError, RecipeError, SutureError
 from suture.runs.place import MergeOptions
 from suture.verbs.merge.documents import read_recipe
 from suture.verbs.merge.plan import plan_recipe
@@ -435,6 +435,63 @@ def test_a_union_without_a_tokenizer_json_is_refused(place: Path, tmp_path: Path
     assert "no tokenizer.json" in problem(what, tmp_path / "out")
     toy.run(tmp_path / "out", {**what, "tokenizer_source": "base"})
     assert (tmp_path / "out" / "vocab.json").is_file()
+
+
+@pytest.mark.parametrize("ids", [[3, 7, 5], [10, 4, 2], [3, 4, 5], [0, 0, 0]])
+@pytest.mark.parametrize(
+    "words", [{"red": 0, "[UNK]": 1, "blue": 2}, {"red": 0, "[UNK]": 2, "blue": 9}]
+)
+def test_added_tokens_have_the_ids_with_which_they_are_loaded(
+    words: dict[str, int], ids: list[int], tmp_path: Path
+) -> None:
+    """Whatever stands in the file, the library numbers them anew; one is a word already."""
+    inner = Tokenizer(WordLevel(words, unk_token="[UNK]"))
+    inner.save(str(tmp_path / "tokenizer.json"))
+    whole = settings(tmp_path, "tokenizer.json")
+    form = {
+        "single_word": False,
+        "lstrip": False,
+        "rstrip": False,
+        "normalized": False,
+        "special": True,
+    }
+    added = zip(("x", "blue", "y"), ids, strict=True)
+    whole["added_tokens"] = [{"id": number, "content": token, **form} for token, number in added]
+    (tmp_path / "tokenizer.json").write_text(json.dumps(whole))
+
+    found = read_vocabulary(tmp_path)
+
+    loaded = Tokenizer.from_file(str(tmp_path / "tokenizer.json"))
+    assert found is not None
+    assert found.ids == {t: loaded.token_to_id(t) for t in ("red", "[UNK]", "blue", "x", "y")}
+
+
+@pytest.mark.parametrize("far", [2, 9])
+def test_new_tokens_are_loaded_with_the_ids_of_their_rows(far: int, tmp_path: Path) -> None:
+    """Where the vocabulary has holes they would not be, and that is refused."""
+    for name, words in (
+        ("a", {"red": 0, "[UNK]": 1, "blue": far}),
+        ("b", {"[UNK]": 0, "green": 1}),
+    ):
+        (tmp_path / name).mkdir()
+        Tokenizer(WordLevel(words, unk_token="[UNK]")).save(str(tmp_path / name / "tokenizer.json"))
+    one, other = read_vocabulary(tmp_path / "a"), read_vocabulary(tmp_path / "b")
+    assert one is not None
+    assert other is not None
+    both = union(one, [other])
+    if far == 9:
+        with pytest.raises(
+            CheckpointError, match="3 tokens, with ids up to 9.*'green' would have the id 3, not 10"
+        ):
+            written(tmp_path / "a", one, both)
+        for name, own in (("a", one), ("b", other)):  # what the message advises
+            files = written(tmp_path / name, own, own)
+            assert files["tokenizer.json"] == (tmp_path / name / "tokenizer.json").read_bytes()
+        return
+    (tmp_path / "out.json").write_bytes(written(tmp_path / "a", one, both)["tokenizer.json"])
+
+    loaded = Tokenizer.from_file(str(tmp_path / "out.json"))
+    assert both.ids == {token: loaded.token_to_id(token) for token in both.ids}
 
 
 def test_a_section_is_read_whole() -> None:

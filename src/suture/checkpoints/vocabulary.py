@@ -127,9 +127,8 @@ def read_vocabulary(folder: Path) -> Vocabulary | None:
     ids: dict[str, int] = {}
     added: dict[str, Mapping[str, Any]] = {}
     if (whole := json_file(folder, "tokenizer.json")) is not None:
-        ids |= _pieces(whole.get("model"), folder)
+        ids |= _loaded_ids(whole, folder)
         for entry in _entries(whole.get("added_tokens"), folder):
-            ids[entry["content"]] = entry["id"]
             added[entry["content"]] = {k: bool(entry.get(k, d)) for k, d in _PLAIN.items()}
     elif (words := json_file(folder, "vocab.json")) is not None:
         ids |= _whole(words, folder / "vocab.json")
@@ -147,7 +146,7 @@ def read_vocabulary(folder: Path) -> Vocabulary | None:
         more = json_file(folder, "added_tokens.json") or {}
         ids |= _whole(more, folder / "added_tokens.json")
         added |= {token: _PLAIN for token in more}
-    _configured(folder, ids, added)
+    _configured(folder, ids, added, numbered=whole is None)
     if not ids or max(ids.values()) >= TOKEN_LIMIT:
         raise CheckpointError(f"{folder}: a tokenizer without tokens, or with absurd ids")
     return Vocabulary(ids, added)
@@ -177,6 +176,19 @@ def _whole(ids: Mapping[str, Any], path: Path) -> dict[str, int]:
     return dict(ids)
 
 
+def _loaded_ids(whole: Mapping[str, Any], folder: Path) -> dict[str, int]:
+    """The id of every token as a tokenizer has it that is loaded from ``tokenizer.json``.
+
+    Added tokens that the vocabulary lacks are numbered anew, in the order of the file: whatever ids
+    stand there, they go on from the number of tokens, without gaps (tokenizers 0.23.3).
+    """
+    ids = _pieces(whole.get("model"), folder)
+    _entries(whole.get("added_tokens"), folder)
+    for entry in whole.get("added_tokens") or ():
+        ids.setdefault(entry["content"], len(ids))
+    return ids
+
+
 def _entries(raw: object, folder: Path) -> list[dict[str, Any]]:
     """The ``added_tokens`` of a tokenizer.json, in order of ids."""
     entries = [] if raw is None else raw
@@ -188,8 +200,17 @@ def _entries(raw: object, folder: Path) -> list[dict[str, Any]]:
     return sorted(entries, key=lambda entry: int(entry["id"]))
 
 
-def _configured(folder: Path, ids: dict[str, int], added: dict[str, Mapping[str, Any]]) -> None:
-    """Add the tokens that only the tokenizer's configuration names, as loading it would."""
+def _configured(
+    folder: Path, ids: dict[str, int], added: dict[str, Mapping[str, Any]], *, numbered: bool
+) -> None:
+    """Add the tokens that only the tokenizer's configuration names, as loading it would.
+
+    Args:
+        folder: of the tokenizer.
+        ids: takes their ids.
+        added: takes how they are matched.
+        numbered: whether they have the ids that stand there; else they are numbered in order.
+    """
     config = json_file(folder, "tokenizer_config.json") or {}
     special = json_file(folder, "special_tokens_map.json") or {}
     listing = config.get("added_tokens_decoder")
@@ -197,7 +218,7 @@ def _configured(folder: Path, ids: dict[str, int], added: dict[str, Mapping[str,
         content = entry.get("content") if isinstance(entry, dict) else None
         known = str(key).isdecimal() and len(key) < 20
         if isinstance(content, str) and content not in ids and known:
-            ids[content] = int(key)
+            ids[content] = int(key) if numbered else len(ids)
             added[content] = {k: bool(entry.get(k, d)) for k, d in _PLAIN.items()}
     named: list[Any] = [(config.get(key) or special.get(key)) for key in SPECIAL]
     for key in ("extra_special_tokens", "additional_special_tokens"):
@@ -206,7 +227,7 @@ def _configured(folder: Path, ids: dict[str, int], added: dict[str, Mapping[str,
     for entry in named:
         content = entry.get("content") if isinstance(entry, dict) else entry
         if isinstance(content, str) and content not in ids:
-            ids[content] = max(ids.values(), default=-1) + 1
+            ids[content] = max(ids.values(), default=-1) + 1 if numbered else len(ids)
             added[content] = {**_PLAIN, "normalized": False, "special": True}
 
 
@@ -263,7 +284,8 @@ def written(folder: Path, own: Vocabulary, out: Vocabulary) -> dict[str, bytes]:
     edited: tokens beyond are taken out, new ones are added tokens, matched as they are written.
 
     Raises:
-        CheckpointError: there is no ``tokenizer.json`` that could be edited.
+        CheckpointError: there is no ``tokenizer.json`` that could be edited, or its vocabulary has
+            holes, so that a loader would give new tokens the ids of others.
     """
     files = {name: path.read_bytes() for name, path in tokenizer_files(folder).items()}
     gone = own.ids.keys() - out.ids.keys()
@@ -282,12 +304,11 @@ def written(folder: Path, own: Vocabulary, out: Vocabulary) -> dict[str, bytes]:
         )
     if gone:
         _strip(whole, out)
-    kept = {e["content"] for e in _entries(whole.get("added_tokens"), folder)}
-    new = {t: {"id": out.ids[t], "content": t, **how} for t, how in out.added.items()}
-    whole["added_tokens"] = sorted(
-        [*(whole.get("added_tokens") or []), *(e for t, e in new.items() if t not in kept)],
-        key=lambda entry: int(entry["id"]),
-    )
+    kept = {entry["content"]: entry for entry in whole.get("added_tokens") or ()}
+    new = {t: {"content": t, **how} for t, how in out.added.items() if t not in kept}
+    entries = [*kept.values(), *(new[t] for t in sorted(new, key=out.ids.__getitem__))]
+    whole["added_tokens"] = [{**e, "id": out.ids[e["content"]]} for e in entries]
+    _check_loaded(whole, out, folder)
     config = json_file(folder, "tokenizer_config.json") or {}
     if isinstance(config.get("added_tokens_decoder"), dict):
         # Some tokenizer classes are built again from their vocabulary and know no other list.
@@ -297,6 +318,19 @@ def written(folder: Path, own: Vocabulary, out: Vocabulary) -> dict[str, bytes]:
     # What spells out another vocabulary than tokenizer.json would be a second truth.
     files = {n: c for n, c in files.items() if n.startswith("chat_template") or n == _MAP}
     return files | {"tokenizer.json": dumped(whole), "tokenizer_config.json": dumped(config)}
+
+
+def _check_loaded(whole: Mapping[str, Any], out: Vocabulary, folder: Path) -> None:
+    """Refuse a tokenizer.json from which tokens would be loaded under other ids than are meant."""
+    pieces = _pieces(whole.get("model"), folder)
+    for token, number in _loaded_ids(whole, folder).items():
+        if out.ids.get(token, number) != number:
+            raise CheckpointError(
+                f"{folder}: its vocabulary has holes: {len(pieces)} tokens, with ids up to "
+                f"{max(pieces.values())}; loaded again, the new token {token!r} would have the id "
+                f"{number}, not {out.ids[token]}, and so the row of another. Take the tokenizer as "
+                "it is with `source: base`, or that of another model by its name"
+            )
 
 
 _MAP = "special_tokens_map.json"
