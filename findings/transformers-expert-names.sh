@@ -2,8 +2,8 @@
 # transformers 5.23.0: of a mixture of experts, `state_dict()` and the files of `save_pretrained` have other
 # names and other shapes.
 #
-# Guess, written before the run: both have the same names, as for all models until version 4; what is
-# computed for one can be looked up in the other.
+# Guess, written before the run: both have the same names, so that what is computed for one can be looked
+# up in the other.
 # Seen: for Mixtral no name of an expert or of the router is in both. In memory the experts of a layer are
 # one tensor (`mlp.experts.gate_up_proj`), in the file three for each expert (`block_sparse_moe.experts.0.w1`);
 # a layer of eight experts has 24 tensors there and 2 in memory. Loading folds them again.

@@ -2,15 +2,14 @@
 # transformers 5.23.0: `tie_word_embeddings: true` in the configuration does not tie where the file holds a
 # head that differs from the embedding.
 #
-# Guess, written before the run: the configuration decides, as in version 4: the head of the file is
-# dropped with a word of warning, and the loaded head is the embedding.
+# Guess, written before the run: the configuration decides: the head of the file is dropped with a word of
+# warning, and the loaded head is the embedding.
 # Seen: the other way round: the head of the file is loaded, the two are separate tensors, and a warning
-# advises to change the configuration. Where both are equal in
-# the file, they are tied.
-# Whom it concerns: who trains or merges heads of models that were tied: whether the result answers from its
-# own head depends on who loads it, as other loaders (vLLM, llama.cpp's converter) go by the configuration.
+# advises to change the configuration. Where both are equal in the file, they are tied.
+# Whom it concerns: who trains or merges heads of models that were tied: by the configuration alone one
+# cannot tell which model a folder holds.
 # What Suture does: where head and embedding of an output differ, it writes both and sets
-# `tie_word_embeddings` to false, so that all loaders agree (tests/test_vocabulary.py, tests/test_adapters.py).
+# `tie_word_embeddings` to false, so that both say the same (tests/test_vocabulary.py, tests/test_adapters.py).
 set -euo pipefail
 place=$(mktemp -d)
 trap 'rm -rf "$place"' EXIT
