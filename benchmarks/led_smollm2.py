@@ -43,7 +43,7 @@ from suture.verbs.evaluate import plan as planning
 from suture.verbs.evaluate.run import execute
 from suture.verbs.finetune import VERB as finetune
 from suture.verbs.merge import leave_one_out
-from suture.verbs.merge.plan import plan_recipe
+from suture.verbs.merge.plan import make_plan
 from suture.verbs.proxy import run
 
 HERE = Path(__file__).parent
@@ -192,7 +192,7 @@ def ask(place: Path, name: str, what: Any, questions: dict[str, Any]) -> SuiteRe
         execute(planning.plan_suite([what], questions, out), Progress())
     else:
         with tempfile.TemporaryDirectory() as small:
-            plan = plan_recipe(what, None, Options())
+            plan = make_plan(what, None, Options())
             held = leave_one_out.prepare(plan, name, Path(small) / "model")
             asking = planning.plan_suite([held], questions, out, planning.Options(overwrite=True))
             outcome = leave_one_out.fill(held, plan)

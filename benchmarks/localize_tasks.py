@@ -63,7 +63,7 @@ from suture.training.mask_learning import learn
 from suture.training.measure import measure
 from suture.training.models import Classifier, Head, load_encoder, load_head, load_tokenizer
 from suture.verbs.bench.maths import t95
-from suture.verbs.merge.run import merge
+from suture.verbs.merge import VERB as merge
 
 DENSITIES = (0.001, 0.005, 0.01, 0.05, 0.1)
 RULES = ("learned", "first_order", "magnitude", "random")

@@ -163,7 +163,7 @@ def main() -> None:
             if used:
                 recipe = {"base": str(base), "models": used, "method": "task_arithmetic",
                           "parameters": {"scale": 1.0}}  # fmt: skip
-                suture.verbs.merge.run.merge(recipe, where, folder=scratch)
+                suture.merge_recipe(recipe, where, folder=scratch)
             evaluate([where if used else base], suite(scratch, base, args.asked), out)
             shutil.rmtree(where, ignore_errors=True)
         found[name] = read_result(out)
@@ -185,7 +185,7 @@ def smollm2(folder: Path) -> Path:
         package = Path(next(iter(spec.submodule_search_locations)))
         recipe = {"models": {"model": str(next(package.glob("*.gguf")))}, "method": "passthrough",
                   "output": {"dtype": "float32"}}  # fmt: skip
-        suture.verbs.merge.run.merge(recipe, folder, folder=package)
+        suture.merge_recipe(recipe, folder, folder=package)
     return folder
 
 

@@ -29,8 +29,8 @@ from suture.errors import MismatchError, NonFiniteError, SutureError
 from suture.merges.apply import checkpoint_fingerprint
 from suture.runs.place import MergeOptions as Options
 from suture.stream.sweep import DELTA, Block, Sources
-from suture.verbs.merge.plan import plan_recipe
-from suture.verbs.merge.run import merge
+from suture.verbs.merge import VERB as merge
+from suture.verbs.merge.plan import make_plan
 
 
 @pytest.fixture(scope="module")
@@ -332,7 +332,7 @@ def test_names_that_begin_otherwise_are_found(where: Path, tmp_path: Path) -> No
 def test_another_base_by_name_is_told(where: Path, tmp_path: Path) -> None:
     """Where names and shapes fit, a base that the adapter does not name is a note, not an error."""
     recipe = {"base": str(where / "bf16"), "method": "linear", "models": {"it": str(where / "ada")}}
-    plan = plan_recipe(recipe, None, Options())
+    plan = make_plan(recipe, None, Options())
 
     assert len(plan.notes) == 1
     lines_of(plan.notes[0], "says it was trained on", "llama", "put on", "bf16")
@@ -505,7 +505,7 @@ def test_two_adapters_of_different_bases_are_two_problems(where: Path, tmp_path:
               "models": {"ada": str(where / "ada"), "wrong": str(wrong), "gone": "./gone"}}  # fmt: skip
 
     with pytest.raises(SutureError) as caught:
-        plan_recipe(recipe, tmp_path / "out", Options())
+        make_plan(recipe, tmp_path / "out", Options())
     lines_of(str(caught.value), "2 problems", f"{wrong} does not fit", "./gone: no such file")
 
 
@@ -514,7 +514,7 @@ def test_a_model_entry_s_adapter_is_a_path(where: Path) -> None:
     recipe = {"base": str(where / "llama"), "method": "linear",
               "models": {"m": {"path": str(where / "llama"), "adapter": 3}}}  # fmt: skip
     with pytest.raises(suture.RecipeError, match=r"models\.m\.adapter: a path, or a list"):
-        plan_recipe(recipe, None, Options())
+        make_plan(recipe, None, Options())
 
 
 def test_resuming_notices_another_adapter(where: Path, tmp_path: Path) -> None:

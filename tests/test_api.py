@@ -191,7 +191,7 @@ def test_the_old_ways_still_lead_there() -> None:
     assert suture.make_patch is suture.patch_make
 
 
-TELLING = ("verbs/merge/describe.py", "verbs/analyze/result.py", "verbs/compare/result.py")
+TELLING = ("verbs/merge/explain.py", "verbs/analyze/result.py", "verbs/compare/result.py")
 """What is printed by commands only."""
 
 

@@ -52,7 +52,7 @@ from suture.verbs.audit.verdicts import (
     together,
 )
 from suture.verbs.finetune import VERB as finetune
-from suture.verbs.merge.run import merge
+from suture.verbs.merge import VERB as merge
 from suture.verbs.report import audits
 from suture.verbs.report.blocks import Builder
 from suture.verbs.report.collect import gather

@@ -26,7 +26,7 @@ from suture.runs.place import MergeOptions
 from suture.training.models import load_encoder, load_image_encoder, load_language_model, save_model
 from suture.verbs.compare.blame import Blame, Without
 from suture.verbs.merge import leave_one_out
-from suture.verbs.merge.plan import plan_recipe
+from suture.verbs.merge.plan import make_plan
 
 GATE = "- refusal >= 0.5\n- over_refusal <= 0.3\n"
 PROTECT = {"model": "safety", "rule": "magnitude", "density": 0.5}
@@ -250,7 +250,7 @@ def test_the_record_of_a_merge_is_a_recipe_for_blame(shop: Path) -> None:
 
 
 def plan(raw: dict[str, Any]) -> Any:
-    return plan_recipe(raw, None, MergeOptions())
+    return make_plan(raw, None, MergeOptions())
 
 
 @pytest.mark.parametrize("method", ["task_arithmetic", "ties", "linear", "iso_c"])
@@ -330,7 +330,7 @@ def test_a_network_out_of_memory_is_that_of_the_folder(kind: str, tmp_path: Path
 
 
 def in_memory(folder: Path, place: Path) -> Held:
-    made = plan_recipe(
+    made = make_plan(
         {"models": {"model": str(folder)}, "method": "passthrough"}, None, MergeOptions()
     )
     tokenised = leave_one_out.prepare(made, "model", place)
@@ -343,7 +343,7 @@ def in_memory(folder: Path, place: Path) -> Held:
 
 def test_blame_of_a_plan_with_open_inputs_takes_them(shop: Path) -> None:
     """What was opened once is not opened again for each candidate."""
-    made = plan_recipe(shop / "merged.yaml", None, MergeOptions())
+    made = make_plan(shop / "merged.yaml", None, MergeOptions())
     for one in leave_one_out.leave_one_out(replace(made)):
         assert one.plan is not None
         assert all(one.plan.inputs[n] is made.inputs[n] for n in one.plan.inputs)

@@ -272,7 +272,7 @@ def test_analyze_diagnoses_a_merge(shop: Path, tmp_path: Path) -> None:
     weights = {"one": 0.3, "two": 0.7}
     plan = {"base": str(shop / "base"), "method": "task_arithmetic",
             "models": {m: {"path": str(shop / m), "weight": w} for m, w in weights.items()}}  # fmt: skip
-    suture.verbs.merge.run.merge(plan, tmp_path / "merged")  # type: ignore[attr-defined]
+    suture.merge_recipe(plan, tmp_path / "merged")  # type: ignore[attr-defined]
     found = {}
     for kind, which in (
         ("factors", {"weights": weights}),

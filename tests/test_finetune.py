@@ -53,7 +53,7 @@ from suture.verbs.finetune import run as module
 from suture.verbs.finetune.plan import make_plan as plan_finetune
 from suture.verbs.finetune.recipe import Finetune
 from suture.verbs.finetune.recipe import read_finetune as parse
-from suture.verbs.merge.run import merge
+from suture.verbs.merge import VERB as merge
 
 EXAMPLES: dict[str, dict[str, Any]] = {
     "full": {},

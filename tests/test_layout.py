@@ -41,7 +41,7 @@ SHAPE = {
     "bench": "recipe plan run result", "compare": "recipe run result",
     "evaluate": "recipe plan run result", "extract_lora": "run",
     "finetune": "recipe plan run result", "localize": "recipe plan run result",
-    "merge": "recipe plan run", "patch": "run", "proxy": "run",
+    "merge": "recipe plan run result", "patch": "run", "proxy": "run",
     "realign": "recipe plan run result", "report": "run",
 }  # fmt: skip
 """The files of the common shape that each command has: those without a recipe plan nothing."""
@@ -293,7 +293,7 @@ def test_merges_import_neither_torch_nor_transformers(family: Any, tmp_path: Pat
     code = """
 import json, sys
 from pathlib import Path
-from suture.verbs.merge.run import merge
+from suture.verbs.merge import VERB as merge
 recipes, out = json.loads(sys.argv[1]), Path(sys.argv[2])
 for recipe in recipes:
     merge(recipe, out / recipe["method"])

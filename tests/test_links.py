@@ -10,7 +10,7 @@ import pytest
 import toy
 from suture.checkpoints import writer
 from suture.runs.place import MergeOptions
-from suture.verbs.merge.plan import plan_recipe
+from suture.verbs.merge.plan import make_plan
 from suture.verbs.merge.run import execute
 
 ONLY = {"space": {"include": ["model.layers.0.*"], "exclude": []}}
@@ -108,7 +108,7 @@ def test_an_interrupted_run_with_links_goes_on(
     """The links of the first run are known in the second, and the input keeps its bytes."""
     recipe = family(tmp_path, shards=2)
     before = toy.files_digest(tmp_path / "base")
-    plan = plan_recipe(recipe, tmp_path / "out", MergeOptions(link=True))
+    plan = make_plan(recipe, tmp_path / "out", MergeOptions(link=True))
     with monkeypatch.context() as patch:
         patch.setattr(
             writer.Writer, "publish", lambda self: (_ for _ in ()).throw(KeyboardInterrupt)

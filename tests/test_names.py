@@ -27,9 +27,9 @@ from making import (
     write_recipe,
 )
 from suture.schema.text import parse_yaml
+from suture.verbs.merge import VERB as merge
 from suture.verbs.merge.documents import read_recipe
 from suture.verbs.merge.mergekit import native
-from suture.verbs.merge.run import merge
 
 
 @pytest.fixture(autouse=True)

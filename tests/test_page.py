@@ -33,7 +33,7 @@ from suture.evals.results import Evaluation, Scores, SuiteResult
 from suture.runs.workspace import workspace
 from suture.verbs.analyze import VERB as analysis
 from suture.verbs.compare.run import Comparison, compare
-from suture.verbs.merge.run import merge
+from suture.verbs.merge import VERB as merge
 from suture.verbs.report import charts, tasks
 from suture.verbs.report.blocks import Builder, in_order, layer_labels, number, percent
 from suture.verbs.report.collect import gather

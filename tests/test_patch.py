@@ -46,7 +46,7 @@ from suture.errors import (
 )
 from suture.merges.apply import checkpoint_fingerprint
 from suture.tensors.spec import PIECE
-from suture.verbs.merge.run import merge
+from suture.verbs.merge import VERB as merge
 from suture.verbs.patch.run import describe
 
 BITS = {"BF16": np.uint16, "F16": np.uint16, "F32": np.uint32, "F64": np.uint64}

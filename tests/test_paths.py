@@ -44,9 +44,9 @@ from suture.verbs.finetune.plan import make_plan as plan_finetune
 from suture.verbs.finetune.recipe import read_finetune
 from suture.verbs.finetune.work import workshop
 from suture.verbs.localize.plan import make_plan as plan_regions
+from suture.verbs.merge import VERB as merge
 from suture.verbs.merge.documents import read_recipe
-from suture.verbs.merge.plan import plan_recipe
-from suture.verbs.merge.run import merge
+from suture.verbs.merge.plan import make_plan
 from suture.verbs.realign import VERB as realign
 from suture.verbs.realign.recipe import read_realign
 
@@ -372,7 +372,7 @@ def test_blame_takes_a_recipe_and_a_suite_as_mappings_with_a_folder(
     assert found["folder"] == found["absolute"] == found["suite in a file"]
 
 
-ENTRIES = (merge, plan_recipe, plan_suite, evaluate, blame, Verb.__call__, Verb.plan,
+ENTRIES = (merge, make_plan, plan_suite, evaluate, blame, Verb.__call__, Verb.plan,
            *(import_module(f"suture.verbs.{name}.plan").make_plan for name in VERBS_OF))  # fmt: skip
 
 

@@ -17,9 +17,9 @@ import toy
 from suture import METHODS, Mask
 from suture.errors import MismatchError, RecipeError
 from suture.runs.place import MergeOptions
-from suture.verbs.merge.describe import explain
-from suture.verbs.merge.plan import plan_recipe
-from suture.verbs.merge.run import merge
+from suture.verbs.merge import VERB as merge
+from suture.verbs.merge.explain import explain
+from suture.verbs.merge.plan import make_plan
 
 NAMES = ("ada", "bob", "cyd")
 
@@ -188,7 +188,7 @@ def test_another_mask_is_another_merge(family: Any, tmp_path: Path) -> None:
         recipe = protected(
             toy.recipe("linear", models.some("ada", "bob")), model="ada", mask=str(path)
         )
-        plan = plan_recipe(recipe, tmp_path / "out", MergeOptions())
+        plan = make_plan(recipe, tmp_path / "out", MergeOptions())
         keys.append((plan.recipe.resolved(), [b.identity for b in plan.beside]))
     assert keys[0][0] == keys[2][0]
     assert keys[0][1] != keys[2][1]

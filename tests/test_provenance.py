@@ -34,8 +34,8 @@ from making import (
     write_recipe,
 )
 from suture.runs.place import MergeOptions
-from suture.verbs.merge import run
-from suture.verbs.merge.plan import plan_recipe, run_key
+from suture.verbs.merge import VERB as merge
+from suture.verbs.merge.plan import make_plan, run_key
 
 FILES = {
     "tokenizer.json": '{"version": "1.0"}',
@@ -222,7 +222,7 @@ def test_patterns_in_another_order_are_another_merge(here: Path) -> None:
 
     def key(density: dict[str, float]) -> str:
         recipe = {**RECIPE, "parameters": {"density": density}}
-        return run_key(plan_recipe(recipe, here / "x", MergeOptions(), here))
+        return run_key(make_plan(recipe, here / "x", MergeOptions(), here))
 
     one = {"*mlp*": 0.1, "*layers*": 0.9}
 
@@ -512,7 +512,7 @@ def test_inputs_are_never_touched(here: Path) -> None:
     }
     before = tree(here)
     for method in METHODS:
-        run.merge(recipe_of(method), here.parent / method, folder=here)
+        merge(recipe_of(method), here.parent / method, folder=here)
 
     assert tree(here) == before
     for path, (changed, digest) in digests.items():

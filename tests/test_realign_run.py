@@ -37,7 +37,7 @@ from suture.errors import (
 from suture.merges.apply import checkpoint_fingerprint
 from suture.runs.progress import Progress
 from suture.training.models import load_language_model
-from suture.verbs.merge.run import merge
+from suture.verbs.merge import VERB as merge
 from suture.verbs.realign import VERB as realign
 from suture.verbs.realign import somf
 from suture.verbs.realign.base import RealignJob

@@ -701,9 +701,7 @@ def test_models_are_opened_as_merges_open_them(tmp_path: Path) -> None:
 
 def toy_merge(model: str, out: Path) -> Path:
     """What a merge makes of one model."""
-    suture.verbs.merge.run.merge(
-        {"models": {"m": model}, "method": "linear", "space": {"exclude": []}}, out
-    )  # type: ignore[attr-defined]
+    suture.merge_recipe({"models": {"m": model}, "method": "linear", "space": {"exclude": []}}, out)  # type: ignore[attr-defined]
     return out
 
 

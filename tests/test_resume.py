@@ -39,15 +39,16 @@ from suture.errors import MismatchError, NonFiniteError, OutputError, SutureErro
 from suture.merges import apply
 from suture.stream import sweep
 from suture.tensors import spec
-from suture.verbs.merge import describe, run
-from suture.verbs.merge.run import MergeReport
+from suture.verbs.merge import VERB as made
+from suture.verbs.merge import estimate, run
+from suture.verbs.merge.result import MergeReport
 
 PIECE = 256
 
 
 @pytest.fixture(autouse=True)
 def small_pieces(monkeypatch: pytest.MonkeyPatch) -> None:
-    for module in (spec, apply, describe, profile):  # not `stream`: blocks may be larger there
+    for module in (spec, apply, estimate, profile):  # not `stream`: blocks may be larger there
         monkeypatch.setattr(module, "PIECE", PIECE)
     monkeypatch.setattr(sweep, "TASK_PIECES", 2)
     quick_disk(monkeypatch)
@@ -61,7 +62,8 @@ def here(tmp_path: Path) -> Path:
 def merge(here: Path, where: str, recipe: Any = RECIPE, **how: Any) -> MergeReport:
     """Merge into ``where``/out beside the inputs; the name of the output is always the same."""
     options = {"threads": 2, "block": 64, **how}
-    return run.merge(recipe, here.parent / where / "out", folder=here, **options)
+    progress = run.progress_of(options.pop("stage", None))
+    return made(recipe, here.parent / where / "out", folder=here, progress=progress, **options)
 
 
 def same(here: Path, one: str, other: str) -> bool:
@@ -511,10 +513,10 @@ def test_outputs_beside_each_other_do_not_meet(here: Path) -> None:
         with pytest.MonkeyPatch.context() as patch:
             stopping(patch, Writer, "write", 12)
             with pytest.raises(Stop):
-                run.merge({**RECIPE, "parameters": {"density": density}}, here.parent / name,
+                made({**RECIPE, "parameters": {"density": density}}, here.parent / name,
                           folder=here, threads=1, block=64)  # fmt: skip
     for name, density in (("out", 0.5), ("out2", 0.9)):
-        report = run.merge({**RECIPE, "parameters": {"density": density}}, here.parent / name,
+        report = made({**RECIPE, "parameters": {"density": density}}, here.parent / name,
                            folder=here, threads=1, block=64)  # fmt: skip
         assert report.resumed > 0
     assert weights(here.parent / "out") != weights(here.parent / "out2")

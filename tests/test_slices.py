@@ -19,11 +19,10 @@ from suture.errors import SutureError
 from suture.merges.apply import checkpoint_fingerprint
 from suture.runs.place import MergeOptions
 from suture.schema.values import DepthCurve, Scalar
-from suture.verbs.merge.describe import describe
+from suture.verbs.merge import VERB as merge
 from suture.verbs.merge.documents import read_recipe
 from suture.verbs.merge.mergekit import native
-from suture.verbs.merge.plan import plan_recipe
-from suture.verbs.merge.run import merge
+from suture.verbs.merge.plan import describe, make_plan
 
 LAYERS = 4
 CONFIG4 = {**CONFIG, "num_hidden_layers": LAYERS}
@@ -406,7 +405,7 @@ def test_a_merge_needs_a_place(here: Path) -> None:
 def test_an_unused_filter_is_told(here: Path) -> None:
     """Legal in mergekit, and most often a mistake: a note, and the rest is followed."""
     kit = {**KIT, "parameters": {"density": [{"filter": "mpl", "value": 0.1}, {"value": 0.5}]}}
-    plan = plan_recipe(kit, None, MergeOptions(), here)
+    plan = make_plan(kit, None, MergeOptions(), here)
 
     assert "density: the filter mpl fits no tensor" in describe(plan)["notes"]
 

@@ -26,7 +26,7 @@ from suture.checkpoints.vocabulary import Vocabulary, read_vocabulary, union, wr
 from suture.errors import CheckpointError, RecipeError, SutureError
 from suture.runs.place import MergeOptions
 from suture.verbs.merge.documents import read_recipe
-from suture.verbs.merge.plan import plan_recipe
+from suture.verbs.merge.plan import make_plan
 
 EMBEDDING, HEAD = "model.embed_tokens.weight", "lm_head.weight"
 EVERYTHING = {"exclude": []}
@@ -73,7 +73,7 @@ def ours(place: Path, *names: str, base: str = "base", **sections: Any) -> dict[
 def problem(what: Mapping[str, Any], out: Path) -> str:
     """What is said of a recipe before anything is read."""
     with pytest.raises(SutureError) as caught:
-        plan_recipe(what, out, MergeOptions())
+        make_plan(what, out, MergeOptions())
     assert not out.exists()
     return str(caught.value)
 

@@ -151,14 +151,13 @@ def test_torch_s_threads_are_left_as_they_were(method: str, family: Any, tmp_pat
 def test_memory_for_whole_tensors_is_told(family: Any, tmp_path: Path) -> None:
     """The estimate of a tensorwise merge holds its largest matrix several times."""
     from suture.runs.place import MergeOptions
-    from suture.verbs.merge.describe import describe
-    from suture.verbs.merge.plan import plan_recipe
+    from suture.verbs.merge.plan import describe, make_plan
 
     n = PIECE * 16
     base = toy.folder(tmp_path / "base", {"w": torch.zeros(4096, 4096, dtype=torch.bfloat16)})
     found = {}
     for method in ("task_arithmetic", "tsv_merge"):
-        plan = plan_recipe(toy.recipe(method, {"a": base}, base), tmp_path / "o", MergeOptions())
+        plan = make_plan(toy.recipe(method, {"a": base}, base), tmp_path / "o", MergeOptions())
         found[method] = describe(plan)["peak_memory"]
 
     assert found["tsv_merge"] - found["task_arithmetic"] >= 4 * n * 8

@@ -16,7 +16,8 @@ from suture.merges.table import METHODS
 from suture.tensors.roles import ParamSpace
 from suture.tensors.spec import TensorSpec
 from suture.testing.toys import invented, invented_stats
-from suture.verbs.merge.run import MergeReport, merge
+from suture.verbs.merge import VERB as merge
+from suture.verbs.merge.result import MergeReport
 
 __all__ = ["invented", "invented_stats"]  # and all below
 

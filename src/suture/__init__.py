@@ -61,7 +61,7 @@ if TYPE_CHECKING:
     from suture.training.load import load_tuned
     from suture.training.strategies import STRATEGIES
     from suture.verbs.merge.lazy import Merged
-    from suture.verbs.merge.run import MergeReport
+    from suture.verbs.merge.result import MergeReport
     from suture.verbs.realign.methods import REALIGNERS
     from suture.version import __version__
 
@@ -73,7 +73,7 @@ _HOMES = {
     "EVALS": "evals.table",
     "METHODS": "merges.table",
     "Mask": "edits.mask",
-    "MergeReport": "verbs.merge.run",
+    "MergeReport": "verbs.merge.result",
     "Merged": "verbs.merge.lazy",
     "Metric": "evals.base",
     "MismatchError": "errors",

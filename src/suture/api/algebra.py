@@ -30,7 +30,7 @@ from suture.tensors.roles import ParamSpace
 from suture.verbs.merge import run
 from suture.verbs.merge.lazy import Merged
 from suture.verbs.merge.recipe import short
-from suture.verbs.merge.run import MergeReport
+from suture.verbs.merge.result import MergeReport
 
 if TYPE_CHECKING:
     from torch import nn

@@ -40,9 +40,10 @@ from suture.verbs.audit import VERB as AUDIT
 from suture.verbs.bench import VERB as BENCH
 from suture.verbs.finetune import VERB as FINETUNE
 from suture.verbs.localize import VERB as LOCALIZE
-from suture.verbs.merge import run
+from suture.verbs.merge import VERB as MERGE
 from suture.verbs.merge.lazy import Merged
-from suture.verbs.merge.run import MergeReport
+from suture.verbs.merge.result import MergeReport
+from suture.verbs.merge.run import progress_of
 from suture.verbs.realign import VERB as REALIGN
 
 if TYPE_CHECKING:
@@ -126,10 +127,10 @@ def merge_recipe(
           - base: ties works on differences to a base; name one
           - nowhere: no such file or folder (looked for ...nowhere)
     """
-    return run.merge(
+    return MERGE(
         _source(recipe), Path(out), folder=_place(folder),
-        stage=stage, overwrite=overwrite, resume=resume, threads=threads,
-        allow_nonfinite=allow_nonfinite, link=link,
+        progress=progress_of(stage), overwrite=overwrite,
+        resume=resume, threads=threads, allow_nonfinite=allow_nonfinite, link=link,
     )  # fmt: skip
 
 

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 
-from suture.cli.options import FAILED, DryRun, Json, NoResume, Threads, app, errors, stop
-from suture.cli.terminal import Watch, say, show_json, tell
+from suture.cli.options import FAILED, Json, app, errors, stop
+from suture.cli.terminal import Watch, show_json, tell
 from suture.tensors.spec import listed, readable
 
 
@@ -104,129 +103,6 @@ def _profile_row(row: dict[str, Any]) -> str:
     cosine = "-" if row["cosine"] is None else f"{row['cosine']:.7f}"
     return (f"{row['changed_share']:>9.2%}{row['norm']:>12.5g}{relative:>10}"
             f"{row['largest']:>11.4g}{cosine:>11}")  # fmt: skip
-
-
-@app.command()
-def merge(
-    recipe: Annotated[
-        Path, typer.Argument(help="A recipe (YAML), also mergekit's, or a suture.json.")
-    ],
-    out: Annotated[
-        Path | None, typer.Option("--out", "-o", help="The folder to write.", show_default=False)
-    ] = None,
-    threads: Threads = None,
-    explain: Annotated[
-        bool,
-        typer.Option(
-            "--explain",
-            help="Say what a mergekit recipe means here, and where Suture's defaults differ.",
-        ),
-    ] = False,
-    dry_run: DryRun = False,
-    overwrite: Annotated[
-        bool,
-        typer.Option(
-            "--overwrite",
-            help="Replace an older output with all that is in it, in one step, at the end.",
-        ),
-    ] = False,
-    no_resume: NoResume = False,
-    allow_nonfinite: Annotated[
-        bool, typer.Option("--allow-nonfinite", help="Go on where weights are NaN or infinite.")
-    ] = False,
-    link: Annotated[
-        bool, typer.Option("--link", help="Link files that stay as they are, instead of copying.")
-    ] = False,
-    as_json: Json = False,
-) -> None:
-    """Merge models by a recipe into a new folder; interrupted, the same command goes on."""
-    with errors(as_json), Watch(as_json) as progress:
-        from suture.kernels import cache
-        from suture.runs import place
-        from suture.verbs.merge import describe, run
-        from suture.verbs.merge import plan as planning
-
-        if explain:
-            told = describe.explain(recipe)
-            show_json(told) if as_json else _show_explanation(told)
-            return
-        if out is None:
-            raise typer.BadParameter(
-                "name the folder to write: -o OUT", param_hint="'--out' / '-o'"
-            )
-        cache.announce = lambda: say("compiling for this processor (once, some ten seconds)")
-        how = place.MergeOptions(threads=threads, overwrite=overwrite, resume=not no_resume,
-                          allow_nonfinite=allow_nonfinite, link=link)  # fmt: skip
-        plan = planning.plan_recipe(recipe, out, how)
-        if dry_run:
-            planning.check_contents(plan)
-            found = describe.describe(plan)
-        else:
-            if not as_json:
-                say(_intention(plan))
-            report = run.execute(plan, progress.stage)
-    if dry_run:
-        show_json(found) if as_json else _show_plan(found)
-    elif as_json:
-        show_json(report.to_dict())
-    else:
-        for line in run.report_lines(report):
-            tell(line)
-
-
-def _show_explanation(found: dict[str, Any]) -> None:
-    import yaml
-
-    if not found["mergekit"]:
-        tell("# A recipe of Suture's own; without what is a default it reads:\n")
-    else:
-        tell("# With mergekit's meaning, which this recipe keeps, Suture's defaults differ in:\n#")
-    for stage, sentences in found["differences"].items():
-        if stage:
-            tell(f"# stage {stage}:")
-        for text in sentences or ["nothing"]:
-            tell(_comment(text))
-    for note in found["notes"]:
-        tell(_comment(f"note: {note}"))
-    if found["mergekit"]:
-        tell("#\n# The same merge as a recipe of Suture's own:\n")
-    tell(yaml.safe_dump(found["native"], sort_keys=False, default_flow_style=None, width=100,
-                         allow_unicode=True).rstrip())  # fmt: skip
-
-
-def _comment(text: str) -> str:
-    """A sentence as an item of a YAML comment."""
-    from textwrap import fill
-
-    return fill(text, 98, initial_indent="# - ", subsequent_indent="#   ")
-
-
-def _intention(plan: Any) -> str:
-    return (f"merging {len(plan.recipe.models)} model(s) by {plan.recipe.method.name}: "
-            f"{plan.merged} tensors merged, {len(plan.specs) - plan.merged} copied, "
-            f"{readable(plan.nbytes)} to {plan.out}")  # fmt: skip
-
-
-def _show_plan(found: dict[str, Any]) -> None:
-    tell(f"method   {found['method']} " + json.dumps(found["parameters"]))
-    for name, row in found["stages"].items():
-        tell(f"stage    {name}: {row['method']}, {row['tensors']} tensors, "
-              f"{readable(row['bytes'])}, {'there already' if row['kept'] else 'to be made'} in "
-              f"{row['path']}")  # fmt: skip
-    for label, row in found["inputs"].items():
-        tell(f"input    {label}: {row['path']}, {row['tensors']} tensors, "
-              f"{readable(row['bytes'])}, {row['files']} file(s)")  # fmt: skip
-    out = found["output"]
-    tell(f"output   {out['path']}: {out['merged']} tensors merged ({out['merged_elements']:,} "
-          f"elements), {out['copied']} copied, {readable(out['bytes'])}, "
-          f"{out['shards']} file(s)")  # fmt: skip
-    tell(f"reading  {readable(found['bytes_read'])} in {found['passes']} pass(es), "
-          f"{found['threads']} thread(s)")  # fmt: skip
-    tell(f"memory   about {readable(found['peak_memory'])} above the interpreter")
-    tell(f"time     about {found['seconds']:.1f} s")
-    for note in found["notes"]:
-        tell(f"note     {note}")
-    tell("nothing was written; leave out --dry-run to merge")
 
 
 @app.command("extract-lora")

@@ -42,6 +42,13 @@ NoResume = Annotated[
 Restricted = Annotated[
     bool, typer.Option("--restricted", help="Mark it, and what is made with it: not to share.")
 ]
+Explain = Annotated[bool, typer.Option("--explain")]
+AllowNonfinite = Annotated[
+    bool, typer.Option("--allow-nonfinite", help="Go on where weights are NaN or infinite.")
+]
+Link = Annotated[
+    bool, typer.Option("--link", help="Link files that stay as they are, instead of copying.")
+]
 ToLog = Annotated[
     str | None, typer.Option("--log", help="Also write curves: tensorboard or trackio.")
 ]
@@ -87,6 +94,7 @@ def show_dry(
 
 
 __all__ = [
-    "DONE", "FAILED", "INTERRUPTED", "WRONG", "Device", "DryRun", "Json", "NoResume", "OneOf",
+    "DONE", "FAILED", "INTERRUPTED", "WRONG", "AllowNonfinite", "Device", "DryRun", "Explain",
+    "Json", "Link", "NoResume", "OneOf",
     "Overwrite", "Restricted", "Threads", "ToLog", "app", "errors", "show_dry", "stop",
 ]  # fmt: skip

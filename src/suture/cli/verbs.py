@@ -12,9 +12,12 @@ from typing import Annotated, Any
 import typer
 
 from suture.cli.options import (
+    AllowNonfinite,
     Device,
     DryRun,
+    Explain,
     Json,
+    Link,
     NoResume,
     Overwrite,
     Restricted,
@@ -30,6 +33,7 @@ from suture.verbs import VERBS
 
 FLAGS: dict[str, Any] = {
     "device": Device,
+    "explain": Explain,
     "dry_run": DryRun,
     "overwrite": Overwrite,
     "no_resume": NoResume,
@@ -37,6 +41,8 @@ FLAGS: dict[str, Any] = {
     "threads": Threads,
     "values": Annotated[bool, typer.Option("--values")],
     "log": ToLog,
+    "allow_nonfinite": AllowNonfinite,
+    "link": Link,
     "as_json": Json,
 }
 """What a command may take besides recipe and output, in the order of its help."""
@@ -46,9 +52,18 @@ def command_of(verb: Verb[Any]) -> Callable[..., None]:
     """Return the function that typer makes a command of: its options are those of the verb."""
 
     def command(
-        recipe: Path, out: Path, *, dry_run: bool, as_json: bool, log: str | None = None,
-        no_resume: bool = False, **given: Any,
+        recipe: Path, out: Path | None, *, dry_run: bool, as_json: bool, log: str | None = None,
+        no_resume: bool = False, explain: bool = False, **given: Any,
     ) -> None:  # fmt: skip
+        if explain:
+            with errors(as_json):
+                told = verb.explain(recipe)
+            show_json(told) if as_json else tell("\n".join(verb.explanation(told)))
+            return
+        if out is None:
+            raise typer.BadParameter(
+                "name the folder to write: -o OUT", param_hint="'--out' / '-o'"
+            )
         with errors(as_json):
             if "no_resume" in verb.flags:
                 given["resume"] = not no_resume
@@ -69,6 +84,9 @@ def command_of(verb: Verb[Any]) -> Callable[..., None]:
         "recipe": Annotated[Path, typer.Argument(help=verb.recipe)],
         "out": Annotated[Path, typer.Option("--out", "-o", help=verb.out)],
     }
+    if "explain" in verb.flags:  # which writes nothing
+        option = typer.Option("--out", "-o", help=verb.out, show_default=False)
+        kinds["out"] = Annotated[Path | None, option]
     words = {"dry_run": "", "as_json": "", **verb.flags}
     kinds |= {flag: _worded(kind, words[flag]) for flag, kind in FLAGS.items() if flag in words}
     command.__signature__ = Signature([_parameter(*item) for item in kinds.items()])  # type: ignore[attr-defined]

@@ -7,7 +7,8 @@ The folder ``verbs/NAME`` of a command holds::
     plan.py       Options; make_plan(recipe, out, options, folder): open and check, read no weight;
                   describe(plan): what would be done, as plain data
     run.py        execute(plan, progress): do it, and publish the output
-    result.py     lines(result, out): what to say at the end
+    result.py     lines(result, out): what to say at the end; outline(facts): a dry run's own lines
+    explain.py    explain(recipe) and lines(told), where the command has the flag ``explain``
 """
 
 from __future__ import annotations
@@ -80,6 +81,20 @@ class Verb(Generic[Result]):
         """Return the lines of a dry run, where the command has its own words for them."""
         outline = getattr(self._part("result"), "outline", None)
         return None if outline is None else outline(facts)
+
+    def explain(self, recipe: Path | Mapping[str, Any]) -> dict[str, Any]:
+        """Return what a recipe means, as plain data; where the command has the flag ``explain``.
+
+        Raises:
+            RecipeError: everything that is wrong with it, at once; nothing is opened.
+        """
+        told: dict[str, Any] = self._part("explain").explain(recipe)
+        return told
+
+    def explanation(self, told: Mapping[str, Any]) -> Iterator[str]:
+        """Yield an explanation as lines."""
+        lines: Iterator[str] = self._part("explain").lines(told)
+        return lines
 
     def run(self, plan: Any, progress: Progress | None = None) -> Result:
         """Do what was planned and publish the output; interrupted, the same call goes on.

@@ -30,7 +30,8 @@ from suture.testing.toys import (
     read,
     write,
 )
-from suture.verbs.merge.run import MergeReport, merge
+from suture.verbs.merge import VERB as merge
+from suture.verbs.merge.result import MergeReport
 
 SIXTEEN = ("BF16", "F16")
 

@@ -11,10 +11,11 @@ from suture.verbs.audit import VERB as AUDIT
 from suture.verbs.bench import VERB as BENCH
 from suture.verbs.finetune import VERB as FINETUNE
 from suture.verbs.localize import VERB as LOCALIZE
+from suture.verbs.merge import VERB as MERGE
 from suture.verbs.realign import VERB as REALIGN
 
 VERBS: Mapping[str, Verb[Any]] = {
-    verb.name: verb for verb in (LOCALIZE, ANALYZE, FINETUNE, REALIGN, AUDIT, BENCH)
+    verb.name: verb for verb in (MERGE, LOCALIZE, ANALYZE, FINETUNE, REALIGN, AUDIT, BENCH)
 }
 """The commands that follow a recipe into a folder, by name."""
 

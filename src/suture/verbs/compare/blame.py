@@ -27,7 +27,7 @@ from suture.verbs.evaluate.recipe import read_suite
 from suture.verbs.evaluate.run import execute
 from suture.verbs.merge import leave_one_out
 from suture.verbs.merge.plan import Plan as MergePlan
-from suture.verbs.merge.plan import plan_recipe
+from suture.verbs.merge.plan import make_plan
 
 
 @dataclass(frozen=True)
@@ -238,7 +238,7 @@ def _planned(
     whole, asking, left = None, None, list[leave_one_out.LeftOut]()
     with problems.collecting():
         whole = leave_one_out.ready(
-            plan_recipe(recipe, None, MergeOptions(), how.folder_of(recipe)), progress.stage
+            make_plan(recipe, None, MergeOptions(), how.folder_of(recipe)), progress.stage
         )
         left = leave_one_out.leave_one_out(whole)
     held: dict[str, Held] = {}

@@ -13,7 +13,7 @@ from suture.errors import MismatchError, Problems, told_in_python
 from suture.merges.apply import Outcome, Stage, apply, make_tensor, prepared
 from suture.runs.place import MergeOptions
 from suture.tensors.spec import TensorSpec
-from suture.verbs.merge.plan import Plan, check_contents, make_plan
+from suture.verbs.merge.plan import Plan, check_contents, plan_merge
 from suture.verbs.merge.recipe import MergeRecipe
 
 if TYPE_CHECKING:
@@ -75,7 +75,7 @@ class Merged(Mapping[str, Array]):
     def _planned(self, options: MergeOptions) -> _Ready:
         with self._lock, told_in_python():
             if options not in self._ready:
-                plan = make_plan(self.recipe, None, options, dict(self.inputs))
+                plan = plan_merge(self.recipe, None, options, dict(self.inputs))
                 self._ready[options] = _Ready(plan)
             return self._ready[options]
 

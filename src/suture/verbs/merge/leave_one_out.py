@@ -12,9 +12,9 @@ from suture.checkpoints.memory import Held, MemorySink, SmallFiles
 from suture.errors import Problems, RecipeError, SutureError
 from suture.merges.apply import Outcome, Stage
 from suture.verbs.merge.lazy import computed
-from suture.verbs.merge.plan import Plan, make_plan
+from suture.verbs.merge.plan import Plan, plan_merge
 from suture.verbs.merge.recipe import MergeRecipe
-from suture.verbs.merge.run import add_files, after_stages, convert_tokenizer, execute
+from suture.verbs.merge.run import add_files, after_stages, convert_tokenizer, execute, progress_of
 
 MOST = 8 << 30
 """Bytes of a merge that is held in memory; a larger one is written into a temporary folder."""
@@ -37,7 +37,7 @@ def ready(plan: Plan, stage: Stage | None = None) -> Plan:
     Raises:
         SutureError: a stage cannot be made.
     """
-    return after_stages(plan, stage) if plan.stages else plan
+    return after_stages(plan, progress_of(stage)) if plan.stages else plan
 
 
 def fingerprint_of(plan: Plan, stage: Stage | None = None) -> str:
@@ -73,7 +73,7 @@ def leave_one_out(plan: Plan) -> list[LeftOut]:
             for _, text in less.faults():
                 problems.add(RecipeError, text)
             problems.raise_if_any()
-            found.append(LeftOut(name, make_plan(less, None, plan.options, rest)))
+            found.append(LeftOut(name, plan_merge(less, None, plan.options, rest)))
         except SutureError as error:
             found.append(LeftOut(name, None, str(error)))
     if not any(one.plan for one in found):
@@ -129,7 +129,7 @@ def must_be_written(plan: Plan) -> str:
 
 def written(plan: Plan, folder: Path, stage: Stage | None = None) -> None:
     """Merge into a folder, as ``suture merge`` does."""
-    execute(replace(plan, out=folder, stages={}), stage)
+    execute(replace(plan, out=folder, stages={}), progress_of(stage))
 
 
 def label_of(edit: str, expert: str) -> str:

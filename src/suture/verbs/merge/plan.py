@@ -20,7 +20,7 @@ from suture.checkpoints.vocabulary import UNION, Wanted
 from suture.checkpoints.writer import Shard, plan_shards
 from suture.edits.inputs import open_input
 from suture.errors import MismatchError, Problems, RecipeError, SutureError
-from suture.merges.apply import MergeJob, bytes_read, tensor_fingerprints
+from suture.merges.apply import MergeJob, bytes_read, peak_memory, tensor_fingerprints
 from suture.merges.base import Beside, Context
 from suture.runs.card import carried_files, carried_tokenizer
 from suture.runs.place import (
@@ -36,6 +36,7 @@ from suture.schema.paths import place_of
 from suture.tensors.roles import EVERYTHING
 from suture.tensors.spec import DTYPES, TensorSpec, cache_folder, listed
 from suture.verbs.merge.documents import parse_recipe
+from suture.verbs.merge.estimate import estimate
 from suture.verbs.merge.recipe import MergeRecipe
 from suture.verbs.merge.slices import (
     Part,
@@ -49,6 +50,8 @@ from suture.verbs.merge.slices import (
     whole_shards,
 )
 from suture.version import __version__
+
+Options = MergeOptions
 
 
 @dataclass(frozen=True)
@@ -116,10 +119,10 @@ class Plan:
         )
 
 
-def plan_recipe(
+def make_plan(
     recipe: Path | Mapping[str, Any],
     out: Path | None,
-    options: MergeOptions,
+    options: MergeOptions | None = None,
     folder: Path | None = None,
 ) -> Plan:
     """Read a recipe, open its models, and check everything that headers can tell.
@@ -134,7 +137,7 @@ def plan_recipe(
     Raises:
         SutureError: all problems at once, those of the output folder included.
     """
-    problems = Problems()
+    options, problems = options or MergeOptions(), Problems()
     found = parse_recipe(recipe, folder, problems)
     if found is None and out is not None:
         check_place(out, {}, options.overwrite, problems)
@@ -144,14 +147,14 @@ def plan_recipe(
         if found is None:
             problems.raise_if_any()
         assert found is not None
-        return make_plan(found, out, options, problems=problems)
+        return plan_merge(found, out, options, problems=problems)
     except SutureError as error:
         if isinstance(recipe, Path):
             error.add_note(f"in {recipe}")
         raise
 
 
-def make_plan(
+def plan_merge(
     recipe: MergeRecipe,
     out: Path | None,
     options: MergeOptions,
@@ -356,6 +359,47 @@ def _check_room(out: Path, plan: Plan, problems: Problems) -> None:
     here = parent.stat().st_dev
     linked = sum(s.size for s in plan.whole if s.source and s.source.stat().st_dev == here)
     check_room(out, plan.nbytes, plan.options.resume, problems, linked)
+
+
+def describe(plan: Plan) -> dict[str, Any]:
+    """Return what a plan will do, as plain data: inputs, output, bytes, memory, time, notes.
+
+    Raises:
+        SutureError: what some bytes tell is wrong; see ``check_contents``.
+    """
+    check_contents(plan)
+    elements = sum(job.specs[n].numel for job in plan.jobs for n in job.names)
+    passes = [job.merge.passes + 1 for job in plan.jobs]
+    return {
+        "method": plan.recipe.method.name,
+        "parameters": plan.recipe.resolved()["parameters"],
+        "inputs": {
+            label: {"path": c.label, "tensors": len(c), "bytes": c.nbytes, "files": len(c.files),
+                    "tied": c.aliases}
+            for label, c in plan.inputs.items()
+        },
+        "output": {
+            "path": None if plan.out is None else str(plan.out),
+            "tensors": len(plan.specs),
+            "merged": plan.merged,
+            "merged_elements": elements,
+            "copied": len(plan.specs) - plan.merged,
+            "bytes": plan.nbytes,
+            "shards": len(plan_shards(plan.specs, plan.recipe.shard_size, plan.whole)),
+        },
+        "bytes_read": plan.reads,
+        "passes": max(passes),
+        "threads": plan.jobs[0].threads,
+        "peak_memory": peak_memory(plan.jobs),
+        "seconds": estimate(plan.jobs, plan.nbytes, ready=plan.ready),
+        "notes": list(plan.notes),
+        "stages": {
+            name: {"method": one.recipe.method.name, "tensors": len(one.specs),
+                   "bytes": one.nbytes, "path": str(stage_folder(one)),
+                   "kept": stage_folder(one).exists()}
+            for name, one in plan.stages.items()
+        },
+    }  # fmt: skip
 
 
 def check_contents(plan: Plan) -> None:

@@ -8,8 +8,8 @@ from __future__ import annotations
 import json
 import os
 import time
-from collections.abc import Iterator, Mapping
-from dataclasses import asdict, dataclass, replace
+from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -30,7 +30,8 @@ from suture.merges.presets import PRESETS
 from suture.merges.table import METHODS
 from suture.runs.card import carried_files, config_text, model_card
 from suture.runs.place import MergeOptions, check_place
-from suture.stream.sweep import Progress
+from suture.runs.progress import Progress
+from suture.stream.sweep import Progress as Read
 from suture.stream.vector import TaskVector
 from suture.tensors.roles import ParamSpace
 from suture.tensors.spec import (
@@ -44,54 +45,14 @@ from suture.verbs.merge.lazy import Merged, check_fingerprints
 from suture.verbs.merge.plan import (
     Plan,
     check_contents,
-    make_plan,
-    plan_recipe,
+    plan_merge,
     run_key,
     stage_folder,
     stages_of,
 )
 from suture.verbs.merge.record import provenance
+from suture.verbs.merge.result import MergeReport
 from suture.verbs.merge.slices import takes_files
-
-
-@dataclass(frozen=True)
-class MergeReport:
-    """What a merge wrote and what it cost.
-
-    Examples:
-        >>> import numpy as np, suture, tempfile
-        >>> place = tempfile.TemporaryDirectory()
-        >>> base, math = ({"layers.0.mlp.weight": np.full(4, v, np.float32)} for v in (0, 1))
-        >>> report = suture.save(suture.merge(base, {"math": math}, weight=0.5), f"{place.name}/m")
-        >>> report.method, report.merged, report.moved, report.writeback_loss
-        ('task_arithmetic', 1, 4, 0.0)
-        >>> place.cleanup()
-    """
-
-    out: Path
-    method: str
-    fingerprint: str
-    """Of the output."""
-    tensors: int
-    merged: int
-    """Tensors that were merged; the others were copied."""
-    bytes_read: int
-    bytes_written: int
-    seconds: Mapping[str, float]
-    writeback_loss: float | None
-    """Share of the changed entries that rounding to the output dtype undid."""
-    moved: int
-    """Entries that the merge changes before rounding."""
-    facts: Mapping[str, Any]
-    resumed: int
-    """Pieces taken over from an interrupted run."""
-    notes: tuple[str, ...] = ()
-    told: tuple[str, ...] = ()
-    """What the method has to say, a line each."""
-
-    def to_dict(self) -> dict[str, Any]:
-        """The report as plain data."""
-        return {**asdict(self), "out": str(self.out)}
 
 
 def merged(  # noqa: PLR0913  every section of a recipe
@@ -184,36 +145,16 @@ def save(
     Raises:
         SutureError: an input does not fit, or the output cannot be written; all problems at once.
     """
-    return execute(
-        make_plan(what.recipe, Path(out), MergeOptions(**options), dict(what.inputs)), stage
-    )
+    plan = plan_merge(what.recipe, Path(out), MergeOptions(**options), dict(what.inputs))
+    return execute(plan, progress_of(stage))
 
 
-def merge(
-    recipe: Path | Mapping[str, Any],
-    out: Path,
-    *,
-    folder: Path | None = None,
-    stage: Stage | None = None,
-    **options: Any,
-) -> MergeReport:
-    """Follow a recipe file (or mapping) into a folder.
-
-    Args:
-        recipe: a YAML file, or what stands in it.
-        out: the folder to write.
-        folder: where the relative paths of the recipe start; by default the file's folder or the
-            current one.
-        stage: is told when a stage begins, and of how much.
-        **options: the fields of ``MergeOptions``.
-
-    Raises:
-        SutureError: the recipe, an input or the output is at fault; all problems at once.
-    """
-    return execute(plan_recipe(recipe, out, MergeOptions(**options), folder), stage)
+def progress_of(stage: Stage | None) -> Progress:
+    """Return what tells passes over tensors alone."""
+    return Progress() if stage is None else Progress(stage=stage)
 
 
-def execute(plan: Plan, stage: Stage | None = None) -> MergeReport:
+def execute(plan: Plan, progress: Progress | None = None) -> MergeReport:
     """Do what was planned and publish the folder.
 
     Raises:
@@ -222,8 +163,14 @@ def execute(plan: Plan, stage: Stage | None = None) -> MergeReport:
     """
     assert plan.out is not None
     check_contents(plan)
+    progress = progress or Progress()
     if plan.stages:
-        return execute(after_stages(plan, stage), stage)
+        return execute(after_stages(plan, progress), progress)
+    progress.say(
+        f"merging {len(plan.recipe.models)} model(s) by {plan.recipe.method.name}: "
+        f"{plan.merged} tensors merged, {len(plan.specs) - plan.merged} copied, "
+        f"{readable(plan.nbytes)} to {plan.out}"
+    )
     out = plan.out.resolve()
     begun = time.perf_counter()
     writer = Writer(
@@ -231,7 +178,7 @@ def execute(plan: Plan, stage: Stage | None = None) -> MergeReport:
         overwrite=plan.options.overwrite, resume=plan.options.resume, whole=plan.whole,
     )  # fmt: skip
     try:
-        outcome = apply(plan.jobs, writer, plan.inputs, stage or (lambda name, nbytes: None))
+        outcome = apply(plan.jobs, writer, plan.inputs, progress.stage)
         for checkpoint in plan.inputs.values():
             checkpoint.check_unchanged()
         check_fingerprints(plan, outcome)
@@ -261,7 +208,7 @@ def execute(plan: Plan, stage: Stage | None = None) -> MergeReport:
     )  # fmt: skip
 
 
-def after_stages(plan: Plan, stage: Stage | None) -> Plan:
+def after_stages(plan: Plan, progress: Progress) -> Plan:
     """Make what is not there yet, and plan anew with it."""
     told = []
     for name in plan.stages:
@@ -274,16 +221,16 @@ def after_stages(plan: Plan, stage: Stage | None) -> Plan:
             continue
         folder.parent.mkdir(parents=True, exist_ok=True)
 
-        def named(what: str, nbytes: int, name: str = name) -> Progress | None:
-            return None if stage is None else stage(f"{name}: {what}", nbytes)
+        def named(what: str, nbytes: int, name: str = name) -> Read | None:
+            return progress.stage(f"{name}: {what}", nbytes)
 
         try:
-            execute(replace(one, out=folder, stages={}), named)
+            execute(replace(one, out=folder, stages={}), replace(progress, stage=named))
         except SutureError as error:
             error.add_note(f"in stage {name}")
             raise
         told.append(f"stage {name}: made, and kept in {folder}")
-    made = make_plan(plan.recipe, plan.out, plan.options)
+    made = plan_merge(plan.recipe, plan.out, plan.options)
     return replace(made, told=tuple(told), stages={}, ordered=plan.stages)
 
 
@@ -361,26 +308,4 @@ def convert_tokenizer(plan: Plan, writer: Files) -> tuple[str, ...]:
     return ()
 
 
-def report_lines(report: MergeReport) -> Iterator[str]:
-    """What to tell at the end of a merge, a line each."""
-    if report.resumed:
-        yield f"took over {report.resumed} finished pieces of an interrupted run"
-    for note in report.notes:
-        yield f"note: {note}"
-    if "density" in report.facts and "owned" not in report.facts:  # an election names them
-        kept = ", ".join(f"{d:.4g}" for d in report.facts["density"])
-        yield f"kept shares: {kept}"
-    yield from report.told
-    if report.writeback_loss is not None:
-        yield (
-            f"{report.moved:,} entries moved; rounding to the output dtype undid "
-            f"{report.writeback_loss:.2%} of them"
-        )
-    rate = readable((report.bytes_read + report.bytes_written) / max(1e-9, report.seconds["total"]))
-    yield (
-        f"wrote {report.out} ({report.tensors} tensors, {readable(report.bytes_written)}) in "
-        f"{report.seconds['total']:.2f} s, {rate}/s; fingerprint {report.fingerprint}"
-    )
-
-
-__all__ = ["MergeReport", "execute", "merge", "merged", "report_lines", "save"]
+__all__ = ["after_stages", "execute", "merged", "progress_of", "save"]
