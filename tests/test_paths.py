@@ -372,7 +372,7 @@ def test_blame_takes_a_recipe_and_a_suite_as_mappings_with_a_folder(
     assert found["folder"] == found["absolute"] == found["suite in a file"]
 
 
-ENTRIES = (merge, make_plan, plan_suite, evaluate, blame, Verb.__call__, Verb.plan,
+ENTRIES = (make_plan, plan_suite, evaluate, blame, Verb.__call__, Verb.plan,
            *(import_module(f"suture.verbs.{name}.plan").make_plan for name in VERBS_OF))  # fmt: skip
 
 
