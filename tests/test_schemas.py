@@ -155,6 +155,8 @@ def test_the_page_of_a_recipe_is_current(verb: str) -> None:
     assert text == page(verb), remedy
     for key in json.loads(written(verb))["properties"]:
         assert f"| `{key}` |" in text
+    silent = [row for row in text.splitlines() if row.startswith("| `") and row.endswith("|  |")]
+    assert silent == [], "these keys do not say what they are for"
 
 
 def test_there_is_one_file_for_each_schema() -> None:

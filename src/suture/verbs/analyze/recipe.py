@@ -141,6 +141,7 @@ class SensitivityRequest(Section):
         tuple[Annotated[float, Gt(0), Lt(1)], ...], MinLen(1), Listed(one=False, different=False),
         Says("shares of the weights, in (0, 1)"),
     ] = (0.01, 0.05, 0.1, 0.2)  # fmt: skip
+    """Each share of the weights is set to 0: the least sensitive, the most, and random ones."""
     rows: Count = 256
     """Rows that sensitivities are measured on."""
 

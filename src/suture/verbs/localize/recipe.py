@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Annotated, Any, Literal
 
 from annotated_types import Gt, Le
+from pydantic import Field
 
 from suture.edits.importance import RULES, Rule
 from suture.errors import did_you_mean
@@ -31,8 +32,9 @@ from suture.tensors.roles import DEFAULT_SPACE
 from suture.training.task_rows import Task
 
 Density = Annotated[float, Gt(0), Le(1), Says("the share of entries kept, in (0, 1]")]
+PRESET = Field(description="The other keys' defaults: `released` has those of the published code.")
 LearnKeys = section_of(
-    LearnSettings, {"preset": (Literal[tuple(LEARN_PRESETS)], "default")}
+    LearnSettings, {"preset": (Annotated[Literal[tuple(LEARN_PRESETS)], PRESET], "default")}
 )  # fmt: skip
 
 
