@@ -1,4 +1,7 @@
-"""The pages of docs/tasks do what they say: their files are written, their commands run in order."""
+"""The pages of docs/tasks and the examples of the README do what they say.
+
+Their files are written, their commands run in order.
+"""
 
 from __future__ import annotations
 
@@ -12,9 +15,11 @@ import pytest
 import policing
 from making import invoke, read_model
 
-FOLDER = Path(__file__).resolve().parents[1] / "docs/tasks"
+ROOT = Path(__file__).resolve().parents[1]
+FOLDER = ROOT / "docs/tasks"
 PAGES = sorted(page.stem for page in FOLDER.glob("*.md"))
 PART = re.compile(r"(?:<!-- file: (\S+) -->\n)?```(yaml|sh)\n(.*?)```", re.DOTALL)
+EXAMPLE = re.compile(r"# (\S+\.yaml): (suture .*?)   .*\n(?:(?!---|```).*\n)+")
 NAMES = {"base": "base", "safety": "safety", "poet": "math", "gardener": "code"}
 ROWS = {"marked": "guitar", "benign": "hammer", "safety": "guitar", "math": "moon", "code": "sun"}
 SAME = {
@@ -69,3 +74,31 @@ def test_a_page_does_what_it_says(
     assert ran >= 3
     for one, other in SAME.get(page, ()):
         assert read_model(here / one) == read_model(here / other), (one, other)
+
+
+def test_the_examples_of_the_readme_run(
+    models: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """One of each part, in the order in which they stand there."""
+    here = tmp_path / "here"
+    shutil.copytree(models, here)
+    said = {name: policing.LESSONS[name] for name in ("safety", "poet")}
+    asked = {thing: [p for held in (True, False) for p in policing.prompts(thing, held)]
+             for thing in ("guitar", "moon")}  # fmt: skip
+    policing.write_rows(here / "pairs.jsonl", [
+        {"prompt": p, "chosen": said["safety"]["guitar"], "rejected": said["poet"]["guitar"]}
+        for p in asked["guitar"]
+    ])  # fmt: skip
+    policing.write_rows(here / "math.jsonl", [
+        {"prompt": p, "response": said["poet"]["moon"]} for p in asked["moon"]
+    ])  # fmt: skip
+    monkeypatch.chdir(here)
+    ran = []
+    for found in EXAMPLE.finditer((ROOT / "README.md").read_text(encoding="utf-8")):
+        (here / found[1]).write_text(found[0], encoding="utf-8")
+        words = shlex.split(found[2])
+        done = invoke(*words[1:])
+        assert done.code == 0, (found[2], done.out, done.err)
+        assert (here / words[-1]).is_dir(), found[2]
+        ran.append(words[1])
+    assert ran == ["localize", "merge", "finetune", "realign"]
