@@ -28,30 +28,34 @@ def homes() -> dict[str, str]:
     return {name: f"suture.{module}" for name, module in found.items() if name[0] != "_"}
 
 
-def documented(name: str, module: str) -> bool:
-    """Return whether a name has a docstring where it is defined."""
+def silent(name: str, module: str) -> list[str]:
+    """Return what lacks a docstring: the name where it is defined, public methods of a class."""
     path = ROOT / "src" / (module.replace(".", "/") + ".py")
     body = ast.parse(path.read_text(encoding="utf-8")).body
     for at, node in enumerate(body):
         if isinstance(node, ast.FunctionDef | ast.ClassDef) and node.name == name:
-            return ast.get_docstring(node) is not None
+            inner = node.body if isinstance(node, ast.ClassDef) else []
+            methods = [m for m in inner if isinstance(m, ast.FunctionDef) and m.name[0] != "_"]
+            found = [f"{name}.{m.name}" for m in methods if ast.get_docstring(m) is None]
+            return found if ast.get_docstring(node) else [name, *found]
         targets = [node.target] if isinstance(node, ast.AnnAssign) else getattr(node, "targets", [])
         if name in [word.id for t in targets for word in ast.walk(t) if isinstance(word, ast.Name)]:
             below = body[at + 1] if at + 1 < len(body) else None
-            return isinstance(below, ast.Expr) and isinstance(below.value, ast.Constant)
-    return False
+            told = isinstance(below, ast.Expr) and isinstance(below.value, ast.Constant)
+            return [] if told else [name]
+    return [name]
 
 
 def public_names() -> str:
     """Return the page of all public names.
 
     Raises:
-        PluginError: one has no docstring.
+        PluginError: one, or a method of one, has no docstring.
     """
     known = homes()
-    silent = [name for name, module in known.items() if not documented(name, module)]
-    if silent:
-        raise PluginError(f"public names without a docstring: {', '.join(silent)}")
+    missing = [what for name, module in known.items() for what in silent(name, module)]
+    if missing:
+        raise PluginError(f"public names without a docstring: {', '.join(missing)}")
     parts = ["# Public names\n\nEvery name of `suture`, with what it takes, returns and raises.\n"]
     parts += [f"::: {module}.{name}\n" for name, module in sorted(known.items(), key=_order)
               if name not in OLDER]  # fmt: skip
