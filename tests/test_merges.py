@@ -1190,7 +1190,11 @@ def test_progress_adds_up_to_what_is_read(scope: str, tmp_path: Path) -> None:
 
         return progress
 
-    toy.run(tmp_path / "out", toy.recipe("ties", paths, place, scope=scope), stage=stage)
+    toy.run(
+        tmp_path / "out",
+        toy.recipe("ties", paths, place, scope=scope),
+        progress=Progress(stage=stage),
+    )
 
     assert told == announced
     assert announced["prepare"] == sum(2 * 4 * t.numel() for t in base.values())
