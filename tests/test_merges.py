@@ -19,6 +19,7 @@ from slow import more_merges as more
 from slow import philox, rounding
 from suture.errors import MismatchError, NonFiniteError, RecipeError
 from suture.merges.dare import limit_of, stream_key
+from suture.runs.progress import Progress
 from toy import EMBEDDING, Tensors
 
 Array = np.ndarray[Any, Any]
